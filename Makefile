@@ -1,0 +1,69 @@
+# lamina: `make` lists the targets. Needs Python >= 3.11, make and git; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+PINS   := -c constraints.txt
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench soak format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' \
+		| awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo  ## install, then train the built-in tasks: lamina run
+	@$(BIN)/lamina run $(ARGS)
+
+test: check  ## every gate: lint, format, types, tests (ARGS="-k name" picks tests)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## lint, format and types only
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## measure: python -m benchmarks
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(VENV)/.dev  ## the slow tests
+	@$(BIN)/python -m pytest -m slow $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
+
+format: $(VENV)/.dev  ## rewrite the source to the house format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:  ## remove the environment, caches and results
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp says that one step of the installation is done. torch goes in alone and first: the rest
+# then finds it in place, instead of choosing a build of its own. The build tool goes in with it, so
+# that it too has the pinned version (--no-build-isolation).
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "lamina needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12"; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "Could not create $(VENV). On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.venv constraints.txt
+	@echo "installing $(TORCH) (some minutes the first time)"
+	@$(PIP) install $(PINS) $(TORCH) hatchling editables
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "installing lamina with what the demo needs"
+	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "installing lamina with what the tests need"
+	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo,report,dev]'
+	@touch $@

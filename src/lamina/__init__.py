@@ -1,0 +1,72 @@
+"""lamina: one plan for how every parameter of a PyTorch model trains."""
+
+from __future__ import annotations
+
+from . import optim
+from .errors import (
+    HyperparameterError,
+    LaminaError,
+    MissingExtraError,
+    NonFiniteError,
+    OwnershipError,
+    PatternError,
+    PlanError,
+    ScheduleError,
+    StateError,
+    TaskError,
+    TimeUnitError,
+)
+from .explain import Explanation
+from .optim import SGD, Adam, AdamW, RMSprop, register_optimizer
+from .optimizer import Optimizer
+from .parameters import ParamInfo
+from .plan import Plan, Rule
+from .preview import Preview
+from .resolve import resolve
+from .resolved import Finding, Resolved
+from .schedules import Schedule, constant, cosine, function, linear, steps, warmup
+from .settings import by_depth, times, top_down
+from .timeline import Feedback, values_at
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Explanation",
+    "Feedback",
+    "Finding",
+    "HyperparameterError",
+    "LaminaError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "Optimizer",
+    "OwnershipError",
+    "ParamInfo",
+    "PatternError",
+    "Plan",
+    "PlanError",
+    "Preview",
+    "RMSprop",
+    "Resolved",
+    "Rule",
+    "Schedule",
+    "ScheduleError",
+    "StateError",
+    "TaskError",
+    "TimeUnitError",
+    "by_depth",
+    "constant",
+    "cosine",
+    "function",
+    "linear",
+    "optim",
+    "register_optimizer",
+    "resolve",
+    "steps",
+    "times",
+    "top_down",
+    "values_at",
+    "warmup",
+]

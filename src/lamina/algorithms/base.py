@@ -1,0 +1,147 @@
+"""What an algorithm is: its hyperparameters, its state and one pure update rule."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import HyperparameterError, did_you_mean
+
+Hyper = Mapping[str, Any]
+State = dict[str, torch.Tensor]
+
+
+class Algorithm(ABC):
+    """One optimization algorithm, as a value without tensors.
+
+    Subclasses are final. `defaults` are torch's; `update` is the readable rule that every fast
+    kernel is tested against.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]]
+    #: `low <= value < below` of every hyperparameter that is a number, or several
+    limits: ClassVar[dict[str, tuple[float, float]]]
+    #: number of components of the hyperparameters that are not single numbers
+    components: ClassVar[dict[str, int]] = {}
+    #: hyperparameters that choose a variant and cannot be scheduled
+    options: ClassVar[tuple[str, ...]] = ()
+    #: whether a gradient may be sparse
+    sparse: ClassVar[bool] = False
+
+    def check(self, hyper: Hyper) -> None:
+        """Raise `HyperparameterError` if a hyperparameter is unknown or out of its range."""
+        for key, value in hyper.items():
+            self.known(key)
+            if key in self.limits:
+                for label, number in self._numbers(key, value):
+                    check_number(self.name, label, number, *self.limits[key])
+            elif isinstance(self.defaults[key], bool) and value not in (True, False):
+                raise HyperparameterError(
+                    f"{self.name} was given {key}={value!r}; expected True or False."
+                )
+
+    @abstractmethod
+    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
+        """The state of a parameter that was never updated, without `step`.
+
+        It lacks the entries that begin to exist with the first update that needs them.
+        """
+
+    @abstractmethod
+    def update(
+        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
+    ) -> tuple[torch.Tensor, State]:
+        """The change of `param`, and the new state; pure: no argument is modified.
+
+        `step` is the number of updates of this parameter, this one included (1 for the first).
+        16-bit tensors are computed with in float32 and the change is returned in float32, so that
+        `param` is rounded once; the state has the dtype it had. Complex parameters arrive as pairs
+        of real numbers (`torch.view_as_real`).
+        """
+
+    def known(self, key: str) -> None:
+        """Raise `HyperparameterError` if `key` is not a hyperparameter of this algorithm."""
+        if key not in self.defaults:
+            raise HyperparameterError(
+                f"{self.name} has no hyperparameter {key!r}; it has "
+                f"{', '.join(self.defaults)}.{did_you_mean(key, self.defaults)}"
+            )
+
+    def _numbers(self, key: str, value: Any) -> list[tuple[str, Any]]:
+        """The single numbers in a value, each with the name an error shows."""
+        if key not in self.components:
+            return [(key, value)]
+        count = self.components[key]
+        if not isinstance(value, (tuple, list)) or len(value) != count:
+            raise HyperparameterError(
+                f"{self.name} was given {key}={value!r}; expected {count} numbers, "
+                f"as in {self.defaults[key]!r}."
+            )
+        return [(f"{key}[{index}]", number) for index, number in enumerate(value)]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(slots=True)
+class Batch:
+    """The tensors of one parameter group that are updated together in one step.
+
+    `columns[key][i]` is the state tensor `key` of `params[i]`, or None where it does not exist yet;
+    `steps[i]` its scalar step count (float32), counted before this update. `scale`, if given, is a
+    scalar tensor that multiplies every gradient (the clip factor).
+
+    A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
+    `kernel` must be set to None.
+    """
+
+    algorithm: Algorithm
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    columns: dict[str, list[Any]]
+    steps: list[torch.Tensor]
+    hyper: Hyper
+    scale: torch.Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    #: the choice made for these tensors, kept by `kernels.choose`
+    kernel: Any = None
+    #: set when an update put new tensors into `columns`; the holder of the state stores them
+    grown: bool = False
+
+    def name_of(self, index: int) -> str:
+        """What an error calls the parameter at `index`."""
+        if index < len(self.names):
+            return repr(self.names[index])
+        return f"number {index} (shape {tuple(self.params[index].shape)})"
+
+
+def check_number(
+    name: str, key: str, value: object, low: float = 0.0, below: float = math.inf
+) -> None:
+    """Raise `HyperparameterError` unless `low <= value < below` (a finite number)."""
+    number: Any = value
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        number = value.item()
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    if is_number and math.isfinite(number) and low <= number < below:
+        return
+    limit = (f"{low:g} <= " if low > -math.inf else "") + key
+    limit += f" < {below:g}" if below < math.inf else ", finite"
+    raise HyperparameterError(f"{name} was given {key}={value!r}; expected a number, {limit}.")
+
+
+def number(value: Any) -> float:
+    """A hyperparameter as a Python number; a tensor on an accelerator is waited for."""
+    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype fit for arithmetic: float32 for 16-bit floats, else its own."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,154 @@
+"""What all optimizers of lamina share: the step, the state, and batches for the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+
+from . import kernels
+from .algorithms.base import Algorithm, Batch
+from .errors import PlanError
+
+Closure = Callable[[], Any]
+
+
+class Engine(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` that runs lamina's algorithms over its parameter groups.
+
+    Subclasses give `algorithm` (all groups alike) or override `algorithm_for`, and may override
+    `before_update` and `after_update`, between which the weights change.
+    """
+
+    algorithm: ClassVar[Algorithm | None] = None
+
+    def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
+        """The algorithm of a group."""
+        if self.algorithm is None:
+            raise PlanError(f"{type(self).__name__} has no algorithm for {group.get('name')!r}.")
+        return self.algorithm
+
+    # Under torch.compile the whole step runs outside the graph: traced, the bookkeeping on the
+    # host (clocks, learning rates) would be recorded once and silently stop.
+    @torch._disable_dynamo
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters from their gradients.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward, returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        selected = self._collect(self.param_groups)
+        kernels.apply(selected)
+        self._keep_grown(selected)
+
+    def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
+        """One batch for each group that has gradients."""
+        batches = (self._batch(group) for group in groups)
+        return [batch for batch in batches if batch is not None]
+
+    def _batch(self, group: dict[str, Any]) -> Batch | None:
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        for param in group["params"]:
+            if param.grad is not None:
+                params.append(param)
+                grads.append(param.grad)
+        if not params:
+            return None
+        state = self.state
+        entries = [state[param] for param in params]
+        cache: dict[int, tuple[list[Any], Batch]] = self.__dict__.setdefault("_batches", {})
+        known = cache.get(id(group))
+        if known is not None and self._unchanged(known, params, entries):
+            batch = known[1]
+            batch.grads, batch.hyper, batch.scale = grads, group, None
+            return batch
+        batch = self._new_batch(group, params, grads, entries)
+        cache[id(group)] = (entries, batch)
+        return batch
+
+    @staticmethod
+    def _unchanged(
+        known: tuple[list[Any], Batch], params: list[torch.Tensor], entries: list[Any]
+    ) -> bool:
+        """Whether a kept batch still holds exactly these tensors (wrappers and users swap them)."""
+        batch = known[1]
+        if len(params) != len(batch.params) or not all(map(is_, params, batch.params)):
+            return False
+        if not all(map(is_, entries, known[0])):
+            return False
+        try:
+            return all(map(is_, [e["step"] for e in entries], batch.steps)) and all(
+                all(map(is_, [e.get(key) for e in entries], column))
+                for key, column in batch.columns.items()
+            )
+        except KeyError:
+            return False
+
+    def _new_batch(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> Batch:
+        algorithm = self.algorithm_for(group)
+        for param, entry in zip(params, entries, strict=True):
+            self._ensure_state(algorithm, param, entry, group)
+        keys = dict.fromkeys(key for entry in entries for key in entry if key != "step")
+        return Batch(
+            algorithm,
+            params,
+            grads,
+            {key: [entry.get(key) for entry in entries] for key in keys},
+            [entry["step"] for entry in entries],
+            group,
+            names=self._names(group, params),
+        )
+
+    @staticmethod
+    def _ensure_state(
+        algorithm: Algorithm, param: torch.Tensor, entry: dict[str, Any], hyper: dict[str, Any]
+    ) -> None:
+        """Allocate what is missing of a parameter's state, at its first update."""
+        if "step" not in entry:
+            entry["step"] = torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+        for key, tensor in algorithm.init(param, hyper).items():
+            if key not in entry:
+                entry[key] = tensor
+
+    @staticmethod
+    def _names(group: dict[str, Any], params: Sequence[torch.Tensor]) -> list[str]:
+        names = group.get("param_names")
+        if not names:
+            return []
+        by_id = {id(param): name for param, name in zip(group["params"], names, strict=True)}
+        return [by_id[id(param)] for param in params]
+
+    def _keep_grown(self, batches: Sequence[Batch]) -> None:
+        """Store the state tensors that an update brought into being."""
+        for batch in batches:
+            if batch.grown:
+                for key, column in batch.columns.items():
+                    for param, tensor in zip(batch.params, column, strict=True):
+                        if tensor is not None:
+                            self.state[param][key] = tensor
+                batch.grown = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}

@@ -1,0 +1,84 @@
+"""The exception tree.
+
+    LaminaError
+    ├── PlanError (also ValueError)
+    │   ├── PatternError            a pattern that cannot be read, or matches nothing
+    │   ├── ScheduleError           a schedule of the wrong kind, length or value
+    │   ├── TimeUnitError           a length of time that cannot be read or resolved
+    │   └── HyperparameterError     unknown, or out of its range
+    ├── OwnershipError              something else wrote what the plan owns
+    ├── NonFiniteError (also ArithmeticError)   a gradient is NaN or infinite
+    ├── StateError (also ValueError)            a state that cannot be loaded
+    ├── TaskError                   a task or its data is missing or broken
+    └── MissingExtraError (also ImportError)    an optional package is not installed
+
+Every message is one paragraph: what was given, what was expected, the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class LaminaError(Exception):
+    """Base of every error that lamina raises on purpose."""
+
+
+class PlanError(LaminaError, ValueError):
+    """A plan that cannot be carried out as written."""
+
+
+class PatternError(PlanError):
+    """A pattern that cannot be read, or that matches no parameter."""
+
+
+class ScheduleError(PlanError):
+    """A schedule of the wrong kind, with a wrong length, or giving a wrong value."""
+
+
+class TimeUnitError(PlanError):
+    """A length of time that cannot be read, or that lacks what its unit needs."""
+
+
+class HyperparameterError(PlanError):
+    """A hyperparameter that does not exist or is out of its range."""
+
+
+class OwnershipError(LaminaError):
+    """A value that the plan owns was written by something else."""
+
+
+class NonFiniteError(LaminaError, ArithmeticError):
+    """A gradient is NaN or infinite; the weights were not changed."""
+
+
+class StateError(LaminaError, ValueError):
+    """A state that does not fit; the live optimizer was not changed."""
+
+
+class TaskError(LaminaError):
+    """A training task, its model or its data is missing or broken."""
+
+
+class MissingExtraError(LaminaError, ImportError):
+    """An optional package is not installed."""
+
+
+def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
+    """A clause that names the closest known words, or an empty string."""
+    close = difflib.get_close_matches(given, list(known), n=limit, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs the package {module.split('.')[0]!r}, which cannot be imported "
+            f"({error}). Install it with: pip install 'lamina[{extra}]'"
+        ) from error

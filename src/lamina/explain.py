@@ -1,0 +1,89 @@
+"""Why a number is what it is: the chain of rules behind every setting of a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .cascade import spelled, window_text
+from .errors import PatternError
+from .expressions import spell
+from .optim.registry import optimizer_name
+from .resolved import Link, Resolved
+from .suggestions import closest
+from .timeline import Feedback, values_at
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting: its value at the step, and what the rules said of it, in order."""
+
+    key: str
+    value: str
+    chain: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a parameter does at a step and why; prints as text."""
+
+    name: str
+    step: int
+    group: str
+    active: bool
+    lines: tuple[Line, ...]
+
+    def __str__(self) -> str:
+        state = "trains" if self.active else "is frozen"
+        text = [f"{self.name} at step {self.step}: {state}, in group {self.group!r}"]
+        for line in self.lines:
+            text.append(f"  {line.key} = {line.value}")
+            width = max((len(link.rule) for link in line.chain), default=0)
+            for link in line.chain:
+                text.append(f"      {link.rule:<{width}}  {link.operation}  ->  {link.result}")
+        return "\n".join(text)
+
+    __repr__ = __str__
+
+
+def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Explanation:
+    """The explanation of one parameter; raises `PatternError` with the closest names."""
+    if name not in resolved.cell_of:
+        near = ", ".join(closest(name, list(resolved.cell_of)))
+        raise PatternError(f"there is no parameter {name!r}; the closest are: {near}.")
+    index = resolved.cell_of[name]
+    cell = resolved.cells[index]
+    values = values_at(resolved, step, feedback)
+    chains = resolved.chains[name]
+    lines = [
+        Line("optimizer", optimizer_name(cell.optimizer), chains.get("optimizer", ())),
+        Line("window", window_text(cell.windows), chains.get("window", ())),
+    ]
+    hyper = values.hyper(index)
+    for key, value in hyper.items():
+        chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))
+        if key == "lr":
+            chain = (*chain, *_lr_factors(resolved, index, step, chains))
+        changed = feedback.overrides.get(cell.name, {})
+        if key in changed:
+            chain = (*chain, Link("override", spelled(changed[key]), spelled(value)))
+        lines.append(Line(key, spelled(value), chain))
+    if cell.scope is not None:
+        scope = resolved.scopes[cell.scope]
+        shown = f"{spelled(values.threshold(cell.scope))} (one norm for all of rule {scope.name!r})"
+        lines.append(Line("clip_norm", shown, chains.get("clip_norm", ())))
+    return Explanation(name, step, cell.name, bool(values.active(index)), tuple(lines))
+
+
+def _lr_factors(resolved: Resolved, index: int, step: int, chains: Any) -> list[Link]:
+    cell = resolved.cells[index]
+    links = []
+    if cell.schedule is not None:
+        rule = chains["schedule"][-1].rule
+        factor = spelled(float(cell.schedule(step)))
+        links.append(Link(rule, f"schedule {spell(cell.schedule)}", f"x {factor}"))
+    if cell.rewarm is not None:
+        links.append(Link(chains["rewarm"][-1].rule, f"rewarm {spell(cell.rewarm)}", "after thaw"))
+    if not values_at(resolved, step).active(index):
+        links.append(Link("window", window_text(cell.windows), "0 while frozen"))
+    return links

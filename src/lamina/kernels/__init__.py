@@ -1,0 +1,8 @@
+"""How batches of tensors are updated: one function picks the kernel and can say why."""
+
+from __future__ import annotations
+
+from .base import Kernel
+from .pick import KERNELS, apply, choose, step_device
+
+__all__ = ["KERNELS", "Kernel", "apply", "choose", "step_device"]

@@ -1,0 +1,79 @@
+"""What a kernel is: the fast form of update rules, over many tensors of many groups, in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ..algorithms.base import Batch
+
+HALF = (torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda", "xpu")
+
+
+class Kernel(ABC):
+    """A way to carry out the update rules of batches; `readable` is the oracle of all others."""
+
+    name: ClassVar[str]
+    #: what `kernels.choose` says of it
+    about: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, batch: Batch) -> str:
+        """Why this kernel cannot update these tensors exactly, or "" if it can.
+
+        Looks at what stays from step to step: the algorithm, parameters, state and steps.
+        """
+
+    @abstractmethod
+    def ready(self, batch: Batch) -> bool:
+        """Whether the gradients of this step suit too; asked at every step, so it is cheap."""
+
+    @abstractmethod
+    def run(self, batches: Sequence[Batch]) -> None:
+        """Update all batches in place; their steps already include this update."""
+
+
+def missing(batch: Batch, key: str) -> list[int]:
+    """The positions whose state `key` does not exist yet; makes room for them."""
+    values = batch.columns.get(key)
+    if values is None:
+        values = batch.columns[key] = [None] * len(batch.params)
+    return [index for index, value in enumerate(values) if value is None]
+
+
+def tensor_refusal(batch: Batch, index: int) -> str:
+    """Why torch's operators over lists cannot take this parameter and its state, or ""."""
+    param = batch.params[index]
+    if not param.is_floating_point():
+        return f"is {short(param.dtype)}"
+    if param.device.type not in _DEVICES:
+        return f"is on {param.device.type}"
+    if type(param) not in (torch.Tensor, torch.nn.Parameter) and not _is_dtensor(param):
+        return f"is a {type(param).__name__}"
+    for key, values in batch.columns.items():
+        value = values[index]
+        if value is not None and value.dtype is not param.dtype:
+            return f"is {short(param.dtype)} and its {key} {short(value.dtype)}"
+        if value is not None and value.stride() != param.stride():
+            return f"and its {key} differ in their layout in memory"
+    return ""
+
+
+def scaled(batch: Batch) -> list[torch.Tensor]:
+    """The gradients times the clip factor, as new tensors."""
+    assert batch.scale is not None
+    scale = batch.scale.to(batch.params[0].device)
+    return list(torch._foreach_mul(batch.grads, scale))
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor"  # importing the class costs every user a second
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype as people say it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,77 @@
+"""Torch's foreach operators: a few calls for a batch, each over all its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import torch
+
+from ..algorithms.base import Batch, number
+from ..algorithms.rmsprop import RMSprop
+from .base import HALF, Kernel, missing, scaled, short, tensor_refusal
+
+
+@final
+class Foreach(Kernel):
+    """A few calls for each batch, each over all its tensors; for rules without a fused operator."""
+
+    name: ClassVar[str] = "foreach"
+    about: ClassVar[str] = "torch's foreach operators, a few passes over memory"
+
+    def refusal(self, batch: Batch) -> str:
+        """Only what has no fused operator, in a dtype that foreach does not round."""
+        if type(batch.algorithm) is not RMSprop:
+            return f"there is no foreach form of {batch.algorithm.name}"
+        for index, param in enumerate(batch.params):
+            reason = tensor_refusal(batch, index)
+            if not reason and param.dtype in HALF:
+                reason = f"is {short(param.dtype)}, which foreach rounds after every operation"
+            if reason:
+                return f"{batch.name_of(index)} {reason}"
+        return ""
+
+    def ready(self, batch: Batch) -> bool:
+        """Dense gradients of the dtype of their parameters."""
+        dtype = batch.params[0].dtype
+        return all(grad.dtype is dtype and grad.layout is torch.strided for grad in batch.grads)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """About ten calls for each batch."""
+        for batch in batches:
+            _rmsprop(batch)
+
+
+def _rmsprop(batch: Batch) -> None:
+    hyper, columns, params = batch.hyper, batch.columns, batch.params
+    lr, alpha, eps, weight_decay, momentum = (
+        number(hyper[key]) for key in ("lr", "alpha", "eps", "weight_decay", "momentum")
+    )
+    grads: Any = batch.grads if batch.scale is None else scaled(batch)
+    if hyper["maximize"]:
+        grads = torch._foreach_neg(grads)
+    if weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+
+    squares = columns["square_avg"]
+    torch._foreach_mul_(squares, alpha)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - alpha)
+    if hyper["centered"]:
+        means = columns["grad_avg"]
+        torch._foreach_lerp_(means, grads, 1 - alpha)
+        roots = torch._foreach_addcmul(squares, means, means, value=-1)
+        torch._foreach_sqrt_(roots)
+    else:
+        roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, eps)
+
+    if not momentum:
+        torch._foreach_addcdiv_(params, grads, roots, value=-lr)
+        return
+    for index in missing(batch, "momentum_buffer"):
+        columns["momentum_buffer"][index] = torch.zeros_like(params[index], requires_grad=False)
+        batch.grown = True
+    buffers = columns["momentum_buffer"]
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_addcdiv_(buffers, grads, roots)
+    torch._foreach_add_(params, buffers, alpha=-lr)

@@ -1,0 +1,185 @@
+"""Torch's fused operators: one call for a batch, one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+
+from ..algorithms.adam import Adam, AdamW
+from ..algorithms.base import Batch
+from ..algorithms.sgd import SGD
+from .base import HALF, Kernel, missing, scaled, short, tensor_refusal
+
+Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]
+
+
+@final
+class Fused(Kernel):
+    """One C++ call for each batch.
+
+    The operators walk raw memory: on the CPU a gradient whose layout in memory differs from its
+    parameter's would silently be read in the wrong order, so layouts are compared here, with the
+    gradients' at every step. A clip factor is handed to the operator, which then leaves the scaled
+    gradient in `.grad`, as `clip_grad_norm_` does.
+    """
+
+    name: ClassVar[str] = "fused"
+    about: ClassVar[str] = "torch's fused operator, one pass over memory"
+
+    def __init__(self, contiguous: bool) -> None:
+        """`contiguous`: for batches of contiguous parameters, whose test at each step is cheap."""
+        self._contiguous = contiguous
+
+    def refusal(self, batch: Batch) -> str:
+        """Torch has the operator, and memory is laid out as it assumes."""
+        algorithm = type(batch.algorithm)
+        if algorithm not in _OPERATORS:
+            return f"torch has no fused operator for {batch.algorithm.name}"
+        for index, param in enumerate(batch.params):
+            reason = tensor_refusal(batch, index) or self._layout_refusal(batch, index)
+            if not reason and algorithm is SGD and param.is_cpu and param.dtype in HALF:
+                # seen in torch 2.13: all but the last few elements of a tensor stay as they were
+                reason = f"is {short(param.dtype)}, which torch's fused SGD on the CPU gets wrong"
+            if not reason and algorithm is not SGD:
+                reason = _step_refusal(param, batch.steps[index])
+            if reason:
+                return f"{batch.name_of(index)} {reason}"
+        return ""
+
+    def _layout_refusal(self, batch: Batch, index: int) -> str:
+        param = batch.params[index]
+        if self._contiguous:
+            return "" if param.is_contiguous() else "is not contiguous"
+        return "" if _is_dense(param) else "has gaps in memory"
+
+    def ready(self, batch: Batch) -> bool:
+        """Gradients of the dtype and layout of their parameters."""
+        dtype = batch.params[0].dtype
+        if self._contiguous:
+            for grad in batch.grads:
+                if grad.dtype is not dtype or not grad.is_contiguous():
+                    return False
+            return True
+        return all(
+            grad.dtype is dtype and grad.layout is torch.strided and grad.stride() == param.stride()
+            for param, grad in zip(batch.params, batch.grads, strict=True)
+        )
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """One call for each batch."""
+        inverses: dict[tuple[int, torch.device], torch.Tensor | None] = {}
+        for batch in batches:
+            grads, inverse, scale = batch.grads, None, batch.scale
+            if scale is not None:
+                param = batch.params[0]
+                if param.dtype is torch.float64 or scale.dtype is not torch.float32:
+                    grads = scaled(batch)  # the operators divide by a float32
+                else:
+                    key = (id(scale), param.device)
+                    if key not in inverses:
+                        inverses[key] = _inverse(scale, param.device)
+                    inverse = inverses[key]
+            _OPERATORS[type(batch.algorithm)](batch, grads, inverse)
+
+
+def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """What the operators divide by; None for the factor 1 where it can be read without waiting."""
+    if scale.is_cpu and scale.item() == 1.0:
+        return None
+    return scale.to(device).reciprocal()
+
+
+def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
+    hyper, columns = batch.hyper, batch.columns
+    operator = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
+    beta1, beta2 = hyper["betas"]
+    operator(
+        batch.params,
+        grads,
+        columns["exp_avg"],
+        columns["exp_avg_sq"],
+        columns["max_exp_avg_sq"] if hyper["amsgrad"] else [],
+        batch.steps,
+        lr=_on(batch, hyper["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=hyper["weight_decay"],
+        eps=hyper["eps"],
+        amsgrad=hyper["amsgrad"],
+        maximize=hyper["maximize"],
+        grad_scale=inverse,
+        found_inf=None,
+    )
+
+
+def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
+    hyper = batch.hyper
+    momentum = hyper["momentum"]
+    if momentum == 0:
+        _call_sgd(batch, batch.params, grads, [], momentum, False, inverse)
+        return
+    fresh = missing(batch, "momentum_buffer")
+    buffers = batch.columns["momentum_buffer"]
+    if not fresh:
+        _call_sgd(batch, batch.params, grads, buffers, momentum, False, inverse)
+        return
+    batch.grown = True
+    for index in fresh:
+        buffers[index] = torch.empty_like(batch.params[index], requires_grad=False)
+    rest = sorted(set(range(len(buffers))) - set(fresh))
+    for indices, first in ((fresh, True), (rest, False)):
+        if indices:  # the flag holds for a whole call, so the two kinds cannot share one
+            params, its_grads, its_buffers = (
+                [values[i] for i in indices] for values in (batch.params, grads, buffers)
+            )
+            _call_sgd(batch, params, its_grads, its_buffers, momentum, first, inverse)
+
+
+def _call_sgd(
+    batch: Batch,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    momentum: float,
+    first: bool,
+    inverse: torch.Tensor | None,
+) -> None:
+    hyper = batch.hyper
+    torch._fused_sgd_(
+        params,
+        grads,
+        buffers,
+        weight_decay=hyper["weight_decay"],
+        momentum=momentum,
+        lr=_on(batch, hyper["lr"]),
+        dampening=hyper["dampening"],
+        nesterov=hyper["nesterov"] and momentum != 0,
+        maximize=hyper["maximize"],
+        is_first_step=first,
+        grad_scale=inverse,
+        found_inf=None,
+    )
+
+
+def _step_refusal(param: torch.Tensor, step: torch.Tensor) -> str:
+    if step.device != param.device:
+        return f"is on {param.device} and its step on {step.device}"
+    return "" if step.dtype is torch.float32 else f"has a step in {short(step.dtype)}"
+
+
+_OPERATORS: dict[type, Operator] = {Adam: _adam, AdamW: _adam, SGD: _sgd}
+
+
+def _on(batch: Batch, value: Any) -> Any:
+    """A hyperparameter that lives on an accelerator, where the parameters are."""
+    if isinstance(value, torch.Tensor) and not value.is_cpu:
+        return value.to(batch.params[0].device)
+    return value
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their stretch of memory without gaps or overlaps."""
+    # torch keeps the strides of such tensors, and only of such
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

@@ -1,0 +1,172 @@
+"""The one place that picks a kernel, says why, and lets it work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, final
+
+import torch
+
+from ..algorithms.base import Batch
+from ..errors import PlanError, did_you_mean
+from .base import Kernel
+from .foreach import Foreach
+from .fused import Fused
+from .readable import Readable
+
+#: the fastest first; each is exact where it does not refuse
+KERNELS: tuple[Kernel, ...] = (Fused(True), Fused(False), Foreach(), Readable())
+READABLE = KERNELS[-1]
+#: wrapped once: an operator over many scalars on the CPU would wrap a 1.0 for each of them
+_ONE = torch.tensor(1.0, device="cpu")
+
+
+class Choice(NamedTuple):
+    """A kernel chosen for a batch, and the preference it was chosen under."""
+
+    prefer: str | None
+    kernel: Kernel
+    reason: str
+
+
+def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
+    """One update of all batches, in place; their steps are counted.
+
+    Arguments:
+        batches: all groups of one algorithm (several algorithms are fine too).
+        prefer: the name of the kernel to use where it can be: "fused", "foreach", "readable".
+
+    Raises:
+        PlanError: a gradient is sparse and the rule is not made for that; nothing was changed.
+    """
+    batches = [batch for batch in batches if batch.params]
+    work: dict[Kernel, list[Batch]] = {}
+    for batch in batches:
+        work.setdefault(choose(batch, prefer)[0], []).append(batch)
+    with torch.no_grad():
+        _count([step for batch in batches for step in batch.steps])
+        for kernel, its_batches in work.items():
+            kernel.run(its_batches)
+
+
+def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
+    """The kernel that updates this batch in this step, and why it is this one."""
+    choice = batch.kernel
+    if choice is None or choice.prefer != prefer:
+        choice = batch.kernel = _choose(batch, prefer)
+    if choice.kernel.ready(batch):
+        return choice.kernel, choice.reason
+    _refuse_sparse(batch)
+    why = "in this step a gradient is sparse, or of another dtype or layout than its parameter"
+    return READABLE, f"{READABLE.name}: {READABLE.about}; not {choice.kernel.name}: {why}"
+
+
+def step_device(param: torch.Tensor) -> torch.device:
+    """Where the step count of a parameter belongs, so that counting never waits for a device."""
+    return param.device if param.device.type in ("cuda", "xpu") else torch.device("cpu")
+
+
+def _choose(batch: Batch, prefer: str | None) -> Choice:
+    names = list(dict.fromkeys(kernel.name for kernel in KERNELS))
+    if prefer is not None and prefer not in names:
+        raise PlanError(
+            f"There is no kernel {prefer!r}; there are {', '.join(names)}."
+            f"{did_you_mean(prefer, names)}"
+        )
+    parts = _alike(batch)
+    if len(parts) > 1:
+        split = Split(batch, parts, prefer)
+        return Choice(prefer, split, split.reason)
+    refused: dict[str, str] = {}
+    for kernel in sorted(KERNELS, key=lambda kernel: kernel.name != prefer):
+        refusal = kernel.refusal(batch)
+        if not refusal:
+            refused.pop(kernel.name, None)  # it has two forms, and the other one refused
+            notes = "".join(f"; not {name}: {why}" for name, why in refused.items())
+            return Choice(prefer, kernel, f"{kernel.name}: {kernel.about}{notes}")
+        refused[kernel.name] = refusal
+    raise AssertionError("the readable kernel refuses nothing")
+
+
+def _alike(batch: Batch) -> list[list[int]]:
+    """Positions in a batch, grouped by device and dtype: what operators over lists can share."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, param in enumerate(batch.params):
+        groups.setdefault((param.device, param.dtype), []).append(index)
+    return list(groups.values())
+
+
+@final
+class Split(Kernel):
+    """A batch of several dtypes or devices, as one batch for each."""
+
+    name: ClassVar[str] = "split"
+    about: ClassVar[str] = "one part for each dtype and device"
+
+    def __init__(self, batch: Batch, parts: list[list[int]], prefer: str | None) -> None:
+        self._prefer = prefer
+        self._parts = [(indices, _part(batch, indices)) for indices in parts]
+        choices = [_choose(part, prefer) for _, part in self._parts]
+        self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
+
+    def refusal(self, batch: Batch) -> str:
+        """Nothing is refused: it is made for one batch."""
+        return ""
+
+    def ready(self, batch: Batch) -> bool:
+        """Each part asks its own kernel; sparse gradients are left to the loop."""
+        return all(grad.layout is torch.strided for grad in batch.grads)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """Let the kernel of each part work."""
+        for batch in batches:
+            for indices, part in self._parts:
+                part.grads = [batch.grads[i] for i in indices]
+                part.hyper, part.scale = batch.hyper, batch.scale
+                choose(part, self._prefer)[0].run([part])
+                if part.grown:
+                    _give_back(part, batch, indices)
+
+
+def _part(batch: Batch, indices: list[int]) -> Batch:
+    return Batch(
+        algorithm=batch.algorithm,
+        params=[batch.params[i] for i in indices],
+        grads=[batch.grads[i] for i in indices],
+        columns={key: [values[i] for i in indices] for key, values in batch.columns.items()},
+        steps=[batch.steps[i] for i in indices],
+        hyper=batch.hyper,
+        names=[batch.names[i] for i in indices] if batch.names else [],
+    )
+
+
+def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
+    """Put state that a part began into the columns of the whole."""
+    for key, values in part.columns.items():
+        whole = batch.columns.setdefault(key, [None] * len(batch.params))
+        for index, value in zip(indices, values, strict=True):
+            whole[index] = value
+    part.grown, batch.grown = False, True
+
+
+def _count(steps: list[torch.Tensor]) -> None:
+    if not steps:
+        return
+    if steps[0].is_cpu:
+        torch._foreach_add_(steps, _ONE, alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def _refuse_sparse(batch: Batch) -> None:
+    decay = bool(batch.hyper.get("weight_decay"))
+    if batch.algorithm.sparse and not decay:
+        return
+    for index, grad in enumerate(batch.grads):
+        if grad.layout is not torch.strided:
+            what = "weight decay" if batch.algorithm.sparse else "sparse gradients"
+            raise PlanError(
+                f"{batch.algorithm.name} cannot update parameter {batch.name_of(index)}: its "
+                f"gradient is sparse, and {what} would need all of its rows. Make the layer dense "
+                f"(sparse=False), or update it with SGD without weight decay."
+            )

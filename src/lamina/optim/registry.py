@@ -1,0 +1,101 @@
+"""Which optimizers a plan may name, and what it may know of them: one table for both tiers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..algorithms.base import Algorithm
+from ..errors import HyperparameterError, PlanError, did_you_mean
+
+#: optimizer classes by the name under which plans write them
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {}
+
+#: arguments of torch's constructors that choose an implementation, not an update
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused", "params", "self", "lr")
+
+
+def register_optimizer(name: str, optimizer: type) -> None:
+    """Let plans (and TOML) name an optimizer class.
+
+    Args:
+        name: the name plans will write.
+        optimizer: a subclass of `torch.optim.Optimizer`.
+
+    Raises:
+        PlanError: for anything else, or for a name that is taken.
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise PlanError(f"{optimizer!r} is not a subclass of torch.optim.Optimizer.")
+    if OPTIMIZERS.get(name, optimizer) is not optimizer:
+        raise PlanError(f"the optimizer name {name!r} is taken by {OPTIMIZERS[name]!r}.")
+    OPTIMIZERS[name] = optimizer
+
+
+def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
+    """The optimizer class that a plan names."""
+    if isinstance(given, str):
+        if given not in OPTIMIZERS:
+            raise PlanError(
+                f"the optimizer {given!r} is not registered; registered are "
+                f"{', '.join(OPTIMIZERS)}.{did_you_mean(given, OPTIMIZERS)}"
+            )
+        return OPTIMIZERS[given]
+    if isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
+        return given
+    what = f"an object of type {type(given).__name__}; pass the class, not an instance"
+    raise PlanError(f"the plan's optimizer is {what}: expected a class such as lamina.AdamW.")
+
+
+def optimizer_name(optimizer: type) -> str:
+    """The name under which a plan prints an optimizer class."""
+    return next((name for name, known in OPTIMIZERS.items() if known is optimizer), optimizer.__name__)
+
+
+def algorithm_of(optimizer: type) -> Algorithm | None:
+    """The algorithm of one of lamina's own optimizers; None for a guest."""
+    algorithm = getattr(optimizer, "algorithm", None)
+    return algorithm if isinstance(algorithm, Algorithm) else None
+
+
+def hyperparameters(optimizer: type) -> dict[str, Any]:
+    """The hyperparameters of an optimizer class with its defaults; lr first."""
+    algorithm = algorithm_of(optimizer)
+    if algorithm is not None:
+        return dict(algorithm.defaults)
+    signature = inspect.signature(optimizer.__init__).parameters
+    found = {"lr": signature["lr"].default} if "lr" in signature else {}
+    for name, parameter in signature.items():
+        if name not in _IMPLEMENTATION and parameter.kind not in (
+            inspect.Parameter.VAR_KEYWORD,
+            inspect.Parameter.VAR_POSITIONAL,
+        ):
+            found[name] = parameter.default
+    return {k: None if v is inspect.Parameter.empty else v for k, v in found.items()}
+
+
+def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
+    """Raise `HyperparameterError` if the optimizer does not have this hyperparameter."""
+    known = hyperparameters(optimizer)
+    if key not in known:
+        name = optimizer_name(optimizer)
+        raise HyperparameterError(
+            f"{where}, but its optimizer {name} has no hyperparameter {key!r}; it has "
+            f"{', '.join(known)}.{did_you_mean(key, [*known, *_SETTINGS])}"
+        )
+
+
+def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -> None:
+    """Raise `HyperparameterError` if a value is out of the optimizer's range."""
+    algorithm = algorithm_of(optimizer)
+    if algorithm is None:
+        return
+    try:
+        algorithm.check(values)
+    except HyperparameterError as error:
+        raise HyperparameterError(f"{where}: {error}") from error
+
+
+_SETTINGS = ("schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm", "optimizer")

@@ -1,0 +1,283 @@
+"""The optimizer that carries out a plan: a real `torch.optim.Optimizer` with a clock."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import kernels
+from .algorithms.base import Algorithm, Batch
+from .engine import Engine
+from .errors import OwnershipError, PlanError
+from .explain import Explanation, explain
+from .freezing import Freezer, drop_gradients
+from .gradients.clip import Clipped, clip_factor, first_nonfinite, nonfinite_error
+from .optim.registry import algorithm_of, optimizer_name
+from .overrides import check_override, select_groups
+from .parameters import walk
+from .plan import Plan
+from .resolve import resolve_owned
+from .resolved import Finding, Resolved
+from .scheduler_view import SchedulerView
+from .state import LoadReport, load_by_name
+from .time import Run
+from .timeline import Feedback, values_at
+
+log = logging.getLogger("lamina")
+_MISSING = object()
+
+
+class Optimizer(Engine):
+    """Carries out a plan on a model; made by `Plan.build`.
+
+    `param_groups` are plain dicts whose values are those of the next step (lr is 0.0 while a
+    group is frozen); `applied` holds the values of the step just done, by group name; `norms` the
+    gradient norm of each clip scope in that step; `skipped` counts steps not taken because of a
+    non-finite gradient.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, run: Run) -> None:
+        owned = walk(model)
+        resolved = resolve_owned(plan, owned, run)
+        by_name = {item.info.name: item for item in owned}
+        self._resolved = resolved
+        self._complete = False
+        self.applied: dict[str, dict[str, Any]] = {}
+        self.norms: dict[str, torch.Tensor] = {}
+        self.skipped = 0
+        self.last_load: LoadReport | None = None
+        self._freezer = Freezer(resolved.cells, by_name, _has_reducer(owned_tensors(owned)))
+        self._algorithms = [_algorithm(cell.optimizer) for cell in resolved.cells]
+        groups = [
+            {
+                "params": [by_name[info.name].tensor for info in cell.parameters],
+                "param_names": [info.name for info in cell.parameters],
+                "name": cell.name,
+                "optimizer": optimizer_name(cell.optimizer),
+                "clock": 0,
+                "overrides": {},
+            }
+            for cell in resolved.cells
+        ]
+        super().__init__(groups, {})
+        self._complete = True
+        self._active: list[bool | None] = [None] * len(groups)
+        for group in self.param_groups:
+            for param in group["params"]:  # so that nothing needs a step to have state
+                self.state[param]["step"] = torch.zeros((), device=kernels.step_device(param))
+        self._publish(0)
+
+    # --- what a user reads ---------------------------------------------------------------------
+
+    @property
+    def clock(self) -> int:
+        """How many steps were taken; the step that comes next, counted from 0."""
+        return int(self.param_groups[0]["clock"])
+
+    @property
+    def plan(self) -> Plan:
+        """The plan this optimizer carries out."""
+        return self._resolved.plan
+
+    @property
+    def resolved(self) -> Resolved:
+        """What the plan means for this model."""
+        return self._resolved
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is legal in the plan but suspicious."""
+        return self._resolved.findings
+
+    def explain(self, name: str, step: int | None = None) -> Explanation:
+        """The chain of rules behind every number of a parameter.
+
+        Args:
+            name: the name of a parameter (any of its names, if it is tied).
+            step: counted from 0; the next step by default.
+        """
+        return explain(self._resolved, name, self.clock if step is None else step, self._feedback)
+
+    def scheduler_view(self) -> LRScheduler:
+        """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
+        return SchedulerView(self)
+
+    # --- the step ------------------------------------------------------------------------------
+
+    def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
+        """The algorithm of a group."""
+        index = next(i for i, known in enumerate(self.param_groups) if known is group)
+        return self._algorithms[index]
+
+    def _update(self) -> None:
+        self._refuse_foreign_writes()
+        groups = []
+        for group, active in zip(self.param_groups, self._active, strict=True):
+            if active:
+                groups.append(group)
+            else:
+                drop_gradients(group["params"])
+        batches = self._collect(groups)
+        if self._clip(batches):
+            kernels.apply(batches)
+            self._keep_grown(batches)
+            self.applied = self._published
+            self._publish(self.clock + 1)
+
+    def _clip(self, batches: Sequence[Batch]) -> bool:
+        """Set the clip factor of every batch; False if the step must be skipped."""
+        members: dict[int, list[Batch]] = {}
+        for batch in batches:
+            scope = self._scope_of[batch.hyper["name"]]
+            if scope is not None:
+                members.setdefault(scope, []).append(batch)
+        self.norms = {}
+        for scope, its_batches in members.items():
+            grads = [grad for batch in its_batches for grad in batch.grads]
+            clipped = clip_factor(grads, self._thresholds[scope])
+            if not torch.isfinite(clipped.norm):
+                return self._meet_nonfinite(its_batches, clipped)
+            self.norms[self._resolved.scopes[scope].name] = clipped.norm
+            for batch in its_batches:
+                batch.scale = clipped.factor
+        return True
+
+    def _meet_nonfinite(self, batches: Sequence[Batch], clipped: Clipped) -> bool:
+        named = [pair for b in batches for pair in zip(b.names, b.grads, strict=True)]
+        name = first_nonfinite(named)
+        if name is None:  # every number is finite, only their squares overflowed
+            name = max(named, key=lambda pair: float(pair[1].abs().max()))[0]
+        if self.plan.nonfinite == "raise":
+            raise nonfinite_error(name, self.clock)
+        self.skipped += 1
+        log.warning("step %d skipped: the gradient of %r is not finite", self.clock, name)
+        return False
+
+    # --- values --------------------------------------------------------------------------------
+
+    @property
+    def _feedback(self) -> Feedback:
+        changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
+        return Feedback(overrides=changed)
+
+    def _publish(self, clock: int) -> None:
+        """Write the values of step `clock` into the groups, and open or close windows."""
+        resolved = self._resolved
+        values = values_at(resolved, clock, self._feedback)
+        self._published = {}
+        for index, (cell, group) in enumerate(
+            zip(resolved.cells, self.param_groups, strict=True)
+        ):
+            hyper = self._published[cell.name] = values.hyper(index)
+            group.update(hyper)
+            group["clock"] = clock
+            active = values.active(index)
+            if active != self._active[index]:
+                self._freezer.set(index, group["params"], active)
+                self._active[index] = active
+        self._thresholds = [values.threshold(scope) for scope in range(len(resolved.scopes))]
+        self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
+
+    def _refuse_foreign_writes(self) -> None:
+        for name, published, group in zip(
+            self._published, self._published.values(), self.param_groups, strict=True
+        ):
+            for key, value in published.items():
+                now = group.get(key, _MISSING)
+                if now is not value and now != value:
+                    given = "nothing" if now is _MISSING else repr(now)
+                    raise OwnershipError(
+                        f"group {name!r} has {key}={given}, but the plan published {key}={value!r} "
+                        f"for step {self.clock}: something else wrote it (a scheduler, or "
+                        f"group[{key!r}] = ...). Change the plan, or call "
+                        f"optimizer.override({key}={given}, rule={name!r})."
+                    )
+
+    def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
+        """Replace what the plan gives for hyperparameters, from the next step on.
+
+        As a last rule would: the schedule still multiplies lr. Saved with the state and logged.
+
+        Args:
+            rule: the name of a group, or a pattern that covers whole groups; all by default.
+            **hyper: numbers; None takes an override back.
+
+        Raises:
+            PlanError: for an unknown group or hyperparameter; nothing was changed.
+        """
+        chosen = select_groups(self._resolved, rule)
+        for index in chosen:
+            check_override(self._resolved.cells[index], hyper)
+        for index in chosen:
+            group = self.param_groups[index]
+            kept = {**group["overrides"], **hyper}
+            group["overrides"] = {key: value for key, value in kept.items() if value is not None}
+            log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
+        self._publish(self.clock)
+
+    def release(self) -> None:
+        """Undo what the plan set on the model: every `requires_grad` as it was before."""
+        self._freezer.release([group["params"] for group in self.param_groups])
+
+    # --- torch's interface ---------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused under a plan, which already covers every parameter of the model."""
+        if self._complete:
+            raise PlanError(
+                "add_param_group: a plan covers every parameter from the start, frozen ones too. "
+                "To train a part later, give its rule thaw=; for parameters added to the model "
+                "since, build a new optimizer from the plan and load this one's state_dict()."
+            )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take over the state of a saved optimizer, by parameter name and shape.
+
+        The plan's values stay; clock, overrides and every parameter's state are loaded. What was
+        kept, missing or dropped is in `last_load`.
+
+        Raises:
+            StateError: if it does not fit; nothing was changed.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = load_by_name(self, state_dict)
+        self.state.update(loaded.state)
+        for group in self.param_groups:
+            group["overrides"] = dict(loaded.overrides.get(group["name"], {}))
+        self._publish(loaded.clock)
+        self.last_load = loaded.report
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_resolved", "_complete", "_freezer", "_active", "_algorithms", "_published")
+        kept += ("_thresholds", "_scope_of", "applied", "norms", "skipped", "last_load")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+
+
+def owned_tensors(owned: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters of a model."""
+    return [item.tensor for item in owned]
+
+
+def _algorithm(optimizer: type) -> Algorithm:
+    algorithm = algorithm_of(optimizer)
+    if algorithm is None:
+        raise PlanError(f"{optimizer.__name__} is not one of lamina's optimizers.")
+    return algorithm
+
+
+def _has_reducer(params: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients are reduced by DDP, which is fixed when the model is wrapped."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return not any(type(param).__name__ == "DTensor" for param in params)

@@ -1,0 +1,54 @@
+"""Which groups an override means, and whether its values may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .errors import PatternError, PlanError, did_you_mean
+from .optim.registry import check_hyperparameters, known_hyperparameter
+from .patterns import compile_pattern
+from .resolved import Cell, Resolved
+
+
+def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
+    """The groups that a name or a pattern means; a pattern must cover whole groups."""
+    cells = resolved.cells
+    if rule is None:
+        return list(range(len(cells)))
+    exact = [index for index, cell in enumerate(cells) if cell.name == rule]
+    if exact:
+        return exact
+    pattern = compile_pattern(rule)
+    chosen = []
+    for index, cell in enumerate(cells):
+        hit = [pattern.matches(info) for info in cell.parameters]
+        if any(hit) and not all(hit):
+            raise PatternError(
+                f"override: {rule!r} covers {sum(hit)} of the {len(hit)} parameters of group "
+                f"{cell.name!r}, which share their settings; name the group, or give them a "
+                "rule of their own in the plan."
+            )
+        if all(hit):
+            chosen.append(index)
+    if not chosen:
+        names = [cell.name for cell in cells]
+        raise PatternError(
+            f"override: {rule!r} is neither a group nor a pattern that covers one; groups are "
+            f"{', '.join(map(repr, names))}.{did_you_mean(rule, names)}"
+        )
+    return chosen
+
+
+def check_override(cell: Cell, hyper: Mapping[str, float | None]) -> None:
+    """Raise `PlanError` unless the values may stand in this group."""
+    if not hyper:
+        raise PlanError("override was given nothing to change, such as lr=1e-4.")
+    for key, value in hyper.items():
+        where = f"override of {cell.name!r} sets {key}"
+        known_hyperparameter(cell.optimizer, key, where)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float))
+        ):
+            raise PlanError(f"{where}={value!r}; expected a number, or None to take it back.")
+    values = {key: value for key, value in hyper.items() if value is not None}
+    check_hyperparameters(cell.optimizer, {**cell.constants, **values}, f"override of {cell.name!r}")

@@ -1,0 +1,150 @@
+"""The only file that walks a model: the names, owners and ties of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .errors import PlanError
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+#: the attribute of a module that lists its parameters frozen by a plan (and not by the user)
+MARK = "_lamina_frozen"
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What patterns and per-parameter functions see of a parameter (no tensor).
+
+    `names` are all names of a tied parameter, `name` the first; `types` the class names of the
+    owning modules and their base classes; `depth` and `rank` what the rule at hand captured with
+    `{depth}` (rank 0 is the lowest layer).
+    """
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    types: frozenset[str]
+    requires_grad: bool
+    depth: int | None = None
+    rank: int | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter with its description and the places in the model that hold it."""
+
+    info: ParamInfo
+    tensor: nn.Parameter
+    places: tuple[tuple[nn.Module, str], ...] = field(default=())
+
+
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the prefixes that wrappers (DDP, compile, checkpointing) add.
+
+    A leading `module.` goes only if all names have it, since it may be the user's own.
+    """
+    given = list(names)
+    cleaned = {
+        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in given
+    }
+    while cleaned and all(name.startswith("module.") for name in cleaned.values()):
+        cleaned = {key: name.removeprefix("module.") for key, name in cleaned.items()}
+    return cleaned if len(set(cleaned.values())) == len(given) else {name: name for name in given}
+
+
+def walk(model: nn.Module) -> tuple[Owned, ...]:
+    """Every parameter of a model once, in order, with all its names."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"a model of type {type(model).__name__} was given; expected a torch.nn.Module."
+        )
+    places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in module._parameters.items():
+            if tensor is not None:
+                places[f"{path}.{attribute}" if path else attribute] = (module, attribute, tensor)
+    cleaned = clean_names(places)
+    by_identity: dict[int, list[str]] = {}
+    for raw, (_, _, tensor) in places.items():
+        by_identity.setdefault(id(tensor), []).append(raw)
+    found = []
+    for raws in by_identity.values():
+        tensor = places[raws[0]][2]
+        owners = tuple((places[raw][0], places[raw][1]) for raw in raws)
+        info = ParamInfo(
+            name=cleaned[raws[0]],
+            names=tuple(cleaned[raw] for raw in raws),
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            types=frozenset(base.__name__ for owner, _ in owners for base in type(owner).__mro__),
+            requires_grad=tensor.requires_grad or _frozen_by_plan(owners),
+        )
+        found.append(Owned(info, tensor, owners))
+    if not found:
+        raise PlanError(f"the model {type(model).__name__} has no parameters.")
+    _refuse_overlaps(found)
+    return tuple(found)
+
+
+def _frozen_by_plan(owners: tuple[tuple[nn.Module, str], ...]) -> bool:
+    return any(attribute in getattr(owner, MARK, ()) for owner, attribute in owners)
+
+
+def mark_frozen(owned_places: Iterable[tuple[nn.Module, str]], frozen: bool) -> None:
+    """Note on the owning modules that a plan, not the user, froze these parameters (or undo)."""
+    for module, attribute in owned_places:
+        marks = set(getattr(module, MARK, ()))
+        marks = marks | {attribute} if frozen else marks - {attribute}
+        if marks:
+            setattr(module, MARK, marks)
+        elif hasattr(module, MARK):
+            delattr(module, MARK)
+
+
+def _refuse_overlaps(found: list[Owned]) -> None:
+    """Two Parameter objects over the same bytes would be stepped twice; name both."""
+    spans: dict[tuple[str, int], list[tuple[int, int, Owned]]] = {}
+    for owned in found:
+        span = _span(owned.tensor)
+        if span is not None:
+            device, storage, low, high = span
+            spans.setdefault((device, storage), []).append((low, high, owned))
+    for shared in spans.values():
+        shared.sort(key=lambda item: item[:2])
+        for (_, high, first), (low, _, second) in zip(shared, shared[1:], strict=False):
+            if low < high:
+                raise PlanError(
+                    f"{first.info.name!r} and {second.info.name!r} are two Parameters over the "
+                    "same memory: each would be updated, so that the memory is updated twice. "
+                    "Tie them by using one nn.Parameter object in both places."
+                )
+
+
+def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
+    """Device, storage and byte range; None where there is no real memory to compare."""
+    if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
+        return None
+    if tensor.numel() == 0 or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        return None
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    low = tensor.storage_offset() * tensor.element_size()
+    high = low + (reach + 1) * tensor.element_size()
+    return str(tensor.device), tensor.untyped_storage().data_ptr(), low, high

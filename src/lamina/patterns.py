@@ -1,0 +1,276 @@
+"""Patterns select parameters by whole name, layer number, module class or property.
+
+    pattern := any ("|" any)*          any  := all ("&" all)*
+    all     := "!" all | "(" pattern ")" | atom
+    atom    := "type:" glob | "re:" expression-to-the-end | property op number | glob
+
+In a glob `*` crosses dots, `?` is one character, `[a-z]` one of a set, `{a,b}` one of several
+words, and `{depth}` captures a layer number. A glob without wildcards names a parameter or a
+module with everything below it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+from .errors import PatternError
+from .parameters import ParamInfo
+
+PatternLike = str | Callable[[ParamInfo], bool]
+
+_COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d+)")
+_OPERATORS: dict[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+class Pattern(ABC):
+    """A pattern that was read; `depths` gives the layer numbers it captures."""
+
+    @abstractmethod
+    def matches(self, info: ParamInfo) -> bool:
+        """Whether the parameter is selected (for a tied one: by any of its names)."""
+
+    def depths(self, info: ParamInfo) -> frozenset[int]:
+        """The layer numbers captured from the names of the parameter."""
+        return frozenset()
+
+    @property
+    def captures(self) -> int:
+        """How many `{depth}` the pattern has."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Glob(Pattern):
+    """A glob over whole parameter names."""
+
+    text: str
+
+    def matches(self, info: ParamInfo) -> bool:
+        return any(_compile_glob(self.text).fullmatch(name) for name in info.names)
+
+    def depths(self, info: ParamInfo) -> frozenset[int]:
+        if not self.captures:
+            return frozenset()
+        found = (_compile_glob(self.text).fullmatch(name) for name in info.names)
+        return frozenset(int(match["depth"]) for match in found if match)
+
+    @property
+    def captures(self) -> int:
+        return self.text.count("{depth}")
+
+
+@dataclass(frozen=True)
+class Regex(Pattern):
+    """A regular expression over whole parameter names."""
+
+    expression: str
+
+    def matches(self, info: ParamInfo) -> bool:
+        return any(re.fullmatch(self.expression, name) for name in info.names)
+
+    def depths(self, info: ParamInfo) -> frozenset[int]:
+        if not self.captures:
+            return frozenset()
+        found = (re.fullmatch(self.expression, name) for name in info.names)
+        return frozenset(int(match["depth"]) for match in found if match)
+
+    @property
+    def captures(self) -> int:
+        return int("depth" in re.compile(self.expression).groupindex)
+
+
+@dataclass(frozen=True)
+class OfType(Pattern):
+    """The class (or a base class) of the module that owns the parameter, as a glob."""
+
+    text: str
+
+    def matches(self, info: ParamInfo) -> bool:
+        return any(_compile_glob(self.text).fullmatch(name) for name in info.types)
+
+
+@dataclass(frozen=True)
+class Compare(Pattern):
+    """A property of the parameter against a number."""
+
+    key: str
+    op: str
+    number: int
+
+    def matches(self, info: ParamInfo) -> bool:
+        return _OPERATORS[self.op](getattr(info, self.key), self.number)
+
+
+@dataclass(frozen=True)
+class Test(Pattern):
+    """A Python function of the parameter."""
+
+    function: Callable[[ParamInfo], bool]
+
+    def matches(self, info: ParamInfo) -> bool:
+        return bool(self.function(info))
+
+
+@dataclass(frozen=True)
+class Not(Pattern):
+    """The parameters that the part does not select."""
+
+    part: Pattern
+
+    def matches(self, info: ParamInfo) -> bool:
+        return not self.part.matches(info)
+
+    @property
+    def captures(self) -> int:
+        return self.part.captures
+
+
+@dataclass(frozen=True)
+class Combined(Pattern):
+    """Any (`|`) or all (`&`) of several parts."""
+
+    op: str
+    parts: tuple[Pattern, ...]
+
+    def matches(self, info: ParamInfo) -> bool:
+        return (any if self.op == "|" else all)(part.matches(info) for part in self.parts)
+
+    def depths(self, info: ParamInfo) -> frozenset[int]:
+        return frozenset().union(*(part.depths(info) for part in self.parts if part.matches(info)))
+
+    @property
+    def captures(self) -> int:
+        return sum(part.captures for part in self.parts)
+
+
+def compile_pattern(pattern: PatternLike) -> Pattern:
+    """Read a pattern; raises `PatternError` with the place of the mistake."""
+    if isinstance(pattern, str):
+        return _parse(pattern)
+    if callable(pattern):
+        return Test(pattern)
+    raise PatternError(
+        f"{pattern!r} is not a pattern; expected a string such as 'encoder.*', "
+        "or a function (ParamInfo) -> bool."
+    )
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Pattern:
+    parser = _Parser(text)
+    pattern = parser.either()
+    parser.space()
+    if parser.position < len(text):
+        parser.fail("expected '|', '&' or the end")
+    if pattern.captures > 1:
+        parser.fail("{depth} may be captured once in a pattern; write one rule for each capture")
+    return pattern
+
+
+@lru_cache(maxsize=4096)
+def _compile_glob(text: str) -> re.Pattern[str]:
+    parts = re.findall(r"\{[^{}]*\}|\[[^\]]+\]|.", text)
+    wild = False
+    expression = ""
+    for part in parts:
+        if part == "{depth}":
+            expression += r"(?P<depth>\d+)"
+        elif part.startswith("{"):
+            expression += "(?:" + "|".join(re.escape(word.strip()) for word in part[1:-1].split(","))
+            expression += ")"
+        elif part.startswith("[") and len(part) > 2:
+            inside = part[1:-1].replace("\\", "\\\\")
+            expression += f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
+            wild = True
+        else:
+            expression += {"*": ".*", "?": "."}.get(part, re.escape(part))
+            wild = wild or part in "*?"
+    return re.compile(expression if wild else expression + r"(?:\..*)?", re.DOTALL)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text, self.position, self.depth = text, 0, 0
+
+    def fail(self, reason: str) -> NoReturn:
+        raise PatternError(
+            f"cannot read the pattern {self.text!r} at character {self.position + 1}: {reason}."
+        )
+
+    def space(self) -> None:
+        while self.text[self.position : self.position + 1].isspace():
+            self.position += 1
+
+    def take(self, symbol: str) -> bool:
+        self.space()
+        if self.text.startswith(symbol, self.position):
+            self.position += len(symbol)
+            return True
+        return False
+
+    def either(self) -> Pattern:
+        self.depth += 1
+        if self.depth > 50:
+            self.fail("it is nested too deeply")
+        pattern = self.joined("|", lambda: self.joined("&", self.single))
+        self.depth -= 1
+        return pattern
+
+    def joined(self, op: str, part: Callable[[], Pattern]) -> Pattern:
+        parts = [part()]
+        while self.take(op):
+            parts.append(part())
+        return parts[0] if len(parts) == 1 else Combined(op, tuple(parts))
+
+    def single(self) -> Pattern:
+        inverted = False
+        while self.take("!"):
+            inverted = not inverted
+        if self.take("("):
+            pattern = self.either()
+            if not self.take(")"):
+                self.fail("expected ')'")
+        else:
+            pattern = self.atom()
+        return Not(pattern) if inverted else pattern
+
+    def atom(self) -> Pattern:
+        self.space()
+        if self.take("re:"):
+            return self.regex()
+        compared = _COMPARISON.match(self.text, self.position)
+        if compared:
+            self.position = compared.end()
+            return Compare(compared[1], compared[2], int(compared[3]))
+        of_type = self.take("type:")
+        word = re.compile(r"(?:\{[^{}]*\}|[^\s|&!(){}])+").match(self.text, self.position)
+        if not word:
+            self.fail("expected a name, 'type:', 're:' or a property such as 'ndim<2'")
+        try:
+            _compile_glob(word[0])
+        except re.error as error:
+            self.fail(f"the glob {word[0]!r} cannot be read ({error})")
+        self.position = word.end()
+        return OfType(word[0]) if of_type else Glob(word[0])
+
+    def regex(self) -> Pattern:
+        expression = self.text[self.position :].strip()
+        try:
+            re.compile(expression)
+        except re.error as error:
+            self.fail(f"the regular expression cannot be read ({error})")
+        self.position = len(self.text)
+        return Regex(expression)

@@ -1,0 +1,293 @@
+"""Plan and Rule: what a user wants, as frozen values that print as their constructor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import time
+from .errors import HyperparameterError, PlanError
+from .expressions import parse, spell
+from .optim import optimizer_class, optimizer_name
+from .patterns import PatternLike, compile_pattern
+from .schedules import SCHEDULES, Schedule, function
+from .settings import ByDepth, Times, TopDown, by_depth, check_amount, times, top_down
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+    from .optimizer import Optimizer
+    from .preview import Preview
+
+#: every name that an expression in a plan may call
+NAMES: dict[str, Callable[..., Any]] = {
+    **SCHEDULES,
+    "times": times,
+    "by_depth": by_depth,
+    "top_down": top_down,
+}
+
+#: settings of a rule that are not hyperparameters of an optimizer
+CONTROLS = ("optimizer", "schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm")
+WINDOW = ("frozen", "thaw", "freeze")
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Rule:
+    """Settings for the parameters that a pattern selects; later rules win, setting by setting.
+
+    Args:
+        match: a pattern (see `lamina.patterns`) or a function `(ParamInfo) -> bool`.
+        optimizer: another optimizer for these parameters, which must come with `lr`.
+        schedule: a factor on `lr` over time; None exempts from the plan's.
+        frozen: True for never trained; False undoes an earlier rule.
+        thaw: when training begins: a time, or `top_down(...)` by layer.
+        freeze: when training ends: a time.
+        rewarm: a factor on `lr` counted from the thaw, such as `warmup(100)`.
+        clip_norm: the largest norm of the gradients of all these parameters together; a number,
+            a schedule that is a value, or None for no clipping.
+        **hyper: hyperparameters of the optimizer: a number, a schedule that is a value, a function
+            `(ParamInfo) -> float`, or a factor on what earlier rules gave (`times`, `by_depth`).
+
+    Raises:
+        PlanError: for settings that contradict each other or have the wrong form.
+
+    Example:
+        >>> Rule("classifier.*", lr=1e-3)
+        Rule('classifier.*', lr=0.001)
+    """
+
+    match: PatternLike
+    settings: tuple[tuple[str, Any], ...]
+
+    def __init__(self, match: PatternLike, /, **settings: Any) -> None:
+        pattern = compile_pattern(match)
+        if not settings:
+            raise PlanError(f"Rule({match!r}) sets nothing; give it a setting, such as lr=1e-3.")
+        given = _checked(settings, f"rule {match!r}")
+        layered = next((k for k, v in given.items() if isinstance(v, (ByDepth, TopDown))), None)
+        if layered and not pattern.captures:
+            raise PlanError(
+                f"Rule({match!r}): {layered}={given[layered]!r} needs layer numbers; capture them "
+                "in the pattern, such as 'encoder.layer.{depth}.*'."
+            )
+        if "optimizer" in given and "lr" not in given:
+            raise PlanError(
+                f"Rule({match!r}) changes the optimizer to {optimizer_name(given['optimizer'])}, "
+                "which starts from its own defaults; give the rule its lr=."
+            )
+        object.__setattr__(self, "match", match)
+        object.__setattr__(self, "settings", tuple(given.items()))
+
+    @property
+    def label(self) -> str:
+        """The pattern as the user wrote it."""
+        return self.match if isinstance(self.match, str) else _callable_name(self.match)
+
+    def __repr__(self) -> str:
+        return f"Rule({', '.join([_argument_text(self.match), *_pairs(self.settings)])})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rule):
+            return NotImplemented
+        return self.match == other.match and dict(self.settings) == dict(other.settings)
+
+    def __hash__(self) -> int:
+        return hash((self.match, frozenset(key for key, _ in self.settings)))
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Plan:
+    """How every parameter of a model trains: defaults for all, and a cascade of rules.
+
+    Args:
+        optimizer: an optimizer class (`lamina.AdamW`) or its registered name (`"AdamW"`).
+        rules: later rules win, setting by setting.
+        nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
+            name, or `"skip"` the step. Checked wherever a norm is computed.
+        **settings: the settings of `Rule`, for every parameter.
+
+    Raises:
+        PlanError: for settings that contradict each other or have the wrong form.
+
+    Example:
+        >>> Plan("AdamW", lr=2e-5, rules=[Rule("classifier.*", lr=1e-3)])
+        Plan(AdamW, lr=2e-05, rules=[Rule('classifier.*', lr=0.001)])
+    """
+
+    optimizer: type
+    settings: tuple[tuple[str, Any], ...]
+    rules: tuple[Rule, ...]
+    nonfinite: str
+
+    def __init__(
+        self,
+        optimizer: type | str,
+        *,
+        rules: Iterable[Rule] = (),
+        nonfinite: str = "raise",
+        **settings: Any,
+    ) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
+        rules = tuple(rules)
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise PlanError(f"rules contains {rule!r}; expected lamina.Rule(pattern, ...).")
+        given = _checked(settings, "plan")
+        for key, value in given.items():
+            if isinstance(value, (Times, ByDepth, TopDown)):
+                raise PlanError(
+                    f"plan: {key}={value!r} is a factor on, or an order within, what earlier rules "
+                    "select; the plan comes first. Put it into a rule."
+                )
+        object.__setattr__(self, "optimizer", optimizer_class(optimizer))
+        object.__setattr__(self, "settings", tuple(given.items()))
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "nonfinite", nonfinite)
+
+    def __repr__(self) -> str:
+        parts = [optimizer_name(self.optimizer), *_pairs(self.settings)]
+        if self.nonfinite != "raise":
+            parts.append(f"nonfinite={self.nonfinite!r}")
+        if self.rules:
+            parts.append(f"rules=[{', '.join(map(repr, self.rules))}]")
+        return f"Plan({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        mine = (self.optimizer, dict(self.settings), self.rules, self.nonfinite)
+        return mine == (other.optimizer, dict(other.settings), other.rules, other.nonfinite)
+
+    def __hash__(self) -> int:
+        return hash((self.optimizer, self.rules, self.nonfinite))
+
+    @classmethod
+    def from_toml(cls, source: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a TOML file (a path) or from TOML text (a string with a newline)."""
+        from .toml import read
+
+        return read(source)
+
+    def to_toml(self) -> str:
+        """The plan as TOML text; raises for what only Python can say (functions)."""
+        from .toml import write
+
+        return write(self)
+
+    def build(self, model: nn.Module, **run: Any) -> Optimizer:
+        """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
+
+        Args:
+            model: the model, as it will be trained.
+            **run: the length of the run: `steps=` (optimizer steps), or `epochs=` with
+                `steps_per_epoch=`; `accumulate=n` if steps_per_epoch counts batches.
+        """
+        from .optimizer import Optimizer
+
+        return Optimizer(self, model, time.run_of(**run))
+
+    def preview(self, model: nn.Module, **run: Any) -> Preview:
+        """What will happen to every part of a model, before it does; arguments as in `build`."""
+        from .preview import Preview
+        from .resolve import resolve
+
+        return Preview(resolve(self, model, time.run_of(**run)))
+
+
+def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with texts parsed, each of the form that its place needs."""
+    given = {key: _check_setting(key, value, where) for key, value in settings.items()}
+    if given.get("frozen") is not None and ("thaw" in given or "freeze" in given):
+        raise PlanError(
+            f"{where}: frozen={given['frozen']} and thaw or freeze contradict each other; "
+            "give frozen=True for never trained, or the times."
+        )
+    return given
+
+
+def _check_setting(key: str, value: Any, where: str) -> Any:
+    place = f"{where}, {key}"
+    if key == "optimizer":
+        return optimizer_class(value)
+    if isinstance(value, str):
+        value = parse(value, NAMES, place)
+    if key == "frozen":
+        if not isinstance(value, bool):
+            raise PlanError(f"{place}={value!r}: expected True or False.")
+        return value
+    if key in ("thaw", "freeze"):
+        if key == "thaw" and isinstance(value, TopDown):
+            return value
+        return time.parse(value).text
+    if key in ("schedule", "rewarm"):
+        return _factor(value, place)
+    if key == "clip_norm":
+        return _threshold(value, place)
+    return _hyperparameter(value, place)
+
+
+def _factor(value: Any, place: str) -> Schedule | None:
+    if value is not None and not isinstance(value, Schedule):
+        if not callable(value):
+            raise PlanError(f"{place}={value!r}: expected a schedule, a function of the step, or None.")
+        value = function(value)
+    if value is not None and value.kind == "value":
+        raise PlanError(
+            f"{place}={value!r} is a value (it has an absolute start), but it multiplies lr here; "
+            "give a factor, without a start, or write it as lr=."
+        )
+    return value
+
+
+def _threshold(value: Any, place: str) -> Any:
+    if value is None or (isinstance(value, Schedule) and value.kind != "factor"):
+        return value
+    if isinstance(value, Schedule):
+        raise PlanError(f"{place}={value!r} is a factor; a threshold is a value: give it a start.")
+    if isinstance(value, Times):
+        raise PlanError(f"{place}={value!r}: a threshold belongs to its rule; give a number.")
+    check_amount(place, "it", value)
+    if value == 0:
+        raise HyperparameterError(f"{place}=0 would clip every gradient away; use frozen=True.")
+    return value
+
+
+def _hyperparameter(value: Any, place: str) -> Any:
+    if isinstance(value, Schedule) and value.kind == "factor":
+        raise PlanError(
+            f"{place}={value!r} is a factor, not a value; write the value as the number and the "
+            f"factor as schedule= (for lr) or times({value!r}), or give it a start."
+        )
+    if isinstance(value, (list, tuple)):
+        return tuple(
+            _hyperparameter(
+                parse(item, NAMES, place) if isinstance(item, str) else item, f"{place}[{index}]"
+            )
+            for index, item in enumerate(value)
+        )
+    if isinstance(value, TopDown) or isinstance(value, str):
+        raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        check_amount(place, "it", value)
+    return value
+
+
+def _argument_text(value: object) -> str:
+    if isinstance(value, type):
+        return optimizer_name(value)
+    if callable(value) and not isinstance(value, Schedule):
+        return _callable_name(value)
+    return spell(value)
+
+
+def _callable_name(value: object) -> str:
+    return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _pairs(settings: tuple[tuple[str, Any], ...]) -> list[str]:
+    return [f"{key}={_argument_text(value)}" for key, value in settings]

@@ -1,0 +1,146 @@
+"""The only place where a plan meets a model; everything ambiguous is settled here, once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .cascade import Draft, cascade
+from .errors import ScheduleError
+from .findings import find
+from .optim import algorithm_of, check_hyperparameters
+from .parameters import Owned, walk
+from .plan import Plan
+from .resolved import Cell, Resolved, Scope, Setting
+from .schedules import Schedule
+from .time import Run
+
+#: a schedule over an unknown run is judged on this many steps
+_HORIZON = 1000
+
+
+def resolve(plan: Plan, model: nn.Module, run: Run | None = None) -> Resolved:
+    """Settle a plan for a model and a run; raises `PlanError` with the user's own words."""
+    return resolve_owned(plan, walk(model), run or Run())
+
+
+def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
+    """`resolve` for parameters that were already collected."""
+    drafts = cascade(plan, [item.info for item in owned], run)
+    binder = _Binder(run)
+    scopes = _scopes(plan, drafts, binder)
+    place = {scope.rule: index for index, scope in enumerate(scopes)}
+    merged: dict[Any, list[Draft]] = {}
+    for draft in drafts:
+        merged.setdefault(_key(draft, place, binder), []).append(draft)
+    cells = tuple(_cell(key, members) for key, members in merged.items())
+    cells = _distinct_names(cells)
+    for cell in cells:
+        _judge(cell, run)
+    for scope in scopes:
+        binder.judge_all(scope.threshold.curves, f"clip_norm of {scope.name}")
+    chains = {
+        name: {key: tuple(links) for key, links in draft.chains.items()}
+        for draft in drafts
+        for name in draft.info.names
+    }
+    return Resolved(plan, run, cells, scopes, find(plan, drafts, cells, run), chains)
+
+
+class _Binder:
+    """Settles the lengths of schedules for a run, each distinct schedule once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.known: dict[Schedule, Schedule] = {}
+
+    def schedule(self, schedule: Schedule | None) -> Schedule | None:
+        if schedule is None:
+            return None
+        if schedule not in self.known:
+            self.known[schedule] = schedule.bind(self.run)
+        return self.known[schedule]
+
+    def setting(self, setting: Setting) -> Setting:
+        if not setting.curves:
+            return setting
+        curves = tuple(self.schedule(curve) for curve in setting.curves)
+        return replace(setting, curves=curves)
+
+    def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:
+        for curve in curves:
+            judge_values(curve, self.run, where)
+
+
+def judge_values(schedule: Schedule, run: Run, where: str) -> None:
+    """Raise `ScheduleError`, naming the step, if a value is negative or not finite."""
+    steps = np.arange(run.steps or _HORIZON, dtype=np.float64)
+    values = schedule.at(steps)
+    bad = ~((values >= 0) & np.isfinite(values))
+    if bad.any():
+        step = int(np.argmax(bad))
+        raise ScheduleError(
+            f"{where}: {schedule!r} gives {values[step]:g} at step {step}; "
+            "expected a finite number of at least 0 at every step."
+        )
+
+
+def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ...]:
+    found = dict(sorted({draft.clip for draft in drafts if draft.clip is not None}, key=lambda c: c[0]))
+    return tuple(
+        Scope(
+            rule,
+            plan.rules[rule - 1].label if rule else "plan",
+            binder.setting(
+                Setting(1.0, (value,)) if isinstance(value, Schedule) else Setting(float(value))
+            ),
+        )
+        for rule, value in found.items()
+    )
+
+
+def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
+    hyper = tuple(
+        (key, tuple(map(binder.setting, value)) if isinstance(value, tuple) else binder.setting(value))
+        for key, value in draft.hyper.items()
+    )
+    scope = None if draft.clip is None else place[draft.clip[0]]
+    schedule, rewarm = binder.schedule(draft.schedule), binder.schedule(draft.rewarm)
+    return draft.optimizer, hyper, schedule, rewarm, draft.windows, scope
+
+
+def _cell(key: Any, members: list[Draft]) -> Cell:
+    optimizer, hyper, schedule, rewarm, windows, scope = key
+    # Rules that all members share name the group; where they share none, the first member's do.
+    shared = [rule for rule in members[0].rules if all(rule in m.rules for m in members)]
+    name = " + ".join(shared or members[0].rules) or "default"
+    infos = tuple(draft.info for draft in members)
+    rules = tuple(dict.fromkeys(rule for draft in members for rule in draft.rules))
+    return Cell(
+        name, optimizer, algorithm_of(optimizer), hyper, schedule, rewarm, windows, scope, rules, infos
+    )
+
+
+def _distinct_names(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    seen: dict[str, int] = {}
+    named = []
+    for cell in cells:
+        seen[cell.name] = seen.get(cell.name, 0) + 1
+        count = seen[cell.name]
+        named.append(cell if count == 1 else replace(cell, name=f"{cell.name} #{count}"))
+    return tuple(named)
+
+
+def _judge(cell: Cell, run: Run) -> None:
+    where = f"group {cell.name!r}"
+    for schedule in (cell.schedule, cell.rewarm):
+        if schedule is not None:
+            judge_values(schedule, run, f"{where}, factor on lr")
+    for key, value in cell.moving:
+        for part in value if isinstance(value, tuple) else (value,):
+            for curve in part.curves:
+                judge_values(curve, run, f"{where}, {key}")
+    check_hyperparameters(cell.optimizer, cell.constants, where)

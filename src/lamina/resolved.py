@@ -1,0 +1,127 @@
+"""What a plan means for one model: frozen data without tensors, made by `resolve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .algorithms.base import Algorithm
+from .parameters import ParamInfo
+from .plan import Plan
+from .schedules import Schedule
+from .time import Run
+
+#: spans of steps in which a parameter trains: [begin, end), end None for never
+Windows = tuple[tuple[int, int | None], ...]
+ALWAYS: Windows = ((0, None),)
+NEVER: Windows = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One number over time: `scale * product of curves`; options keep their object as scale."""
+
+    scale: Any
+    curves: tuple[Schedule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Link:
+    """One rule's say on one setting of one parameter, for `explain`."""
+
+    rule: str
+    operation: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something legal but suspicious: a stable code, the cause with names, the fix."""
+
+    code: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message} {self.fix}"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The parameters that one rule clips together; `threshold` is over time."""
+
+    rule: int
+    name: str
+    threshold: Setting
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Parameters with equal settings: one parameter group.
+
+    `schedule` and `rewarm` are factors on lr; `scope` is an index into `Resolved.scopes`.
+    """
+
+    name: str
+    optimizer: type
+    algorithm: Algorithm | None
+    hyper: tuple[tuple[str, Setting | tuple[Setting, ...]], ...]
+    schedule: Schedule | None
+    rewarm: Schedule | None
+    windows: Windows
+    scope: int | None
+    rules: tuple[str, ...]
+    parameters: tuple[ParamInfo, ...] = field(repr=False)
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Hyperparameters that never change."""
+        return {
+            key: tuple(part.scale for part in setting)
+            if isinstance(setting, tuple)
+            else setting.scale
+            for key, setting in self.hyper
+        }
+
+    @cached_property
+    def moving(self) -> tuple[tuple[str, Setting | tuple[Setting, ...]], ...]:
+        """Hyperparameters with a curve of their own."""
+        return tuple(
+            (key, setting)
+            for key, setting in self.hyper
+            if any(
+                part.curves for part in (setting if isinstance(setting, tuple) else (setting,))
+            )
+        )
+
+    @property
+    def numel(self) -> int:
+        """How many numbers train in this cell."""
+        return sum(info.numel for info in self.parameters)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan settled for one model and one run; every parameter is in exactly one cell.
+
+    `chains[name][setting]` remembers where each value came from.
+    """
+
+    plan: Plan
+    run: Run
+    cells: tuple[Cell, ...]
+    scopes: tuple[Scope, ...]
+    findings: tuple[Finding, ...]
+    chains: Mapping[str, Mapping[str, tuple[Link, ...]]] = field(repr=False)
+
+    @cached_property
+    def cell_of(self) -> dict[str, int]:
+        """The index of the cell of each name (all names of tied parameters)."""
+        return {
+            name: index
+            for index, cell in enumerate(self.cells)
+            for info in cell.parameters
+            for name in info.names
+        }

@@ -1,0 +1,43 @@
+"""A read-only scheduler for trainers that insist on having one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+
+
+class SchedulerView(LRScheduler):
+    """Looks like a scheduler and changes nothing: the plan moves every value itself."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # torch's constructor would write `initial_lr` into the groups and patch `step`.
+        self.optimizer = optimizer
+        self.base_lrs = list(self.get_last_lr())
+        self._step_count = 1
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """The step that comes next."""
+        return self.optimizer.clock  # type: ignore[attr-defined,no-any-return]
+
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
+        """The learning rate of each group in the next step."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The same as `get_last_lr`."""
+        return self.get_last_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Nothing; `optimizer.step()` moves the values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; the optimizer saves its clock."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing; the optimizer loads its clock."""

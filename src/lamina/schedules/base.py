@@ -1,0 +1,263 @@
+"""A schedule is a frozen value and a pure function of the step.
+
+A *factor* multiplies a hyperparameter (`cosine(to=0.01)`); a *value* is one (`linear(0.04, 0.4)`).
+Lengths may be given in any unit of time; `bind` settles them for a run, in whole steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import time
+from ..errors import ScheduleError
+from ..expressions import Spelled, spell
+from ..time import Run
+
+Floats = npt.NDArray[np.float64]
+
+FACTOR, VALUE, EITHER = "factor", "value", "either"
+
+
+class Schedule(Spelled, ABC):
+    """What all schedules share: `a >> b` one after the other, `a * b` product, calling."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """`factor`, `value`, or `either` (the place where it stands decides)."""
+
+    @abstractmethod
+    def duration(self, run: Run) -> Fraction | None:
+        """The exact length in steps, or None for the rest of the run."""
+
+    @abstractmethod
+    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
+        """The same schedule with its lengths in whole steps.
+
+        `start` and `end` are its exact place in the run; boundaries round up, so that phases
+        given as shares of the run meet without a gap.
+        """
+
+    @abstractmethod
+    def at(self, steps: Floats) -> Floats:
+        """The values at an array of steps (float64, counted from 0); for bound schedules."""
+
+    def __call__(self, step: Any, *, run: Run | None = None) -> Any:
+        """The value at one step (a float) or at an array of steps (an array of that shape)."""
+        bound = self.bind(run or Run())
+        array = np.asarray(step, dtype=np.float64)
+        if array.size and array.min() < 0:
+            raise ScheduleError(f"{self!r} was asked for step {array.min():g}; steps count from 0.")
+        values = bound.at(array.reshape(-1)).reshape(array.shape)
+        return float(values) if array.ndim == 0 else values
+
+    def __rshift__(self, other: object) -> Schedule:
+        """First this schedule for its length, then the other."""
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return Sequence((*phases_of(self), *phases_of(other)))
+
+    def __mul__(self, other: object) -> Schedule:
+        """The product of two schedules, step by step."""
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return Product(self, other)
+
+
+@dataclass(frozen=True, repr=False)
+class Shape(Schedule):
+    """A schedule with one formula; subclasses give `shape` over progress or steps."""
+
+    #: whether the formula needs to know its length
+    needs_length: ClassVar[bool] = True
+
+    # Subclasses declare their own fields; a field named `length` is the length in time units.
+    @property
+    def kind(self) -> str:
+        return FACTOR if getattr(self, "start", None) is None else VALUE
+
+    def check_length(self) -> None:
+        """Normalise `length` to its shortest spelling; called from `__post_init__`."""
+        length = getattr(self, "length", None)
+        if length is not None:
+            object.__setattr__(self, "length", time.parse(length).text)
+
+    def duration(self, run: Run) -> Fraction | None:
+        length = getattr(self, "length", None)
+        return None if length is None else time.parse(length).in_steps(run)
+
+    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
+        own = self.duration(run)
+        if own is not None:
+            end = start + own
+        elif end is None and run.steps is not None:
+            end = Fraction(run.steps)
+        if end is None:
+            if self.needs_length:
+                raise ScheduleError(
+                    f"{self!r} lasts for the rest of the run, but the length of the run is "
+                    "unknown; pass steps= (or epochs= with steps_per_epoch=), or give it length=."
+                )
+            return self
+        return replace(self, length=math.ceil(end) - math.ceil(start))
+
+    def at(self, steps: Floats) -> Floats:
+        length = getattr(self, "length", None)
+        if length is None:
+            return self.shape(steps, math.inf)
+        values = self.shape(np.minimum(steps, length), float(length))
+        past = steps >= length
+        if past.any():
+            values = np.where(past, self.end(float(length)), values)
+        return values
+
+    @abstractmethod
+    def shape(self, t: Floats, length: float) -> Floats:
+        """The formula, for 0 <= t <= length (steps since the schedule began)."""
+
+    def end(self, length: float) -> float:
+        """The left limit at the end, held from there on; override where the formula jumps."""
+        return float(self.shape(np.array([length]), length)[0])
+
+
+def progress(t: Floats, length: float) -> Floats:
+    """t / length, from 0 to 1; a phase without length is over at once."""
+    return t / length if length > 0 else np.ones_like(t)
+
+
+def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
+    """The phases of a sequence, or the schedule itself as the only one."""
+    return schedule.phases if isinstance(schedule, Sequence) else (schedule,)
+
+
+def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
+    """The kind of a composition; raises if its parts do not go together."""
+    kinds = {part.kind for part in parts} - {EITHER}
+    values = sum(part.kind == VALUE for part in parts)
+    if (op == ">>" and len(kinds) > 1) or (op == "*" and values > 1):
+        listed = ", ".join(f"{part!r} is a {part.kind}" for part in parts)
+        raise ScheduleError(
+            f"{op!r} cannot join these: {listed}. A factor multiplies a hyperparameter, a value "
+            "(with an absolute start) is one; give all phases a start, or none."
+        )
+    return VALUE if VALUE in kinds else FACTOR if kinds else EITHER
+
+
+@dataclass(frozen=True, repr=False)
+class Sequence(Schedule):
+    """Schedules one after the other; at most one of them may last for the rest of the run."""
+
+    spelling: ClassVar[str] = ">>"
+    phases: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        joined_kind(">>", self.phases)
+
+    def spelled(self, quote: bool) -> str:
+        return " >> ".join(spell_part(phase, quote) for phase in self.phases)
+
+    @property
+    def kind(self) -> str:
+        return joined_kind(">>", self.phases)
+
+    def duration(self, run: Run) -> Fraction | None:
+        lengths = [phase.duration(run) for phase in self.phases]
+        known = [length for length in lengths if length is not None]
+        return sum(known, Fraction(0)) if len(known) == len(lengths) else None
+
+    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
+        lengths = self._lengths(run, start, end)
+        bound, place = [], start
+        for phase, length in zip(self.phases, lengths, strict=True):
+            stop = None if length is None else place + length
+            bound.append(phase.bind(run, place, stop))
+            place = stop if stop is not None else place
+        return replace(self, phases=tuple(bound))
+
+    def _lengths(self, run: Run, start: Fraction, end: Fraction | None) -> list[Fraction | None]:
+        lengths = [phase.duration(run) for phase in self.phases]
+        open_ends = [i for i, length in enumerate(lengths) if length is None]
+        if len(open_ends) > 1:
+            listed = " and ".join(repr(self.phases[i]) for i in open_ends)
+            raise ScheduleError(
+                f"{self!r}: {listed} each last for the rest of the run; give all but one a length."
+            )
+        if end is None and run.steps is not None:
+            end = Fraction(run.steps)
+        known = sum((length for length in lengths if length is not None), Fraction(0))
+        if end is not None and known > end - start:
+            raise ScheduleError(
+                f"{self!r} is longer than the run: its phases take {_steps(known)}, "
+                f"but there are {_steps(end - start)}. Shorten a phase or lengthen the run."
+            )
+        if open_ends and end is not None:
+            lengths[open_ends[0]] = end - start - known
+        elif open_ends and open_ends[0] != len(lengths) - 1:
+            raise ScheduleError(
+                f"{self!r}: {self.phases[open_ends[0]]!r} lasts for the rest of the run, but the "
+                "length of the run is unknown; pass steps= (or epochs= with steps_per_epoch=)."
+            )
+        return lengths
+
+    def at(self, steps: Floats) -> Floats:
+        values = np.empty_like(steps)
+        begin = 0.0
+        for index, phase in enumerate(self.phases):
+            length = phase.duration(Run())
+            last = index == len(self.phases) - 1
+            stop = math.inf if last or length is None else begin + float(length)
+            inside = (steps >= begin) & (steps < stop)
+            if inside.any():
+                values[inside] = phase.at(steps[inside] - begin)
+            begin = stop
+        return values
+
+
+@dataclass(frozen=True, repr=False)
+class Product(Schedule):
+    """The product of two schedules."""
+
+    spelling: ClassVar[str] = "*"
+    left: Schedule
+    right: Schedule
+
+    def __post_init__(self) -> None:
+        joined_kind("*", (self.left, self.right))
+
+    def spelled(self, quote: bool) -> str:
+        return " * ".join(spell_part(part, quote) for part in (self.left, self.right))
+
+    @property
+    def kind(self) -> str:
+        return joined_kind("*", (self.left, self.right))
+
+    def duration(self, run: Run) -> Fraction | None:
+        lengths = [self.left.duration(run), self.right.duration(run)]
+        known = [length for length in lengths if length is not None]
+        return max(known) if len(known) == 2 else None
+
+    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
+        return replace(
+            self, left=self.left.bind(run, start, end), right=self.right.bind(run, start, end)
+        )
+
+    def at(self, steps: Floats) -> Floats:
+        return self.left.at(steps) * self.right.at(steps)
+
+
+def spell_part(schedule: Schedule, quote: bool) -> str:
+    """A part of a composition, in brackets where its meaning would change without them."""
+    if isinstance(schedule, (Sequence, Product)):
+        return f"({schedule.spelled(quote)})"
+    return spell(schedule, quote)
+
+
+def _steps(amount: Fraction) -> str:
+    return f"{float(amount):g} steps"

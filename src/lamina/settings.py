@@ -1,0 +1,108 @@
+"""What a rule may say of a setting: a number, a schedule, a function, or a factor on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from . import time
+from .errors import HyperparameterError, PlanError
+from .expressions import Spelled
+from .schedules import Schedule
+from .time import TimeLike
+
+
+@dataclass(frozen=True, repr=False)
+class Times(Spelled):
+    """A factor on what earlier rules gave: a number, or a schedule that is a factor.
+
+    Formula: `earlier * factor`. In TOML also written `"x0.1"`.
+
+    Args:
+        factor: a number of at least 0, or a schedule without an absolute start.
+
+    Example:
+        >>> times(0.1)
+        times(0.1)
+    """
+
+    spelling: ClassVar[str] = "times"
+    factor: float | Schedule
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factor, Schedule):
+            if self.factor.kind == "value":
+                raise PlanError(
+                    f"times({self.factor!r}): the schedule is a value; expected a factor, "
+                    "which has no absolute start."
+                )
+            return
+        check_amount("times", "factor", self.factor)
+
+
+@dataclass(frozen=True, repr=False)
+class ByDepth(Spelled):
+    """Geometric decay by layer: the top layer keeps its value, each lower one has it times rate.
+
+    Formula: `earlier * rate ** (ranks below the top layer)`; the layers are those that the rule's
+    pattern captures with `{depth}`. Parameters without a captured layer are unchanged.
+
+    Args:
+        rate: the factor from one layer to the next lower one, above 0.
+
+    Example:
+        >>> by_depth(0.9)
+        by_depth(0.9)
+
+    Source: Howard and Ruder, ULMFiT (2018), section 3.2, discriminative fine-tuning.
+    """
+
+    spelling: ClassVar[str] = "by_depth"
+    rate: float
+
+    def __post_init__(self) -> None:
+        check_amount("by_depth", "rate", self.rate)
+        if self.rate == 0:
+            raise HyperparameterError("by_depth was given rate=0; expected a number above 0.")
+
+
+@dataclass(frozen=True, repr=False)
+class TopDown(Spelled):
+    """Gradual unfreezing: the top layer thaws at `start`, each next lower one `every` later.
+
+    Formula: a layer of rank r below the top thaws at `start + r * every`, rounded up.
+
+    Args:
+        every: the time from one layer to the next, in any unit.
+        start: when the top layer thaws; `every` by default.
+
+    Example:
+        >>> top_down(every="0.4 epochs")
+        top_down('0.4 epochs')
+
+    Source: Howard and Ruder, ULMFiT (2018), section 3.3, gradual unfreezing.
+    """
+
+    spelling: ClassVar[str] = "top_down"
+    every: TimeLike
+    start: TimeLike | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "every", time.parse(self.every).text)
+        if self.start is not None:
+            object.__setattr__(self, "start", time.parse(self.start).text)
+
+
+def check_amount(owner: str, key: str, value: Any) -> None:
+    """Raise `HyperparameterError` unless value is a finite number of at least 0."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not 0 <= value < math.inf:
+        raise HyperparameterError(
+            f"{owner} was given {key}={value!r}; expected a finite number of at least 0."
+        )
+
+
+times = Times
+by_depth = ByDepth
+top_down = TopDown

@@ -1,0 +1,104 @@
+"""Saved optimizer state, matched to the live parameters by name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import kernels
+from .errors import StateError
+from .parameters import clean_names
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load came to: names with state taken over, without state, and left out."""
+
+    kept: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.kept)} parameters kept their state"]
+        if self.missing:
+            parts.append(f"new: {', '.join(self.missing)}")
+        if self.dropped:
+            parts.append(f"dropped: {', '.join(self.dropped)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """State ready to be put in place."""
+
+    state: dict[torch.Tensor, dict[str, Any]]
+    clock: int
+    overrides: dict[str, dict[str, float]]
+    report: LoadReport = field(default_factory=LoadReport)
+
+
+def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
+    """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
+    groups = _groups(saved)
+    entries = _by_name(groups, saved["state"])
+    state: dict[torch.Tensor, dict[str, Any]] = {}
+    kept, missing = [], []
+    for cell, group in zip(optimizer.resolved.cells, optimizer.param_groups, strict=True):
+        for info, param in zip(cell.parameters, group["params"], strict=True):
+            name = next((name for name in info.names if name in entries), None)
+            entry = {} if name is None else entries.pop(name)
+            state[param] = _entry(info.name, param, entry)
+            (kept if entry else missing).append(info.name)
+    clock = groups[0].get("clock", 0)
+    if not isinstance(clock, int) or clock < 0:
+        raise StateError(f"the saved clock is {clock!r}; expected a number of steps.")
+    overrides = {group["name"]: dict(group["overrides"]) for group in groups if group.get("overrides")}
+    report = LoadReport(tuple(kept), tuple(missing), tuple(entries))
+    return Loaded(state, clock, overrides, report)
+
+
+def _groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
+        raise StateError("this is not an optimizer state: expected 'state' and 'param_groups'.")
+    groups: list[dict[str, Any]] = list(saved["param_groups"])
+    for group in groups:
+        if len(group.get("param_names", ())) != len(group.get("params", ())):
+            raise StateError(
+                "the saved state has no parameter names, so it cannot be matched to a plan; save "
+                "it from an optimizer built by a plan, or with named parameters."
+            )
+    if not groups:
+        raise StateError("the saved state has no parameter groups.")
+    return groups
+
+
+def _by_name(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    names = [name for group in groups for name in group["param_names"]]
+    indices = [index for group in groups for index in group["params"]]
+    cleaned = clean_names(names)
+    return {cleaned[n]: dict(state.get(i, {})) for n, i in zip(names, indices, strict=True)}
+
+
+def _entry(name: str, param: torch.Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state on its device; in the dtype it was saved in."""
+    entry: dict[str, Any] = {"step": torch.zeros((), device=kernels.step_device(param))}
+    for key, value in saved.items():
+        if key == "step":
+            entry[key] = torch.as_tensor(value, dtype=torch.float32).to(kernels.step_device(param))
+            entry[key] = entry[key].clone()
+        elif isinstance(value, torch.Tensor):
+            if value.ndim and value.shape != param.shape:
+                raise StateError(
+                    f"the saved {key} of {name!r} has shape {tuple(value.shape)}, but the "
+                    f"parameter has {tuple(param.shape)}; nothing was loaded."
+                )
+            entry[key] = value.to(device=param.device, copy=True)
+        else:
+            entry[key] = value
+    return entry

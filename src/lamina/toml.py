@@ -1,0 +1,132 @@
+"""Plans as TOML, both ways, without loss; text is parsed by a grammar and never evaluated."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from .errors import LaminaError, PlanError, did_you_mean
+from .expressions import spell
+from .optim import optimizer_name
+from .plan import CONTROLS, Plan, Rule
+from .schedules import Schedule
+from .expressions import Spelled
+
+
+def read(source: str | os.PathLike[str]) -> Plan:
+    """A plan from a TOML file, or from TOML text (a string that contains a newline or '=')."""
+    if isinstance(source, str) and ("\n" in source or "=" in source):
+        return _plan(source, "plan text")
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PlanError(f"{path}: there is no such plan file; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read as a plan file ({error}).") from error
+    return _plan(text, str(path))
+
+
+def _plan(text: str, where: str) -> Plan:
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise PlanError(
+            f"{where}: this is not TOML ({error}). A plan looks like: optimizer = \"AdamW\", "
+            "lr = 2e-5, then [[rule]] tables with match = \"...\"."
+        ) from error
+    rules = table.pop("rule", [])
+    if "rules" in table:
+        raise PlanError(f"{where}: 'rules' is unknown; write each rule as a [[rule]] table.")
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise PlanError(f"{where}: 'rule' is not a list of tables; write each as [[rule]].")
+    if "optimizer" not in table:
+        hint = did_you_mean("optimizer", table)
+        raise PlanError(f'{where}: the key \'optimizer\' is missing, such as "AdamW".{hint}')
+    for key, value in table.items():
+        if isinstance(value, dict):
+            raise PlanError(f"{where}: [{key}] is a table, but a plan has only [[rule]] tables.")
+    try:
+        return Plan(rules=[_rule(rule, index) for index, rule in enumerate(rules, 1)], **table)
+    except LaminaError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _rule(table: dict[str, Any], index: int) -> Rule:
+    if not isinstance(table.get("match"), str):
+        hint = "" if "match" in table else did_you_mean("match", table)
+        raise PlanError(f"rule {index}: 'match' is missing or not a text pattern.{hint}")
+    settings = {key: value for key, value in table.items() if key != "match"}
+    try:
+        # TOML has no None; the text "none" exempts, as in schedule = "none".
+        return Rule(table["match"], **settings)
+    except LaminaError as error:
+        raise type(error)(f"rule {index}: {error}") from error
+
+
+def write(plan: Plan) -> str:
+    """A plan as TOML text that `read` turns back into an equal plan."""
+    table: dict[str, Any] = {"optimizer": _registered(plan.optimizer, "plan")}
+    table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
+    if plan.nonfinite != "raise":
+        table["nonfinite"] = plan.nonfinite
+    rules = []
+    for rule in plan.rules:
+        if not isinstance(rule.match, str):
+            raise PlanError(
+                f"the pattern {rule.label} is a Python function, which TOML cannot hold; "
+                "write it as a pattern text, or keep the plan in Python."
+            )
+        where = f"rule {rule.match!r}"
+        row = {key: _value(value, f"{where}, {key}") for key, value in rule.settings}
+        rules.append({"match": rule.match, **row})
+    # tomli_w would write short tables inline; one [[rule]] block each reads better in a diff.
+    return "\n[[rule]]\n".join([tomli_w.dumps(table), *map(tomli_w.dumps, rules)])
+
+
+def _value(value: Any, where: str) -> Any:
+    if isinstance(value, type):
+        return _registered(value, where)
+    if isinstance(value, Spelled):
+        _refuse_functions(value, where)
+        return spell(value, quote=False)
+    if isinstance(value, tuple):
+        return [_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None:
+        return "none"
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    raise PlanError(
+        f"{where}: {value!r} is a Python object that TOML cannot hold; keep the plan in Python."
+    )
+
+
+def _refuse_functions(value: Any, where: str) -> None:
+    if getattr(value, "spelling", "") == "function":
+        raise PlanError(
+            f"{where}: {value!r} is a Python function, which TOML cannot hold; "
+            "keep the plan in Python."
+        )
+    for part in vars(value).values():
+        for item in part if isinstance(part, tuple) else (part,):
+            if isinstance(item, Schedule):
+                _refuse_functions(item, where)
+
+
+def _registered(optimizer: type, where: str) -> str:
+    name = optimizer_name(optimizer)
+    from .optim import OPTIMIZERS
+
+    if OPTIMIZERS.get(name) is not optimizer:
+        raise PlanError(
+            f"{where}: the optimizer {name} has no registered name that TOML could hold; "
+            f"register it with lamina.register_optimizer({name!r}, {optimizer.__name__})."
+        )
+    return name
+
+
+__all__ = ["CONTROLS", "read", "write"]

@@ -1,0 +1,1 @@
+"""Oracles: scalar re-writes from the papers, and torch's own optimizers."""

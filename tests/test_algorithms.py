@@ -1,0 +1,201 @@
+"""What every algorithm promises, driven by one table: the paper's numbers, and torch's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lamina.algorithms import ALGORITHMS, Adam
+from lamina.algorithms.base import check_number
+from lamina.errors import HyperparameterError
+from reference.runner import (
+    DTYPES,
+    assert_close,
+    hypers,
+    run_lamina,
+    run_scalar,
+    run_torch,
+    start,
+)
+from reference.table import ROWS
+
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+@rows
+def test_rule_equals_the_paper(row):
+    assert_close(run_lamina(row, torch.float64, "readable"), run_scalar(row), 1e-12)
+
+
+@rows
+@dtypes
+@pytest.mark.parametrize("prefer", ["readable", None])
+def test_equals_torch(row, dtype, prefer):
+    dtype, tolerance = getattr(torch, dtype), DTYPES[dtype]
+    assert_close(run_lamina(row, dtype, prefer), run_torch(row, dtype, foreach=False), tolerance)
+
+
+@rows
+def test_bfloat16(row):
+    """A few of its roundings (2^-8 each) from the truth; at most one between the kernels."""
+    readable, default = (run_lamina(row, torch.bfloat16, kind, 20) for kind in ("readable", None))
+    assert_close(readable, run_scalar(row, 20), 4e-2)
+    assert_close(default, readable, 2**-8)
+
+
+@rows
+@pytest.mark.parametrize("prefer", ["readable", None])
+@dtypes
+def test_scale_multiplies_the_gradients(row, prefer, dtype):
+    dtype, tolerance = getattr(torch, dtype), DTYPES[dtype]
+
+    class Scaled(type(ALGORITHMS[row.name])):
+        def update(self, param, grad, state, step, hyper):
+            return super().update(param, 0.375 * grad, state, step, hyper)
+
+    given = run_lamina(row, dtype, prefer, scale=torch.tensor(0.375))
+    assert_close(given, run_lamina(row, dtype, "readable", algorithm=Scaled()), tolerance)
+
+
+# -------------------------------------------------------------------------------------- the canary
+
+
+class NoBiasCorrection(Adam):
+    def update(self, param, grad, state, step, hyper):
+        return super().update(param, grad, state, 10**6, hyper)
+
+
+class WrongSign(Adam):
+    def update(self, param, grad, state, step, hyper):
+        change, state = super().update(param, grad, state, step, hyper)
+        return -change, state
+
+
+class SlightlyWrongBeta(Adam):
+    def update(self, param, grad, state, step, hyper):
+        beta1, beta2 = hyper["betas"]
+        return super().update(param, grad, state, step, {**hyper, "betas": (beta1 + 1e-5, beta2)})
+
+
+@pytest.mark.parametrize("planted", [NoBiasCorrection(), WrongSign(), SlightlyWrongBeta()])
+def test_canary_a_planted_error_is_seen(planted):
+    row = next(row for row in ROWS if row.name == "Adam")
+    given = run_lamina(row, torch.float32, "readable", algorithm=planted)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(given, run_torch(row, torch.float32), DTYPES["float32"])
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(given, run_scalar(row), DTYPES["float32"])
+
+
+# ---------------------------------------------------------------------------------------- the rule
+
+
+@rows
+def test_update_is_pure(row):
+    algorithm, hyper = ALGORITHMS[row.name], hypers(row)[0]
+    param = start(torch.float32)[0][0]
+    grad = torch.ones_like(param)
+    state = algorithm.init(param, hyper)
+    for step in (1, 2):
+        before = copy.deepcopy((param, grad, state, hyper))
+        change, new = algorithm.update(param, grad, state, step, hyper)
+        for old, now in zip(before[:2], (param, grad), strict=True):
+            assert torch.equal(old, now)
+        assert before[2].keys() == state.keys()
+        assert all(torch.equal(before[2][key], state[key]) for key in state)
+        assert before[3] == hyper
+        pointers = [t.data_ptr() for t in (param, grad, change, *state.values(), *new.values())]
+        assert len(set(pointers)) == len(pointers)
+        state = new
+
+
+@rows
+def test_state_has_the_keys_of_torch(row):
+    [param] = [torch.nn.Parameter(torch.ones(3))]
+    param.grad = torch.ones(3)
+    optimizer = row.torch_class([param], **row.options)
+    optimizer.step()
+    theirs = {key for key, value in optimizer.state[param].items() if value is not None}
+
+    algorithm, hyper = ALGORITHMS[row.name], hypers(row)[0]
+    state = algorithm.init(param.detach(), hyper)
+    _, state = algorithm.update(param.detach(), param.grad, state, 1, hyper)
+    assert set(state) == theirs - {"step"}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_defaults_are_those_of_torch(name):
+    algorithm = ALGORITHMS[name]
+    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))]).defaults
+    assert algorithm.defaults == {key: theirs[key] for key in algorithm.defaults}
+    how = {"foreach", "capturable", "differentiable", "fused"}  # of the machine, not of the rule
+    assert theirs.keys() - algorithm.defaults.keys() <= how
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_hyperparameter_has_a_limit_or_is_an_option(name):
+    algorithm = ALGORITHMS[name]
+    assert set(algorithm.limits) | set(algorithm.options) == set(algorithm.defaults)
+    assert not set(algorithm.limits) & set(algorithm.options)
+    algorithm.check(algorithm.defaults)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_are_plain_values(name):
+    algorithm = ALGORITHMS[name]
+    assert repr(algorithm) == name
+    assert type(pickle.loads(pickle.dumps(algorithm))) is type(algorithm)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "words"),
+    [
+        ("SGD", {"lr": -1.0}, "SGD was given lr=-1.0; expected a number, 0 <= lr, finite."),
+        ("SGD", {"lr": float("nan")}, "lr=nan"),
+        ("SGD", {"lr": float("inf")}, "lr=inf"),
+        ("SGD", {"lr": "0.1"}, "lr='0.1'"),
+        ("SGD", {"lr": True}, "lr=True"),
+        ("SGD", {"lr": torch.ones(2)}, "expected a number"),
+        ("SGD", {"momentum": -0.1}, "momentum"),
+        ("SGD", {"dampening": float("inf")}, "expected a number, dampening, finite"),
+        ("SGD", {"weight_decay": -1}, "weight_decay"),
+        ("SGD", {"nesterov": True}, "momentum > 0"),
+        ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening 0"),
+        ("SGD", {"maximize": "yes"}, "maximize='yes'; expected True or False"),
+        ("SGD", {"momentun": 0.9}, "Did you mean 'momentum'"),
+        ("RMSprop", {"alpha": -0.1}, "alpha"),
+        ("RMSprop", {"eps": -1e-8}, "eps"),
+        ("Adam", {"betas": (0.9, 1.0)}, r"betas\[1\]=1.0; expected a number, 0 <= betas\[1\] < 1"),
+        ("Adam", {"betas": (-0.1, 0.9)}, r"betas\[0\]"),
+        ("Adam", {"betas": 0.9}, r"expected 2 numbers, as in \(0.9, 0.999\)"),
+        ("Adam", {"betas": (0.9,)}, "expected 2 numbers"),
+        ("AdamW", {"decoupled_weight_decay": False}, "Use Adam"),
+        ("AdamW", {"momentum": 0.9}, "AdamW has no hyperparameter 'momentum'"),
+    ],
+)
+def test_out_of_range(name, hyper, words):
+    with pytest.raises(HyperparameterError, match=words):
+        ALGORITHMS[name].check(hyper)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, torch.tensor(0.5), torch.tensor([0.5])])
+def test_numbers_in_range(value):
+    check_number("SGD", "lr", value)

@@ -1,0 +1,354 @@
+"""The kernels against the readable rule, and the function that picks one and says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamina.algorithms import ALGORITHMS, Adam, Batch
+from lamina.errors import PlanError
+from lamina.kernels import KERNELS, apply, choose, fused, step_device
+from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
+from reference.table import ROWS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(name: str, params: list[torch.Tensor], **hyper) -> Batch:
+    algorithm = ALGORITHMS[name]
+    return batch_of(algorithm, params, {**algorithm.defaults, **hyper})
+
+
+def both(name: str, params: list[torch.Tensor], grads, steps: int = 5, **hyper) -> list[Batch]:
+    """The same updates by the default kernel and by the readable one."""
+    batches = []
+    for prefer in (None, "readable"):
+        batch = make(name, [param.clone() for param in params], **hyper)
+        for t in range(steps):
+            batch.grads = [grad.clone() if t % 2 else grad.clone() * 2 for grad in grads]
+            apply([batch], prefer)
+        batches.append(batch)
+    return batches
+
+
+def assert_same(batches: list[Batch], tolerance: float) -> None:
+    first, second = batches
+    assert_close(first.params, second.params, tolerance)
+    assert first.columns.keys() == second.columns.keys()
+    for key in first.columns:
+        assert_close(first.columns[key], second.columns[key], tolerance)
+
+
+# -------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("SGD", "fused"), ("RMSprop", "foreach"), ("Adam", "fused"), ("AdamW", "fused")],
+)
+def test_default_is_the_fastest(name, kernel):
+    chosen, reason = choose(make(name, [torch.ones(3)]))
+    assert chosen.name == kernel
+    assert reason.startswith(f"{kernel}: ")
+
+
+def test_choice_is_kept():
+    batch = make("Adam", [torch.ones(3)])
+    first = choose(batch)
+    kept = batch.kernel
+    assert choose(batch) == first
+    assert batch.kernel is kept
+    assert choose(batch, "readable")[0].name == "readable"
+
+
+def test_reasons_name_the_parameter_and_what_it_is():
+    batch = make("Adam", [torch.ones(3), torch.ones(2, dtype=torch.complex64)])
+    batch.params = batch.params[1:]
+    for values in [*batch.columns.values(), batch.grads, batch.steps]:
+        del values[0]
+    batch.names = ["head.weight"]
+    kernel, reason = choose(batch)
+    assert kernel.name == "readable"
+    assert "not fused: 'head.weight' is complex64" in reason
+    batch.names, batch.kernel = [], None
+    assert "not fused: number 0 (shape (2,)) is complex64" in choose(batch)[1]
+
+
+def test_unknown_kernel():
+    with pytest.raises(PlanError, match=r"no kernel 'fussed'.*Did you mean 'fused'"):
+        apply([make("Adam", [torch.ones(3)])], prefer="fussed")
+
+
+def test_preferred_kernel_that_refuses_falls_back_and_says_so():
+    kernel, reason = choose(make("RMSprop", [torch.ones(3)]), "fused")
+    assert kernel.name == "foreach"
+    assert "not fused: torch has no fused operator for RMSprop" in reason
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (make("SGD", [torch.ones(3).bfloat16()]), "bfloat16, which torch's fused SGD on the CPU"),
+        (make("RMSprop", [torch.ones(3).half()]), "float16, which foreach rounds"),
+        (make("Adam", [torch.ones(4, 4)[:, :2]]), "differ in their layout"),
+        (make("SGD", [torch.ones(4, 4)[:, :2]]), "has gaps in memory"),
+        (make("Adam", [torch.ones(3, device="meta")]), "is on meta"),
+        (make("Adam", [torch.ones(3).as_subclass(type("Mine", (torch.Tensor,), {}))]), "a Mine"),
+    ],
+)
+def test_refusals(batch, words):
+    kernel, reason = choose(batch)
+    assert kernel.name == "readable"
+    assert words in reason
+
+
+def test_step_on_another_device_or_in_another_dtype_is_refused():
+    batch = make("Adam", [torch.ones(3)])
+    batch.steps = [torch.zeros((), dtype=torch.int64)]
+    assert "has a step in int64" in choose(batch)[1]
+    batch.steps, batch.kernel = [torch.zeros((), device="meta")], None
+    assert "its step on meta" in choose(batch)[1]
+    assert step_device(torch.ones(1)).type == "cpu"
+
+
+# --------------------------------------------------------------------------------- layout and dtype
+
+
+def test_gradient_in_another_layout_is_read_in_the_right_order():
+    """Torch's fused operators on the CPU would read it as it lies in memory."""
+    param, grad = torch.randn(6, 4), torch.randn(4, 6).t()
+    batch = make("AdamW", [param])
+    batch.grads = [grad]
+    kernel, reason = choose(batch)
+    assert kernel.name == "readable"
+    assert "another dtype or layout" in reason
+    assert_same(both("AdamW", [param], [grad]), 0.0)
+
+
+def test_dense_layouts_keep_the_fast_kernel():
+    param = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    grad = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    batch = make("AdamW", [param])
+    batch.grads = [grad]
+    assert choose(batch)[0].name == "fused"
+    assert_same(both("AdamW", [param], [grad]), 1e-6)
+    batch.grads = [grad.contiguous()]
+    assert choose(batch)[0].name == "readable"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_parameters_with_gaps(name):
+    whole = torch.zeros(4, 4)
+    batch = make(name, [whole[:, :2]], lr=0.1)
+    batch.grads = [torch.ones(4, 2)]
+    apply([batch])
+    assert (whole[:, :2] < 0).all()
+    assert (whole[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_mixed_dtypes_are_split(name):
+    params = [torch.randn(5), torch.randn(5).bfloat16(), torch.randn(3).double(), torch.randn(4)]
+    hyper = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    grads = [torch.ones_like(param) for param in params]
+    batches = both(name, params, grads, **hyper)
+    for batch in batches:
+        assert batch.grown == (name == "SGD")
+        assert [float(step) for step in batch.steps] == [5.0] * 4
+    assert_same(batches, 1e-2)
+    for index, tolerance in ((0, 1e-6), (2, 1e-12), (3, 1e-6)):
+        first, second = (batch.params[index] for batch in batches)
+        assert_close([first], [second], tolerance)
+    reason = choose(batches[0])[1]
+    assert reason.startswith("one part for each dtype and device: ")
+    assert reason.count("|") == 2
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_complex_parameters(row):
+    hyper = {**ALGORITHMS[row.name].defaults, **row.options}
+    param = torch.randn(5, dtype=torch.complex128)
+    theirs = torch.nn.Parameter(param.clone())
+    optimizer = row.torch_class([theirs], **row.options)
+    batch = make(row.name, [param.clone()], **hyper)
+    for t in range(5):
+        theirs.grad = torch.randn(5, dtype=torch.complex128, generator=torch.manual_seed(t))
+        batch.grads = [theirs.grad.clone()]
+        optimizer.step()
+        apply([batch])
+    ours = torch.view_as_real(batch.params[0])
+    assert_close([ours], [torch.view_as_real(theirs.detach())], 1e-12)
+    assert all(value.is_complex() for values in batch.columns.values() for value in values)
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW"])
+def test_float32_state_of_bfloat16_parameters(name):
+    batch = make(name, [torch.randn(50)], lr=1e-2)
+    exact = make(name, [batch.params[0].clone()], lr=1e-2)
+    batch.params = [batch.params[0].bfloat16()]
+    for _ in range(5):
+        grad = torch.randn(50).bfloat16()
+        batch.grads, exact.grads = [grad], [grad.float()]
+        apply([batch])
+        apply([exact])
+    assert batch.params[0].dtype is torch.bfloat16
+    assert_close(batch.params, exact.params, 1e-2)
+    assert all(values[0].dtype is torch.float32 for values in batch.columns.values())
+    assert_close(*([v[0] for v in b.columns.values()] for b in (batch, exact)), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------- sparse
+
+
+def sparse(rows: list[int], scale: float = 1.0) -> torch.Tensor:
+    values = scale * torch.ones(len(rows), 2)
+    return torch.sparse_coo_tensor([rows], values, (4, 2), check_invariants=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}]
+)
+def test_sparse_gradients_of_sgd(options):
+    theirs = torch.nn.Parameter(torch.randn(4, 2))
+    batch = make("SGD", [theirs.detach().clone()], lr=0.1, **options)
+    optimizer = torch.optim.SGD([theirs], lr=0.1, **options)
+    for rows in ([0, 1], [1, 3], [2]):
+        theirs.grad = sparse(rows)
+        batch.grads = [sparse(rows)]
+        optimizer.step()
+        apply([batch])
+    assert_close(batch.params, [theirs.detach()], 1e-6)
+    assert batch.grown == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "words"),
+    [
+        ("Adam", {}, r"Adam cannot update parameter 'table\.weight'.*sparse gradients"),
+        ("RMSprop", {}, "sparse gradients"),
+        ("SGD", {"weight_decay": 0.1}, "weight decay"),
+    ],
+)
+def test_sparse_gradients_are_refused_by_name(name, hyper, words):
+    first, second = make(name, [torch.ones(3)], **hyper), make(name, [torch.ones(4, 2)], **hyper)
+    first.grads, second.grads, second.names = [torch.ones(3)], [sparse([1])], ["table.weight"]
+    with pytest.raises(PlanError, match=words):
+        apply([first, second])
+    assert torch.equal(first.params[0], torch.ones(3))  # nothing was changed
+    assert float(first.steps[0]) == float(second.steps[0]) == 0
+
+
+# -------------------------------------------------------------------------------- state that begins
+
+
+@pytest.mark.parametrize("prefer", [None, "readable"])
+@pytest.mark.parametrize("dampening", [0.0, 0.4])
+def test_momentum_may_begin_rest_and_come_back(prefer, dampening):
+    theirs = torch.nn.Parameter(torch.randn(40))
+    optimizer = torch.optim.SGD([theirs], lr=0.1, dampening=dampening)
+    batch = make("SGD", [theirs.detach().clone()], lr=0.1, dampening=dampening)
+    for t, momentum in enumerate([0, 0, 0.9, 0.5, 0, 0, 0.9, 0.9]):
+        theirs.grad = torch.randn(40)
+        batch.grads = [theirs.grad.clone()]
+        optimizer.param_groups[0]["momentum"] = momentum
+        batch.hyper = {**batch.hyper, "momentum": momentum}
+        optimizer.step()
+        apply([batch], prefer)
+        assert batch.grown == (t >= 2)
+    assert_close(batch.params, [theirs.detach()], 1e-6)
+    assert_close(
+        batch.columns["momentum_buffer"], [optimizer.state[theirs]["momentum_buffer"]], 1e-6
+    )
+
+
+def test_buffers_that_begin_at_different_steps():
+    """One of two parameters had no gradient at first, so that only the other has a buffer."""
+    params, grads = [torch.randn(9), torch.randn(5)], [torch.ones(9), torch.ones(5)]
+    batches = []
+    for prefer in (None, "readable"):
+        batch = make("SGD", [param.clone() for param in params], momentum=0.9, dampening=0.5)
+        batch.columns = {"momentum_buffer": [torch.full((9,), 2.0), None]}
+        batch.grads = [grad.clone() for grad in grads]
+        apply([batch], prefer)
+        batches.append(batch)
+        torch.testing.assert_close(batch.columns["momentum_buffer"][0], torch.full((9,), 2.3))
+        assert torch.equal(batch.columns["momentum_buffer"][1], torch.ones(5))
+    assert_same(batches, 1e-6)
+
+
+def test_rmsprop_momentum_may_begin_late():
+    batches = []
+    for prefer in (None, "readable"):
+        batch = make("RMSprop", [torch.ones(6)])
+        for momentum in (0.0, 0.9, 0.9):
+            batch.grads, batch.hyper = [torch.ones(6)], {**batch.hyper, "momentum": momentum}
+            apply([batch], prefer)
+        assert batch.grown
+        batches.append(batch)
+    assert_same(batches, 1e-6)
+
+
+# -------------------------------------------------------------------------- steps, scale, tensor lr
+
+
+def test_steps_are_counted_once_for_each_update():
+    batches = [make("Adam", [torch.ones(2)]), make("SGD", [torch.ones(2), torch.ones(3)])]
+    batches.append(make("Adam", [torch.ones(2, dtype=torch.complex64)]))
+    batches[1].steps[0].fill_(7)
+    apply(batches)
+    assert [[float(s) for s in batch.steps] for batch in batches] == [[1.0], [8.0, 1.0], [1.0]]
+    apply([])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("prefer", [None, "readable"])
+@pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])])
+def test_hyperparameters_may_be_tensors(name, prefer, lr):
+    given, plain = make(name, [torch.ones(5)], lr=lr), make(name, [torch.ones(5)], lr=lr.item())
+    for batch in (given, plain):
+        batch.grads = [torch.ones(5)]
+        apply([batch], prefer)
+    assert_close(given.params, plain.params, 1e-7)
+    assert given.params[0].shape == (5,)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_factor_one_leaves_gradients_alone_and_factor_zero_stops(name):
+    batch, plain = (make(name, [torch.ones(5)]) for _ in range(2))
+    for each in (batch, plain):
+        each.grads = [torch.full((5,), 0.3)]
+    batch.scale = torch.tensor(1.0)
+    apply([batch])
+    apply([plain])
+    assert torch.equal(batch.params[0], plain.params[0])
+    assert torch.equal(batch.grads[0], plain.grads[0])
+
+    stopped = make(name, [torch.ones(5)], weight_decay=0.0)
+    stopped.grads, stopped.scale = [torch.ones(5)], torch.tensor(0.0)
+    apply([stopped])
+    assert torch.equal(stopped.params[0], torch.ones(5))
+
+
+# -------------------------------------------------------------------------------------- the canary
+
+
+def test_canary_a_wrong_operator_is_seen(monkeypatch):
+    def wrong(batch, grads, inverse):
+        fused._adam(batch, [grad + 1e-3 for grad in grads], inverse)
+
+    monkeypatch.setitem(fused._OPERATORS, Adam, wrong)
+    row = next(row for row in ROWS if row.name == "Adam")
+    given = run_lamina(row, torch.float32, None)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(given, run_torch(row, torch.float32), DTYPES["float32"])
+
+
+def test_the_readable_kernel_is_last_and_refuses_nothing():
+    assert KERNELS[-1].name == "readable"
+    assert KERNELS[-1].refusal(make("Adam", [torch.ones(3, dtype=torch.complex64)])) == ""
