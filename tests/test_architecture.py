@@ -25,6 +25,7 @@ LAYERS = [
     "parameters",
     "patterns",
     "settings",
+    "feedback",
     "algorithms",
     "gradients",
     "kernels",
@@ -38,7 +39,12 @@ LAYERS = [
     "findings",
     "resolve",
     "timeline",
-    "feedback",
+    "explain",
+    "freezing",
+    "overrides",
+    "reporting",
+    "state",
+    "scheduler_view",
     "optimizer",
     "checkpoint",
     "preview",
@@ -61,6 +67,8 @@ LAZY_UPWARD = {
     ("lamina.plan", "resolve"): "Plan.preview begins with it",
     ("lamina.plan", "preview"): "Plan.preview",
     ("lamina.plan", "optimizer"): "Plan.build",
+    ("lamina.state", "optimizer"): "type of an argument",
+    ("lamina.scheduler_view", "optimizer"): "type of an argument",
 }
 
 

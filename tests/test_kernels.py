@@ -99,6 +99,10 @@ def test_preferred_kernel_that_refuses_falls_back_and_says_so():
         (make("Adam", [torch.ones(4, 4)[:, :2]]), "differ in their layout"),
         (make("SGD", [torch.ones(4, 4)[:, :2]]), "has gaps in memory"),
         (make("Adam", [torch.ones(3, device="meta")]), "is on meta"),
+        (
+            make("SGD", [torch.ones(3).as_subclass(type("DTensor", (torch.Tensor,), {}))]),
+            "DTensor, ",
+        ),
         (make("Adam", [torch.ones(3).as_subclass(type("Mine", (torch.Tensor,), {}))]), "a Mine"),
     ],
 )

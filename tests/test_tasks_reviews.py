@@ -1,9 +1,9 @@
 import math
-import tomllib
 
 import pytest
 import torch
 
+import lamina as lm
 from lamina.errors import TaskError
 from lamina.tasks.probe import accuracy, fit, probe_accuracy
 from lamina.tasks.snippets import (
@@ -218,11 +218,14 @@ def test_pretrained_weights_are_loaded_or_refused(tiny, tmp_path):
         load_classifier(tmp_path)
 
 
-def test_the_plan_is_there():
+def test_the_plan_fits_the_model(tiny):
     from lamina.tasks import reviews
 
-    plan = tomllib.loads(reviews.PLAN.read_text(encoding="utf-8"))
-    assert plan["optimizer"] == "AdamW"
+    plan = lm.Plan.from_toml(reviews.PLAN)
+    optimizer = plan.build(tiny, epochs=reviews.DEFAULTS["epochs"], steps_per_epoch=10)
+    assert len(optimizer.param_groups) >= 4
+    assert not any(p.requires_grad for p in tiny.embeddings.parameters())
+    assert all(p.requires_grad for p in tiny.classifier.parameters())
     assert set(reviews.DEFAULTS) == {"epochs", "batch_size", "seed"}
 
 
@@ -235,7 +238,7 @@ def test_the_real_task_learns_in_a_few_steps():
     model, parts = reviews.model(), reviews.data(batch_size=8)
     sizes = [len(parts[part].dataset) for part in ("train", "validation")]
     assert sizes == [reviews.TRAIN_TEXTS, reviews.HELD_OUT_TEXTS]
-    assert sum(p.numel() for p in model.parameters()) == 22_565_378 - 0
+    assert sum(p.numel() for p in model.parameters()) == 22_566_146
     batch = next(iter(parts["train"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     losses = []

@@ -17,6 +17,7 @@ from .errors import (
     TimeUnitError,
 )
 from .explain import Explanation
+from .feedback import early_stop, on_plateau, plateau
 from .optim import SGD, Adam, AdamW, RMSprop, register_optimizer
 from .optimizer import Optimizer
 from .parameters import ParamInfo
@@ -59,9 +60,12 @@ __all__ = [
     "by_depth",
     "constant",
     "cosine",
+    "early_stop",
     "function",
     "linear",
+    "on_plateau",
     "optim",
+    "plateau",
     "register_optimizer",
     "resolve",
     "steps",

@@ -11,11 +11,12 @@ from typing import Any
 from . import time
 from .errors import HyperparameterError, PatternError, PlanError
 from .expressions import spell
-from .optim import algorithm_of, hyperparameters, known_hyperparameter, optimizer_name
+from .feedback import OnPlateau, Plateau
+from .optim.registry import algorithm_of, hyperparameters, known_hyperparameter, optimizer_name
 from .parameters import ParamInfo
 from .patterns import compile_pattern
 from .plan import WINDOW, Plan, Rule
-from .resolved import ALWAYS, NEVER, Link, Setting, Windows
+from .resolved import ALWAYS, NEVER, Link, Setting, Trigger, Windows
 from .schedules import Schedule
 from .settings import ByDepth, Times, TopDown, check_amount
 from .time import Run
@@ -30,6 +31,7 @@ class Draft:
     hyper: dict[str, Setting | tuple[Setting, ...]]
     schedule: Schedule | None = None
     rewarm: Schedule | None = None
+    feedback: tuple[str, Plateau] | None = None
     windows: Windows = ALWAYS
     clip: tuple[int, Any] | None = None
     rules: list[str] = field(default_factory=list)
@@ -99,7 +101,10 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
                 f"'& !{draft.info.name}' or give it a rule of its own."
             )
         depths[draft.info.name] = next(iter(found), None)
-    ranks = {depth: rank for rank, depth in enumerate(sorted({d for d in depths.values() if d is not None}))}
+    ranks = {
+        depth: rank
+        for rank, depth in enumerate(sorted({d for d in depths.values() if d is not None}))
+    }
     for draft in matched:
         depth = depths[draft.info.name]
         rank = None if depth is None else ranks[depth]
@@ -111,7 +116,13 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
 
 
 def _apply(
-    draft: Draft, settings: dict[str, Any], rule: str, index: int, info: ParamInfo, below_top: int, run: Run
+    draft: Draft,
+    settings: dict[str, Any],
+    rule: str,
+    index: int,
+    info: ParamInfo,
+    below_top: int,
+    run: Run,
 ) -> None:
     where = f"rule {rule!r}" if index else "plan"
     if "optimizer" in settings:
@@ -124,6 +135,9 @@ def _apply(
             draft.note(rule, key, value, value)
         elif key == "rewarm":
             draft.rewarm = value
+            draft.note(rule, key, value, value)
+        elif key == "feedback":
+            draft.feedback = None if value is None else (f"plateau of {rule}", value)
             draft.note(rule, key, value, value)
         elif key == "clip_norm":
             draft.clip = None if value is None else (index, value)
@@ -178,6 +192,11 @@ def _windows(
     if "frozen" in settings:
         return NEVER if settings["frozen"] else ALWAYS
     thaw, freeze = settings.get("thaw"), settings.get("freeze")
+    if isinstance(thaw, OnPlateau):
+        trigger = Trigger(f"thaw of {where.removeprefix('rule ')}", thaw)
+        if freeze is not None:
+            raise PlanError(f"{where}: a thaw that waits for a metric cannot be given freeze=.")
+        return ((trigger, None),)
     begin = None if thaw is None else _thaw_step(thaw, below_top, info, run)
     end = None if freeze is None else math.ceil(time.parse(freeze).in_steps(run))
     if begin is None:
@@ -206,7 +225,11 @@ def window_text(windows: Windows) -> str:
     if not windows:
         return "frozen"
     spans = [
-        f"from step {begin}" if end is None else f"steps {begin} to {end - 1}"
+        f"when {begin.reaction.metric} stalls, {begin.reaction!r}"
+        if isinstance(begin, Trigger)
+        else f"from step {begin}"
+        if end is None
+        else f"steps {begin} to {end - 1}"
         for begin, end in windows
     ]
     return "trains " + " and ".join(spans)

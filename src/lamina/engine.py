@@ -32,8 +32,8 @@ class Engine(torch.optim.Optimizer):
 
     # Under torch.compile the whole step runs outside the graph: traced, the bookkeeping on the
     # host (clocks, learning rates) would be recorded once and silently stop.
-    @torch._disable_dynamo
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters from their gradients.
 
         Args:

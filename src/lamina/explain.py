@@ -9,9 +9,9 @@ from .cascade import spelled, window_text
 from .errors import PatternError
 from .expressions import spell
 from .optim.registry import optimizer_name
-from .resolved import Link, Resolved
+from .resolved import Cell, Link, Resolved
 from .suggestions import closest
-from .timeline import Feedback, values_at
+from .timeline import Feedback, Values, values_at
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
     for key, value in hyper.items():
         chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))
         if key == "lr":
-            chain = (*chain, *_lr_factors(resolved, index, step, chains))
-        changed = feedback.overrides.get(cell.name, {})
-        if key in changed:
-            chain = (*chain, Link("override", spelled(changed[key]), spelled(value)))
+            chain = (*chain, *_lr_factors(values, cell, step, chains))
+        for begin, changed in feedback.overrides.get(cell.name, ()):
+            if key in changed and begin <= step:
+                chain = (*chain, Link(f"override at {begin}", spelled(changed[key]), ""))
         lines.append(Line(key, spelled(value), chain))
     if cell.scope is not None:
         scope = resolved.scopes[cell.scope]
@@ -75,15 +75,19 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
     return Explanation(name, step, cell.name, bool(values.active(index)), tuple(lines))
 
 
-def _lr_factors(resolved: Resolved, index: int, step: int, chains: Any) -> list[Link]:
-    cell = resolved.cells[index]
+def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> list[Link]:
     links = []
     if cell.schedule is not None:
         rule = chains["schedule"][-1].rule
         factor = spelled(float(cell.schedule(step)))
         links.append(Link(rule, f"schedule {spell(cell.schedule)}", f"x {factor}"))
+    if cell.feedback is not None:
+        link = chains["feedback"][-1]
+        links.append(
+            Link(link.rule, link.operation, f"x {spelled(values.reaction(cell.feedback))}")
+        )
     if cell.rewarm is not None:
         links.append(Link(chains["rewarm"][-1].rule, f"rewarm {spell(cell.rewarm)}", "after thaw"))
-    if not values_at(resolved, step).active(index):
+    if not values.inside(cell):
         links.append(Link("window", window_text(cell.windows), "0 while frozen"))
     return links

@@ -161,9 +161,9 @@ class _Parser:
         return self.named(match["name"])
 
     def number(self, value: Any) -> float:
-        if isinstance(value, (int, float)):
-            return value
-        self.fail("expected a number after 'x'")
+        if not isinstance(value, (int, float)):
+            self.fail("expected a number after 'x'")
+        return value
 
     def quantity(self, match: re.Match[str]) -> Any:
         if match["unit"]:

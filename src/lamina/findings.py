@@ -65,8 +65,9 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
         return []
     late: dict[int, list[str]] = {}
     for draft in drafts:
-        if draft.windows and draft.windows[0][0] >= run.steps:
-            late.setdefault(draft.windows[0][0], []).append(draft.info.name)
+        begin = draft.windows[0][0] if draft.windows else 0
+        if isinstance(begin, int) and begin >= run.steps:
+            late.setdefault(begin, []).append(draft.info.name)
     return [
         Finding(
             "thaw-after-end",
@@ -78,7 +79,12 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
 
 
 def _frozen_by_model(drafts: Sequence[Draft]) -> list[Finding]:
-    names = [d.info.name for d in drafts if not d.info.requires_grad and d.windows == NEVER]
+    # Where a rule has spoken of the window too, the freezing is what the plan wants.
+    names = [
+        draft.info.name
+        for draft in drafts
+        if not draft.info.requires_grad and len(draft.chains["window"]) == 1
+    ]
     if not names:
         return []
     return [
@@ -87,14 +93,15 @@ def _frozen_by_model(drafts: Sequence[Draft]) -> list[Finding]:
             f"{listed(names)} had requires_grad=False at build and stay frozen.",
             "To train them, add a rule with frozen=False; to say so in the plan, frozen=True.",
         )
-    ] if any("window" in d.chains and len(d.chains["window"]) == 1 for d in drafts if not d.info.requires_grad) else []
+    ]
 
 
 def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
     return [
         Finding(
             "lr-zero",
-            f"group {cell.name!r} has lr 0 but is not frozen: {listed([p.name for p in cell.parameters])}.",
+            f"group {cell.name!r} has lr 0 but is not frozen: "
+            f"{listed([info.name for info in cell.parameters])}.",
             "Write frozen=True: gradients are then not computed and nothing else moves it.",
         )
         for cell in cells

@@ -19,12 +19,8 @@ class Freezer:
 
     def __init__(self, cells: Sequence[Cell], owned: dict[str, Owned], reducer: bool) -> None:
         self.toggles = [not reducer or not cell.windows for cell in cells]
-        self._places = [
-            [owned[info.name].places for info in cell.parameters] for cell in cells
-        ]
-        self._user_frozen = [
-            [not info.requires_grad for info in cell.parameters] for cell in cells
-        ]
+        self._places = [[owned[info.name].places for info in cell.parameters] for cell in cells]
+        self._user_frozen = [[not info.requires_grad for info in cell.parameters] for cell in cells]
 
     def set(self, index: int, params: Sequence[torch.Tensor], active: bool) -> None:
         """Let a cell train, or freeze it and drop its gradients."""

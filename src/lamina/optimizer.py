@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .optim.registry import algorithm_of, optimizer_name
 from .overrides import check_override, select_groups
 from .parameters import walk
 from .plan import Plan
+from .reporting import begin_all, changes, check_report, from_rank_zero, observe_all
 from .resolve import resolve_owned
 from .resolved import Finding, Resolved
 from .scheduler_view import SchedulerView
@@ -30,6 +31,11 @@ from .timeline import Feedback, values_at
 
 log = logging.getLogger("lamina")
 _MISSING = object()
+#: what an optimizer under a plan has beside torch's attributes
+_OWN = (
+    *("_resolved", "_complete", "_freezer", "_active", "_algorithms", "_published"),
+    *("_thresholds", "_scope_of", "applied", "norms", "skipped", "last_load"),
+)
 
 
 class Optimizer(Engine):
@@ -60,7 +66,8 @@ class Optimizer(Engine):
                 "name": cell.name,
                 "optimizer": optimizer_name(cell.optimizer),
                 "clock": 0,
-                "overrides": {},
+                "overrides": [],
+                "feedback": begin_all(resolved),
             }
             for cell in resolved.cells
         ]
@@ -163,16 +170,14 @@ class Optimizer(Engine):
     @property
     def _feedback(self) -> Feedback:
         changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
-        return Feedback(overrides=changed)
+        return Feedback(changed, self.param_groups[0]["feedback"])
 
     def _publish(self, clock: int) -> None:
         """Write the values of step `clock` into the groups, and open or close windows."""
         resolved = self._resolved
         values = values_at(resolved, clock, self._feedback)
         self._published = {}
-        for index, (cell, group) in enumerate(
-            zip(resolved.cells, self.param_groups, strict=True)
-        ):
+        for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = self._published[cell.name] = values.hyper(index)
             group.update(hyper)
             group["clock"] = clock
@@ -215,10 +220,38 @@ class Optimizer(Engine):
             check_override(self._resolved.cells[index], hyper)
         for index in chosen:
             group = self.param_groups[index]
-            kept = {**group["overrides"], **hyper}
-            group["overrides"] = {key: value for key, value in kept.items() if value is not None}
+            before = group["overrides"][-1][1] if group["overrides"] else {}
+            kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
+            group["overrides"] = [*group["overrides"], [self.clock, kept]]
             log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
         self._publish(self.clock)
+
+    def report(self, **metrics: float) -> None:
+        """Feed metrics to plateaus, early stopping and thaws that wait for one.
+
+        Call it on every process; the numbers of rank 0 count. Values change for the next step,
+        windows at the end of the next step; `should_stop` says when to stop.
+
+        Args:
+            **metrics: names as in the plan, and numbers, such as `val_loss=0.31`.
+
+        Raises:
+            PlanError: for a NaN, or if the plan watches none of these; nothing was changed.
+        """
+        numbers = check_report(self._resolved, from_rank_zero(metrics))
+        seen = self.param_groups[0]["feedback"]
+        new = observe_all(self._resolved, seen, numbers, self.clock)
+        for group in self.param_groups:  # a new dict: saved states must not move with it
+            group["feedback"] = new
+        for line in changes(seen, new):
+            log.info("step %d: %s", self.clock, line)
+        self._publish(self.clock)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether early stopping has asked to stop."""
+        seen = self.param_groups[0]["feedback"].get("early stop", {})
+        return bool(seen.get("stop", False))
 
     def release(self) -> None:
         """Undo what the plan set on the model: every `requires_grad` as it was before."""
@@ -236,7 +269,7 @@ class Optimizer(Engine):
             )
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a saved optimizer, by parameter name and shape.
 
         The plan's values stay; clock, overrides and every parameter's state are loaded. What was
@@ -251,16 +284,15 @@ class Optimizer(Engine):
         loaded = load_by_name(self, state_dict)
         self.state.update(loaded.state)
         for group in self.param_groups:
-            group["overrides"] = dict(loaded.overrides.get(group["name"], {}))
+            group["overrides"] = loaded.overrides.get(group["name"], [])
+            group["feedback"] = loaded.feedback
         self._publish(loaded.clock)
         self.last_load = loaded.report
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_resolved", "_complete", "_freezer", "_active", "_algorithms", "_published")
-        kept += ("_thresholds", "_scope_of", "applied", "norms", "skipped", "last_load")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}
 
 
 def owned_tensors(owned: Sequence[Any]) -> list[torch.Tensor]:

@@ -46,9 +46,9 @@ def check_override(cell: Cell, hyper: Mapping[str, float | None]) -> None:
     for key, value in hyper.items():
         where = f"override of {cell.name!r} sets {key}"
         known_hyperparameter(cell.optimizer, key, where)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, (int, float))
-        ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise PlanError(f"{where}={value!r}; expected a number, or None to take it back.")
     values = {key: value for key, value in hyper.items() if value is not None}
-    check_hyperparameters(cell.optimizer, {**cell.constants, **values}, f"override of {cell.name!r}")
+    check_hyperparameters(
+        cell.optimizer, {**cell.constants, **values}, f"override of {cell.name!r}"
+    )

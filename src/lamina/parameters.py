@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .errors import PlanError
 
@@ -127,7 +129,7 @@ def _refuse_overlaps(found: list[Owned]) -> None:
             spans.setdefault((device, storage), []).append((low, high, owned))
     for shared in spans.values():
         shared.sort(key=lambda item: item[:2])
-        for (_, high, first), (low, _, second) in zip(shared, shared[1:], strict=False):
+        for (_, high, first), (low, _, second) in pairwise(shared):
             if low < high:
                 raise PlanError(
                     f"{first.info.name!r} and {second.info.name!r} are two Parameters over the "
@@ -140,11 +142,10 @@ def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
     """Device, storage and byte range; None where there is no real memory to compare."""
     if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
         return None
-    if tensor.numel() == 0 or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if tensor.numel() == 0 or is_lazy(tensor):
         return None
-    reach = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    low = tensor.storage_offset() * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = int(sum((size - 1) * stride for size, stride in steps))
+    low = int(tensor.storage_offset()) * tensor.element_size()
     high = low + (reach + 1) * tensor.element_size()
     return str(tensor.device), tensor.untyped_storage().data_ptr(), low, high

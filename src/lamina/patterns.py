@@ -189,7 +189,9 @@ def _compile_glob(text: str) -> re.Pattern[str]:
         if part == "{depth}":
             expression += r"(?P<depth>\d+)"
         elif part.startswith("{"):
-            expression += "(?:" + "|".join(re.escape(word.strip()) for word in part[1:-1].split(","))
+            expression += "(?:" + "|".join(
+                re.escape(word.strip()) for word in part[1:-1].split(",")
+            )
             expression += ")"
         elif part.startswith("[") and len(part) > 2:
             inside = part[1:-1].replace("\\", "\\\\")

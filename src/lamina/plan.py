@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from . import time
 from .errors import HyperparameterError, PlanError
 from .expressions import parse, spell
-from .optim import optimizer_class, optimizer_name
+from .feedback import REACTIONS, EarlyStop, OnPlateau, Plateau, Reaction
+from .optim.registry import optimizer_class, optimizer_name
 from .patterns import PatternLike, compile_pattern
 from .schedules import SCHEDULES, Schedule, function
 from .settings import ByDepth, Times, TopDown, by_depth, check_amount, times, top_down
@@ -28,10 +29,13 @@ NAMES: dict[str, Callable[..., Any]] = {
     "times": times,
     "by_depth": by_depth,
     "top_down": top_down,
+    **REACTIONS,
 }
 
 #: settings of a rule that are not hyperparameters of an optimizer
-CONTROLS = ("optimizer", "schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm")
+CONTROLS = (
+    *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm", "clip_norm"),
+)
 WINDOW = ("frozen", "thaw", "freeze")
 
 
@@ -44,7 +48,8 @@ class Rule:
         optimizer: another optimizer for these parameters, which must come with `lr`.
         schedule: a factor on `lr` over time; None exempts from the plan's.
         frozen: True for never trained; False undoes an earlier rule.
-        thaw: when training begins: a time, or `top_down(...)` by layer.
+        feedback: a factor on `lr` that reacts to a metric, `plateau(...)`; None exempts.
+        thaw: when training begins: a time, `top_down(...)` by layer, or `on_plateau(...)`.
         freeze: when training ends: a time.
         rewarm: a factor on `lr` counted from the thaw, such as `warmup(100)`.
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
@@ -108,6 +113,7 @@ class Plan:
         rules: later rules win, setting by setting.
         nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
             name, or `"skip"` the step. Checked wherever a norm is computed.
+        stop: when to set `optimizer.should_stop`: `early_stop(...)`.
         **settings: the settings of `Rule`, for every parameter.
 
     Raises:
@@ -122,6 +128,7 @@ class Plan:
     settings: tuple[tuple[str, Any], ...]
     rules: tuple[Rule, ...]
     nonfinite: str
+    stop: EarlyStop | None
 
     def __init__(
         self,
@@ -129,10 +136,15 @@ class Plan:
         *,
         rules: Iterable[Rule] = (),
         nonfinite: str = "raise",
+        stop: EarlyStop | str | None = None,
         **settings: Any,
     ) -> None:
         if nonfinite not in ("raise", "skip"):
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
+        if isinstance(stop, str):
+            stop = parse(stop, NAMES, "plan, stop")
+        if stop is not None and not isinstance(stop, EarlyStop):
+            raise PlanError(f"stop={stop!r}: expected early_stop(...).")
         rules = tuple(rules)
         for rule in rules:
             if not isinstance(rule, Rule):
@@ -148,11 +160,14 @@ class Plan:
         object.__setattr__(self, "settings", tuple(given.items()))
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "nonfinite", nonfinite)
+        object.__setattr__(self, "stop", stop)
 
     def __repr__(self) -> str:
         parts = [optimizer_name(self.optimizer), *_pairs(self.settings)]
         if self.nonfinite != "raise":
             parts.append(f"nonfinite={self.nonfinite!r}")
+        if self.stop is not None:
+            parts.append(f"stop={self.stop!r}")
         if self.rules:
             parts.append(f"rules=[{', '.join(map(repr, self.rules))}]")
         return f"Plan({', '.join(parts)})"
@@ -160,8 +175,9 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        mine = (self.optimizer, dict(self.settings), self.rules, self.nonfinite)
-        return mine == (other.optimizer, dict(other.settings), other.rules, other.nonfinite)
+        mine = (self.optimizer, dict(self.settings), self.rules, self.nonfinite, self.stop)
+        theirs = (other.optimizer, dict(other.settings), other.rules, other.nonfinite, other.stop)
+        return mine == theirs
 
     def __hash__(self) -> int:
         return hash((self.optimizer, self.rules, self.nonfinite))
@@ -221,11 +237,15 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
             raise PlanError(f"{place}={value!r}: expected True or False.")
         return value
     if key in ("thaw", "freeze"):
-        if key == "thaw" and isinstance(value, TopDown):
+        if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
             return value
         return time.parse(value).text
     if key in ("schedule", "rewarm"):
         return _factor(value, place)
+    if key == "feedback":
+        if value is not None and not isinstance(value, Plateau):
+            raise PlanError(f"{place}={value!r}: expected plateau(...), or None to exempt.")
+        return value
     if key == "clip_norm":
         return _threshold(value, place)
     return _hyperparameter(value, place)
@@ -234,14 +254,17 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
 def _factor(value: Any, place: str) -> Schedule | None:
     if value is not None and not isinstance(value, Schedule):
         if not callable(value):
-            raise PlanError(f"{place}={value!r}: expected a schedule, a function of the step, or None.")
+            raise PlanError(
+                f"{place}={value!r}: expected a schedule, a function of the step, or None."
+            )
         value = function(value)
-    if value is not None and value.kind == "value":
+    schedule: Schedule | None = value
+    if schedule is not None and schedule.kind == "value":
         raise PlanError(
-            f"{place}={value!r} is a value (it has an absolute start), but it multiplies lr here; "
+            f"{place}={schedule!r} is a value (it has a start), but it multiplies lr here; "
             "give a factor, without a start, or write it as lr=."
         )
-    return value
+    return schedule
 
 
 def _threshold(value: Any, place: str) -> Any:
@@ -270,7 +293,7 @@ def _hyperparameter(value: Any, place: str) -> Any:
             )
             for index, item in enumerate(value)
         )
-    if isinstance(value, TopDown) or isinstance(value, str):
+    if isinstance(value, (TopDown, Reaction, str)):
         raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         check_amount(place, "it", value)

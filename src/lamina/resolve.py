@@ -10,11 +10,12 @@ from torch import nn
 
 from .cascade import Draft, cascade
 from .errors import ScheduleError
+from .feedback import Reaction
 from .findings import find
-from .optim import algorithm_of, check_hyperparameters
+from .optim.registry import algorithm_of, check_hyperparameters
 from .parameters import Owned, walk
 from .plan import Plan
-from .resolved import Cell, Resolved, Scope, Setting
+from .resolved import Cell, Resolved, Scope, Setting, Trigger
 from .schedules import Schedule
 from .time import Run
 
@@ -47,7 +48,23 @@ def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
         for draft in drafts
         for name in draft.info.names
     }
-    return Resolved(plan, run, cells, scopes, find(plan, drafts, cells, run), chains)
+    findings = find(plan, drafts, cells, run)
+    return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains)
+
+
+def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], ...]:
+    """Everything that watches a metric, once, by the key of what it has seen."""
+    found: dict[str, Reaction] = {}
+    for draft in drafts:
+        if draft.feedback is not None:
+            key, plateau = draft.feedback
+            found[key] = plateau
+        for begin, _ in draft.windows:
+            if isinstance(begin, Trigger):
+                found[begin.key] = begin.reaction
+    if plan.stop is not None:
+        found["early stop"] = plan.stop
+    return tuple(found.items())
 
 
 class _Binder:
@@ -57,9 +74,10 @@ class _Binder:
         self.run = run
         self.known: dict[Schedule, Schedule] = {}
 
-    def schedule(self, schedule: Schedule | None) -> Schedule | None:
-        if schedule is None:
-            return None
+    def optional(self, schedule: Schedule | None) -> Schedule | None:
+        return None if schedule is None else self.schedule(schedule)
+
+    def schedule(self, schedule: Schedule) -> Schedule:
         if schedule not in self.known:
             self.known[schedule] = schedule.bind(self.run)
         return self.known[schedule]
@@ -89,7 +107,9 @@ def judge_values(schedule: Schedule, run: Run, where: str) -> None:
 
 
 def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ...]:
-    found = dict(sorted({draft.clip for draft in drafts if draft.clip is not None}, key=lambda c: c[0]))
+    found = dict(
+        sorted({draft.clip for draft in drafts if draft.clip is not None}, key=lambda c: c[0])
+    )
     return tuple(
         Scope(
             rule,
@@ -104,23 +124,39 @@ def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ..
 
 def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
     hyper = tuple(
-        (key, tuple(map(binder.setting, value)) if isinstance(value, tuple) else binder.setting(value))
+        (
+            key,
+            tuple(map(binder.setting, value))
+            if isinstance(value, tuple)
+            else binder.setting(value),
+        )
         for key, value in draft.hyper.items()
     )
     scope = None if draft.clip is None else place[draft.clip[0]]
-    schedule, rewarm = binder.schedule(draft.schedule), binder.schedule(draft.rewarm)
-    return draft.optimizer, hyper, schedule, rewarm, draft.windows, scope
+    schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
+    feedback = None if draft.feedback is None else draft.feedback[0]
+    return draft.optimizer, hyper, schedule, rewarm, feedback, draft.windows, scope
 
 
 def _cell(key: Any, members: list[Draft]) -> Cell:
-    optimizer, hyper, schedule, rewarm, windows, scope = key
+    optimizer, hyper, schedule, rewarm, feedback, windows, scope = key
     # Rules that all members share name the group; where they share none, the first member's do.
     shared = [rule for rule in members[0].rules if all(rule in m.rules for m in members)]
     name = " + ".join(shared or members[0].rules) or "default"
     infos = tuple(draft.info for draft in members)
     rules = tuple(dict.fromkeys(rule for draft in members for rule in draft.rules))
     return Cell(
-        name, optimizer, algorithm_of(optimizer), hyper, schedule, rewarm, windows, scope, rules, infos
+        name,
+        optimizer,
+        algorithm_of(optimizer),
+        hyper,
+        schedule,
+        rewarm,
+        feedback,
+        windows,
+        scope,
+        rules,
+        infos,
     )
 
 

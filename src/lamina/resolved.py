@@ -8,13 +8,23 @@ from functools import cached_property
 from typing import Any
 
 from .algorithms.base import Algorithm
+from .feedback import OnPlateau, Reaction
 from .parameters import ParamInfo
 from .plan import Plan
 from .schedules import Schedule
 from .time import Run
 
+
+@dataclass(frozen=True)
+class Trigger:
+    """A thaw that waits for a metric; `key` finds what it has seen."""
+
+    key: str
+    reaction: OnPlateau
+
+
 #: spans of steps in which a parameter trains: [begin, end), end None for never
-Windows = tuple[tuple[int, int | None], ...]
+Windows = tuple[tuple[int | Trigger, int | None], ...]
 ALWAYS: Windows = ((0, None),)
 NEVER: Windows = ()
 
@@ -61,7 +71,8 @@ class Scope:
 class Cell:
     """Parameters with equal settings: one parameter group.
 
-    `schedule` and `rewarm` are factors on lr; `scope` is an index into `Resolved.scopes`.
+    `schedule` and `rewarm` are factors on lr, `feedback` is the key of one more (a plateau);
+    `scope` is an index into `Resolved.scopes`.
     """
 
     name: str
@@ -70,6 +81,7 @@ class Cell:
     hyper: tuple[tuple[str, Setting | tuple[Setting, ...]], ...]
     schedule: Schedule | None
     rewarm: Schedule | None
+    feedback: str | None
     windows: Windows
     scope: int | None
     rules: tuple[str, ...]
@@ -91,9 +103,7 @@ class Cell:
         return tuple(
             (key, setting)
             for key, setting in self.hyper
-            if any(
-                part.curves for part in (setting if isinstance(setting, tuple) else (setting,))
-            )
+            if any(part.curves for part in (setting if isinstance(setting, tuple) else (setting,)))
         )
 
     @property
@@ -106,6 +116,7 @@ class Cell:
 class Resolved:
     """A plan settled for one model and one run; every parameter is in exactly one cell.
 
+    `reactions` are what watches metrics, each with the key of what it has seen;
     `chains[name][setting]` remembers where each value came from.
     """
 
@@ -113,6 +124,7 @@ class Resolved:
     run: Run
     cells: tuple[Cell, ...]
     scopes: tuple[Scope, ...]
+    reactions: tuple[tuple[str, Reaction], ...]
     findings: tuple[Finding, ...]
     chains: Mapping[str, Mapping[str, tuple[Link, ...]]] = field(repr=False)
 

@@ -11,6 +11,7 @@ import torch
 from . import kernels
 from .errors import StateError
 from .parameters import clean_names
+from .reporting import begin_all
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -39,7 +40,8 @@ class Loaded:
 
     state: dict[torch.Tensor, dict[str, Any]]
     clock: int
-    overrides: dict[str, dict[str, float]]
+    overrides: dict[str, list[Any]]
+    feedback: dict[str, dict[str, Any]]
     report: LoadReport = field(default_factory=LoadReport)
 
 
@@ -48,7 +50,8 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
     groups = _groups(saved)
     entries = _by_name(groups, saved["state"])
     state: dict[torch.Tensor, dict[str, Any]] = {}
-    kept, missing = [], []
+    kept: list[str] = []
+    missing: list[str] = []
     for cell, group in zip(optimizer.resolved.cells, optimizer.param_groups, strict=True):
         for info, param in zip(cell.parameters, group["params"], strict=True):
             name = next((name for name in info.names if name in entries), None)
@@ -58,9 +61,13 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
     clock = groups[0].get("clock", 0)
     if not isinstance(clock, int) or clock < 0:
         raise StateError(f"the saved clock is {clock!r}; expected a number of steps.")
-    overrides = {group["name"]: dict(group["overrides"]) for group in groups if group.get("overrides")}
+    overrides = {
+        group["name"]: list(group["overrides"]) for group in groups if group.get("overrides")
+    }
+    seen = {key: dict(value) for key, value in groups[0].get("feedback", {}).items()}
+    feedback = {key: seen.get(key, new) for key, new in begin_all(optimizer.resolved).items()}
     report = LoadReport(tuple(kept), tuple(missing), tuple(entries))
-    return Loaded(state, clock, overrides, report)
+    return Loaded(state, clock, overrides, feedback, report)
 
 
 def _groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:

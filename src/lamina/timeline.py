@@ -1,18 +1,19 @@
 """The one function that decides every value: `values_at(resolved, step, feedback)`.
 
-    lr applied at step k = lr(k) * schedule(k) * feedback * rewarm(k - thaw)
+lr applied at step k = lr(k) * schedule(k) * feedback * rewarm(k - thaw)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .errors import ScheduleError
-from .resolved import Cell, Resolved, Setting
+from .resolved import Cell, Resolved, Setting, Trigger
 from .schedules import Schedule
 
 
@@ -20,11 +21,17 @@ from .schedules import Schedule
 class Feedback:
     """What happened during the run that values depend on, beside the step.
 
-    `overrides[group][key]` replaces what the plan's rules gave for a hyperparameter, by the name
-    of the group; the schedule still multiplies lr.
+    `overrides[group]` lists `[begin, {key: value}]`: from that step on these replace what the
+    rules gave, and the schedule still multiplies lr. `seen[key]` is what a reaction has seen.
     """
 
-    overrides: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    overrides: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    seen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def opened(self, trigger: Trigger) -> float:
+        """The step at which a thaw that waits for a metric begins; infinite while it waits."""
+        step = self.seen.get(trigger.key, {}).get("opened")
+        return math.inf if step is None else float(step)
 
 
 NO_FEEDBACK = Feedback()
@@ -54,7 +61,7 @@ class Values:
                 if isinstance(setting, tuple)
                 else self._value(setting)
             )
-        values.update(self._feedback.overrides.get(cell.name, ()))
+        self._override(values, cell)
         if "lr" in values:
             values["lr"] = self._lr(cell, values["lr"])
         return values
@@ -64,18 +71,39 @@ class Values:
         return self.hyper(index)["lr"]
 
     def active(self, index: int) -> Any:
-        """Whether a cell trains."""
-        return self._inside(self._resolved.cells[index])
+        """Whether the cell of this index trains."""
+        return self.inside(self._resolved.cells[index])
 
-    def _inside(self, cell: Cell) -> Any:
-        windows = cell.windows
-        if self._scalar:
-            step = self._step
-            return any(begin <= step and (end is None or step < end) for begin, end in windows)
-        inside = np.zeros(self._steps.shape, dtype=bool)
-        for begin, end in windows:
-            inside |= (self._steps >= begin) & (True if end is None else self._steps < end)
+    def inside(self, cell: Cell) -> Any:
+        """Whether a cell trains."""
+        inside: Any = False if self._scalar else np.zeros(self._steps.shape, dtype=bool)
+        for begin, end in self._windows(cell):
+            step = self._step if self._scalar else self._steps
+            inside = inside | ((step >= begin) & (step < end))
         return inside
+
+    def _windows(self, cell: Cell) -> list[tuple[float, float]]:
+        """The windows of a cell in numbers, thaws that wait for a metric included."""
+        return [
+            (
+                self._feedback.opened(begin) if isinstance(begin, Trigger) else float(begin),
+                math.inf if end is None else float(end),
+            )
+            for begin, end in cell.windows
+        ]
+
+    def _since(self, begin: float, now: Any, before: Any) -> Any:
+        """`now` from a step on, `before` until then."""
+        if self._scalar:
+            return now if self._step >= begin else before
+        return np.where(self._steps >= begin, now, before)
+
+    def _override(self, values: dict[str, Any], cell: Cell) -> None:
+        history = self._feedback.overrides.get(cell.name, ())
+        planned = {key: values[key] for _, changed in history for key in changed}
+        for begin, changed in history:
+            for key, value in planned.items():
+                values[key] = self._since(begin, changed.get(key, value), values[key])
 
     def threshold(self, scope: int) -> Any:
         """The clip threshold of a scope."""
@@ -84,20 +112,29 @@ class Values:
     def _lr(self, cell: Cell, lr: Any) -> Any:
         if cell.schedule is not None:
             lr = lr * self._curve(cell.schedule)
+        if cell.feedback is not None:
+            lr = lr * self.reaction(cell.feedback)
         if cell.rewarm is not None:
             lr = lr * self._rewarm(cell)
-        active = self._inside(cell)
+        active = self.inside(cell)
         if self._scalar:
             return float(lr) if active else 0.0
         return np.where(active, lr, 0.0)
+
+    def reaction(self, key: str) -> Any:
+        """The multiplier of a plateau; one that has not reacted yet is 1."""
+        factor: Any = 1.0
+        for begin, multiplier in self._feedback.seen.get(key, {}).get("changes", ()):
+            factor = self._since(begin, multiplier, factor)
+        return factor
 
     def _rewarm(self, cell: Cell) -> Any:
         """The factor after a thaw; a part that trains from step 0 has no thaw."""
         assert cell.rewarm is not None
         factor = np.ones_like(self._steps)
-        for begin, _ in cell.windows:
+        for begin, _ in self._windows(cell):
             since = self._steps - begin
-            if begin > 0:
+            if begin > 0 and (since >= 0).any():
                 factor = np.where(since >= 0, cell.rewarm.at(np.maximum(since, 0.0)), factor)
         return float(factor[0]) if self._scalar else factor
 

@@ -10,11 +10,10 @@ from typing import Any
 import tomli_w
 
 from .errors import LaminaError, PlanError, did_you_mean
-from .expressions import spell
-from .optim import optimizer_name
+from .expressions import Spelled, spell
+from .optim.registry import OPTIMIZERS, optimizer_name
 from .plan import CONTROLS, Plan, Rule
 from .schedules import Schedule
-from .expressions import Spelled
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
@@ -36,8 +35,8 @@ def _plan(text: str, where: str) -> Plan:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise PlanError(
-            f"{where}: this is not TOML ({error}). A plan looks like: optimizer = \"AdamW\", "
-            "lr = 2e-5, then [[rule]] tables with match = \"...\"."
+            f'{where}: this is not TOML ({error}). A plan looks like: optimizer = "AdamW", '
+            'lr = 2e-5, then [[rule]] tables with match = "...".'
         ) from error
     rules = table.pop("rule", [])
     if "rules" in table:
@@ -46,7 +45,7 @@ def _plan(text: str, where: str) -> Plan:
         raise PlanError(f"{where}: 'rule' is not a list of tables; write each as [[rule]].")
     if "optimizer" not in table:
         hint = did_you_mean("optimizer", table)
-        raise PlanError(f'{where}: the key \'optimizer\' is missing, such as "AdamW".{hint}')
+        raise PlanError(f"{where}: the key 'optimizer' is missing, such as \"AdamW\".{hint}")
     for key, value in table.items():
         if isinstance(value, dict):
             raise PlanError(f"{where}: [{key}] is a table, but a plan has only [[rule]] tables.")
@@ -74,6 +73,8 @@ def write(plan: Plan) -> str:
     table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
     if plan.nonfinite != "raise":
         table["nonfinite"] = plan.nonfinite
+    if plan.stop is not None:
+        table["stop"] = spell(plan.stop, quote=False)
     rules = []
     for rule in plan.rules:
         if not isinstance(rule.match, str):
@@ -119,8 +120,6 @@ def _refuse_functions(value: Any, where: str) -> None:
 
 def _registered(optimizer: type, where: str) -> str:
     name = optimizer_name(optimizer)
-    from .optim import OPTIMIZERS
-
     if OPTIMIZERS.get(name) is not optimizer:
         raise PlanError(
             f"{where}: the optimizer {name} has no registered name that TOML could hold; "

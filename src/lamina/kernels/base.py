@@ -52,7 +52,7 @@ def tensor_refusal(batch: Batch, index: int) -> str:
         return f"is {short(param.dtype)}"
     if param.device.type not in _DEVICES:
         return f"is on {param.device.type}"
-    if type(param) not in (torch.Tensor, torch.nn.Parameter) and not _is_dtensor(param):
+    if type(param) not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(param):
         return f"is a {type(param).__name__}"
     for key, values in batch.columns.items():
         value = values[index]
@@ -70,7 +70,8 @@ def scaled(batch: Batch) -> list[torch.Tensor]:
     return list(torch._foreach_mul(batch.grads, scale))
 
 
-def _is_dtensor(tensor: torch.Tensor) -> bool:
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether this is a parameter of FSDP2 or tensor parallelism."""
     return type(tensor).__name__ == "DTensor"  # importing the class costs every user a second
 
 

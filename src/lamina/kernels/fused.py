@@ -10,7 +10,7 @@ import torch
 from ..algorithms.adam import Adam, AdamW
 from ..algorithms.base import Batch
 from ..algorithms.sgd import SGD
-from .base import HALF, Kernel, missing, scaled, short, tensor_refusal
+from .base import HALF, Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]
 
@@ -39,10 +39,9 @@ class Fused(Kernel):
             return f"torch has no fused operator for {batch.algorithm.name}"
         for index, param in enumerate(batch.params):
             reason = tensor_refusal(batch, index) or self._layout_refusal(batch, index)
-            if not reason and algorithm is SGD and param.is_cpu and param.dtype in HALF:
-                # seen in torch 2.13: all but the last few elements of a tensor stay as they were
-                reason = f"is {short(param.dtype)}, which torch's fused SGD on the CPU gets wrong"
-            if not reason and algorithm is not SGD:
+            if not reason and algorithm is SGD:
+                reason = _sgd_refusal(param)
+            elif not reason:
                 reason = _step_refusal(param, batch.steps[index])
             if reason:
                 return f"{batch.name_of(index)} {reason}"
@@ -161,6 +160,13 @@ def _call_sgd(
         grad_scale=inverse,
         found_inf=None,
     )
+
+
+def _sgd_refusal(param: torch.Tensor) -> str:
+    if param.is_cpu and param.dtype in HALF:
+        # seen in torch 2.13: all but the last few elements of a tensor stay as they were
+        return f"is {short(param.dtype)}, which torch's fused SGD on the CPU gets wrong"
+    return "is a DTensor, for which torch's fused SGD is not made" if is_dtensor(param) else ""
 
 
 def _step_refusal(param: torch.Tensor, step: torch.Tensor) -> str:

@@ -54,9 +54,7 @@ class SGD(_DropIn):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(
-            params, hyper, foreach=foreach, differentiable=differentiable, fused=fused
-        )
+        super().__init__(params, hyper, foreach=foreach, differentiable=differentiable, fused=fused)
 
 
 class RMSprop(_DropIn):

@@ -51,7 +51,9 @@ def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
 
 def optimizer_name(optimizer: type) -> str:
     """The name under which a plan prints an optimizer class."""
-    return next((name for name, known in OPTIMIZERS.items() if known is optimizer), optimizer.__name__)
+    return next(
+        (name for name, known in OPTIMIZERS.items() if known is optimizer), optimizer.__name__
+    )
 
 
 def algorithm_of(optimizer: type) -> Algorithm | None:
@@ -65,7 +67,7 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     algorithm = algorithm_of(optimizer)
     if algorithm is not None:
         return dict(algorithm.defaults)
-    signature = inspect.signature(optimizer.__init__).parameters
+    signature = inspect.signature(optimizer).parameters
     found = {"lr": signature["lr"].default} if "lr" in signature else {}
     for name, parameter in signature.items():
         if name not in _IMPLEMENTATION and parameter.kind not in (

@@ -37,8 +37,9 @@ def extract(archive: Path, member: str, target: Path) -> None:
                 _copy(source, target, member)
     except DAMAGE as error:
         raise TaskError(
-            f"The archive {archive.name} cannot be read at {member!r} ({error}). "
-            "It may be damaged: run the command again to fetch it anew."
+            f"The archive {archive.name} cannot be read at {member!r} "
+            f"({' '.join(str(error).split())}). It may be damaged: run the command again "
+            "to fetch it anew."
         ) from error
 
 

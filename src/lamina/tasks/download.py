@@ -137,6 +137,7 @@ def _last_error(output: str) -> str:
     errors = [line for line in lines if line.startswith("ERROR:")]
     best = (errors or unreachable or lines or ["it printed nothing"])[0]
     if unreachable:
-        best = "the package index cannot be reached: " + re.sub(r".* by '?", "", unreachable[-1])
+        cause = re.sub(r".* by '?|\w*\('?<[^>]*>(: |, ['\"])|'\)?'?: /.*", "", unreachable[-1])
+        best = f"the package index cannot be reached: {cause}"
     best = re.sub(r"\s+", " ", best)
     return best if len(best) <= 240 else best[:237] + "..."

@@ -56,15 +56,16 @@ def _bert(config: BertConfig) -> Any:
 def load_classifier(folder: Path, classes: int = 2) -> ReviewClassifier:
     """A classifier with the pretrained weights of a folder (config.json, model.safetensors)."""
     bert = require("transformers.models.bert", "hf", "The sentence encoder")
-    safetensors = require("safetensors.torch", "hf", "The sentence encoder")
+    safetensors = require("safetensors", "hf", "The sentence encoder")
+    load_file = require("safetensors.torch", "hf", "The sentence encoder").load_file
     try:
         config = bert.BertConfig.from_json_file(str(folder / "config.json"))
-        weights = safetensors.load_file(str(folder / "model.safetensors"))
+        weights = load_file(str(folder / "model.safetensors"))
         model = ReviewClassifier(config, classes)
         load_encoder(model, weights)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise TaskError(
-            f"The sentence encoder in {folder} cannot be loaded ({error}). "
+            f"The sentence encoder in {folder} cannot be loaded ({' '.join(str(error).split())}). "
             "Remove that folder to fetch it anew."
         ) from error
     return model
