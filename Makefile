@@ -30,8 +30,8 @@ check: $(VENV)/.dev  ## lint, format and types only
 bench: $(VENV)/.dev  ## measure: python -m benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.dev  ## the slow tests
-	@$(BIN)/python -m pytest -m slow $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
+soak: $(VENV)/.dev  ## the slow tests, and those that download
+	@$(BIN)/python -m pytest -m "slow or network" $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
 
 format: $(VENV)/.dev  ## rewrite the source to the house format
 	@$(BIN)/ruff check --fix

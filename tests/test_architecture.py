@@ -41,6 +41,8 @@ LAYERS = [
     "timeline",
     "explain",
     "freezing",
+    "guests",
+    "ownership",
     "overrides",
     "reporting",
     "state",

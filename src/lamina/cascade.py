@@ -12,10 +12,12 @@ from . import time
 from .errors import HyperparameterError, PatternError, PlanError
 from .expressions import spell
 from .feedback import OnPlateau, Plateau
+from .forms import WINDOW
+from .gradients.operations import ClipNorm, Operation
 from .optim.registry import algorithm_of, hyperparameters, known_hyperparameter, optimizer_name
 from .parameters import ParamInfo
 from .patterns import compile_pattern
-from .plan import WINDOW, Plan, Rule
+from .plan import Plan, Rule
 from .resolved import ALWAYS, NEVER, Link, Setting, Trigger, Windows
 from .schedules import Schedule
 from .settings import ByDepth, Times, TopDown, check_amount
@@ -33,7 +35,7 @@ class Draft:
     rewarm: Schedule | None = None
     feedback: tuple[str, Plateau] | None = None
     windows: Windows = ALWAYS
-    clip: tuple[int, Any] | None = None
+    operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
 
@@ -139,9 +141,10 @@ def _apply(
         elif key == "feedback":
             draft.feedback = None if value is None else (f"plateau of {rule}", value)
             draft.note(rule, key, value, value)
-        elif key == "clip_norm":
-            draft.clip = None if value is None else (index, value)
-            draft.note(rule, key, value, value)
+        elif key in ("clip_norm", "gradients"):
+            operations = (ClipNorm(value),) if key == "clip_norm" and value is not None else value
+            draft.operations = None if operations is None else (index, operations)
+            draft.note(rule, "gradients", operations, operations)
         elif key not in (*WINDOW, "optimizer"):
             known_hyperparameter(draft.optimizer, key, f"{where} sets {key} on {info.name!r}")
             earlier = draft.hyper.get(key, Setting(1.0))

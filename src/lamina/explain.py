@@ -69,9 +69,14 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
                 chain = (*chain, Link(f"override at {begin}", spelled(changed[key]), ""))
         lines.append(Line(key, spelled(value), chain))
     if cell.scope is not None:
-        scope = resolved.scopes[cell.scope]
-        shown = f"{spelled(values.threshold(cell.scope))} (one norm for all of rule {scope.name!r})"
-        lines.append(Line("clip_norm", shown, chains.get("clip_norm", ())))
+        shown = ", ".join(
+            f"{operation.spelling} {spelled(amount)}"
+            if operation.amount != 1.0
+            else repr(operation)
+            for operation, amount in values.operations(cell.scope)
+        )
+        together = f"{shown} (all of rule {resolved.scopes[cell.scope].name!r} together)"
+        lines.append(Line("gradients", together, chains.get("gradients", ())))
     return Explanation(name, step, cell.name, bool(values.active(index)), tuple(lines))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cascade import Draft
-from .plan import CONTROLS, Plan
+from .forms import CONTROLS
+from .plan import Plan
 from .resolved import NEVER, Cell, Finding
 from .time import Run
 

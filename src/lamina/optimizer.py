@@ -13,12 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from . import kernels
 from .algorithms.base import Algorithm, Batch
 from .engine import Engine
-from .errors import OwnershipError, PlanError
+from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
-from .gradients.clip import Clipped, clip_factor, first_nonfinite, nonfinite_error
-from .optim.registry import algorithm_of, optimizer_name
+from .gradients.scopes import check_finite, operate
+from .guests import GUEST, Guests
+from .optim.registry import optimizer_name
 from .overrides import check_override, select_groups
+from .ownership import refuse_foreign_writes
 from .parameters import walk
 from .plan import Plan
 from .reporting import begin_all, changes, check_report, from_rank_zero, observe_all
@@ -30,11 +32,19 @@ from .time import Run
 from .timeline import Feedback, values_at
 
 log = logging.getLogger("lamina")
-_MISSING = object()
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_active", "_algorithms", "_published"),
-    *("_thresholds", "_scope_of", "applied", "norms", "skipped", "last_load"),
+    *(
+        "_operations",
+        "_scope_of",
+        "_infos",
+        "_guests",
+        "applied",
+        "norms",
+        "skipped",
+        "last_load",
+    ),
 )
 
 
@@ -58,7 +68,9 @@ class Optimizer(Engine):
         self.skipped = 0
         self.last_load: LoadReport | None = None
         self._freezer = Freezer(resolved.cells, by_name, _has_reducer(owned_tensors(owned)))
-        self._algorithms = [_algorithm(cell.optimizer) for cell in resolved.cells]
+        self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
+        self._infos = {item.info.name: item.info for item in owned}
+        self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         groups = [
             {
                 "params": [by_name[info.name].tensor for info in cell.parameters],
@@ -74,9 +86,11 @@ class Optimizer(Engine):
         super().__init__(groups, {})
         self._complete = True
         self._active: list[bool | None] = [None] * len(groups)
+        self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:
-            for param in group["params"]:  # so that nothing needs a step to have state
-                self.state[param]["step"] = torch.zeros((), device=kernels.step_device(param))
+            if group["name"] not in self._guests:  # guests make their state themselves
+                for param in group["params"]:  # so that nothing needs a step to have state
+                    self.state[param]["step"] = torch.zeros((), device=kernels.step_device(param))
         self._publish(0)
 
     # --- what a user reads ---------------------------------------------------------------------
@@ -118,11 +132,10 @@ class Optimizer(Engine):
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
         """The algorithm of a group."""
-        index = next(i for i, known in enumerate(self.param_groups) if known is group)
-        return self._algorithms[index]
+        return self._algorithms[group["name"]]
 
     def _update(self) -> None:
-        self._refuse_foreign_writes()
+        refuse_foreign_writes(self._published, self.param_groups, self.clock)
         groups = []
         for group, active in zip(self.param_groups, self._active, strict=True):
             if active:
@@ -130,14 +143,24 @@ class Optimizer(Engine):
             else:
                 drop_gradients(group["params"])
         batches = self._collect(groups)
-        if self._clip(batches):
-            kernels.apply(batches)
-            self._keep_grown(batches)
-            self.applied = self._published
-            self._publish(self.clock + 1)
+        try:
+            self._operate(batches)
+        except NonFiniteError as error:
+            if self.plan.nonfinite == "raise":
+                raise
+            self.skipped += 1
+            log.warning("step %d skipped: %s", self.clock, error)
+            return
+        kernels.apply([batch for batch in batches if batch.hyper["name"] not in self._guests])
+        self._keep_grown(batches)
+        self._guests.step(batches)
+        self.applied = self._published
+        self._publish(self.clock + 1)
 
-    def _clip(self, batches: Sequence[Batch]) -> bool:
-        """Set the clip factor of every batch; False if the step must be skipped."""
+    def _operate(self, batches: Sequence[Batch]) -> None:
+        """Run the gradient operations of every scope."""
+        if self.plan.nonfinite_check == "all":
+            check_finite(batches, self.clock)
         members: dict[int, list[Batch]] = {}
         for batch in batches:
             scope = self._scope_of[batch.hyper["name"]]
@@ -145,25 +168,9 @@ class Optimizer(Engine):
                 members.setdefault(scope, []).append(batch)
         self.norms = {}
         for scope, its_batches in members.items():
-            grads = [grad for batch in its_batches for grad in batch.grads]
-            clipped = clip_factor(grads, self._thresholds[scope])
-            if not torch.isfinite(clipped.norm):
-                return self._meet_nonfinite(its_batches, clipped)
-            self.norms[self._resolved.scopes[scope].name] = clipped.norm
-            for batch in its_batches:
-                batch.scale = clipped.factor
-        return True
-
-    def _meet_nonfinite(self, batches: Sequence[Batch], clipped: Clipped) -> bool:
-        named = [pair for b in batches for pair in zip(b.names, b.grads, strict=True)]
-        name = first_nonfinite(named)
-        if name is None:  # every number is finite, only their squares overflowed
-            name = max(named, key=lambda pair: float(pair[1].abs().max()))[0]
-        if self.plan.nonfinite == "raise":
-            raise nonfinite_error(name, self.clock)
-        self.skipped += 1
-        log.warning("step %d skipped: the gradient of %r is not finite", self.clock, name)
-        return False
+            norm = operate(its_batches, self._operations[scope], self._infos, self.clock)
+            if norm is not None:
+                self.norms[self._resolved.scopes[scope].name] = norm
 
     # --- values --------------------------------------------------------------------------------
 
@@ -185,23 +192,7 @@ class Optimizer(Engine):
             if active != self._active[index]:
                 self._freezer.set(index, group["params"], active)
                 self._active[index] = active
-        self._thresholds = [values.threshold(scope) for scope in range(len(resolved.scopes))]
-        self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
-
-    def _refuse_foreign_writes(self) -> None:
-        for name, published, group in zip(
-            self._published, self._published.values(), self.param_groups, strict=True
-        ):
-            for key, value in published.items():
-                now = group.get(key, _MISSING)
-                if now is not value and now != value:
-                    given = "nothing" if now is _MISSING else repr(now)
-                    raise OwnershipError(
-                        f"group {name!r} has {key}={given}, but the plan published {key}={value!r} "
-                        f"for step {self.clock}: something else wrote it (a scheduler, or "
-                        f"group[{key!r}] = ...). Change the plan, or call "
-                        f"optimizer.override({key}={given}, rule={name!r})."
-                    )
+        self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
 
     def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
         """Replace what the plan gives for hyperparameters, from the next step on.
@@ -298,13 +289,6 @@ class Optimizer(Engine):
 def owned_tensors(owned: Sequence[Any]) -> list[torch.Tensor]:
     """The parameters of a model."""
     return [item.tensor for item in owned]
-
-
-def _algorithm(optimizer: type) -> Algorithm:
-    algorithm = algorithm_of(optimizer)
-    if algorithm is None:
-        raise PlanError(f"{optimizer.__name__} is not one of lamina's optimizers.")
-    return algorithm
 
 
 def _has_reducer(params: Sequence[torch.Tensor]) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import time
-from .errors import HyperparameterError, PlanError
+from .errors import PlanError
 from .expressions import parse, spell
-from .feedback import REACTIONS, EarlyStop, OnPlateau, Plateau, Reaction
+from .feedback import EarlyStop
+from .forms import NAMES, check_settings
 from .optim.registry import optimizer_class, optimizer_name
 from .patterns import PatternLike, compile_pattern
-from .schedules import SCHEDULES, Schedule, function
-from .settings import ByDepth, Times, TopDown, by_depth, check_amount, times, top_down
+from .schedules import Schedule
+from .settings import ByDepth, Times, TopDown
 
 if TYPE_CHECKING:
     import os
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
 
     from .optimizer import Optimizer
     from .preview import Preview
-
-#: every name that an expression in a plan may call
-NAMES: dict[str, Callable[..., Any]] = {
-    **SCHEDULES,
-    "times": times,
-    "by_depth": by_depth,
-    "top_down": top_down,
-    **REACTIONS,
-}
-
-#: settings of a rule that are not hyperparameters of an optimizer
-CONTROLS = (
-    *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm", "clip_norm"),
-)
-WINDOW = ("frozen", "thaw", "freeze")
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -54,6 +40,9 @@ class Rule:
         rewarm: a factor on `lr` counted from the thaw, such as `warmup(100)`.
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
             a schedule that is a value, or None for no clipping.
+        gradients: gradient operations instead of clip_norm: `clip_norm(...)`, `clip_value(...)`,
+            `clip_param_norm(...)`, `agc(...)`, `scale(...)`, a function
+            `(grads, infos) -> grads`, or a list of these, in order; None for nothing.
         **hyper: hyperparameters of the optimizer: a number, a schedule that is a value, a function
             `(ParamInfo) -> float`, or a factor on what earlier rules gave (`times`, `by_depth`).
 
@@ -72,7 +61,7 @@ class Rule:
         pattern = compile_pattern(match)
         if not settings:
             raise PlanError(f"Rule({match!r}) sets nothing; give it a setting, such as lr=1e-3.")
-        given = _checked(settings, f"rule {match!r}")
+        given = check_settings(settings, f"rule {match!r}")
         layered = next((k for k, v in given.items() if isinstance(v, (ByDepth, TopDown))), None)
         if layered and not pattern.captures:
             raise PlanError(
@@ -112,7 +101,9 @@ class Plan:
         optimizer: an optimizer class (`lamina.AdamW`) or its registered name (`"AdamW"`).
         rules: later rules win, setting by setting.
         nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
-            name, or `"skip"` the step. Checked wherever a norm is computed.
+            name, or `"skip"` the step.
+        nonfinite_check: where to look for them: `"norms"`, wherever a norm is computed anyway,
+            or `"all"` gradients, which reads each of them once more.
         stop: when to set `optimizer.should_stop`: `early_stop(...)`.
         **settings: the settings of `Rule`, for every parameter.
 
@@ -128,6 +119,7 @@ class Plan:
     settings: tuple[tuple[str, Any], ...]
     rules: tuple[Rule, ...]
     nonfinite: str
+    nonfinite_check: str
     stop: EarlyStop | None
 
     def __init__(
@@ -136,9 +128,12 @@ class Plan:
         *,
         rules: Iterable[Rule] = (),
         nonfinite: str = "raise",
+        nonfinite_check: str = "norms",
         stop: EarlyStop | str | None = None,
         **settings: Any,
     ) -> None:
+        if nonfinite_check not in ("norms", "all"):
+            raise PlanError(f"nonfinite_check={nonfinite_check!r}: expected 'norms' or 'all'.")
         if nonfinite not in ("raise", "skip"):
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
         if isinstance(stop, str):
@@ -149,7 +144,7 @@ class Plan:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise PlanError(f"rules contains {rule!r}; expected lamina.Rule(pattern, ...).")
-        given = _checked(settings, "plan")
+        given = check_settings(settings, "plan")
         for key, value in given.items():
             if isinstance(value, (Times, ByDepth, TopDown)):
                 raise PlanError(
@@ -160,12 +155,15 @@ class Plan:
         object.__setattr__(self, "settings", tuple(given.items()))
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "nonfinite", nonfinite)
+        object.__setattr__(self, "nonfinite_check", nonfinite_check)
         object.__setattr__(self, "stop", stop)
 
     def __repr__(self) -> str:
         parts = [optimizer_name(self.optimizer), *_pairs(self.settings)]
         if self.nonfinite != "raise":
             parts.append(f"nonfinite={self.nonfinite!r}")
+        if self.nonfinite_check != "norms":
+            parts.append(f"nonfinite_check={self.nonfinite_check!r}")
         if self.stop is not None:
             parts.append(f"stop={self.stop!r}")
         if self.rules:
@@ -175,9 +173,11 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        mine = (self.optimizer, dict(self.settings), self.rules, self.nonfinite, self.stop)
-        theirs = (other.optimizer, dict(other.settings), other.rules, other.nonfinite, other.stop)
-        return mine == theirs
+        return self._compared() == other._compared()
+
+    def _compared(self) -> tuple[Any, ...]:
+        policy = (self.nonfinite, self.nonfinite_check, self.stop)
+        return (self.optimizer, dict(self.settings), self.rules, *policy)
 
     def __hash__(self) -> int:
         return hash((self.optimizer, self.rules, self.nonfinite))
@@ -213,91 +213,6 @@ class Plan:
         from .resolve import resolve
 
         return Preview(resolve(self, model, time.run_of(**run)))
-
-
-def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings with texts parsed, each of the form that its place needs."""
-    given = {key: _check_setting(key, value, where) for key, value in settings.items()}
-    if given.get("frozen") is not None and ("thaw" in given or "freeze" in given):
-        raise PlanError(
-            f"{where}: frozen={given['frozen']} and thaw or freeze contradict each other; "
-            "give frozen=True for never trained, or the times."
-        )
-    return given
-
-
-def _check_setting(key: str, value: Any, where: str) -> Any:
-    place = f"{where}, {key}"
-    if key == "optimizer":
-        return optimizer_class(value)
-    if isinstance(value, str):
-        value = parse(value, NAMES, place)
-    if key == "frozen":
-        if not isinstance(value, bool):
-            raise PlanError(f"{place}={value!r}: expected True or False.")
-        return value
-    if key in ("thaw", "freeze"):
-        if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
-            return value
-        return time.parse(value).text
-    if key in ("schedule", "rewarm"):
-        return _factor(value, place)
-    if key == "feedback":
-        if value is not None and not isinstance(value, Plateau):
-            raise PlanError(f"{place}={value!r}: expected plateau(...), or None to exempt.")
-        return value
-    if key == "clip_norm":
-        return _threshold(value, place)
-    return _hyperparameter(value, place)
-
-
-def _factor(value: Any, place: str) -> Schedule | None:
-    if value is not None and not isinstance(value, Schedule):
-        if not callable(value):
-            raise PlanError(
-                f"{place}={value!r}: expected a schedule, a function of the step, or None."
-            )
-        value = function(value)
-    schedule: Schedule | None = value
-    if schedule is not None and schedule.kind == "value":
-        raise PlanError(
-            f"{place}={schedule!r} is a value (it has a start), but it multiplies lr here; "
-            "give a factor, without a start, or write it as lr=."
-        )
-    return schedule
-
-
-def _threshold(value: Any, place: str) -> Any:
-    if value is None or (isinstance(value, Schedule) and value.kind != "factor"):
-        return value
-    if isinstance(value, Schedule):
-        raise PlanError(f"{place}={value!r} is a factor; a threshold is a value: give it a start.")
-    if isinstance(value, Times):
-        raise PlanError(f"{place}={value!r}: a threshold belongs to its rule; give a number.")
-    check_amount(place, "it", value)
-    if value == 0:
-        raise HyperparameterError(f"{place}=0 would clip every gradient away; use frozen=True.")
-    return value
-
-
-def _hyperparameter(value: Any, place: str) -> Any:
-    if isinstance(value, Schedule) and value.kind == "factor":
-        raise PlanError(
-            f"{place}={value!r} is a factor, not a value; write the value as the number and the "
-            f"factor as schedule= (for lr) or times({value!r}), or give it a start."
-        )
-    if isinstance(value, (list, tuple)):
-        return tuple(
-            _hyperparameter(
-                parse(item, NAMES, place) if isinstance(item, str) else item, f"{place}[{index}]"
-            )
-            for index, item in enumerate(value)
-        )
-    if isinstance(value, (TopDown, Reaction, str)):
-        raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        check_amount(place, "it", value)
-    return value
 
 
 def _argument_text(value: object) -> str:

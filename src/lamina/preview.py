@@ -2,17 +2,131 @@
 
 from __future__ import annotations
 
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
 from .explain import Explanation, explain
-from .resolved import Resolved
-from .timeline import NO_FEEDBACK
+from .optimizer import _has_reducer
+from .resolved import Finding, Resolved
+from .time import Run
+from .timeline import NO_FEEDBACK, Feedback, Values, values_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from .report.rows import Row
 
 
 class Preview:
-    """placeholder: rows, text and plot come next."""
+    """What a plan will do to every part of a model; prints as a table.
 
-    def __init__(self, resolved: Resolved) -> None:
+    Args:
+        resolved: a plan, settled for a model and a run.
+        feedback: what happened in a run so far; nothing by default.
+        reducer: whether gradients are reduced by DDP, which decides how parts are frozen; by
+            default, whether torch.distributed is in use.
+
+    Example:
+        >>> from torch import nn
+        >>> print(Plan("SGD", lr=0.1).preview(nn.Linear(2, 1), steps=10))
+        10 steps · SGD · 1 group · 3 of 3 parameters train
+        weight decay 0 · no clipping
+        <BLANKLINE>
+                  params
+        group    in tensors   lr
+        ───────  ──────────  ───
+        default      3 in 2  0.1
+    """
+
+    def __init__(
+        self, resolved: Resolved, feedback: Feedback = NO_FEEDBACK, *, reducer: bool | None = None
+    ) -> None:
         self.resolved = resolved
+        self.feedback = feedback
+        #: whether parts that thaw or freeze keep requires_grad on and have their gradients dropped
+        self.drops_gradients = _has_reducer(()) if reducer is None else reducer
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is legal in the plan but suspicious."""
+        return self.resolved.findings
+
+    @property
+    def run(self) -> Run:
+        """The length of the run, as far as it is known."""
+        return self.resolved.run
+
+    @cached_property
+    def peaks(self) -> tuple[tuple[float, int], ...]:
+        """The largest lr of each group over all steps, and the first step that has it."""
+        from .report.sampling import peaks
+
+        return peaks(self)
+
+    @cached_property
+    def steps(self) -> npt.NDArray[np.int64]:
+        """The steps at which `Row.lr` is sampled: all, or about 2000 of a long run.
+
+        Among them are the first and the last, every thaw and freeze, the bounds of the phases of
+        schedules, and the peaks. Of a run of unknown length: where groups begin to train.
+        """
+        from .report.sampling import sampled
+
+        return sampled(self)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """One row for each parameter group."""
+        from .report.rows import rows
+
+        return rows(self)
+
+    def values(self, step: Any) -> Values:
+        """Every value at a step or an array of steps: what `Optimizer.step` applies."""
+        return values_at(self.resolved, step, self.feedback)
+
+    def at(self, step: int) -> dict[str, dict[str, Any]]:
+        """The hyperparameters of every group at a step, in the form of `optimizer.applied`."""
+        values = self.values(step)
+        return {cell.name: values.hyper(i) for i, cell in enumerate(self.resolved.cells)}
 
     def explain(self, name: str, step: int = 0) -> Explanation:
         """The chain of rules behind every number of a parameter at a step."""
-        return explain(self.resolved, name, step, NO_FEEDBACK)
+        return explain(self.resolved, name, step, self.feedback)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, ax: Axes | None = None) -> Figure:
+        """Draw the lr of every group over the run, and below it when each one trains.
+
+        Args:
+            path: where to write the picture (PNG, SVG or PDF, by its suffix), if anywhere.
+            ax: matplotlib axes to draw into; a new figure by default.
+
+        Returns:
+            The matplotlib figure; no window is opened and no global state touched.
+
+        Raises:
+            TimeUnitError: if the length of the run is unknown.
+            MissingExtraError: if matplotlib is not installed.
+        """
+        from .report.plot import plot
+
+        return plot(self, path, ax)
+
+    def __str__(self) -> str:
+        from .report.table import text
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        return f"<Preview of {len(self.resolved.cells)} groups; print it, or see .rows>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from .report.table import rich_parts
+
+        yield from rich_parts(self, options.max_width, unicode=not options.ascii_only)

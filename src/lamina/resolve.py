@@ -42,7 +42,8 @@ def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
     for cell in cells:
         _judge(cell, run)
     for scope in scopes:
-        binder.judge_all(scope.threshold.curves, f"clip_norm of {scope.name}")
+        for operation, amount in scope.operations:
+            binder.judge_all(amount.curves, f"{operation.spelling} of {scope.name}")
     chains = {
         name: {key: tuple(links) for key, links in draft.chains.items()}
         for draft in drafts
@@ -88,6 +89,11 @@ class _Binder:
         curves = tuple(self.schedule(curve) for curve in setting.curves)
         return replace(setting, curves=curves)
 
+    def amount(self, amount: float | Schedule) -> Setting:
+        if isinstance(amount, Schedule):
+            return Setting(1.0, (self.schedule(amount),))
+        return Setting(float(amount))
+
     def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:
         for curve in curves:
             judge_values(curve, self.run, where)
@@ -107,18 +113,14 @@ def judge_values(schedule: Schedule, run: Run, where: str) -> None:
 
 
 def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ...]:
-    found = dict(
-        sorted({draft.clip for draft in drafts if draft.clip is not None}, key=lambda c: c[0])
-    )
+    found = dict(sorted((d.operations for d in drafts if d.operations), key=lambda pair: pair[0]))
     return tuple(
         Scope(
             rule,
             plan.rules[rule - 1].label if rule else "plan",
-            binder.setting(
-                Setting(1.0, (value,)) if isinstance(value, Schedule) else Setting(float(value))
-            ),
+            tuple((operation, binder.amount(operation.amount)) for operation in operations),
         )
-        for rule, value in found.items()
+        for rule, operations in found.items()
     )
 
 
@@ -132,7 +134,7 @@ def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
         )
         for key, value in draft.hyper.items()
     )
-    scope = None if draft.clip is None else place[draft.clip[0]]
+    scope = None if draft.operations is None else place[draft.operations[0]]
     schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
     feedback = None if draft.feedback is None else draft.feedback[0]
     return draft.optimizer, hyper, schedule, rewarm, feedback, draft.windows, scope

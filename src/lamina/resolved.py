@@ -9,6 +9,7 @@ from typing import Any
 
 from .algorithms.base import Algorithm
 from .feedback import OnPlateau, Reaction
+from .gradients.operations import Operation
 from .parameters import ParamInfo
 from .plan import Plan
 from .schedules import Schedule
@@ -60,11 +61,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Scope:
-    """The parameters that one rule clips together; `threshold` is over time."""
+    """The parameters whose gradients one rule operates on together.
+
+    `operations` in order, each with its number over time.
+    """
 
     rule: int
     name: str
-    threshold: Setting
+    operations: tuple[tuple[Operation, Setting], ...]
 
 
 @dataclass(frozen=True)

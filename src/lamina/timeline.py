@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ScheduleError
+from .gradients.operations import Operation
 from .resolved import Cell, Resolved, Setting, Trigger
 from .schedules import Schedule
 
@@ -106,8 +107,13 @@ class Values:
                 values[key] = self._since(begin, changed.get(key, value), values[key])
 
     def threshold(self, scope: int) -> Any:
-        """The clip threshold of a scope."""
-        return self._value(self._resolved.scopes[scope].threshold)
+        """The number of the first operation of a scope."""
+        return self._value(self._resolved.scopes[scope].operations[0][1])
+
+    def operations(self, scope: int) -> list[tuple[Operation, Any]]:
+        """The gradient operations of a scope with their numbers."""
+        listed = self._resolved.scopes[scope].operations
+        return [(operation, self._value(amount)) for operation, amount in listed]
 
     def _lr(self, cell: Cell, lr: Any) -> Any:
         if cell.schedule is not None:

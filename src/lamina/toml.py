@@ -11,9 +11,10 @@ import tomli_w
 
 from .errors import LaminaError, PlanError, did_you_mean
 from .expressions import Spelled, spell
+from .gradients.operations import Apply
 from .optim.registry import OPTIMIZERS, optimizer_name
-from .plan import CONTROLS, Plan, Rule
-from .schedules import Schedule
+from .plan import Plan, Rule
+from .schedules.shapes import Function
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
@@ -73,6 +74,8 @@ def write(plan: Plan) -> str:
     table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
     if plan.nonfinite != "raise":
         table["nonfinite"] = plan.nonfinite
+    if plan.nonfinite_check != "norms":
+        table["nonfinite_check"] = plan.nonfinite_check
     if plan.stop is not None:
         table["stop"] = spell(plan.stop, quote=False)
     rules = []
@@ -107,14 +110,14 @@ def _value(value: Any, where: str) -> Any:
 
 
 def _refuse_functions(value: Any, where: str) -> None:
-    if getattr(value, "spelling", "") == "function":
+    if isinstance(value, (Function, Apply)):
         raise PlanError(
             f"{where}: {value!r} is a Python function, which TOML cannot hold; "
             "keep the plan in Python."
         )
     for part in vars(value).values():
         for item in part if isinstance(part, tuple) else (part,):
-            if isinstance(item, Schedule):
+            if isinstance(item, Spelled):
                 _refuse_functions(item, where)
 
 
@@ -126,6 +129,3 @@ def _registered(optimizer: type, where: str) -> str:
             f"register it with lamina.register_optimizer({name!r}, {optimizer.__name__})."
         )
     return name
-
-
-__all__ = ["CONTROLS", "read", "write"]

@@ -24,7 +24,7 @@ from lamina.tasks.snippets import Batch, Encoded, Snippet, collate, loaders, rea
 PLAN = Path(__file__).with_name("reviews.toml")
 DEFAULTS = {"epochs": 3, "batch_size": 16, "seed": 0}
 
-TRAIN_TEXTS = 1024
+TRAIN_TEXTS = 896
 HELD_OUT_TEXTS = 800
 MAX_TOKENS = 48
 SPLIT_SEED = 2014

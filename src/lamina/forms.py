@@ -1,0 +1,142 @@
+"""The form that each setting of a rule must have; texts are parsed, never evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import time
+from .errors import HyperparameterError, PlanError
+from .expressions import parse
+from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
+from .gradients.operations import OPERATIONS, Apply, Operation
+from .optim.registry import optimizer_class
+from .schedules import SCHEDULES, Schedule, function
+from .settings import Times, TopDown, by_depth, check_amount, times, top_down
+
+#: every name that an expression in a plan may call
+NAMES: dict[str, Callable[..., Any]] = {
+    **SCHEDULES,
+    "times": times,
+    "by_depth": by_depth,
+    "top_down": top_down,
+    **REACTIONS,
+    **OPERATIONS,
+}
+
+#: settings of a rule that are not hyperparameters of an optimizer
+CONTROLS = (
+    *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm"),
+    *("clip_norm", "gradients"),
+)
+WINDOW = ("frozen", "thaw", "freeze")
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with texts parsed, each of the form that its place needs."""
+    given = {key: _check_setting(key, value, where) for key, value in settings.items()}
+    if given.get("frozen") is not None and ("thaw" in given or "freeze" in given):
+        raise PlanError(
+            f"{where}: frozen={given['frozen']} and thaw or freeze contradict each other; "
+            "give frozen=True for never trained, or the times."
+        )
+    if "clip_norm" in given and "gradients" in given:
+        raise PlanError(
+            f"{where}: clip_norm and gradients are one setting; put clip_norm(...) into gradients, "
+            "at its place in the order."
+        )
+    return given
+
+
+def _check_setting(key: str, value: Any, where: str) -> Any:
+    place = f"{where}, {key}"
+    if key == "optimizer":
+        return optimizer_class(value)
+    if isinstance(value, str):
+        value = parse(value, NAMES, place)
+    if key == "frozen":
+        if not isinstance(value, bool):
+            raise PlanError(f"{place}={value!r}: expected True or False.")
+        return value
+    if key in ("thaw", "freeze"):
+        if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
+            return value
+        return time.parse(value).text
+    if key in ("schedule", "rewarm"):
+        return _factor(value, place)
+    if key == "feedback":
+        if value is not None and not isinstance(value, Plateau):
+            raise PlanError(f"{place}={value!r}: expected plateau(...), or None to exempt.")
+        return value
+    if key == "clip_norm":
+        return _threshold(value, place)
+    if key == "gradients":
+        return _operations(value, place)
+    return _hyperparameter(value, place)
+
+
+def _factor(value: Any, place: str) -> Schedule | None:
+    if value is not None and not isinstance(value, Schedule):
+        if not callable(value):
+            raise PlanError(
+                f"{place}={value!r}: expected a schedule, a function of the step, or None."
+            )
+        value = function(value)
+    schedule: Schedule | None = value
+    if schedule is not None and schedule.kind == "value":
+        raise PlanError(
+            f"{place}={schedule!r} is a value (it has a start), but it multiplies lr here; "
+            "give a factor, without a start, or write it as lr=."
+        )
+    return schedule
+
+
+def _threshold(value: Any, place: str) -> Any:
+    if value is None or (isinstance(value, Schedule) and value.kind != "factor"):
+        return value
+    if isinstance(value, Schedule):
+        raise PlanError(f"{place}={value!r} is a factor; a threshold is a value: give it a start.")
+    if isinstance(value, Times):
+        raise PlanError(f"{place}={value!r}: a threshold belongs to its rule; give a number.")
+    check_amount(place, "it", value)
+    if value == 0:
+        raise HyperparameterError(f"{place}=0 would clip every gradient away; use frozen=True.")
+    return value
+
+
+def _operations(value: Any, place: str) -> tuple[Operation, ...] | None:
+    if value is None:
+        return None
+    listed = value if isinstance(value, (list, tuple)) else (value,)
+    operations = []
+    for item in listed:
+        read = parse(item, NAMES, place) if isinstance(item, str) else item
+        if callable(read) and not isinstance(read, Operation):
+            read = Apply(read)
+        if not isinstance(read, Operation):
+            raise PlanError(
+                f"{place}={read!r}: expected gradient operations such as clip_norm(1.0), or a "
+                "function (grads, infos) -> grads."
+            )
+        operations.append(read)
+    return tuple(operations)
+
+
+def _hyperparameter(value: Any, place: str) -> Any:
+    if isinstance(value, Schedule) and value.kind == "factor":
+        raise PlanError(
+            f"{place}={value!r} is a factor, not a value; write the value as the number and the "
+            f"factor as schedule= (for lr) or times({value!r}), or give it a start."
+        )
+    if isinstance(value, (list, tuple)):
+        return tuple(
+            _hyperparameter(
+                parse(item, NAMES, place) if isinstance(item, str) else item, f"{place}[{index}]"
+            )
+            for index, item in enumerate(value)
+        )
+    if isinstance(value, (TopDown, Reaction, str)):
+        raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        check_amount(place, "it", value)
+    return value

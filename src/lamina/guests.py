@@ -1,0 +1,115 @@
+"""Any `torch.optim.Optimizer` as a part of a plan: the plan moves the values it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import torch
+
+from .algorithms.base import Algorithm, Batch, Hyper, State
+from .errors import HyperparameterError, PlanError
+from .optim.registry import optimizer_name
+from .resolved import Cell
+
+
+@final
+class Guest(Algorithm):
+    """Stands for a guest's own algorithm, so that gradient operations treat all groups alike."""
+
+    name: ClassVar[str] = "guest"
+    defaults: ClassVar[dict[str, Any]] = {}
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
+        """Nothing; guests make their state themselves."""
+        return {}
+
+    def update(
+        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
+    ) -> tuple[torch.Tensor, State]:
+        """Never called: guests step themselves."""
+        raise NotImplementedError
+
+
+GUEST = Guest()
+
+
+def admit(
+    optimizer: type[torch.optim.Optimizer],
+    cells: Sequence[Cell],
+    groups: Sequence[dict[str, Any]],
+    state: Any,
+) -> torch.optim.Optimizer:
+    """Build a guest over some groups of a plan; it shares their dicts and the state.
+
+    Args:
+        optimizer: the guest's class.
+        cells: its cells, one for each group.
+        groups: its parameter groups, already in the plan's optimizer.
+        state: the state of the plan's optimizer, by parameter.
+
+    Raises:
+        PlanError: if the guest cannot be built as the plan says.
+    """
+    name = optimizer_name(optimizer)
+    common = {k: v for k, v in cells[0].constants.items() if all(_same(c, k, v) for c in cells)}
+    own = [{"params": group["params"]} for group in groups]
+    for cell, group in zip(cells, own, strict=True):
+        group.update({k: v for k, v in cell.constants.items() if k not in common})
+    try:
+        guest = optimizer(own, **common)
+    except Exception as error:
+        raise PlanError(
+            f"the guest optimizer {name} refused its settings ({type(error).__name__}: {error}); "
+            f"it was given {common}."
+        ) from error
+    moving = {key for cell in cells for key, _ in cell.moving}
+    if any(cell.schedule or cell.feedback or cell.rewarm for cell in cells):
+        moving.add("lr")
+    varying = (set().union(*(cell.constants for cell in cells)) - set(common)) | moving
+    fixed = sorted(varying - set(guest.defaults))
+    if fixed:
+        raise HyperparameterError(
+            f"{name} takes {', '.join(fixed)} only for all parameters and for good (it is not a "
+            "group setting there); give it one constant value in the plan."
+        )
+    for mine, theirs in zip(groups, guest.param_groups, strict=True):
+        for key, value in theirs.items():
+            mine.setdefault(key, value)
+    guest.param_groups = list(groups)
+    guest.state = state
+    return guest
+
+
+class Guests:
+    """The guests of a plan, each over its groups."""
+
+    def __init__(self, cells: Sequence[Cell], groups: Sequence[dict[str, Any]], state: Any) -> None:
+        self._of: dict[str, torch.optim.Optimizer] = {}
+        for optimizer in dict.fromkeys(cell.optimizer for cell in cells if not cell.algorithm):
+            chosen = [i for i, cell in enumerate(cells) if cell.optimizer is optimizer]
+            own = [groups[i] for i in chosen]
+            guest = admit(optimizer, [cells[i] for i in chosen], own, state)
+            self._of |= {group["name"]: guest for group in own}
+
+    def __contains__(self, group: str) -> bool:
+        return group in self._of
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Hand the guests their gradients, as the operations left them, and let them step."""
+        called: dict[int, torch.optim.Optimizer] = {}
+        for batch in batches:
+            guest = self._of.get(batch.hyper["name"])
+            if guest is None:
+                continue
+            called[id(guest)] = guest
+            scale = batch.scale
+            for param, grad in zip(batch.params, batch.grads, strict=True):
+                param.grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
+        for guest in called.values():
+            guest.step()
+
+
+def _same(cell: Cell, key: str, value: Any) -> bool:
+    return key in cell.constants and bool(cell.constants[key] == value)

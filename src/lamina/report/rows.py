@@ -1,0 +1,135 @@
+"""One row for each parameter group: what the table, the picture and other reports show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..optim.registry import optimizer_name
+from ..resolved import Cell, Trigger
+from ..timeline import Values
+from .sampling import spans
+
+if TYPE_CHECKING:
+    from ..preview import Preview
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter group over the run; numbers are None where they do not exist.
+
+    `first` and `last` are the first and the last step at which the group trains. `lr_start` and
+    `lr_end` are the lr at these two, `lr_peak` the largest lr of all steps; the same two steps
+    give `weight_decay` and `weight_decay_end`, `clip_norm` and `clip_norm_end`. `scope` is the
+    rule whose parameters are clipped by one common norm. `lr` and `active` are samples at
+    `Preview.steps`; lr is 0 while the group is frozen.
+    """
+
+    group: str
+    optimizer: str
+    rules: tuple[str, ...]
+    tensors: int
+    parameters: int
+    lr_start: float | None
+    lr_peak: float | None
+    lr_end: float | None
+    weight_decay: float | None
+    weight_decay_end: float | None
+    clip_norm: float | None
+    clip_norm_end: float | None
+    scope: str | None
+    thaw: str
+    first: int | None
+    last: int | None
+    lr: Floats = field(repr=False, compare=False)
+    active: npt.NDArray[np.bool_] = field(repr=False, compare=False)
+
+    @property
+    def clip(self) -> str:
+        """The clip threshold and whose common norm it limits; empty without clipping."""
+        return f"{span(self.clip_norm, self.clip_norm_end)} ({self.scope})" if self.scope else ""
+
+
+def number(value: float | None) -> str:
+    """A number as people write it: three digits, `2e-5` rather than `2e-05`."""
+    if value is None:
+        return "–"
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def span(start: float | None, end: float | None) -> str:
+    """A number, or where one begins and ends."""
+    return number(start) if start == end or end is None else f"{number(start)} → {number(end)}"
+
+
+def rows(preview: Preview) -> tuple[Row, ...]:
+    """The rows of a preview."""
+    values = preview.values(preview.steps)
+    return tuple(_row(preview, values, index) for index in range(len(preview.resolved.cells)))
+
+
+def _row(preview: Preview, values: Values, index: int) -> Row:
+    cell = preview.resolved.cells[index]
+    total, spans = preview.run.steps, _spans(preview, cell)
+    first = spans[0][0] if spans else None
+    end = spans[-1][1] if spans else None
+    last = None if first is None or total is None else (total if end is None else end) - 1
+    hyper = values.hyper(index)
+
+    def at(key: str, step: int | None) -> float | None:
+        if step is None or hyper.get(key) is None:
+            return None
+        series = np.broadcast_to(np.asarray(hyper[key], dtype=np.float64), preview.steps.shape)
+        return float(series[np.searchsorted(preview.steps, step)])
+
+    scope = None if first is None else cell.scope
+    if scope is not None:
+        hyper["clip_norm"] = values.threshold(scope)
+    return Row(
+        group=cell.name,
+        optimizer=optimizer_name(cell.optimizer),
+        rules=cell.rules,
+        tensors=len(cell.parameters),
+        parameters=cell.numel,
+        lr_start=at("lr", first),
+        lr_peak=None if last is None else preview.peaks[index][0],
+        lr_end=at("lr", last),
+        weight_decay=at("weight_decay", first),
+        weight_decay_end=at("weight_decay", last),
+        clip_norm=at("clip_norm", first),
+        clip_norm_end=at("clip_norm", last),
+        scope=None if scope is None else preview.resolved.scopes[scope].name,
+        thaw=_thaw_text(preview, cell, spans),
+        first=first,
+        last=last,
+        lr=hyper["lr"],
+        active=values.active(index),
+    )
+
+
+def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]) -> str:
+    """When a cell trains, in words."""
+    if not spans:
+        waits = [b.reaction.metric for b, _ in cell.windows if isinstance(b, Trigger)]
+        late = [begin for begin, _ in cell.windows]
+        return f"when {waits[0]} stalls" if waits else "after the end" if late else "frozen"
+    per = preview.run.steps_per_epoch
+
+    def when(step: int) -> str:
+        return f"{step} (epoch {number(step / per)})" if per else str(step)
+
+    texts = [
+        ("trains" if begin == 0 else f"step {when(begin)}")
+        if end is None
+        else f"until step {when(end)}"
+        if begin == 0
+        else f"steps {begin} to {end - 1}"
+        for begin, end in spans
+    ]
+    return ", then ".join(texts)

@@ -1,0 +1,108 @@
+"""Where to look at a long run: the peaks of every group, and the steps that must be drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..resolved import Cell, Trigger
+from ..schedules import Schedule
+from ..schedules.base import Product, phases_of
+from ..time import Run
+
+if TYPE_CHECKING:
+    from ..preview import Preview
+
+#: at about this many steps a long run is drawn
+SAMPLES = 2000
+#: a long run is searched for peaks in blocks of so many steps, which stay in the CPU's cache
+_BLOCK = 1 << 15
+
+
+def peaks(preview: Preview) -> tuple[tuple[float, int], ...]:
+    """The largest lr of each group over all steps, and the first step that has it."""
+    cells = preview.resolved.cells
+    kinds = [_lr_key(preview, cell) for cell in cells]
+    owner = {kind: kinds.index(kind) for kind in kinds}  # groups with the same lr are searched once
+    best = dict.fromkeys(owner.values(), (-1.0, 0))
+    total = preview.run.steps or 0
+    for begin in range(0, total, _BLOCK):
+        values = preview.values(np.arange(begin, min(begin + _BLOCK, total)))
+        for index, (peak, _) in best.items():
+            lr = values.lr(index)
+            place = int(np.argmax(lr))
+            if lr[place] > peak:
+                best[index] = (float(lr[place]), begin + place)
+    return tuple(best[owner[kind]] for kind in kinds)
+
+
+def _lr_key(preview: Preview, cell: Cell) -> Any:
+    """Equal for two groups only if their lr is the same at every step."""
+    overridden = cell.name if cell.name in preview.feedback.overrides else None
+    lr = dict(cell.hyper).get("lr")
+    return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden
+
+
+def sampled(preview: Preview) -> npt.NDArray[np.int64]:
+    """The steps to draw; see `Preview.steps`."""
+    steps = preview.run.steps
+    spans = [spans(preview, cell) for cell in preview.resolved.cells]
+    if steps is None:
+        return np.array(sorted({0, *(begin for each in spans for begin, _ in each)}))
+    if steps <= SAMPLES:
+        return np.arange(steps)
+    marks = {0, steps - 1, *(step for _, step in preview.peaks)}
+    joints = set().union(
+        *(_joints(cell, each) for cell, each in zip(preview.resolved.cells, spans, strict=True))
+    )
+    marks |= {step for joint in joints for step in (joint - 1, joint) if 0 <= step < steps}
+    evenly = np.linspace(0, steps - 1, max(2, SAMPLES - len(marks))).astype(np.int64)
+    return np.union1d(evenly, np.array(sorted(marks), dtype=np.int64))
+
+
+def spans(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
+    """The windows of a cell that open within the run, those cut off at its end with None."""
+    total = math.inf if preview.run.steps is None else preview.run.steps
+    found: list[tuple[int, int | None]] = []
+    for begin, end in cell.windows:
+        start = preview.feedback.opened(begin) if isinstance(begin, Trigger) else float(begin)
+        if start < total and (end is None or start < end):
+            found.append((math.ceil(start), None if end is None or end >= total else end))
+    return found
+
+
+def _joints(cell: Cell, spans: Iterable[tuple[int, int | None]]) -> set[int]:
+    """The steps at which a cell thaws or freezes, or one of its schedules enters a phase."""
+    parts = [
+        part
+        for _, given in cell.hyper
+        for part in (given if isinstance(given, tuple) else (given,))
+    ]
+    curves = [curve for part in parts for curve in part.curves]
+    if cell.schedule is not None:
+        curves.append(cell.schedule)
+    found = {step for pair in spans for step in pair if step is not None}
+    if cell.rewarm is not None:
+        for begin in tuple(found):
+            found |= _bounds(cell.rewarm, begin)
+    return found.union(*(_bounds(curve, 0) for curve in set(curves)))
+
+
+def _bounds(schedule: Schedule, begin: float) -> set[int]:
+    """The first steps of the phases of a schedule, and the step after its end."""
+    if isinstance(schedule, Product):
+        return _bounds(schedule.left, begin) | _bounds(schedule.right, begin)
+    found: set[int] = set()
+    for phase in phases_of(schedule):
+        if phase is not schedule:
+            found |= _bounds(phase, begin)
+        length = phase.duration(Run())
+        if length is None:
+            break
+        begin += float(length)
+        found.add(math.ceil(begin))
+    return found

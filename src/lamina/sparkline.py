@@ -1,0 +1,38 @@
+"""A curve as one line of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """A curve as a line of bars, the highest value filling the line.
+
+    Args:
+        values: numbers, at least one; bars count from 0 (or the lowest, if that is negative).
+            A gap (None or NaN) is a space.
+        width: how many characters at most; longer curves are sampled evenly, both ends kept.
+
+    Returns:
+        One character a value.
+
+    Example:
+        >>> sparkline([0, 1, 2, 3, 2, 1, 0])
+        '▁▃▆█▆▃▁'
+    """
+    count = len(values)
+    if count > width > 1:
+        values = [values[round(i * (count - 1) / (width - 1))] for i in range(width)]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    low, high = min([0.0, *known]), max([0.0, *known])
+    span = (high - low) or 1.0
+    return "".join(_bar(value, low, span) for value in values)
+
+
+def _bar(value: float | None, low: float, span: float) -> str:
+    if value is None or not math.isfinite(value):
+        return " "
+    return _BARS[math.floor((value - low) / span * (len(_BARS) - 1) + 0.5)]
