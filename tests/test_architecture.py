@@ -62,10 +62,7 @@ LAYERS = [
 
 # (module, layer above it): the reason. Holds inside functions and for the type checker only.
 LAZY_UPWARD = {
-    (
-        "lamina.plan",
-        "toml",
-    ): "Plan.from_toml and Plan.to_toml: users look there",
+    ("lamina.plan", "toml"): "Plan.from_toml, Plan.to_toml",
     ("lamina.plan", "resolve"): "Plan.preview begins with it",
     ("lamina.plan", "preview"): "Plan.preview",
     ("lamina.plan", "optimizer"): "Plan.build",

@@ -129,6 +129,8 @@ def _apply(
     where = f"rule {rule!r}" if index else "plan"
     if "optimizer" in settings:
         draft.optimizer = settings["optimizer"]
+        for key in draft.hyper:
+            draft.chains.pop(key, None)
         draft.hyper = _defaults(draft.optimizer)
         draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
     for key, value in settings.items():

@@ -96,6 +96,17 @@ class Guests:
     def __contains__(self, group: str) -> bool:
         return group in self._of
 
+    @staticmethod
+    def batch(group: dict[str, Any]) -> Batch | None:
+        """The gradients of a guest's group, for the gradient operations."""
+        named = zip(group["params"], group["param_names"], strict=True)
+        found = [(param, name) for param, name in named if param.grad is not None]
+        if not found:
+            return None
+        params = [param for param, _ in found]
+        grads = [param.grad for param in params if param.grad is not None]
+        return Batch(GUEST, params, grads, {}, [], group, names=[name for _, name in found])
+
     def step(self, batches: Sequence[Batch]) -> None:
         """Hand the guests their gradients, as the operations left them, and let them step."""
         called: dict[int, torch.optim.Optimizer] = {}

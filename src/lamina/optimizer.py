@@ -134,6 +134,11 @@ class Optimizer(Engine):
         """The algorithm of a group."""
         return self._algorithms[group["name"]]
 
+    def _batch(self, group: dict[str, Any]) -> Batch | None:
+        if group["name"] in self._guests:
+            return self._guests.batch(group)
+        return super()._batch(group)
+
     def _update(self) -> None:
         refuse_foreign_writes(self._published, self.param_groups, self.clock)
         groups = []

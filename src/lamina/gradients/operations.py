@@ -256,11 +256,13 @@ def _unit_norm(tensor: torch.Tensor) -> torch.Tensor:
 def _on_values(
     grad: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    if not grad.is_sparse:
-        if grad.is_complex():  # the real and the imaginary part are two numbers
-            return torch.view_as_complex(function(torch.view_as_real(grad)))
-        return function(grad)
-    return torch.sparse_coo_tensor(grad.coalesce().indices(), function(values_of(grad)), grad.shape)
+    if grad.is_sparse:
+        values = function(values_of(grad))
+        return torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape)
+    if grad.is_complex():  # the real and the imaginary part are two numbers
+        pairs: torch.Tensor = torch.view_as_complex(function(torch.view_as_real(grad)))
+        return pairs
+    return function(grad)
 
 
 clip_norm = ClipNorm

@@ -1,0 +1,1 @@
+"""What a preview shows: rows, tables, pictures, and the comparison after a run."""

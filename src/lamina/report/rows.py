@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..optim.registry import optimizer_name
 from ..resolved import Cell, Trigger
 from ..timeline import Values
-from .sampling import spans
+from .sampling import windows
 
 if TYPE_CHECKING:
     from ..preview import Preview
@@ -68,6 +68,11 @@ def span(start: float | None, end: float | None) -> str:
     return number(start) if start == end or end is None else f"{number(start)} → {number(end)}"
 
 
+def epochs(steps: int, per_epoch: int) -> str:
+    """Steps as epochs, to two decimals."""
+    return f"{steps / per_epoch:.2f}".rstrip("0").rstrip(".")
+
+
 def rows(preview: Preview) -> tuple[Row, ...]:
     """The rows of a preview."""
     values = preview.values(preview.steps)
@@ -76,7 +81,7 @@ def rows(preview: Preview) -> tuple[Row, ...]:
 
 def _row(preview: Preview, values: Values, index: int) -> Row:
     cell = preview.resolved.cells[index]
-    total, spans = preview.run.steps, _spans(preview, cell)
+    total, spans = preview.run.steps, windows(preview, cell)
     first = spans[0][0] if spans else None
     end = spans[-1][1] if spans else None
     last = None if first is None or total is None else (total if end is None else end) - 1
@@ -117,12 +122,13 @@ def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]
     """When a cell trains, in words."""
     if not spans:
         waits = [b.reaction.metric for b, _ in cell.windows if isinstance(b, Trigger)]
-        late = [begin for begin, _ in cell.windows]
-        return f"when {waits[0]} stalls" if waits else "after the end" if late else "frozen"
+        if waits:
+            return f"when {waits[0]} stalls"
+        return f"step {cell.windows[0][0]}, after the end" if cell.windows else "frozen"
     per = preview.run.steps_per_epoch
 
     def when(step: int) -> str:
-        return f"{step} (epoch {number(step / per)})" if per else str(step)
+        return f"{step} (epoch {epochs(step, per)})" if per else str(step)
 
     texts = [
         ("trains" if begin == 0 else f"step {when(begin)}")

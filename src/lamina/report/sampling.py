@@ -50,7 +50,7 @@ def _lr_key(preview: Preview, cell: Cell) -> Any:
 def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     """The steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
-    spans = [spans(preview, cell) for cell in preview.resolved.cells]
+    spans = [windows(preview, cell) for cell in preview.resolved.cells]
     if steps is None:
         return np.array(sorted({0, *(begin for each in spans for begin, _ in each)}))
     if steps <= SAMPLES:
@@ -64,7 +64,7 @@ def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     return np.union1d(evenly, np.array(sorted(marks), dtype=np.int64))
 
 
-def spans(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
+def windows(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
     """The windows of a cell that open within the run, those cut off at its end with None."""
     total = math.inf if preview.run.steps is None else preview.run.steps
     found: list[tuple[int, int | None]] = []

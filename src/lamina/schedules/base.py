@@ -10,15 +10,18 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import time
 from ..errors import ScheduleError
 from ..expressions import Spelled, spell
+from ..sparkline import sparkline
 from ..time import Run
+
+if TYPE_CHECKING:
+    import os
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,66 +73,39 @@ class Schedule(Spelled, ABC):
             return NotImplemented
         return Product(self, other)
 
+    def plot(
+        self,
+        *others: Schedule,
+        steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Any:
+        """A picture of this schedule, and of others on the same axis (needs matplotlib).
 
-@dataclass(frozen=True, repr=False)
-class Shape(Schedule):
-    """A schedule with one formula; subclasses give `shape` over progress or steps."""
+        Args:
+            others: more schedules.
+            steps: how many steps to show, the length of the run; by default that of the longest.
+            steps_per_epoch: the steps of an epoch, if a length is given in epochs.
+            path: a file to write, such as "schedule.png".
 
-    #: whether the formula needs to know its length
-    needs_length: ClassVar[bool] = True
+        Returns:
+            A `matplotlib.figure.Figure`.
+        """
+        from .pictures import plot
 
-    # Subclasses declare their own fields; a field named `length` is the length in time units.
-    @property
-    def kind(self) -> str:
-        return FACTOR if getattr(self, "start", None) is None else VALUE
+        shown = (self, *others)
+        run = _run_of(shown, steps, steps_per_epoch)
+        curves = {repr(one): one.bind(run).at for one in shown}
+        return plot(curves, run.steps or 0, path)
 
-    def check_length(self) -> None:
-        """Normalise `length` to its shortest spelling; called from `__post_init__`."""
-        length = getattr(self, "length", None)
-        if length is not None:
-            object.__setattr__(self, "length", time.parse(length).text)
-
-    def duration(self, run: Run) -> Fraction | None:
-        length = getattr(self, "length", None)
-        return None if length is None else time.parse(length).in_steps(run)
-
-    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
-        own = self.duration(run)
-        if own is not None:
-            end = start + own
-        elif end is None and run.steps is not None:
-            end = Fraction(run.steps)
-        if end is None:
-            if self.needs_length:
-                raise ScheduleError(
-                    f"{self!r} lasts for the rest of the run, but the length of the run is "
-                    "unknown; pass steps= (or epochs= with steps_per_epoch=), or give it length=."
-                )
-            return self
-        return replace(self, length=math.ceil(end) - math.ceil(start))
-
-    def at(self, steps: Floats) -> Floats:
-        length = getattr(self, "length", None)
-        if length is None:
-            return self.shape(steps, math.inf)
-        values = self.shape(np.minimum(steps, length), float(length))
-        past = steps >= length
-        if past.any():
-            values = np.where(past, self.end(float(length)), values)
-        return values
-
-    @abstractmethod
-    def shape(self, t: Floats, length: float) -> Floats:
-        """The formula, for 0 <= t <= length (steps since the schedule began)."""
-
-    def end(self, length: float) -> float:
-        """The left limit at the end, held from there on; override where the formula jumps."""
-        return float(self.shape(np.array([length]), length)[0])
-
-
-def progress(t: Floats, length: float) -> Floats:
-    """t / length, from 0 to 1; a phase without length is over at once."""
-    return t / length if length > 0 else np.ones_like(t)
+    def sparkline(
+        self, steps: int | None = None, *, steps_per_epoch: int | None = None, width: int = 40
+    ) -> str:
+        """The curve as one line of text, for a terminal; arguments as in `plot`."""
+        run = _run_of((self,), steps, steps_per_epoch)
+        last = (run.steps or 1) - 1
+        places = np.unique(np.linspace(0, last, min(width, last + 1)).round())
+        return sparkline(list(self.bind(run).at(places)), width)
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
@@ -148,6 +124,23 @@ def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
             "(with an absolute start) is one; give all phases a start, or none."
         )
     return VALUE if VALUE in kinds else FACTOR if kinds else EITHER
+
+
+def _run_of(
+    schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch: int | None
+) -> Run:
+    """The run to show: as given, or as long as the longest schedule."""
+    if steps is not None and steps < 1:
+        raise ScheduleError(f"steps={steps} is out of range; expected 1 or more.")
+    if steps is None:
+        run = Run(None, steps_per_epoch)
+        lengths = [one.duration(run) for one in schedules]
+        if any(length is None for length in lengths):
+            raise ScheduleError(
+                f"{schedules[lengths.index(None)]!r} lasts for the rest of the run; pass steps=."
+            )
+        steps = max(1, *(math.ceil(length) for length in lengths if length is not None))
+    return Run(steps, steps_per_epoch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,8 +187,8 @@ class Sequence(Schedule):
         known = sum((length for length in lengths if length is not None), Fraction(0))
         if end is not None and known > end - start:
             raise ScheduleError(
-                f"{self!r} is longer than the run: its phases take {_steps(known)}, "
-                f"but there are {_steps(end - start)}. Shorten a phase or lengthen the run."
+                f"{self!r} is longer than the run: its phases take {steps_text(known)}, "
+                f"but there are {steps_text(end - start)}. Shorten a phase or lengthen the run."
             )
         if open_ends and end is not None:
             lengths[open_ends[0]] = end - start - known
@@ -259,5 +252,6 @@ def spell_part(schedule: Schedule, quote: bool) -> str:
     return spell(schedule, quote)
 
 
-def _steps(amount: Fraction) -> str:
+def steps_text(amount: Fraction) -> str:
+    """An amount of steps for an error."""
     return f"{float(amount):g} steps"

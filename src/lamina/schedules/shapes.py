@@ -1,39 +1,16 @@
-"""The simple schedules: constant, linear, cosine, warmup, steps, and any function of the step."""
+"""Smooth schedules with one formula: constant, lines, curves, warmups."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from .. import time
 from ..errors import ScheduleError
-from ..time import Run, TimeLike
-from .base import EITHER, FACTOR, VALUE, Floats, Shape, progress
-
-
-def check_finite(schedule: object, **numbers: float | None) -> None:
-    """Raise `ScheduleError` unless every number given is finite and not negative."""
-    for name, number in numbers.items():
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            hint = ""
-            if isinstance(number, str):
-                hint = f" A length of time is given by name: length={number!r}."
-            raise ScheduleError(
-                f"{type(schedule).__name__.lower()} was given {name}={number!r}; "
-                f"expected a number.{hint}"
-            )
-        if not 0 <= number < math.inf:
-            raise ScheduleError(
-                f"{type(schedule).__name__.lower()} was given {name}={number!r}; "
-                "expected a finite number of at least 0."
-            )
+from ..time import TimeLike
+from .base import EITHER, FACTOR, VALUE, Floats
+from .shape import Shape, check_count, check_finite, check_positive, half_wave, progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +35,7 @@ class Constant(Shape):
 
     def __post_init__(self) -> None:
         check_finite(self, value=self.value)
-        self.check_length()
+        super().__post_init__()
 
     @property
     def kind(self) -> str:
@@ -69,7 +46,32 @@ class Constant(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Linear(Shape):
+class Fall(Shape):
+    """What lines, cosines and polynomials share: from `start` to `to` along a falling curve.
+
+    Formula: `to + (start - to) * fall(t / length)`.
+    """
+
+    spelling: ClassVar[str] = "fall"
+    start: float | None = None
+    to: float = 0.0
+    length: TimeLike | None = None
+
+    def __post_init__(self) -> None:
+        check_finite(self, start=self.start, to=self.to)
+        super().__post_init__()
+
+    def shape(self, t: Floats, length: float) -> Floats:
+        start = 1.0 if self.start is None else self.start
+        return self.to + (start - self.to) * self.fall(progress(t, length))
+
+    def fall(self, share: Floats) -> Floats:
+        """From 1 at share 0 to 0 at share 1."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Fall):
     """A straight line: `linear(0.04, 0.4)` is a value, `linear(to=0.1)` a factor from 1.
 
     Formula: `start + (to - start) * t / length`.
@@ -77,7 +79,8 @@ class Linear(Shape):
     Args:
         start: the number at its first step; with it the schedule is a value, without it a factor
             that starts from 1.
-        to: the number at its end (for a factor: relative, so ratios between layers survive).
+        to: the number at its end: for a value in its own unit (an absolute floor), for a factor
+            relative, so that ratios between layers survive.
         length: how long, in any unit of time; the rest of the run by default.
 
     Example:
@@ -86,13 +89,6 @@ class Linear(Shape):
     """
 
     spelling: ClassVar[str] = "linear"
-    start: float | None = None
-    to: float = 0.0
-    length: TimeLike | None = None
-
-    def __post_init__(self) -> None:
-        check_finite(self, start=self.start, to=self.to)
-        self.check_length()
 
     def shape(self, t: Floats, length: float) -> Floats:
         start = 1.0 if self.start is None else self.start
@@ -100,7 +96,7 @@ class Linear(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Cosine(Shape):
+class Cosine(Fall):
     """Half a cosine wave down (or up): `cosine(to=0.01)` is a factor from 1.
 
     Formula: `to + (start - to) * (1 + cos(pi * t / length)) / 2`.
@@ -108,7 +104,8 @@ class Cosine(Shape):
     Args:
         start: the number at its first step; with it the schedule is a value, without it a factor
             that starts from 1.
-        to: the number at its end (for a factor: relative, so ratios between layers survive).
+        to: the number at its end: for a value in its own unit (an absolute floor), for a factor
+            relative, so that ratios between layers survive.
         length: how long, in any unit of time; the rest of the run by default.
 
     Example:
@@ -119,18 +116,106 @@ class Cosine(Shape):
     """
 
     spelling: ClassVar[str] = "cosine"
+
+    def fall(self, share: Floats) -> Floats:
+        return half_wave(share)
+
+
+@dataclass(frozen=True, repr=False)
+class OneMinusSqrt(Fall):
+    """One minus the square root of time: the fast early cooldown of warmup-stable-decay.
+
+    Formula: `to + (start - to) * (1 - sqrt(t / length))`.
+
+    Args:
+        start: the number at its first step; with it the schedule is a value, without it a factor
+            that starts from 1.
+        to: the number at its end: for a value in its own unit (an absolute floor), for a factor
+            relative, so that ratios between layers survive.
+        length: how long, in any unit of time; the rest of the run by default.
+
+    Example:
+        >>> one_minus_sqrt(length=100)(25)
+        0.5
+
+    Source: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+    Durations (2024), equation 1.
+    """
+
+    spelling: ClassVar[str] = "one_minus_sqrt"
+
+    def fall(self, share: Floats) -> Floats:
+        return 1.0 - np.sqrt(share)
+
+
+@dataclass(frozen=True, repr=False)
+class Polynomial(Shape):
+    """A power of the time that remains; power 1 is a straight line.
+
+    Formula: `to + (start - to) * (1 - t / length) ** power`.
+
+    Args:
+        power: the exponent, above 0.
+        start: the number at its first step; with it the schedule is a value, without it a factor
+            that starts from 1.
+        to: the number at its end: for a value in its own unit (an absolute floor), for a factor
+            relative, so that ratios between layers survive.
+        length: how long, in any unit of time; the rest of the run by default.
+
+    Example:
+        >>> polynomial(2.0, length=100)(50)
+        0.25
+    """
+
+    spelling: ClassVar[str] = "polynomial"
+    power: float = 1.0
     start: float | None = None
     to: float = 0.0
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, start=self.start, to=self.to)
-        self.check_length()
+        check_finite(self, power=self.power, start=self.start, to=self.to)
+        check_positive(self, power=self.power)
+        super().__post_init__()
 
     def shape(self, t: Floats, length: float) -> Floats:
         start = 1.0 if self.start is None else self.start
-        wave = (1.0 + np.cos(np.pi * progress(t, length))) / 2.0
-        return self.to + (start - self.to) * wave
+        return self.to + (start - self.to) * (1.0 - progress(t, length)) ** self.power
+
+
+@dataclass(frozen=True, repr=False)
+class Exponential(Shape):
+    """Continuous decay by a factor in every period; `steps(...)` does the same in jumps.
+
+    Formula: `start * gamma ** (t / every)`, with start 1 for a factor.
+
+    Args:
+        gamma: the factor of each period.
+        every: the period, in any unit of time.
+        start: with it the schedule is a value, without it a factor that starts from 1.
+        length: how long in all; the rest of the run by default.
+
+    Example:
+        >>> exponential(0.25, every=100)(50)
+        0.5
+    """
+
+    spelling: ClassVar[str] = "exponential"
+    needs_length: ClassVar[bool] = False
+    spans: ClassVar[tuple[str, ...]] = ("every",)
+    gamma: float
+    every: TimeLike = 1
+    start: float | None = None
+    length: TimeLike | None = None
+
+    def __post_init__(self) -> None:
+        check_finite(self, gamma=self.gamma, start=self.start)
+        super().__post_init__()
+        check_positive(self, every=self.every)
+
+    def shape(self, t: Floats, length: float) -> Floats:
+        start = 1.0 if self.start is None else self.start
+        return start * self.gamma ** (t / float(self.span("every")))
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +241,7 @@ class Warmup(Shape):
         check_finite(self, start=self.start)
         if self.length is None:
             raise ScheduleError("warmup needs a length, such as warmup(500) or warmup('6%').")
-        self.check_length()
+        super().__post_init__()
 
     @property
     def kind(self) -> str:
@@ -167,114 +252,78 @@ class Warmup(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Steps(Shape):
-    """Lower by a factor after every period (step decay).
+class InverseSqrt(Shape):
+    """A straight warmup to 1, then the inverse square root of time.
 
-    Formula: `start * gamma ** floor(t / every)`, with start 1 for a factor.
+    Formula: `t / warmup` before `warmup`, then `sqrt(timescale / (t - warmup + timescale))`.
 
     Args:
-        every: the period, in any unit of time.
-        gamma: the factor of each period.
-        start: with it the schedule is a value, without it a factor that starts from 1.
+        warmup: when the peak of 1 is reached, in any unit of time.
+        timescale: how slowly it falls; `warmup` by default, which gives `sqrt(warmup / t)`.
         length: how long in all; the rest of the run by default.
 
     Example:
-        >>> steps(every=30, gamma=0.1)(59)
-        0.1
+        >>> inverse_sqrt(100)(400)
+        0.5
+
+    Source: Vaswani et al., Attention Is All You Need (2017), section 5.3, scaled to a peak of 1.
     """
 
-    spelling: ClassVar[str] = "steps"
+    spelling: ClassVar[str] = "inverse_sqrt"
     needs_length: ClassVar[bool] = False
-    every: TimeLike
-    gamma: float = 0.1
-    start: float | None = None
+    spans: ClassVar[tuple[str, ...]] = ("warmup", "timescale")
+    warmup: TimeLike
+    timescale: TimeLike | None = None
     length: TimeLike | None = None
-    #: how far `every` ends after a whole step, set by `bind`
-    period: Fraction | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_finite(self, gamma=self.gamma, start=self.start)
-        object.__setattr__(self, "every", time.parse(self.every).text)
-        if time.parse(self.every).amount == 0:
-            raise ScheduleError("steps was given every=0; expected a period above 0.")
-        self.check_length()
-
-    def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
-        bound = super().bind(run, start, end)
-        if bound.period is None:
-            object.__setattr__(bound, "period", time.parse(self.every).in_steps(run))
-        return bound
-
-    def _count(self, t: Floats) -> Floats:
-        period = self.period if self.period is not None else time.parse(self.every).in_steps(Run())
-        # A period of p/q steps changes at ceil(n * p / q), all in whole numbers below 2**53.
-        return np.floor(t * period.denominator / period.numerator)
+        super().__post_init__()
+        if self.timescale is None:
+            check_positive(self, warmup=self.warmup)
+        check_positive(self, timescale=self.timescale)
 
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return start * self.gamma ** self._count(t)
-
-    def end(self, length: float) -> float:
-        return float(self.shape(np.array([max(length - 1.0, 0.0)]), length)[0])
+        warm = float(self.span("warmup"))
+        scale = warm if self.timescale is None else float(self.span("timescale"))
+        rise = t / warm if warm > 0 else np.ones_like(t)
+        return np.where(t < warm, rise, np.sqrt(scale / (np.maximum(t, warm) - warm + scale)))
 
 
 @dataclass(frozen=True, repr=False)
-class Function(Shape):
-    """Any function of the step, as a factor or as a value, depending on where it stands.
+class Noam(Shape):
+    """The learning rate of the Transformer paper itself: a value, not scaled to a peak of 1.
 
-    Formula: `f(t)`, with t counted from the first step of this phase.
+    Formula: `d_model ** -0.5 * min(s ** -0.5, s * warmup ** -1.5)`, with s = t + 1.
 
     Args:
-        f: takes a step and gives a number; tried on an array of steps, else called step by step.
-        length: how long, in any unit of time; the rest of the run by default.
+        d_model: the width of the model; 1 for the bare formula.
+        warmup: when the peak is reached, in any unit of time.
+        length: how long in all; the rest of the run by default.
 
     Example:
-        >>> function(lambda t: 0.95**t)(0)
-        1.0
+        >>> round(noam(512, 4000)(3999), 6)
+        0.000699
+
+    Source: Vaswani et al., Attention Is All You Need (2017), equation 3.
     """
 
-    spelling: ClassVar[str] = "function"
+    spelling: ClassVar[str] = "noam"
     needs_length: ClassVar[bool] = False
-    f: Callable[[Any], Any]
+    spans: ClassVar[tuple[str, ...]] = ("warmup",)
+    d_model: int
+    warmup: TimeLike
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.f):
-            raise ScheduleError(f"function was given {self.f!r}; expected a function of the step.")
-        self.check_length()
-
-    def spelled(self, quote: bool) -> str:
-        name = getattr(self.f, "__qualname__", repr(self.f))
-        return f"function({name}{'' if self.length is None else f', length={self.length!r}'})"
+        check_count(self, d_model=self.d_model)
+        super().__post_init__()
+        check_positive(self, warmup=self.warmup)
 
     @property
     def kind(self) -> str:
-        return EITHER
+        return VALUE
 
     def shape(self, t: Floats, length: float) -> Floats:
-        if self._takes_arrays():
-            return np.asarray(self.f(t), dtype=np.float64)
-        return np.array([self._number(int(step)) for step in t], dtype=np.float64)
-
-    def _number(self, step: int) -> float:
-        try:
-            return float(self.f(step))
-        except Exception as error:
-            raise ScheduleError(
-                f"{self!r} failed at step {step}: {type(error).__name__}: {error}."
-            ) from error
-
-    def _takes_arrays(self) -> bool:
-        """Whether f maps arrays element by element; probed on two steps, the same each time."""
-        probe = np.array([0.0, 1.0])
-        try:
-            with np.errstate(all="ignore"):
-                got = np.asarray(self.f(probe), dtype=np.float64)
-            return got.shape == (2,) and np.allclose(
-                got, [self.f(0), self.f(1)], rtol=1e-9, atol=0, equal_nan=True
-            )
-        except Exception:  # noqa: BLE001 - whatever it raises, it does not take arrays
-            return False
-
-
-__all__ = ["VALUE", "Constant", "Cosine", "Function", "Linear", "Steps", "Warmup"]
+        warm = float(self.span("warmup"))
+        step = t + 1.0
+        return self.d_model**-0.5 * np.minimum(step**-0.5, step * warm**-1.5)

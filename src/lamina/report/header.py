@@ -1,0 +1,80 @@
+"""What is said once above a table: the run, and what all groups have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .rows import epochs, span
+
+if TYPE_CHECKING:
+    from ..preview import Preview
+
+
+def header(preview: Preview) -> list[str]:
+    """The lines above the table."""
+    said = facts(preview)
+    lines = [" · ".join([_length(preview), *_groups(preview, said)])]
+    common = [said[key] for key in ("weight_decay", "clip_norm") if key in said]
+    if common:
+        lines.append(" · ".join(common))
+    if preview.run.steps is None:
+        lines.append("Pass steps=, or epochs= and steps_per_epoch=, to see the whole run.")
+    frozen = _freezing(preview)
+    if frozen:
+        lines.append(frozen)
+    for key, reaction in preview.resolved.reactions:
+        lines.append(f"{key} reacts to reports: {reaction!r}; shown for what was reported so far.")
+    return lines
+
+
+def facts(preview: Preview) -> dict[str, str]:
+    """Settings in which all groups that train agree, in words."""
+    rows = [row for row in preview.rows if row.first is not None]
+    said = {}
+    optimizers = {row.optimizer for row in preview.rows}
+    if len(optimizers) == 1:
+        said["optimizer"] = optimizers.pop()
+    decays = {span(row.weight_decay, row.weight_decay_end) for row in rows}
+    if len(decays) <= 1:
+        said["weight_decay"] = f"weight decay {decays.pop()}" if decays else "nothing trains"
+    clips = {(row.scope, span(row.clip_norm, row.clip_norm_end)) for row in rows}
+    if len(clips) <= 1:
+        scope, limit = clips.pop() if clips else (None, "")
+        one = f"clip norm {limit} (one norm over all that trains)"
+        said["clip_norm"] = "no clipping" if scope is None else one
+    return said
+
+
+def _length(preview: Preview) -> str:
+    run = preview.run
+    if run.steps is None:
+        return "run length unknown"
+    text = f"{run.steps:,} step{'s' if run.steps != 1 else ''}"
+    if run.steps_per_epoch is None:
+        return text
+    amount = epochs(run.steps, run.steps_per_epoch)
+    return f"{text} ({amount} epoch{'s' if amount != '1' else ''} of {run.steps_per_epoch:,})"
+
+
+def _groups(preview: Preview, said: dict[str, str]) -> list[str]:
+    rows = preview.rows
+    training = sum(row.parameters for row in rows if row.first is not None)
+    total = sum(row.parameters for row in rows)
+    return [
+        *([said["optimizer"]] if "optimizer" in said else []),
+        f"{len(rows)} group{'s' if len(rows) != 1 else ''}",
+        f"{training:,} of {total:,} parameters train",
+    ]
+
+
+def _freezing(preview: Preview) -> str:
+    """How frozen parts are kept from training; empty if nothing is ever frozen."""
+    rows = preview.rows
+    if all(row.thaw == "trains" for row in rows):
+        return ""
+    if not preview.drops_gradients:
+        return "While a group is frozen, its requires_grad is off: no gradient, no optimizer state."
+    return (
+        "torch.distributed is in use: groups that thaw or freeze keep requires_grad on and their "
+        "gradients are dropped; it is off only for groups that never train."
+    )

@@ -1,0 +1,230 @@
+"""A preview as a table: plain text without extras, or with rich."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import require
+from .header import facts, header
+from .rows import Row, number, span
+from .sparkline import can_show, sparkline
+
+if TYPE_CHECKING:
+    from ..preview import Preview
+
+#: without a terminal, as in a log file
+_WIDTH = 110
+_MIN_NAME = 20
+_GAP = "  "
+_ASCII = str.maketrans({"–": "-", "→": ">", "…": "~", "─": "-", "·": "|", "×": "x"})
+
+
+@dataclass(frozen=True)
+class Column:
+    """Titles of one or two lines over cells; columns of the highest rank give way first."""
+
+    title: tuple[str, ...]
+    cells: tuple[str, ...]
+    rank: int = 0
+    left: bool = False
+
+    @property
+    def width(self) -> int:
+        """How wide it must be for its longest cell."""
+        return max(len(cell) for cell in (*self.title, *self.cells))
+
+
+def text(preview: Preview, width: int | None = None, *, unicode: bool | None = None) -> str:
+    """A preview as plain text.
+
+    Args:
+        preview: what to show.
+        width: in characters; the terminal's by default.
+        unicode: whether to use characters beyond ASCII; by default, if standard output can.
+    """
+    width = width or shutil.get_terminal_size((_WIDTH, 24)).columns
+    unicode = can_show() if unicode is None else unicode
+    shown, dropped = fit(columns(preview, unicode), width)
+    lines = [*_wrapped(header(preview), width), ""]
+    for titles in zip_longest(*(column.title[::-1] for column in shown), fillvalue=""):
+        lines.insert(len(lines) if not lines[-1] else -1, _line(shown, titles))
+    lines.append(_GAP.join("─" * column.width for column in shown))
+    lines += [
+        _line(shown, cells) for cells in zip(*(column.cells for column in shown), strict=True)
+    ]
+    lines += _notes(preview, dropped, width)
+    joined = "\n".join(line.rstrip() for line in lines)
+    return joined if unicode else joined.translate(_ASCII).encode("ascii", "replace").decode()
+
+
+def rich_parts(preview: Preview, width: int, *, unicode: bool = True) -> Iterator[Any]:
+    """A preview as parts that rich prints: the header, the table, the notes."""
+    table_module = require("rich.table", "cli", "a rich table")
+    rich_text = require("rich.text", "cli", "a rich table")
+    shown, dropped = fit(columns(preview, unicode), width)
+    first, *others = header(preview)
+    yield rich_text.Text(first, style="bold")
+    for line in others:
+        yield rich_text.Text(line, style="dim")
+    yield rich_text.Text("")
+    table = table_module.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in shown:
+        curve = column.title[-1] == _SPARK
+        table.add_column(
+            rich_text.Text("\n".join(("",) * (2 - len(column.title)) + column.title)),
+            justify="left" if column.left else "right",
+            style="cyan" if curve else "",
+            no_wrap=True,
+        )
+    for row, cells in zip(preview.rows, zip(*(c.cells for c in shown), strict=True), strict=True):
+        # Text, not str: rich would read brackets in a pattern as markup.
+        table.add_row(*map(rich_text.Text, cells), style="dim" if row.first is None else "")
+    yield table
+    for line in _notes(preview, dropped, width):
+        yield rich_text.Text(line, style="yellow" if line.startswith(_MARK) else "")
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+_SPARK = "lr over time"
+_MARK = "! "
+
+
+def columns(preview: Preview, unicode: bool = True) -> list[Column]:
+    """All columns worth showing: those in which the groups differ, and the lr."""
+    rows = preview.rows
+    said = facts(preview)
+
+    def column(*title: str, cells: Sequence[str], rank: int = 0, left: bool = False) -> Column:
+        return Column(title, tuple(cells), rank, left)
+
+    found = [
+        column("group", cells=[row.group for row in rows], left=True),
+        column(
+            "params",
+            "in tensors",
+            cells=[f"{count(row.parameters)} in {row.tensors}" for row in rows],
+            rank=4,
+        ),
+    ]
+    if "optimizer" not in said:
+        found.append(column("optimizer", cells=[row.optimizer for row in rows], rank=2, left=True))
+    found += _lr_columns(preview)
+    if "weight_decay" not in said:
+        cells = [span(row.weight_decay, row.weight_decay_end) for row in rows]
+        found.append(column("weight", "decay", cells=cells, rank=3))
+    if "clip_norm" not in said:
+        marks = scope_marks(rows)
+        cells = [span(r.clip_norm, r.clip_norm_end) + marks.get(r.scope or "", "") for r in rows]
+        found.append(column("clip", "norm", cells=cells, rank=5))
+    if any(row.thaw != "trains" for row in rows):
+        found.append(column("thaw", cells=[row.thaw for row in rows], left=True))
+    if preview.run.steps is not None and not _constant(rows):
+        curves = [sparkline(np.where(r.active, r.lr, np.nan), unicode=unicode) for r in rows]
+        found.append(column(_SPARK, cells=curves, rank=6, left=True))
+    return found
+
+
+def _lr_columns(preview: Preview) -> list[Column]:
+    rows = preview.rows
+    start = tuple(number(row.lr_start) for row in rows)
+    if preview.run.steps is None:
+        return [Column(("first", "lr"), start)]
+    if _constant(rows):
+        return [Column(("lr",), start)]
+    return [
+        Column(("lr at", "start"), start, rank=1),
+        Column(("lr at", "peak"), tuple(number(row.lr_peak) for row in rows)),
+        Column(("lr at", "end"), tuple(number(row.lr_end) for row in rows), rank=1),
+    ]
+
+
+def _constant(rows: Sequence[Row]) -> bool:
+    """Whether no lr ever moves."""
+    return all(np.ptp(row.lr[row.active]) == 0 for row in rows if row.active.any())
+
+
+def scope_marks(rows: Sequence[Row]) -> dict[str, str]:
+    """Letters for clip scopes that could not be told apart by their threshold."""
+    limits = {r.scope: span(r.clip_norm, r.clip_norm_end) for r in rows if r.scope is not None}
+    alike = [scope for scope in limits if list(limits.values()).count(limits[scope]) > 1]
+    return {scope: f" ({chr(ord('a') + place % 26)})" for place, scope in enumerate(alike)}
+
+
+def count(amount: int) -> str:
+    """A number of parameters in at most five characters."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if amount >= 10 * size or (unit != "k" and amount >= size):
+            return f"{amount / size:.3g}{unit}"
+    return str(amount)
+
+
+# --- making it fit ------------------------------------------------------------------------------
+
+
+def fit(given: list[Column], width: int) -> tuple[list[Column], list[str]]:
+    """Columns that fit: long names are shortened first, then the least needed columns dropped."""
+    shown, dropped = list(given), []
+    while _rest(shown, width) < min(_MIN_NAME, shown[0].width) and any(c.rank for c in shown):
+        least = max(shown, key=lambda column: column.rank)
+        dropped.append(" ".join(least.title))
+        shown = [column for column in shown if column is not least]
+    names = shorten(shown[0].cells, max(_rest(shown, width), _MIN_NAME))
+    return [replace(shown[0], cells=names), *shown[1:]], dropped
+
+
+def _rest(shown: Sequence[Column], width: int) -> int:
+    """What the other columns leave for the names."""
+    return width - sum(column.width + len(_GAP) for column in shown[1:])
+
+
+def shorten(names: Sequence[str], width: int) -> tuple[str, ...]:
+    """Cut long names in the middle, where it leaves the most of them distinct."""
+    while True:
+        tries = [tuple(_cut(name, width, tail) for name in names) for tail in _tails(width)]
+        best = max(tries, key=lambda cut: len(set(cut)))  # the first of equals
+        if len(set(best)) == len(set(names)):
+            return best
+        width += 4  # two groups must never look the same
+
+
+def _tails(width: int) -> list[int]:
+    return sorted({width * 2 // 5, width // 4, width // 6, width // 2, width * 2 // 3})[::-1][1:]
+
+
+def _cut(name: str, width: int, tail: int) -> str:
+    return name if len(name) <= width else f"{name[: width - tail - 1]}…{name[len(name) - tail :]}"
+
+
+def _line(shown: Sequence[Column], cells: Sequence[str]) -> str:
+    return _GAP.join(
+        cell.ljust(column.width) if column.left else cell.rjust(column.width)
+        for column, cell in zip(shown, cells, strict=True)
+    )
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, max(width, 30)) or [""]]
+
+
+def _notes(preview: Preview, dropped: Sequence[str], width: int) -> list[str]:
+    """What stands below the table: clip scopes, columns left out, findings."""
+    lines = []
+    if "clip_norm" not in facts(preview):
+        marks = scope_marks(preview.rows)
+        limits = {r.scope: span(r.clip_norm, r.clip_norm_end) for r in preview.rows if r.scope}
+        said = ", ".join(f"{limits[s]}{marks.get(s or '', '')} over {s}" for s in limits)
+        lines += _wrapped([f"clip norm: one norm for each rule: {said}"], width)
+    if dropped:
+        lines += _wrapped([f"left out at this width: {', '.join(dropped)}"], width)
+    for finding in preview.findings:
+        wrapped = textwrap.wrap(f"{_MARK}{finding}", max(width, 30), subsequent_indent=_GAP)
+        lines += ["", *wrapped] if finding is preview.findings[0] else wrapped
+    return ["", *lines] if lines and lines[0] else lines
