@@ -35,6 +35,7 @@ class Draft:
     rewarm: Schedule | None = None
     feedback: tuple[str, Plateau] | None = None
     windows: Windows = ALWAYS
+    hold: bool = True
     operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
@@ -136,6 +137,9 @@ def _apply(
     for key, value in settings.items():
         if key == "schedule":
             draft.schedule = value
+            draft.note(rule, key, value, value)
+        elif key == "hold":
+            draft.hold = value
             draft.note(rule, key, value, value)
         elif key == "rewarm":
             draft.rewarm = value

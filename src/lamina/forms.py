@@ -27,7 +27,7 @@ NAMES: dict[str, Callable[..., Any]] = {
 #: settings of a rule that are not hyperparameters of an optimizer
 CONTROLS = (
     *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm"),
-    *("clip_norm", "gradients"),
+    *("clip_norm", "gradients", "hold"),
 )
 WINDOW = ("frozen", "thaw", "freeze")
 
@@ -54,7 +54,7 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return optimizer_class(value)
     if isinstance(value, str):
         value = parse(value, NAMES, place)
-    if key == "frozen":
+    if key in ("frozen", "hold"):
         if not isinstance(value, bool):
             raise PlanError(f"{place}={value!r}: expected True or False.")
         return value

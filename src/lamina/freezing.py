@@ -1,13 +1,18 @@
-"""Windows on a model: `requires_grad` follows them, and what a plan set can be undone."""
+"""Windows on a model: `requires_grad` and module modes follow them, and it can all be undone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
+from .holding import Holder
 from .parameters import Owned, mark_frozen
 from .resolved import Cell
+
+Groups = Sequence[dict[str, Any]]
 
 
 class Freezer:
@@ -17,34 +22,54 @@ class Freezer:
     and only their gradients are dropped; `toggles` says for each cell whether the flag is used.
     """
 
-    def __init__(self, cells: Sequence[Cell], owned: dict[str, Owned], reducer: bool) -> None:
+    def __init__(self, model: nn.Module, cells: Sequence[Cell], owned: Sequence[Owned]) -> None:
+        by_name = {item.info.name: item for item in owned}
+        reducer = has_reducer([item.tensor for item in owned])
+        self.active: list[bool | None] = [None] * len(cells)
         self.toggles = [not reducer or not cell.windows for cell in cells]
-        self._places = [[owned[info.name].places for info in cell.parameters] for cell in cells]
-        self._user_frozen = [[not info.requires_grad for info in cell.parameters] for cell in cells]
+        self._cells = cells
+        self._places = [[by_name[info.name].places for info in cell.parameters] for cell in cells]
+        self._holder = Holder(model, owned)
 
-    def set(self, index: int, params: Sequence[torch.Tensor], active: bool) -> None:
-        """Let a cell train, or freeze it and drop its gradients."""
+    def follow(self, groups: Groups, active: Sequence[bool]) -> None:
+        """Let each cell train or rest; what does not change is not touched."""
+        changed = [i for i, now in enumerate(active) if now != self.active[i]]
+        for index in changed:
+            self._set(index, groups[index]["params"], active[index])
+        self.active = list(active)
+        if changed:
+            rest = [c for c, now in zip(self._cells, active, strict=True) if c.hold and not now]
+            self._holder.set(info.name for cell in rest for info in cell.parameters)
+
+    def release(self, groups: Groups) -> None:
+        """Give every parameter back the `requires_grad` it had before the plan, and its module."""
+        for cell, places, group in zip(self._cells, self._places, groups, strict=True):
+            for info, held_by, param in zip(cell.parameters, places, group["params"], strict=True):
+                param.requires_grad_(info.requires_grad)
+                mark_frozen(held_by, False)
+        self._holder.set(())
+
+    def _set(self, index: int, params: Sequence[torch.Tensor], active: bool) -> None:
         if not active:
             drop_gradients(params)
         if not self.toggles[index]:
             return
-        for param, places in zip(params, self._places[index], strict=True):
+        rows = zip(self._cells[index].parameters, self._places[index], params, strict=True)
+        for info, places, param in rows:
             param.requires_grad_(active)
-            mark_frozen(places, not active)
-        for places, users in zip(self._places[index], self._user_frozen[index], strict=True):
-            if users:  # it was frozen before the plan came, so a later plan must see that
-                mark_frozen(places, False)
-
-    def release(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Give every parameter back the `requires_grad` it had before the plan."""
-        for index, params in enumerate(groups):
-            rows = zip(params, self._places[index], self._user_frozen[index], strict=True)
-            for param, places, users in rows:
-                param.requires_grad_(not users)
-                mark_frozen(places, False)
+            # What was frozen before the plan came is not the plan's doing: no mark.
+            mark_frozen(places, not active and info.requires_grad)
 
 
 def drop_gradients(params: Sequence[torch.Tensor]) -> None:
     """Forget gradients that are left over from before a freeze, or computed in spite of it."""
     for param in params:
         param.grad = None
+
+
+def has_reducer(params: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients are reduced by DDP, which is fixed when the model is wrapped."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return not any(type(param).__name__ == "DTensor" for param in params)

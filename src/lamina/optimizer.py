@@ -34,17 +34,8 @@ from .timeline import Feedback, values_at
 log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
-    *("_resolved", "_complete", "_freezer", "_active", "_algorithms", "_published"),
-    *(
-        "_operations",
-        "_scope_of",
-        "_infos",
-        "_guests",
-        "applied",
-        "norms",
-        "skipped",
-        "last_load",
-    ),
+    *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
+    *("_scope_of", "_infos", "_guests", "applied", "norms", "skipped", "last_load"),
 )
 
 
@@ -67,7 +58,7 @@ class Optimizer(Engine):
         self.norms: dict[str, torch.Tensor] = {}
         self.skipped = 0
         self.last_load: LoadReport | None = None
-        self._freezer = Freezer(resolved.cells, by_name, _has_reducer(owned_tensors(owned)))
+        self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
@@ -85,7 +76,6 @@ class Optimizer(Engine):
         ]
         super().__init__(groups, {})
         self._complete = True
-        self._active: list[bool | None] = [None] * len(groups)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:
             if group["name"] not in self._guests:  # guests make their state themselves
@@ -142,7 +132,7 @@ class Optimizer(Engine):
     def _update(self) -> None:
         refuse_foreign_writes(self._published, self.param_groups, self.clock)
         groups = []
-        for group, active in zip(self.param_groups, self._active, strict=True):
+        for group, active in zip(self.param_groups, self._freezer.active, strict=True):
             if active:
                 groups.append(group)
             else:
@@ -193,10 +183,8 @@ class Optimizer(Engine):
             hyper = self._published[cell.name] = values.hyper(index)
             group.update(hyper)
             group["clock"] = clock
-            active = values.active(index)
-            if active != self._active[index]:
-                self._freezer.set(index, group["params"], active)
-                self._active[index] = active
+        cells = range(len(resolved.cells))
+        self._freezer.follow(self.param_groups, [values.active(index) for index in cells])
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
 
     def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
@@ -250,8 +238,8 @@ class Optimizer(Engine):
         return bool(seen.get("stop", False))
 
     def release(self) -> None:
-        """Undo what the plan set on the model: every `requires_grad` as it was before."""
-        self._freezer.release([group["params"] for group in self.param_groups])
+        """Undo what the plan set on the model: `requires_grad` and module modes as before."""
+        self._freezer.release(self.param_groups)
 
     # --- torch's interface ---------------------------------------------------------------------
 
@@ -289,16 +277,3 @@ class Optimizer(Engine):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}
-
-
-def owned_tensors(owned: Sequence[Any]) -> list[torch.Tensor]:
-    """The parameters of a model."""
-    return [item.tensor for item in owned]
-
-
-def _has_reducer(params: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients are reduced by DDP, which is fixed when the model is wrapped."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return not any(type(param).__name__ == "DTensor" for param in params)

@@ -104,6 +104,23 @@ def walk(model: nn.Module) -> tuple[Owned, ...]:
     return tuple(found)
 
 
+def subtrees(
+    model: nn.Module, owned: Iterable[Owned]
+) -> list[tuple[str, nn.Module, frozenset[str]]]:
+    """Every module that has parameters: its path, itself, the names of all parameters below it.
+
+    Outer modules come before those inside them.
+    """
+    names = {(id(at), key): item.info.name for item in owned for at, key in item.places}
+    found = []
+    for path, module in model.named_modules():
+        inside = ((id(m), key) for m in module.modules() for key in m._parameters)
+        below = frozenset(names[place] for place in inside if place in names)
+        if below:
+            found.append((path, module, below))
+    return found
+
+
 def _frozen_by_plan(owners: tuple[tuple[nn.Module, str], ...]) -> bool:
     return any(attribute in getattr(owner, MARK, ()) for owner, attribute in owners)
 

@@ -37,6 +37,8 @@ class Rule:
         feedback: a factor on `lr` that reacts to a metric, `plateau(...)`; None exempts.
         thaw: when training begins: a time, `top_down(...)` by layer, or `on_plateau(...)`.
         freeze: when training ends: a time.
+        hold: whether modules that are wholly frozen stay in eval mode (BatchNorm statistics and
+            dropout rest with the weights), which is the default.
         rewarm: a factor on `lr` counted from the thaw, such as `warmup(100)`.
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
             a schedule that is a value, or None for no clipping.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .explain import Explanation, explain
-from .optimizer import _has_reducer
+from .freezing import has_reducer
 from .resolved import Finding, Resolved
 from .time import Run
 from .timeline import NO_FEEDBACK, Feedback, Values, values_at
@@ -50,7 +50,7 @@ class Preview:
         self.resolved = resolved
         self.feedback = feedback
         #: whether parts that thaw or freeze keep requires_grad on and have their gradients dropped
-        self.drops_gradients = _has_reducer(()) if reducer is None else reducer
+        self.drops_gradients = has_reducer(()) if reducer is None else reducer
 
     @property
     def findings(self) -> tuple[Finding, ...]:

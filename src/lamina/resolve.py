@@ -137,11 +137,11 @@ def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
     scope = None if draft.operations is None else place[draft.operations[0]]
     schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
     feedback = None if draft.feedback is None else draft.feedback[0]
-    return draft.optimizer, hyper, schedule, rewarm, feedback, draft.windows, scope
+    return draft.optimizer, hyper, schedule, rewarm, feedback, draft.windows, draft.hold, scope
 
 
 def _cell(key: Any, members: list[Draft]) -> Cell:
-    optimizer, hyper, schedule, rewarm, feedback, windows, scope = key
+    optimizer, hyper, schedule, rewarm, feedback, windows, hold, scope = key
     # Rules that all members share name the group; where they share none, the first member's do.
     shared = [rule for rule in members[0].rules if all(rule in m.rules for m in members)]
     name = " + ".join(shared or members[0].rules) or "default"
@@ -156,6 +156,7 @@ def _cell(key: Any, members: list[Draft]) -> Cell:
         rewarm,
         feedback,
         windows,
+        hold,
         scope,
         rules,
         infos,

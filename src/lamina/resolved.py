@@ -76,7 +76,7 @@ class Cell:
     """Parameters with equal settings: one parameter group.
 
     `schedule` and `rewarm` are factors on lr, `feedback` is the key of one more (a plateau);
-    `scope` is an index into `Resolved.scopes`.
+    `hold` keeps wholly frozen modules in eval mode; `scope` is an index into `Resolved.scopes`.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Cell:
     rewarm: Schedule | None
     feedback: str | None
     windows: Windows
+    hold: bool
     scope: int | None
     rules: tuple[str, ...]
     parameters: tuple[ParamInfo, ...] = field(repr=False)

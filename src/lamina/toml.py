@@ -14,7 +14,7 @@ from .expressions import Spelled, spell
 from .gradients.operations import Apply
 from .optim.registry import OPTIMIZERS, optimizer_name
 from .plan import Plan, Rule
-from .schedules.shapes import Function
+from .schedules import function as Function
 
 
 def read(source: str | os.PathLike[str]) -> Plan:

@@ -17,14 +17,15 @@ Hyper = Mapping[str, Any]
 State = dict[str, torch.Tensor]
 
 
-class Algorithm(ABC):
-    """One optimization algorithm, as a value without tensors.
+class Method(ABC):
+    """The name and the hyperparameters of an optimization method, as a value without tensors.
 
-    Subclasses are final. `defaults` are torch's; `update` is the readable rule that every fast
-    kernel is tested against.
+    Subclasses are final. `defaults` are torch's where torch has the method.
     """
 
     name: ClassVar[str]
+    #: what one update needs to see: "element", "tensor" (its norm), or "vector" (all parameters)
+    unit: ClassVar[str] = "element"
     defaults: ClassVar[dict[str, Any]]
     #: `low <= value < below` of every hyperparameter that is a number, or several
     limits: ClassVar[dict[str, tuple[float, float]]]
@@ -32,6 +33,10 @@ class Algorithm(ABC):
     components: ClassVar[dict[str, int]] = {}
     #: hyperparameters that choose a variant and cannot be scheduled
     options: ClassVar[tuple[str, ...]] = ()
+    #: the values of those options that are neither True or False
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    #: hyperparameters that count something
+    counts: ClassVar[tuple[str, ...]] = ()
     #: whether a gradient may be sparse
     sparse: ClassVar[bool] = False
 
@@ -42,29 +47,25 @@ class Algorithm(ABC):
             if key in self.limits:
                 for label, number in self._numbers(key, value):
                     check_number(self.name, label, number, *self.limits[key])
+                if key in self.counts and value != int(value):
+                    raise HyperparameterError(
+                        f"{self.name} was given {key}={value!r}; expected a whole number."
+                    )
+            elif key in self.choices:
+                if value not in self.choices[key]:
+                    known = ", ".join(map(repr, self.choices[key]))
+                    raise HyperparameterError(
+                        f"{self.name} was given {key}={value!r}; expected one of {known}."
+                        f"{did_you_mean(str(value), map(str, self.choices[key]))}"
+                    )
             elif isinstance(self.defaults[key], bool) and value not in (True, False):
                 raise HyperparameterError(
                     f"{self.name} was given {key}={value!r}; expected True or False."
                 )
 
-    @abstractmethod
-    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """The state of a parameter that was never updated, without `step`.
-
-        It lacks the entries that begin to exist with the first update that needs them.
-        """
-
-    @abstractmethod
-    def update(
-        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
-    ) -> tuple[torch.Tensor, State]:
-        """The change of `param`, and the new state; pure: no argument is modified.
-
-        `step` is the number of updates of this parameter, this one included (1 for the first).
-        16-bit tensors are computed with in float32 and the change is returned in float32, so that
-        `param` is rounded once; the state has the dtype it had. Complex parameters arrive as pairs
-        of real numbers (`torch.view_as_real`).
-        """
+    def refusal(self, param: torch.Tensor) -> str:
+        """Why this method cannot train a tensor at all (of its shape, say), or ""."""
+        return ""
 
     def known(self, key: str) -> None:
         """Raise `HyperparameterError` if `key` is not a hyperparameter of this algorithm."""
@@ -90,6 +91,32 @@ class Algorithm(ABC):
         return self.name
 
 
+class Algorithm(Method):
+    """A method that updates every parameter by itself; `update` is its readable rule.
+
+    Every fast kernel is tested against the rule.
+    """
+
+    @abstractmethod
+    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
+        """The state of a parameter that was never updated, without `step`.
+
+        It lacks the entries that begin to exist with the first update that needs them.
+        """
+
+    @abstractmethod
+    def update(
+        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
+    ) -> tuple[torch.Tensor, State]:
+        """The change of `param`, and the new state; pure: no argument is modified.
+
+        `step` is the number of updates of this parameter, this one included (1 for the first).
+        16-bit tensors are computed with in float32 and the change is returned in float32, so that
+        `param` is rounded once; the state has the dtype it had. Complex parameters arrive as pairs
+        of real numbers (`torch.view_as_real`).
+        """
+
+
 @dataclass(slots=True)
 class Batch:
     """The tensors of one parameter group that are updated together in one step.
@@ -112,6 +139,8 @@ class Batch:
     names: list[str] = field(default_factory=list)
     #: the choice made for these tensors, kept by `kernels.choose`
     kernel: Any = None
+    #: the name of the kernel to use where it can be
+    prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
     grown: bool = False
 
@@ -135,6 +164,16 @@ def check_number(
     limit = (f"{low:g} <= " if low > -math.inf else "") + key
     limit += f" < {below:g}" if below < math.inf else ", finite"
     raise HyperparameterError(f"{name} was given {key}={value!r}; expected a number, {limit}.")
+
+
+def begun_dtype(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
+    """The dtype of new state: that of the parameter, unless `state_dtype` asks for another."""
+    wanted = hyper.get("state_dtype")
+    if wanted is None or not param.is_floating_point():
+        return param.dtype
+    dtype = getattr(torch, wanted)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def number(value: Any) -> float:

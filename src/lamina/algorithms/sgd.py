@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..errors import HyperparameterError
-from .base import Algorithm, Hyper, State, number, widen
+from .base import Algorithm, Hyper, State, begun_dtype, number, widen
 
 
 @final
@@ -82,6 +82,7 @@ class SGD(Algorithm):
                 buffer = direction.clone()
             else:
                 buffer = momentum * widen(old) + (1 - dampening) * direction
-            state = {**state, "momentum_buffer": buffer.to((param if old is None else old).dtype)}
+            dtype = begun_dtype(param, hyper) if old is None else old.dtype
+            state = {**state, "momentum_buffer": buffer.to(dtype)}
             direction = direction + momentum * buffer if hyper["nesterov"] else buffer
         return -lr * direction, state

@@ -248,9 +248,9 @@ class Apply(Operation):
 
 def _unit_norm(tensor: torch.Tensor) -> torch.Tensor:
     """Norms by output unit, shaped to multiply the tensor."""
-    if tensor.ndim <= 1:
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    dims = tuple(range(1, tensor.ndim)) or None
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=tensor.ndim > 1)
+    return norm
 
 
 def _on_values(

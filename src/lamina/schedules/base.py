@@ -126,9 +126,7 @@ def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
     return VALUE if VALUE in kinds else FACTOR if kinds else EITHER
 
 
-def _run_of(
-    schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch: int | None
-) -> Run:
+def _run_of(schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch: int | None) -> Run:
     """The run to show: as given, or as long as the longest schedule."""
     if steps is not None and steps < 1:
         raise ScheduleError(f"steps={steps} is out of range; expected 1 or more.")

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from .. import time
 from ..errors import ScheduleError
 from ..time import Run
 from .base import FACTOR, VALUE, Floats, Schedule, steps_text
+
+_S = TypeVar("_S", bound="Shape")
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,9 +40,7 @@ class Shape(Schedule):
     #: the names of fields, beside `length`, that are times
     spans: ClassVar[tuple[str, ...]] = ()
     #: those times in exact steps of the run, set by `bind`
-    exact: tuple[Fraction, ...] | None = field(
-        default=None, repr=False, kw_only=True, compare=True
-    )
+    exact: tuple[Fraction, ...] | None = field(default=None, repr=False, kw_only=True, compare=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -95,7 +95,7 @@ class Shape(Schedule):
                     "unknown; pass steps= (or epochs= with steps_per_epoch=), or give it length=."
                 )
             return bound
-        return replace(bound, **{"length": math.ceil(end) - math.ceil(start)})
+        return _with_length(bound, math.ceil(end) - math.ceil(start))
 
     def at(self, steps: Floats) -> Floats:
         length = getattr(self, "length", None)
@@ -116,6 +116,11 @@ class Shape(Schedule):
         return float(self.shape(np.array([length]), length)[0])
 
 
+def _with_length(shape: _S, length: int) -> _S:
+    changed: dict[str, Any] = {"length": length}
+    return replace(shape, **changed)
+
+
 class Jumping(Shape):
     """A shape made of jumps: its left limit at the end is the value of the last step."""
 
@@ -126,7 +131,7 @@ class Jumping(Shape):
 
 
 def progress(t: Floats, length: float) -> Floats:
-    """t / length, from 0 to 1; a phase without length is over at once."""
+    """T / length, from 0 to 1; a phase without length is over at once."""
     return t / length if length > 0 else np.ones_like(t)
 
 
@@ -157,7 +162,8 @@ def check_finite(schedule: Schedule, **numbers: object) -> None:
 def check_positive(schedule: Schedule, **times_or_numbers: object) -> None:
     """Raise `ScheduleError` for a period or a number of 0."""
     for name, given in times_or_numbers.items():
-        if given is not None and (time.parse(given).amount if isinstance(given, str) else given) == 0:
+        amount = time.parse(given).amount if isinstance(given, str) else given
+        if amount == 0:
             raise ScheduleError(
                 f"{schedule.spelling} was given {name}={given!r}; expected more than 0."
             )

@@ -1,0 +1,14 @@
+"""The engine behind `lamina run`: a task, a plan, a run folder.
+
+    load_task -> prepare -> Session.train -> Result
+
+Devices, mixed precision and processes are Accelerate's; there is no scheduler, since the plan moves
+everything.
+"""
+
+from __future__ import annotations
+
+from .engine import Result, Session, fit, prepare
+from .task import Data, Task, load_task
+
+__all__ = ["Data", "Result", "Session", "Task", "fit", "load_task", "prepare"]

@@ -1,0 +1,191 @@
+"""A preview as a picture: the lr of every group over the run, and when each one trains."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import TimeUnitError, require
+from .courses import Course, colours, courses
+from .header import facts
+from .rows import epochs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..preview import Preview
+
+#: peaks further apart than this are drawn on a logarithmic axis
+_LOG_RATIO = 20.0
+#: so many bars are tall enough for a name inside
+_NAMED = 14
+_INK, _FAINT, _GRID = "#24292f", "#6e7781", "#e4e7eb"
+
+
+def plot(
+    preview: Preview, path: str | os.PathLike[str] | None = None, ax: Axes | None = None
+) -> Figure:
+    """Draw a preview; see `Preview.plot`."""
+    if preview.run.steps is None:
+        raise TimeUnitError(
+            "the length of the run is unknown, so that it cannot be drawn; pass steps=, or epochs= "
+            "with steps_per_epoch=, to preview or build."
+        )
+    require("matplotlib", "plot", "preview.plot()")
+    found = courses(preview)
+    bars = 0.23 * len(found) if len(found) <= _NAMED else min(4.0, 2.2 + 0.018 * len(found))
+    if ax is None:
+        ax = _new_axes(bars, len(found) > _NAMED)
+    else:
+        bars = min(bars, 0.4 * ax.get_position().height * float(ax.figure.get_figheight()))
+    palette = colours(found)
+    _curves(ax, preview, found, palette)
+    _bars(_below(ax, bars), preview, found, palette)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    if path is not None:
+        figure.savefig(path, dpi=160)
+    return figure
+
+
+def _new_axes(bars: float, names_outside: bool) -> Axes:
+    """Axes in a figure of their own, without pyplot: no display and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide, high = 9.6, 5.0 + bars
+    figure = Figure(figsize=(wide, high), facecolor="white")
+    FigureCanvasAgg(figure)
+    left = 2.6 if names_outside else 0.95
+    figure.subplots_adjust(
+        left=left / wide, right=1 - 0.3 / wide, bottom=0.55 / high, top=1 - 0.95 / high
+    )
+    return figure.subplots()
+
+
+def _below(ax: Axes, height: float) -> Any:
+    """Axes for the bars, cut off from the lower end of `ax`, so that nothing else moves."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    return make_axes_locatable(ax).append_axes("bottom", size=height, pad=0.12, sharex=ax)
+
+
+def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any]) -> None:
+    steps = preview.steps
+    for course, colour in zip(found, palette, strict=True):
+        if not course.active.any():
+            continue
+        lr = np.where(course.active, course.lr, np.nan)
+        ax.plot(steps, lr, color=colour, linewidth=1.8, label=course.label, solid_capstyle="round")
+        for first, last in course.spans():
+            if first > 0:
+                ax.plot(steps[first], lr[first], "o", color=colour, markersize=4)
+            if last < len(steps):
+                face = {"markerfacecolor": "white", "markersize": 4}
+                ax.plot(steps[last - 1], lr[last - 1], "o", color=colour, **face)
+    _scale(ax, found)
+    ax.set_xlim(0, preview.run.steps)
+    ax.set_ylabel("learning rate", color=_INK)
+    ax.grid(True, color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=_FAINT, labelbottom=False, length=0)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side == "left")
+        spine.set_color(_GRID)
+    _title(ax, preview)
+    _epochs(ax, preview)
+
+
+def _scale(ax: Axes, found: list[Course]) -> None:
+    """A logarithmic axis where groups are far apart; it ends where the curves say nothing more."""
+    trained = [course.lr[course.active] for course in found if course.active.any()]
+    peaks = [float(lr.max()) for lr in trained if lr.max() > 0]
+    if not peaks:
+        ax.set_ylim(0, 1)
+        return
+    if max(peaks) < _LOG_RATIO * min(peaks):
+        ax.set_ylim(0, 1.06 * max(peaks))
+        ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
+        return
+    positive = min(float(lr[lr > 0].min()) for lr in trained if lr.max() > 0)
+    ax.set_yscale("log", nonpositive="clip")
+    ax.set_ylim(max(positive, min(peaks) / 300) / 1.5, 1.8 * max(peaks))
+
+
+def _title(ax: Axes, preview: Preview) -> None:
+    said = facts(preview)
+    optimizers = said.get("optimizer") or " and ".join(
+        dict.fromkeys(row.optimizer for row in preview.rows)
+    )
+    training = sum(row.parameters for row in preview.rows if row.first is not None)
+    total = sum(row.parameters for row in preview.rows)
+    detail = (
+        f"{optimizers}  ·  {preview.run.steps:,} steps  ·  {len(preview.rows)} groups  ·  "
+        f"{training:,} of {total:,} parameters train"
+    )
+    above = 40 if preview.run.steps_per_epoch else 22
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate(
+        "Learning rate by group", (0, 1), xytext=(0, above + 15), color=_INK, fontsize=13,
+        fontweight="bold", **place,
+    )  # fmt: skip
+    ax.annotate(detail, (0, 1), xytext=(0, above), color=_FAINT, fontsize=9, **place)
+
+
+def _epochs(ax: Axes, preview: Preview) -> None:
+    per = preview.run.steps_per_epoch
+    if not per:
+        return
+    from matplotlib.ticker import MaxNLocator
+
+    top = ax.secondary_xaxis("top", functions=(lambda step: step / per, lambda epoch: epoch * per))
+    whole = (preview.run.steps or 0) >= 2 * per
+    top.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=whole))
+    top.xaxis.set_major_formatter(lambda epoch, _: f"epoch {epochs(round(epoch * per), per)}")
+    top.tick_params(colors=_FAINT, length=0, labelsize=8.5)
+    top.spines["top"].set_visible(False)
+
+
+def _bars(ax: Any, preview: Preview, found: list[Course], palette: list[Any]) -> None:
+    """One bar for each course: filled while it trains, hatched while it is frozen."""
+    steps, total = preview.steps, int(preview.run.steps or 0)
+    named = len(found) <= _NAMED
+    high = 0.8 if named else 1.0
+    for place, (course, colour) in enumerate(zip(found, palette, strict=True)):
+        low = place - high / 2
+        ax.broken_barh(
+            [(0, total)], (low, high), facecolor="#f6f8fa", edgecolor="#c3c9d0",
+            hatch="/////", linewidth=0,
+        )  # fmt: skip
+        spans = [
+            (int(steps[first]), int(steps[last] if last < len(steps) else total))
+            for first, last in course.spans()
+        ]
+        ax.broken_barh([(a, b - a) for a, b in spans], (low, high), facecolor=colour, linewidth=0)
+        if named:
+            _name(ax, place, course, colour, spans, total)
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.set_xlabel("optimizer step   (filled: trains, hatched: frozen)", color=_INK)
+    ax.tick_params(colors=_FAINT, length=0)
+    every = 1 if named else -(-len(found) // 18)
+    shown = [] if named else range(0, len(found), every)
+    ax.set_yticks(list(shown), [found[place].label for place in shown], fontsize=7.5)
+    ax.spines[:].set_visible(False)
+
+
+def _name(
+    ax: Any, place: int, course: Course, colour: Any, spans: list[tuple[int, int]], total: int
+) -> None:
+    """The name of a course inside its bar, where the bar is filled if that is wide enough."""
+    need = total * min(0.9, 0.012 * len(course.label) + 0.02)
+    filled = next((begin for begin, end in spans if end - begin >= need), None)
+    dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour[:3], strict=True)) < 0.62
+    style: dict[str, Any] = {"color": "white" if dark else _INK}
+    if filled is None:
+        box = {"facecolor": "#f6f8fa", "edgecolor": "none", "pad": 1.2}
+        style = {"color": _INK, "bbox": box}
+    x = (filled or 0) + 0.008 * total
+    ax.text(x, place, course.label, va="center_baseline", fontsize=8, clip_on=True, **style)

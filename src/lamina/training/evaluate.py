@@ -1,0 +1,98 @@
+"""Averages over held-out examples, exact over uneven batches and any number of processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import TaskError
+from .task import Task
+
+
+def shard(accelerator: Any, loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
+    """This process' part of a loader, each example in exactly one part.
+
+    For training, Accelerate repeats examples so that all processes get equally many batches; an
+    average would count those twice. A stream cannot be cut without that, so each process reads it.
+    """
+    from accelerate.data_loader import prepare_data_loader
+
+    whole = isinstance(loader.dataset, IterableDataset)
+    part: DataLoader[Any] = prepare_data_loader(
+        loader,
+        device=accelerator.device,
+        num_processes=1 if whole else accelerator.num_processes,
+        process_index=0 if whole else accelerator.process_index,
+        put_on_device=True,
+        dispatch_batches=False,
+        even_batches=False,
+        use_seedable_sampler=True,
+        data_seed=seed,
+    )
+    return part
+
+
+def evaluate(
+    task: Task, model: nn.Module, batches: Iterable[Any], accelerator: Any
+) -> tuple[dict[str, float], int]:
+    """The average of every metric, and the number of examples.
+
+    The model is measured without its wrapper for many processes, whose forward would wait for the
+    others: they may have fewer batches.
+    """
+    bare = accelerator.unwrap_model(model)
+    bare.eval()
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    with torch.no_grad():
+        for batch in batches:
+            rows = task.metrics(bare, batch)
+            for name, values in rows.items():
+                sums[name] += float(values.detach().cpu().double().sum())
+                counts[name] += values.numel()
+            size = batch_size(batch)
+            if "loss" not in rows:
+                if size is None:
+                    raise TaskError(
+                        f"{task.place}: the held-out loss cannot be averaged, because a batch of "
+                        f"type {type(batch).__name__} does not say how many examples it holds; "
+                        "let metrics(model, batch) give 'loss' with one number per example."
+                    )
+                sums["loss"] += float(task.loss(bare, batch).detach().double()) * size
+                counts["loss"] += size
+            counts[""] += next(iter(rows.values())).numel() if size is None else size
+    bare.train()
+    return _averages(sums, counts, accelerator)
+
+
+def _averages(
+    sums: dict[str, float], counts: dict[str, int], accelerator: Any
+) -> tuple[dict[str, float], int]:
+    parts = [(dict(sums), dict(counts))]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object(parts)
+    names = dict.fromkeys(name for part, _ in parts for name in part)
+    total = {name: sum(count.get(name, 0) for _, count in parts) for name in ("", *names)}
+    averages = {
+        name: sum(part.get(name, 0.0) for part, _ in parts) / total[name]
+        for name in names
+        if total[name]
+    }
+    return averages, total[""]
+
+
+def batch_size(batch: Any) -> int | None:
+    """The length of the first tensor in a batch; None if there is none."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else None
+    values = batch.values() if isinstance(batch, dict) or hasattr(batch, "values") else batch
+    if isinstance(batch, (str, bytes)) or not hasattr(values, "__iter__"):
+        return None
+    return next((size for value in values if (size := batch_size(value)) is not None), None)

@@ -1,0 +1,282 @@
+"""Loading a task: a Python file or a built-in name, and every call into it checked once, here.
+
+What a task gives is described in `lamina.tasks`. Errors name the file and line of the task.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..errors import LaminaError, TaskError, did_you_mean
+from ..plan import Plan
+
+NEEDED = ("model", "data", "loss")
+OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")
+DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision")
+
+
+class Data(NamedTuple):
+    """The loaders of a task, and what its `data()` returned, for its `baseline`."""
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any]
+    raw: Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task module behind checked calls.
+
+    Args:
+        name: short, for messages and folders.
+        module: what the user wrote.
+    """
+
+    name: str
+    module: ModuleType
+
+    def __post_init__(self) -> None:
+        for key in NEEDED:
+            if not callable(getattr(self.module, key, None)):
+                mine = [name for name in vars(self.module) if not name.startswith("_")]
+                raise TaskError(
+                    f"{self.place}: the function {key!r} is missing; a task gives model(), data() "
+                    f"and loss(model, batch).{did_you_mean(key, mine)}"
+                )
+        for key in ("metrics", "baseline"):
+            if not callable(getattr(self.module, key, lambda: None)):
+                raise TaskError(f"{self.place}: {key!r} is not a function.")
+        if not isinstance(self.defaults, Mapping):
+            raise TaskError(f"{self.place}: DEFAULTS is {self.defaults!r}; expected a dict.")
+        for key in self.defaults:
+            if key not in DEFAULTS:
+                raise TaskError(
+                    f"{self.place}: DEFAULTS has the unknown key {key!r}; expected some of "
+                    f"{', '.join(DEFAULTS)}.{did_you_mean(str(key), DEFAULTS)}"
+                )
+
+    @property
+    def place(self) -> str:
+        """The file, for messages."""
+        return getattr(self.module, "__file__", None) or self.name
+
+    @property
+    def about(self) -> str:
+        """The first line of its docstring."""
+        return (self.module.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The task's own choice of run settings."""
+        defaults: Mapping[str, Any] = getattr(self.module, "DEFAULTS", {})
+        return defaults
+
+    @property
+    def examples(self) -> str:
+        """What the examples are called, such as "texts"."""
+        return str(getattr(self.module, "EXAMPLES", "examples"))
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it measures more than the loss."""
+        return hasattr(self.module, "metrics")
+
+    def model(self) -> nn.Module:
+        """A fresh model."""
+        model = self._call("model")
+        if not isinstance(model, nn.Module):
+            raise self._wrong("model()", model, "a torch.nn.Module")
+        return model
+
+    def data(self, seed: int) -> Data:
+        """The loaders; `seed` and the default `batch_size` are passed on if it takes them."""
+        given = {**self.defaults, "seed": seed}
+        taken = inspect.signature(self.module.data).parameters
+        keywords = {k: given[k] for k in ("batch_size", "seed") if k in taken and k in given}
+        raw = self._call("data", **keywords)
+        loaders = []
+        for part in ("train", "validation"):
+            loader = raw.get(part) if isinstance(raw, Mapping) else getattr(raw, part, None)
+            if not isinstance(loader, DataLoader):
+                raise self._wrong(f"data().{part}", loader, "a torch.utils.data.DataLoader")
+            loaders.append(loader)
+        return Data(loaders[0], loaders[1], raw)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The mean loss of a batch."""
+        loss = self.module.loss(model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise self._wrong("loss(model, batch)", loss, "a tensor with one number")
+        return loss.reshape(())
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        """One float per example, by name; empty if the task has no metrics."""
+        if not self.has_metrics:
+            return {}
+        found = self.module.metrics(model, batch)
+        if not isinstance(found, Mapping):
+            raise self._wrong("metrics(model, batch)", found, "a dict of tensors")
+        for key, value in found.items():
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                what = f"metrics(model, batch)[{key!r}]"
+                raise self._wrong(what, value, "a tensor with one number per example")
+        return dict(found)
+
+    def baseline(self, data: Data) -> dict[str, float]:
+        """Figures to compare the result with; empty if the task has none."""
+        if not hasattr(self.module, "baseline"):
+            return {}
+        found = self._call("baseline", data.raw)
+        if not isinstance(found, Mapping):
+            raise self._wrong("baseline(data)", found, "a dict of numbers")
+        return {str(key): float(value) for key, value in found.items()}
+
+    def plan(self) -> Plan:
+        """The task's own plan."""
+        plan = getattr(self.module, "PLAN", None)
+        if isinstance(plan, Plan):
+            return plan
+        if plan is None:
+            raise TaskError(
+                f"{self.place}: the task has no plan of its own (PLAN); give one, such as "
+                f"lamina run {self.name} plan.toml."
+            )
+        if not isinstance(plan, (str, os.PathLike)):
+            raise self._wrong("PLAN", plan, "TOML text, the path of a file, or a lamina.Plan")
+        text = os.fspath(plan)
+        if "\n" in text or "=" in text:
+            try:
+                return Plan.from_toml(text)
+            except LaminaError as error:
+                raise type(error)(f"{self.place}, PLAN: {error}") from error
+        return Plan.from_toml(Path(self.place).parent / text)
+
+    def _call(self, function: str, *args: Any, **keywords: Any) -> Any:
+        """Call a function of the task; what it raises is told with its place."""
+        try:
+            return getattr(self.module, function)(*args, **keywords)
+        except LaminaError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"{_where(error, self.place)}: {function}() failed with "
+                f"{_spoken(error)}. Correct it, or install what it needs."
+            ) from error
+
+    def _wrong(self, what: str, given: object, expected: str) -> TaskError:
+        shown = "nothing" if given is None else _described(given)
+        return TaskError(f"{self.place}: {what} gives {shown}; expected {expected}.")
+
+
+def load_task(
+    source: str | os.PathLike[str] | ModuleType | Task, builtin: Mapping[str, str] | None = None
+) -> Task:
+    """A task from a file, a built-in name, or a module.
+
+    Args:
+        source: the path of a Python file, or a name among `builtin`.
+        builtin: the module of each built-in name.
+
+    Raises:
+        TaskError: if there is no such task, or it lacks what every task gives.
+    """
+    if isinstance(source, Task):
+        return source
+    if isinstance(source, ModuleType):
+        return Task(source.__name__.rpartition(".")[2], source)
+    text, known = os.fspath(source), builtin or {}
+    if text in known:
+        return Task(text, _imported(lambda: importlib.import_module(known[text]), known[text]))
+    path = Path(text)
+    if path.suffix == ".toml":
+        raise TaskError(
+            f"{text}: this is a plan, not a task; name the task first, such as "
+            f"lamina run {next(iter(known), 'task.py')} {text}."
+        )
+    if path.suffix != ".py":
+        raise TaskError(
+            f"there is no task {text!r}; expected a Python file, or one of: "
+            f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
+        )
+    if not path.is_file():
+        raise TaskError(f"{text}: there is no such task file; check the path.")
+    return Task(_plain(path.stem), _from_file(path))
+
+
+def _from_file(path: Path) -> ModuleType:
+    name = f"lamina_task_{_plain(path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # as `python task.py` has it: a task may import its neighbours
+        sys.path.insert(0, folder)
+    sys.modules[name] = module  # worker processes of a loader unpickle its classes by this name
+
+    def run() -> ModuleType:
+        spec.loader.exec_module(module)
+        return module
+
+    return _imported(run, str(path))
+
+
+def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
+    try:
+        return run()
+    except LaminaError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError):
+            fix = f"Install it with: pip install {str(error.name).partition('.')[0]}"
+        else:
+            fix = "Correct it and try again."
+        raise TaskError(
+            f"{_where(error, place)}: the task cannot be imported: {_spoken(error)}. {fix}"
+        ) from error
+
+
+def _where(error: BaseException, place: str) -> str:
+    """The task's file and the line of it that was running."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}, line {error.lineno}"
+    same = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if os.path.abspath(frame.filename) == os.path.abspath(place)
+    ]
+    return f"{place}, line {same[-1]}" if same else place
+
+
+def _spoken(error: BaseException) -> str:
+    """An exception on one line."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    text = " ".join(text.split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _described(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _plain(name: str) -> str:
+    """A name that is safe in the names of modules and folders."""
+    return re.sub(r"\W+", "_", name).strip("_") or "task"
