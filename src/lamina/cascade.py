@@ -114,7 +114,8 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
         info = replace(draft.info, depth=depth, rank=rank)
         label = rule.label if depth is None else rule.label.replace("{depth}", str(depth))
         below_top = 0 if rank is None else len(ranks) - 1 - rank
-        draft.rules.append(label)
+        if label not in draft.rules:
+            draft.rules.append(label)
         _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
 
 

@@ -12,6 +12,8 @@
     ├── TaskError                   a task or its data is missing or broken
     └── MissingExtraError (also ImportError)    an optional package is not installed
 
+    LaminaWarning (a UserWarning)   legal, but a known trap: the message names the way around it
+
 Every message is one paragraph: what was given, what was expected, the fix.
 """
 
@@ -65,6 +67,10 @@ class TaskError(LaminaError):
 
 class MissingExtraError(LaminaError, ImportError):
     """An optional package is not installed."""
+
+
+class LaminaWarning(UserWarning):
+    """Something legal that is a known trap; shown once, with the way around it."""
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

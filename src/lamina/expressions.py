@@ -12,6 +12,7 @@ Names are looked up in a table given by the caller and nowhere else: text is nev
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -24,7 +25,7 @@ _TOKEN = re.compile(
     r"|(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?P<unit>\s*(?:%|steps?\b|epochs?\b))?"
     r"|(?P<string>\"[^\"]*\"|'[^']*')|(?P<op>>>|[*(),=\[\]]))"
 )
-_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
 class Spelled:
@@ -48,6 +49,8 @@ def spell(value: object, quote: bool = True) -> str:
         return value.spelled(quote)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(spell(item, quote) for item in value) + "]"
+    if value == math.inf:
+        return 'float("inf")' if quote else "inf"
     if quote or not isinstance(value, (str, bool, type(None))):
         return repr(value)
     if isinstance(value, str):

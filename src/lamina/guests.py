@@ -77,6 +77,8 @@ def admit(
     for mine, theirs in zip(groups, guest.param_groups, strict=True):
         for key, value in theirs.items():
             mine.setdefault(key, value)
+    for param, entry in guest.state.items():  # some guests begin their state when they are built
+        state[param].update(entry)
     guest.param_groups = list(groups)
     guest.state = state
     return guest
@@ -95,6 +97,13 @@ class Guests:
 
     def __contains__(self, group: str) -> bool:
         return group in self._of
+
+    def set_mode(self, mode: str) -> None:
+        """Call `train()` or `eval()` on the guests that have it (schedule-free ones do)."""
+        for guest in {id(guest): guest for guest in self._of.values()}.values():
+            switch = getattr(guest, mode, None)
+            if callable(switch):
+                switch()
 
     @staticmethod
     def batch(group: dict[str, Any]) -> Batch | None:

@@ -241,6 +241,14 @@ class Optimizer(Engine):
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
         self._freezer.release(self.param_groups)
 
+    def train(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into training mode."""
+        self._guests.set_mode("train")
+
+    def eval(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into evaluation mode."""
+        self._guests.set_mode("eval")
+
     # --- torch's interface ---------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

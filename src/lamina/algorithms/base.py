@@ -17,7 +17,7 @@ Hyper = Mapping[str, Any]
 State = dict[str, torch.Tensor]
 
 
-class Method(ABC):
+class Method:
     """The name and the hyperparameters of an optimization method, as a value without tensors.
 
     Subclasses are final. `defaults` are torch's where torch has the method.
@@ -91,7 +91,7 @@ class Method(ABC):
         return self.name
 
 
-class Algorithm(Method):
+class Algorithm(Method, ABC):
     """A method that updates every parameter by itself; `update` is its readable rule.
 
     Every fast kernel is tested against the rule.
@@ -184,3 +184,12 @@ def number(value: Any) -> float:
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a dtype fit for arithmetic: float32 for 16-bit floats, else its own."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def trust_ratio(weight: torch.Tensor, update: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
+    """`weight / damped` of two norms (or lists of norms); 1 where a norm is 0, as is usual.
+
+    A tensor that starts at zero could otherwise never leave it.
+    """
+    alive = (weight > 0) & (update > 0)
+    return torch.where(alive, weight / torch.where(alive, damped, 1), 1)

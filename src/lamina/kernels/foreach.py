@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, final
 
 import torch
 
-from ..algorithms.base import Batch, number
+from ..algorithms.base import Batch, begun_dtype, number
+from ..algorithms.lamb import LAMB
+from ..algorithms.lars import LARS
+from ..algorithms.layer_adaptive import LayerAdaptiveAdam
+from ..algorithms.muon import Muon
 from ..algorithms.rmsprop import RMSprop
-from .base import HALF, Kernel, missing, scaled, short, tensor_refusal
+from . import per_tensor
+from .base import HALF, Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 
 @final
@@ -21,12 +26,15 @@ class Foreach(Kernel):
 
     def refusal(self, batch: Batch) -> str:
         """Only what has no fused operator, in a dtype that foreach does not round."""
-        if type(batch.algorithm) is not RMSprop:
-            return f"there is no foreach form of {batch.algorithm.name}"
+        algorithm = batch.algorithm
+        if type(algorithm) not in _FORMS:
+            return f"there is no foreach form of {algorithm.name}"
         for index, param in enumerate(batch.params):
             reason = tensor_refusal(batch, index)
             if not reason and param.dtype in HALF:
                 reason = f"is {short(param.dtype)}, which foreach rounds after every operation"
+            if not reason and algorithm.unit == "tensor" and is_dtensor(param):
+                reason = "is a DTensor, whose norm is that of all its shards"
             if reason:
                 return f"{batch.name_of(index)} {reason}"
         return ""
@@ -39,17 +47,17 @@ class Foreach(Kernel):
     def run(self, batches: Sequence[Batch]) -> None:
         """About ten calls for each batch."""
         for batch in batches:
-            _rmsprop(batch)
+            grads: Any = batch.grads if batch.scale is None else scaled(batch)
+            if batch.hyper.get("maximize"):
+                grads = torch._foreach_neg(grads)
+            _FORMS[type(batch.algorithm)](batch, grads)
 
 
-def _rmsprop(batch: Batch) -> None:
+def _rmsprop(batch: Batch, grads: Any) -> None:
     hyper, columns, params = batch.hyper, batch.columns, batch.params
     lr, alpha, eps, weight_decay, momentum = (
         number(hyper[key]) for key in ("lr", "alpha", "eps", "weight_decay", "momentum")
     )
-    grads: Any = batch.grads if batch.scale is None else scaled(batch)
-    if hyper["maximize"]:
-        grads = torch._foreach_neg(grads)
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
 
@@ -69,9 +77,20 @@ def _rmsprop(batch: Batch) -> None:
         torch._foreach_addcdiv_(params, grads, roots, value=-lr)
         return
     for index in missing(batch, "momentum_buffer"):
-        columns["momentum_buffer"][index] = torch.zeros_like(params[index], requires_grad=False)
+        dtype = begun_dtype(params[index], hyper)
+        zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
+        columns["momentum_buffer"][index] = zeros
         batch.grown = True
     buffers = columns["momentum_buffer"]
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_addcdiv_(buffers, grads, roots)
     torch._foreach_add_(params, buffers, alpha=-lr)
+
+
+_FORMS: dict[type, Callable[[Batch, Any], None]] = {
+    RMSprop: _rmsprop,
+    LARS: per_tensor.lars,
+    LAMB: per_tensor.lamb,
+    LayerAdaptiveAdam: per_tensor.layer_adaptive,
+    Muon: per_tensor.muon,
+}

@@ -34,7 +34,8 @@ def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
 
     Arguments:
         batches: all groups of one algorithm (several algorithms are fine too).
-        prefer: the name of the kernel to use where it can be: "fused", "foreach", "readable".
+        prefer: the name of the kernel to use where it can be: "fused", "foreach", "readable";
+            it goes before the preference of a batch.
 
     Raises:
         PlanError: a gradient is sparse and the rule is not made for that; nothing was changed.
@@ -51,6 +52,7 @@ def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
 
 def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
     """The kernel that updates this batch in this step, and why it is this one."""
+    prefer = prefer or batch.prefer
     choice = batch.kernel
     if choice is None or choice.prefer != prefer:
         choice = batch.kernel = _choose(batch, prefer)

@@ -52,11 +52,18 @@ def courses(preview: Preview) -> list[Course]:
     """The distinct courses of a preview, in the order of their groups."""
     merged: dict[Any, list[Row]] = {}
     for row in preview.rows:
-        merged.setdefault((row.lr.tobytes(), row.active.tobytes()), []).append(row)
+        # What never trains has no curve to share, so only layers of one rule are drawn as one.
+        kind = "" if row.active.any() else family(row.group)
+        merged.setdefault((kind, row.lr.tobytes(), row.active.tobytes()), []).append(row)
     return [
         Course(tuple(row.group for row in rows), rows[0].lr, rows[0].active)
         for rows in merged.values()
     ]
+
+
+def family(group: str) -> str:
+    """The same for groups whose names differ only in numbers: the layers of one rule."""
+    return re.sub(r"\d+", "#", group)
 
 
 def colours(found: list[Course]) -> list[Any]:
@@ -70,7 +77,7 @@ def colours(found: list[Course]) -> list[Any]:
     families: dict[str, list[int]] = {}
     for index, course in enumerate(found):
         if course.active.any():
-            families.setdefault(re.sub(r"\d+", "#", course.groups[0]), []).append(index)
+            families.setdefault(family(course.groups[0]), []).append(index)
     ramps = [members for members in families.values() if len(members) > 2]
     single = [members for members in families.values() if len(members) <= 2]
     lonely = [index for members in single for index in members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from .rows import epochs, span
@@ -9,12 +10,15 @@ from .rows import epochs, span
 if TYPE_CHECKING:
     from ..preview import Preview
 
+#: gradient operations that are nothing but the usual clipping
+PLAIN_NORM = r"clip_norm [^,(]+"
+
 
 def header(preview: Preview) -> list[str]:
     """The lines above the table."""
     said = facts(preview)
     lines = [" · ".join([_length(preview), *_groups(preview, said)])]
-    common = [said[key] for key in ("weight_decay", "clip_norm") if key in said]
+    common = [said[key] for key in ("weight_decay", "gradients") if said.get(key)]
     if common:
         lines.append(" · ".join(common))
     if preview.run.steps is None:
@@ -36,12 +40,17 @@ def facts(preview: Preview) -> dict[str, str]:
         said["optimizer"] = optimizers.pop()
     decays = {span(row.weight_decay, row.weight_decay_end) for row in rows}
     if len(decays) <= 1:
-        said["weight_decay"] = f"weight decay {decays.pop()}" if decays else "nothing trains"
-    clips = {(row.scope, span(row.clip_norm, row.clip_norm_end)) for row in rows}
-    if len(clips) <= 1:
-        scope, limit = clips.pop() if clips else (None, "")
-        one = f"clip norm {limit} (one norm over all that trains)"
-        said["clip_norm"] = "no clipping" if scope is None else one
+        said["weight_decay"] = f"weight decay {decays.pop()}" if decays else ""
+    scopes = {(row.scope, row.gradients) for row in rows}
+    if len(scopes) <= 1:
+        scope, operations = scopes.pop() if scopes else (None, "")
+        if re.fullmatch(PLAIN_NORM, operations):
+            limit = operations.removeprefix("clip_norm ")
+            said["gradients"] = f"clip norm {limit} (one norm over all that trains)"
+        else:
+            said["gradients"] = (
+                ("no clipping" if rows else "") if scope is None else f"gradients: {operations}"
+            )
     return said
 
 

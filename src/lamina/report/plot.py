@@ -37,13 +37,16 @@ def plot(
     require("matplotlib", "plot", "preview.plot()")
     found = courses(preview)
     bars = 0.23 * len(found) if len(found) <= _NAMED else min(4.0, 2.2 + 0.018 * len(found))
+    own = ax is None
     if ax is None:
-        ax = _new_axes(bars, len(found) > _NAMED)
+        ax = _new_axes(bars, len(found) > _NAMED, preview.run.steps_per_epoch is not None)
     else:
-        bars = min(bars, 0.4 * ax.get_position().height * float(ax.figure.get_figheight()))
+        bars = min(bars, 0.4 * ax.get_window_extent().height / ax.figure.dpi)
     palette = colours(found)
     _curves(ax, preview, found, palette)
     _bars(_below(ax, bars), preview, found, palette)
+    if own:
+        _title(ax, preview)
     figure = ax.get_figure(root=True)
     assert figure is not None
     if path is not None:
@@ -51,7 +54,7 @@ def plot(
     return figure
 
 
-def _new_axes(bars: float, names_outside: bool) -> Axes:
+def _new_axes(bars: float, names_outside: bool, epochs_shown: bool) -> Axes:
     """Axes in a figure of their own, without pyplot: no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,16 +64,18 @@ def _new_axes(bars: float, names_outside: bool) -> Axes:
     FigureCanvasAgg(figure)
     left = 2.6 if names_outside else 0.95
     figure.subplots_adjust(
-        left=left / wide, right=1 - 0.3 / wide, bottom=0.55 / high, top=1 - 0.95 / high
+        left=left / wide,
+        right=1 - 0.5 / wide,
+        bottom=0.55 / high,
+        top=1 - (0.95 if epochs_shown else 0.7) / high,
     )
     return figure.subplots()
 
 
 def _below(ax: Axes, height: float) -> Any:
     """Axes for the bars, cut off from the lower end of `ax`, so that nothing else moves."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-    return make_axes_locatable(ax).append_axes("bottom", size=height, pad=0.12, sharex=ax)
+    grid = require("mpl_toolkits.axes_grid1", "plot", "preview.plot()")
+    return grid.make_axes_locatable(ax).append_axes("bottom", size=height, pad=0.12, sharex=ax)
 
 
 def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any]) -> None:
@@ -84,18 +89,16 @@ def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any])
             if first > 0:
                 ax.plot(steps[first], lr[first], "o", color=colour, markersize=4)
             if last < len(steps):
-                face = {"markerfacecolor": "white", "markersize": 4}
-                ax.plot(steps[last - 1], lr[last - 1], "o", color=colour, **face)
+                ax.plot(steps[last - 1], lr[last - 1], "o", color=colour, mfc="white", markersize=4)
     _scale(ax, found)
     ax.set_xlim(0, preview.run.steps)
     ax.set_ylabel("learning rate", color=_INK)
     ax.grid(True, color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=_FAINT, labelbottom=False, length=0)
+    ax.tick_params(which="both", colors=_FAINT, labelbottom=False, length=0)
     for side, spine in ax.spines.items():
         spine.set_visible(side == "left")
         spine.set_color(_GRID)
-    _title(ax, preview)
     _epochs(ax, preview)
 
 
@@ -126,10 +129,10 @@ def _title(ax: Axes, preview: Preview) -> None:
         f"{optimizers}  ·  {preview.run.steps:,} steps  ·  {len(preview.rows)} groups  ·  "
         f"{training:,} of {total:,} parameters train"
     )
-    above = 40 if preview.run.steps_per_epoch else 22
+    above = 26 if preview.run.steps_per_epoch else 10
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     ax.annotate(
-        "Learning rate by group", (0, 1), xytext=(0, above + 15), color=_INK, fontsize=13,
+        "Learning rate by group", (0, 1), xytext=(0, above + 16), color=_INK, fontsize=13,
         fontweight="bold", **place,
     )  # fmt: skip
     ax.annotate(detail, (0, 1), xytext=(0, above), color=_FAINT, fontsize=9, **place)
@@ -141,7 +144,13 @@ def _epochs(ax: Axes, preview: Preview) -> None:
         return
     from matplotlib.ticker import MaxNLocator
 
-    top = ax.secondary_xaxis("top", functions=(lambda step: step / per, lambda epoch: epoch * per))
+    def epoch_of(step: Any) -> Any:
+        return step / per
+
+    def step_of(epoch: Any) -> Any:
+        return epoch * per
+
+    top = ax.secondary_xaxis("top", functions=(epoch_of, step_of))
     whole = (preview.run.steps or 0) >= 2 * per
     top.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=whole))
     top.xaxis.set_major_formatter(lambda epoch, _: f"epoch {epochs(round(epoch * per), per)}")
@@ -168,11 +177,14 @@ def _bars(ax: Any, preview: Preview, found: list[Course], palette: list[Any]) ->
         if named:
             _name(ax, place, course, colour, spans, total)
     ax.set_ylim(len(found) - 0.5, -0.5)
-    ax.set_xlabel("optimizer step   (filled: trains, hatched: frozen)", color=_INK)
+    hatched = any(not course.active.all() for course in found)
+    key = "   (filled: trains, hatched: frozen)" if hatched else ""
+    ax.set_xlabel(f"optimizer step{key}", color=_INK)
     ax.tick_params(colors=_FAINT, length=0)
-    every = 1 if named else -(-len(found) // 18)
-    shown = [] if named else range(0, len(found), every)
-    ax.set_yticks(list(shown), [found[place].label for place in shown], fontsize=7.5)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    every, end = -(-len(found) // 18), len(found) - 1
+    shown = [] if named else [*range(0, end - every + 1, every), end]
+    ax.set_yticks(shown, [found[place].label for place in shown], fontsize=7.5)
     ax.spines[:].set_visible(False)
 
 

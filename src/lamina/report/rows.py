@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..gradients.operations import Operation
 from ..optim.registry import optimizer_name
 from ..resolved import Cell, Trigger
 from ..timeline import Values
@@ -25,9 +26,9 @@ class Row:
 
     `first` and `last` are the first and the last step at which the group trains. `lr_start` and
     `lr_end` are the lr at these two, `lr_peak` the largest lr of all steps; the same two steps
-    give `weight_decay` and `weight_decay_end`, `clip_norm` and `clip_norm_end`. `scope` is the
-    rule whose parameters are clipped by one common norm. `lr` and `active` are samples at
-    `Preview.steps`; lr is 0 while the group is frozen.
+    give `weight_decay` and `weight_decay_end`. `gradients` are the operations on gradients, in
+    words, and `scope` the rule whose parameters they see together. `lr` and `active` are samples
+    at `Preview.steps`; lr is 0 while the group is frozen.
     """
 
     group: str
@@ -40,8 +41,7 @@ class Row:
     lr_end: float | None
     weight_decay: float | None
     weight_decay_end: float | None
-    clip_norm: float | None
-    clip_norm_end: float | None
+    gradients: str
     scope: str | None
     thaw: str
     first: int | None
@@ -52,13 +52,17 @@ class Row:
     @property
     def clip(self) -> str:
         """The clip threshold and whose common norm it limits; empty without clipping."""
-        return f"{span(self.clip_norm, self.clip_norm_end)} ({self.scope})" if self.scope else ""
+        limit = self.gradients.removeprefix("clip_norm ")
+        return f"{limit} ({self.scope})" if self.scope else ""
 
 
 def number(value: float | None) -> str:
     """A number as people write it: three digits, `2e-5` rather than `2e-05`."""
     if value is None:
         return "–"
+    if 0 < abs(value) < 9.995e-4:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     mantissa, _, exponent = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
@@ -87,28 +91,29 @@ def _row(preview: Preview, values: Values, index: int) -> Row:
     last = None if first is None or total is None else (total if end is None else end) - 1
     hyper = values.hyper(index)
 
-    def at(key: str, step: int | None) -> float | None:
-        if step is None or hyper.get(key) is None:
+    def at(value: Any, step: int | None) -> float | None:
+        if step is None or value is None:
             return None
-        series = np.broadcast_to(np.asarray(hyper[key], dtype=np.float64), preview.steps.shape)
+        series = np.broadcast_to(np.asarray(value, dtype=np.float64), preview.steps.shape)
         return float(series[np.searchsorted(preview.steps, step)])
 
     scope = None if first is None else cell.scope
-    if scope is not None:
-        hyper["clip_norm"] = values.threshold(scope)
+    operations = [] if scope is None else values.operations(scope)
     return Row(
         group=cell.name,
         optimizer=optimizer_name(cell.optimizer),
         rules=cell.rules,
         tensors=len(cell.parameters),
         parameters=cell.numel,
-        lr_start=at("lr", first),
+        lr_start=at(hyper["lr"], first),
         lr_peak=None if last is None else preview.peaks[index][0],
-        lr_end=at("lr", last),
-        weight_decay=at("weight_decay", first),
-        weight_decay_end=at("weight_decay", last),
-        clip_norm=at("clip_norm", first),
-        clip_norm_end=at("clip_norm", last),
+        lr_end=at(hyper["lr"], last),
+        weight_decay=at(hyper.get("weight_decay"), first),
+        weight_decay_end=at(hyper.get("weight_decay"), last),
+        gradients=", ".join(
+            _operation_text(operation, at(amount, first), at(amount, last))
+            for operation, amount in operations
+        ),
         scope=None if scope is None else preview.resolved.scopes[scope].name,
         thaw=_thaw_text(preview, cell, spans),
         first=first,
@@ -118,13 +123,19 @@ def _row(preview: Preview, values: Values, index: int) -> Row:
     )
 
 
+def _operation_text(operation: Operation, start: float | None, end: float | None) -> str:
+    """A gradient operation with its number as it moves; more arguments, or none, as written."""
+    plain = repr(operation) == f"{operation.spelling}({operation.amount!r})"
+    return f"{operation.spelling} {span(start, end)}" if plain else repr(operation)
+
+
 def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]) -> str:
     """When a cell trains, in words."""
     if not spans:
         waits = [b.reaction.metric for b, _ in cell.windows if isinstance(b, Trigger)]
         if waits:
             return f"when {waits[0]} stalls"
-        return f"step {cell.windows[0][0]}, after the end" if cell.windows else "frozen"
+        return f"never (step {cell.windows[0][0]})" if cell.windows else "frozen"
     per = preview.run.steps_per_epoch
 
     def when(step: int) -> str:

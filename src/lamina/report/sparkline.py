@@ -1,55 +1,51 @@
-"""A curve in one line of text."""
+"""The lr of a group in a few characters of a table."""
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-#: for terminals whose encoding lacks the blocks: more ink is more
-ASCII = ".:-=+*#@"
-FROZEN = "·"
+from ..sparkline import sparkline
+
+_BARS = "▁▂▃▄▅▆▇█"
+_GAP = "·"
+#: for terminals whose encoding lacks the bars: more ink is more, a gap is empty
+_ASCII = str.maketrans(_BARS + _GAP, ".:-=+*#@ ")
 
 
-def sparkline(values: npt.ArrayLike, width: int = 10, *, unicode: bool = True) -> str:
-    """Draw a curve with block characters, scaled from 0 to its own largest value.
+def curve(values: npt.ArrayLike, width: int = 10, *, unicode: bool = True) -> str:
+    """Draw a curve with bars, scaled from 0 to its own largest.
 
-    Each character stands for an equal share of the values and shows their largest, so that no
-    peak is lost. NaN stands for a frozen step; a share that is frozen throughout is a dot (a
-    space in ASCII).
+    Each bar is the mean of an equal share of the values. NaN stands for a frozen step; a share
+    that is frozen throughout is a dot (empty in ASCII).
 
     Args:
-        values: numbers of at least 0, or NaN.
+        values: numbers of at least 0, or NaN; at least one.
         width: how many characters to draw; fewer values give fewer characters.
-        unicode: whether the block characters can be shown (see `can_show`).
+        unicode: whether the bars can be shown (see `can_show`).
 
     Example:
-        >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+        >>> curve([0, 1, 2, 3, 4, 5, 6, 7])
         '▁▂▃▄▅▆▇█'
     """
     series = np.asarray(values, dtype=np.float64).reshape(-1)
-    levels = BLOCKS if unicode else ASCII
-    known = series[np.isfinite(series)]
-    peak = float(known.max()) if known.size else 0.0
-    text = []
-    for part in np.array_split(series, max(1, min(width, series.size))):
-        alive = part[np.isfinite(part)]
-        if not alive.size:
-            text.append(FROZEN if unicode else " ")
-            continue
-        share = float(alive.max()) / peak if peak > 0 else 0.0
-        text.append(levels[min(int(share * len(levels)), len(levels) - 1)])
-    return "".join(text)
+    means = []
+    for share in np.array_split(series, min(width, series.size)):
+        known = share[np.isfinite(share)]
+        means.append(float(known.mean()) if known.size else math.nan)
+    text = sparkline(means, width).replace(" ", _GAP)
+    return text if unicode else text.translate(_ASCII)
 
 
 def can_show(stream: Any = None) -> bool:
     """Whether a stream (standard output by default) can encode the characters of a preview."""
     encoding = getattr(sys.stdout if stream is None else stream, "encoding", None)
     try:
-        (BLOCKS + FROZEN + "–→…─").encode(encoding or "utf-8")
+        (_BARS + _GAP + "–→…─").encode(encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import require
-from .header import facts, header
+from .header import PLAIN_NORM, facts, header
 from .rows import Row, number, span
-from .sparkline import can_show, sparkline
+from .sparkline import can_show, curve
 
 if TYPE_CHECKING:
     from ..preview import Preview
@@ -76,7 +77,7 @@ def rich_parts(preview: Preview, width: int, *, unicode: bool = True) -> Iterato
     yield rich_text.Text("")
     table = table_module.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in shown:
-        curve = column.title[-1] == _SPARK
+        curve = column.title == _SPARK
         table.add_column(
             rich_text.Text("\n".join(("",) * (2 - len(column.title)) + column.title)),
             justify="left" if column.left else "right",
@@ -93,7 +94,7 @@ def rich_parts(preview: Preview, width: int, *, unicode: bool = True) -> Iterato
 
 # --- columns ------------------------------------------------------------------------------------
 
-_SPARK = "lr over time"
+_SPARK = ("lr over", "time")
 _MARK = "! "
 
 
@@ -120,15 +121,16 @@ def columns(preview: Preview, unicode: bool = True) -> list[Column]:
     if "weight_decay" not in said:
         cells = [span(row.weight_decay, row.weight_decay_end) for row in rows]
         found.append(column("weight", "decay", cells=cells, rank=3))
-    if "clip_norm" not in said:
-        marks = scope_marks(rows)
-        cells = [span(r.clip_norm, r.clip_norm_end) + marks.get(r.scope or "", "") for r in rows]
-        found.append(column("clip", "norm", cells=cells, rank=5))
+    if "gradients" not in said:
+        limits = _limits(rows)
+        cells = [limits.get(row.scope or "", "–") for row in rows]
+        title = ("clip", "norm") if _only_norms(rows) else ("gradients",)
+        found.append(column(*title, cells=cells, rank=5))
     if any(row.thaw != "trains" for row in rows):
         found.append(column("thaw", cells=[row.thaw for row in rows], left=True))
     if preview.run.steps is not None and not _constant(rows):
-        curves = [sparkline(np.where(r.active, r.lr, np.nan), unicode=unicode) for r in rows]
-        found.append(column(_SPARK, cells=curves, rank=6, left=True))
+        curves = [curve(np.where(r.active, r.lr, np.nan), unicode=unicode) for r in rows]
+        found.append(column(*_SPARK, cells=curves, rank=6, left=True))
     return found
 
 
@@ -151,19 +153,29 @@ def _constant(rows: Sequence[Row]) -> bool:
     return all(np.ptp(row.lr[row.active]) == 0 for row in rows if row.active.any())
 
 
-def scope_marks(rows: Sequence[Row]) -> dict[str, str]:
-    """Letters for clip scopes that could not be told apart by their threshold."""
-    limits = {r.scope: span(r.clip_norm, r.clip_norm_end) for r in rows if r.scope is not None}
+def _only_norms(rows: Sequence[Row]) -> bool:
+    """Whether gradients are clipped by norm and nothing else."""
+    return all(re.fullmatch(PLAIN_NORM, row.gradients) for row in rows if row.scope)
+
+
+def _limits(rows: Sequence[Row]) -> dict[str, str]:
+    """What each scope does to gradients; letters tell apart scopes that do the same."""
+    short = "clip_norm " if _only_norms(rows) else ""
+    limits = {row.scope: row.gradients.removeprefix(short) for row in rows if row.scope}
+    if "plan" in limits:  # what no rule took out of it; it is said last
+        limits["plan"] = limits.pop("plan")
     alike = [scope for scope in limits if list(limits.values()).count(limits[scope]) > 1]
-    return {scope: f" ({chr(ord('a') + place % 26)})" for place, scope in enumerate(alike)}
+    for place, scope in enumerate(alike):
+        limits[scope] += f" ({chr(ord('a') + place % 26)})"
+    return limits
 
 
 def count(amount: int) -> str:
-    """A number of parameters in at most five characters."""
+    """A number of parameters in about five characters."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if amount >= 10 * size or (unit != "k" and amount >= size):
             return f"{amount / size:.3g}{unit}"
-    return str(amount)
+    return f"{amount:,}"
 
 
 # --- making it fit ------------------------------------------------------------------------------
@@ -217,11 +229,14 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
 def _notes(preview: Preview, dropped: Sequence[str], width: int) -> list[str]:
     """What stands below the table: clip scopes, columns left out, findings."""
     lines = []
-    if "clip_norm" not in facts(preview):
-        marks = scope_marks(preview.rows)
-        limits = {r.scope: span(r.clip_norm, r.clip_norm_end) for r in preview.rows if r.scope}
-        said = ", ".join(f"{limits[s]}{marks.get(s or '', '')} over {s}" for s in limits)
-        lines += _wrapped([f"clip norm: one norm for each rule: {said}"], width)
+    if "gradients" not in facts(preview):
+        norms = _only_norms(preview.rows)
+        said = ", ".join(
+            f"{limit} over {'everything else' if scope == 'plan' else scope}"
+            + (" together" if norms else "")
+            for scope, limit in _limits(preview.rows).items()
+        )
+        lines += _wrapped([f"{'clip norm' if norms else 'gradients'}: {said}"], width)
     if dropped:
         lines += _wrapped([f"left out at this width: {', '.join(dropped)}"], width)
     for finding in preview.findings:

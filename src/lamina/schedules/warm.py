@@ -121,5 +121,6 @@ class Noam(Shape):
     def shape(self, t: Floats, length: float) -> Floats:
         warm = float(self.span("warmup"))
         step = t + 1.0
-        scale: float = self.d_model**-0.5
-        return scale * np.minimum(step**-0.5, step * warm**-1.5)
+        scale = float(self.d_model) ** -0.5
+        rate: Floats = scale * np.minimum(step**-0.5, step * warm**-1.5)
+        return rate

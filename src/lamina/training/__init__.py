@@ -8,7 +8,9 @@ everything.
 
 from __future__ import annotations
 
-from .engine import Result, Session, fit, prepare
-from .task import Data, Task, load_task
+from .engine import Session, fit, prepare
+from .load import load_task
+from .result import Result
+from .task import Data, Task
 
 __all__ = ["Data", "Result", "Session", "Task", "fit", "load_task", "prepare"]

@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..errors import LaminaError, TaskError, require
+from ..errors import TaskError, require
 from ..plan import Plan
 from ..preview import Preview
-from ..report.confirm import Confirmation
 from .confirmer import Confirmer
 from .evaluate import shard
 from .interrupts import patient
+from .load import load_task
 from .loop import Loop
 from .recorder import Recorder
 from .records import Listener
+from .result import Result
 from .run_folder import RunFolder, check_free
 from .settings import Settings
-from .task import Data, Task, load_task
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to, on the main process; other processes have no folder and no baseline."""
-
-    task: Task
-    folder: Path | None
-    saved: tuple[str, ...]
-    metrics: dict[str, float]
-    examples: int
-    baseline: dict[str, float]
-    confirmation: Confirmation | None
-    steps: int
-    seconds: float
-    interrupted: bool = False
+from .task import Data, Task
 
 
 @dataclass
@@ -82,50 +66,61 @@ class Session:
             listeners: told of every step, event and validation, on the main process.
         """
         began = time.perf_counter()
-        folder = RunFolder(self.out, self.task.name) if self.is_main else None
-        heard: list[Listener] = []
-        confirmer = Confirmer(self.preview)
-        recorder = None
-        if folder is not None:
-            folder.begin(self.plan, self.preview, self._about())
-            recorder = Recorder(folder.path / "metrics.jsonl")
-            folder.saved.append("metrics.jsonl")
-            heard = [recorder, confirmer, *listeners]
+        if not self.is_main:
+            loop = self._loop([], lambda: False)
+            loop.run()
+            return self._result(loop, began)
+        folder, confirmer = RunFolder(self.out, self.task.name), Confirmer()
+        folder.begin(self.plan, self.preview, self._about())
+        recorder = Recorder(folder.path / "metrics.jsonl")
+        folder.saved.append("metrics.jsonl")
         with patient(self.accelerator.num_processes == 1) as pressed:
-            loop = self._loop(heard, pressed)
-            interrupted, status = False, "failed"
+            loop = self._loop([recorder, confirmer, *listeners], pressed)
+            status = self._run(loop, folder, recorder)
+        baseline: dict[str, float] = {}
+        if status == "finished":
             try:
-                loop.run()
-                status = "finished"
-            except KeyboardInterrupt:
-                interrupted, status = True, "interrupted"
-            finally:
-                if folder is not None and recorder is not None:
-                    with suppress(Exception):  # an error of the device was told already
-                        loop.flush(alone=True)
-                    recorder.close()
-                    if status != "failed" and loop.consistent:
-                        self._checkpoint(folder, loop)
-                    folder.end(status, **self._found(loop))
-            baseline = {}
-            if folder is not None and not interrupted:
                 baseline = self.task.baseline(self.data)
                 folder.end(status, baseline=baseline)
+            except KeyboardInterrupt:
+                status = "interrupted"
+        return replace(
+            self._result(loop, began),
+            folder=folder.path,
+            saved=tuple(folder.saved),
+            baseline=baseline,
+            confirmation=confirmer.confirm(self.optimizer),
+            interrupted=status == "interrupted",
+        )
+
+    def _run(self, loop: Loop, folder: RunFolder, recorder: Recorder) -> str:
+        """Train, and write what came of it however it ends."""
+        status = "failed"
+        try:
+            loop.run()
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        finally:
+            with suppress(RuntimeError):  # an error of the device, which is told already
+                loop.flush(alone=True)
+            recorder.close()
+            if status != "failed" and loop.consistent:
+                self._checkpoint(folder, loop)
+            folder.end(status, **self._found(loop))
+        return status
+
+    def _result(self, loop: Loop, began: float) -> Result:
         last = loop.last
         return Result(
             self.task,
-            folder.path if folder else None,
-            tuple(folder.saved) if folder else (),
-            last.averages if last else {},
-            last.examples if last else 0,
-            baseline,
-            confirmer.result() if folder else None,
-            self.optimizer.clock,
-            time.perf_counter() - began,
-            interrupted,
+            metrics=last.averages if last else {},
+            examples=last.examples if last else 0,
+            steps=self.optimizer.clock,
+            seconds=time.perf_counter() - began,
         )
 
-    def _loop(self, heard: list[Listener], pressed: Any) -> Loop:
+    def _loop(self, heard: Sequence[Listener], pressed: Callable[[], bool]) -> Loop:
         from accelerate.utils import set_seed
 
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
@@ -174,11 +169,7 @@ class Session:
 
     def close(self) -> None:
         """End what Accelerate began, so that another run may follow in this process."""
-        from accelerate.state import AcceleratorState, GradientState
-
-        self.accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        end(self.accelerator)
 
     def __enter__(self) -> Session:
         return self
@@ -237,7 +228,7 @@ def prepare(
         session = Session(task, settings, accelerator, model, plan, data, folder)
     finally:
         if session is None:
-            accelerator.end_training()
+            end(accelerator)
     return session
 
 
@@ -259,12 +250,18 @@ def batches(task: Task, loader: Any) -> int:
         number = len(loader)
     except TypeError as error:
         raise TaskError(
-            f"{task.place}: the training loader has no length ({error}), so that neither epochs nor "
-            "shares of the run can be counted; give its data set a __len__."
+            f"{task.place}: the training loader has no length ({error}), so that "
+            "neither epochs nor shares of the run can be counted; give its data set a __len__."
         ) from error
     if number == 0:
         raise TaskError(f"{task.place}: the training loader has no batches; give it examples.")
     return number
 
 
+def end(accelerator: Any) -> None:
+    """End the processes' group and forget the settings, which Accelerate keeps as globals."""
+    from accelerate.state import AcceleratorState, GradientState
 
+    accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -105,7 +105,7 @@ class Loop:
     def _gradients(self, index: int, batch: Any) -> torch.Tensor:
         """Add the gradients of a batch; returns its loss."""
         loss = self.task.loss(self.model, batch)
-        # Accelerate divides by `accumulate`, also where the last step of an epoch has fewer batches.
+        # Accelerate divides by `accumulate`, even where an epoch ends in a step of fewer batches.
         begin = index - index % self.accumulate
         members = min(self.accumulate, len(self.train) - begin)
         if loss.requires_grad:

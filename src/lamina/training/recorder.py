@@ -1,4 +1,4 @@
-"""Writing what a run tells: lines that are complete once written, files that are whole or absent."""
+"""Writing what a run tells: lines flushed one by one, files that are whole or absent."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The folder of a run: what was meant, what happened, and the result.
 
-    plan.toml       the plan (plan.py.txt, its Python form, if TOML cannot hold it)
-    run.json        seed, length, versions, and how the run ended
-    metrics.jsonl   a line for each step, event and validation
-    lr.png          the lr of every group over the run, as planned
-    checkpoint.pt   model and optimizer state
+plan.toml       the plan (plan.py.txt, its Python form, if TOML cannot hold it)
+run.json        seed, length, versions, and how the run ended
+metrics.jsonl   a line for each step, event and validation
+lr.png          the lr of every group over the run, as planned
+checkpoint.pt   model and optimizer state
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self.path = folder
             return
-        name = f"{re.sub(r'[^\w-]+', '_', task)}-{datetime.now():%Y%m%d-%H%M%S}"
+        plain = re.sub(r"[^\w-]+", "_", task)
+        name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
         for number in range(1, 1000):
             self.path = Path("runs") / (name if number == 1 else f"{name}-{number}")
             try:

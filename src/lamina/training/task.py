@@ -1,18 +1,11 @@
-"""Loading a task: a Python file or a built-in name, and every call into it checked once, here.
-
-What a task gives is described in `lamina.tasks`. Errors name the file and line of the task.
-"""
+"""A task, with every call into it checked once, here; what it gives is told in `lamina.tasks`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import os
-import re
-import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -174,8 +167,8 @@ class Task:
             raise
         except Exception as error:
             raise TaskError(
-                f"{_where(error, self.place)}: {function}() failed with "
-                f"{_spoken(error)}. Correct it, or install what it needs."
+                f"{where(error, self.place)}: {function}() failed with "
+                f"{spoken(error)}. Correct it, or install what it needs."
             ) from error
 
     def _wrong(self, what: str, given: object, expected: str) -> TaskError:
@@ -183,75 +176,7 @@ class Task:
         return TaskError(f"{self.place}: {what} gives {shown}; expected {expected}.")
 
 
-def load_task(
-    source: str | os.PathLike[str] | ModuleType | Task, builtin: Mapping[str, str] | None = None
-) -> Task:
-    """A task from a file, a built-in name, or a module.
-
-    Args:
-        source: the path of a Python file, or a name among `builtin`.
-        builtin: the module of each built-in name.
-
-    Raises:
-        TaskError: if there is no such task, or it lacks what every task gives.
-    """
-    if isinstance(source, Task):
-        return source
-    if isinstance(source, ModuleType):
-        return Task(source.__name__.rpartition(".")[2], source)
-    text, known = os.fspath(source), builtin or {}
-    if text in known:
-        return Task(text, _imported(lambda: importlib.import_module(known[text]), known[text]))
-    path = Path(text)
-    if path.suffix == ".toml":
-        raise TaskError(
-            f"{text}: this is a plan, not a task; name the task first, such as "
-            f"lamina run {next(iter(known), 'task.py')} {text}."
-        )
-    if path.suffix != ".py":
-        raise TaskError(
-            f"there is no task {text!r}; expected a Python file, or one of: "
-            f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
-        )
-    if not path.is_file():
-        raise TaskError(f"{text}: there is no such task file; check the path.")
-    return Task(_plain(path.stem), _from_file(path))
-
-
-def _from_file(path: Path) -> ModuleType:
-    name = f"lamina_task_{_plain(path.stem)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:  # as `python task.py` has it: a task may import its neighbours
-        sys.path.insert(0, folder)
-    sys.modules[name] = module  # worker processes of a loader unpickle its classes by this name
-
-    def run() -> ModuleType:
-        spec.loader.exec_module(module)
-        return module
-
-    return _imported(run, str(path))
-
-
-def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
-    try:
-        return run()
-    except LaminaError:
-        raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError):
-            fix = f"Install it with: pip install {str(error.name).partition('.')[0]}"
-        else:
-            fix = "Correct it and try again."
-        raise TaskError(
-            f"{_where(error, place)}: the task cannot be imported: {_spoken(error)}. {fix}"
-        ) from error
-
-
-def _where(error: BaseException, place: str) -> str:
+def where(error: BaseException, place: str) -> str:
     """The task's file and the line of it that was running."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}, line {error.lineno}"
@@ -263,7 +188,7 @@ def _where(error: BaseException, place: str) -> str:
     return f"{place}, line {same[-1]}" if same else place
 
 
-def _spoken(error: BaseException) -> str:
+def spoken(error: BaseException) -> str:
     """An exception on one line."""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(text.split()).rstrip(".")
@@ -275,8 +200,3 @@ def _described(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _plain(name: str) -> str:
-    """A name that is safe in the names of modules and folders."""
-    return re.sub(r"\W+", "_", name).strip("_") or "task"

@@ -1,0 +1,74 @@
+"""LayerAdaptiveAdam: one step size for each tensor, from how steady its gradients are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, final
+
+import torch
+
+from .adam import Adam
+from .base import Algorithm, Hyper, State, number, widen
+
+
+@final
+class LayerAdaptiveAdam(Algorithm):
+    """Momentum whose step size for each tensor is the mean size of Adam's steps in it.
+
+        g_t     = grad + weight_decay * theta_{t-1}              (coupled; decoupled: g_t = grad)
+        m_t     = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t     = beta2 * v_{t-1} + (1 - beta2) * g_t^2          (amsgrad: max(v_1 .. v_t) for v_t)
+        size_t  = lr * mean(|m_t| / (sqrt(v_t) + eps))           (one number for each tensor)
+        theta_t = theta_{t-1} - size_t * m_t                     (decoupled: and
+                              - lr * weight_decay * theta_{t-1})
+
+    m and v are Adam's without bias correction. The mean is taken in one tensor at a time: over
+    several tensors together it would be another algorithm.
+
+    Arguments:
+        lr: the step size, >= 0.
+        betas: shares of the two running means that are kept at every step, each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: L2 penalty added to the gradient, or the decay rate of the weights, >= 0.
+        amsgrad: divide by the largest v so far.
+        maximize: follow the gradient uphill.
+        decoupled_weight_decay: decay the weights themselves, at the rate lr * weight_decay.
+
+    m and v: Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1.
+    """
+
+    name: ClassVar[str] = "LayerAdaptiveAdam"
+    unit: ClassVar[str] = "tensor"
+    defaults: ClassVar[dict[str, Any]] = dict(Adam.defaults)
+    limits: ClassVar[dict[str, tuple[float, float]]] = dict(Adam.limits)
+    components: ClassVar[dict[str, int]] = {"betas": 2}
+    options: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "decoupled_weight_decay")
+
+    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
+        """Zeros."""
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(hyper["amsgrad"])
+        return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+
+    def update(
+        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
+    ) -> tuple[torch.Tensor, State]:
+        """One step."""
+        lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
+        beta1, beta2 = (number(beta) for beta in hyper["betas"])
+        decoupled = hyper["decoupled_weight_decay"]
+
+        grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
+        if weight_decay and not decoupled:
+            grad = grad + weight_decay * wide
+        mean = beta1 * widen(state["exp_avg"]) + (1 - beta1) * grad
+        square = beta2 * widen(state["exp_avg_sq"]) + (1 - beta2) * grad.square()
+        new = {"exp_avg": mean, "exp_avg_sq": square}
+        if hyper["amsgrad"]:
+            square = torch.maximum(widen(state["max_exp_avg_sq"]), square)
+            new["max_exp_avg_sq"] = square
+
+        size = lr * (mean.abs() / (square.sqrt() + eps)).sum() / max(mean.numel(), 1)
+        change = -size * mean
+        if weight_decay and decoupled:
+            change = change - lr * weight_decay * wide
+        return change, {**state, **{key: new[key].to(state[key].dtype) for key in new}}

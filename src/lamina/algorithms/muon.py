@@ -1,0 +1,117 @@
+"""Muon: momentum, orthogonalized, for the matrices inside a network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, final
+
+import torch
+
+from .base import Algorithm, Hyper, State, number, widen
+
+
+@final
+class Muon(Algorithm):
+    """Momentum orthogonalized by Newton-Schulz steps: for each matrix theta of A x B numbers,
+
+        b_t     = momentum * b_{t-1} + (1 - momentum) * g_t
+        u_t     = b_t                                    (nesterov: (1 - momentum) g_t + momentum b_t)
+        o_t     = NS(u_t), about U V' of the singular value decomposition u_t = U S V'
+        theta_t = (1 - lr * weight_decay) * theta_{t-1} - lr * ratio * o_t
+
+    NS: x = u / |u|, then `ns_steps` times  x = a x + (b x x' + c (x x')^2) x,  in bfloat16.
+    ratio: sqrt(max(1, A / B)), or 0.2 sqrt(max(A, B)) for adjust_lr_fn="match_rms_adamw".
+
+    Arguments:
+        lr: the step size, >= 0.
+        weight_decay: decay rate of the weights, >= 0.
+        momentum: share of the previous direction that is kept, >= 0.
+        nesterov: look ahead along the buffer.
+        ns_coefficients: a, b, c.
+        eps: smallest norm to divide by, >= 0.
+        ns_steps: number of Newton-Schulz steps, 1 to 99.
+        adjust_lr_fn: None, "original" (the same) or "match_rms_adamw" (to reuse AdamW's lr).
+
+    Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks";
+    Liu et al. 2025, "Muon is scalable for LLM training", equation 4.
+    """
+
+    name: ClassVar[str] = "Muon"
+    unit: ClassVar[str] = "tensor"
+    defaults: ClassVar[dict[str, Any]] = {
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "momentum": 0.95,
+        "nesterov": True,
+        "ns_coefficients": (3.4445, -4.7750, 2.0315),
+        "eps": 1e-7,
+        "ns_steps": 5,
+        "adjust_lr_fn": None,
+    }
+    limits: ClassVar[dict[str, tuple[float, float]]] = {
+        "lr": (0.0, math.inf),
+        "weight_decay": (0.0, math.inf),
+        "momentum": (0.0, math.inf),
+        "ns_coefficients": (-math.inf, math.inf),
+        "eps": (0.0, math.inf),
+        "ns_steps": (1, 100),
+    }
+    components: ClassVar[dict[str, int]] = {"ns_coefficients": 3}
+    counts: ClassVar[tuple[str, ...]] = ("ns_steps",)
+    options: ClassVar[tuple[str, ...]] = ("nesterov", "adjust_lr_fn")
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "adjust_lr_fn": (None, "original", "match_rms_adamw")
+    }
+
+    def refusal(self, param: torch.Tensor) -> str:
+        """Only real matrices can be orthogonalized."""
+        if param.is_complex():
+            return "is complex, and Muon is for real matrices; give it another optimizer"
+        if param.ndim != 2:
+            return (
+                f"has shape {tuple(param.shape)}, and Muon is for matrices; give biases, norms, "
+                "convolutions and embeddings another optimizer, such as AdamW"
+            )
+        return ""
+
+    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
+        """Zeros."""
+        return {"momentum_buffer": torch.zeros_like(param, requires_grad=False)}
+
+    def update(
+        self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
+    ) -> tuple[torch.Tensor, State]:
+        """One step of Muon."""
+        lr, weight_decay, momentum = (
+            number(hyper[key]) for key in ("lr", "weight_decay", "momentum")
+        )
+        old = state["momentum_buffer"]
+        grad = widen(grad).to(widen(old).dtype)
+        # lerp and not the sum above, to round as torch does: bfloat16 follows
+        buffer = torch.lerp(widen(old), grad, 1 - momentum)
+        direction = torch.lerp(grad, buffer, momentum) if hyper["nesterov"] else buffer
+        direction = lr_ratio(hyper, param.shape) * orthogonalized(direction, hyper).to(grad.dtype)
+        wide = widen(param)
+        change = ((1 - lr * weight_decay) * wide - wide) - lr * direction
+        return change, {**state, "momentum_buffer": buffer.to(old.dtype)}
+
+
+def orthogonalized(matrix: torch.Tensor, hyper: Hyper) -> torch.Tensor:
+    """The Newton-Schulz iteration, in bfloat16."""
+    a, b, c = (number(each) for each in hyper["ns_coefficients"])
+    tall = matrix.size(0) > matrix.size(1)
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=number(hyper["eps"]))
+    for _ in range(int(hyper["ns_steps"])):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def lr_ratio(hyper: Hyper, shape: torch.Size) -> float:
+    """What the learning rate of a matrix is multiplied by."""
+    rows, columns = shape
+    if hyper["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / max(columns, 1)))

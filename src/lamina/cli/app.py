@@ -1,0 +1,189 @@
+"""The commands. Each one says what it does in a few lines; the work is done below them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import LaminaError
+from ..plan import Plan
+from ..preview import Preview
+from ..tasks import BUILTIN, DEFAULT
+from ..training.engine import batches, prepare
+from ..training.load import load_task
+from ..training.run_folder import own_version
+from ..training.settings import Settings
+from ..training.task import Task
+from .summary import summary
+
+app = typer.Typer(
+    help="One plan for how every parameter of a model trains.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+TaskName = Annotated[str, typer.Argument(help="A Python file or the name of a built-in task.")]
+TaskOption = Annotated[
+    str, typer.Option("--task", help="A Python file or the name of a built-in task.")
+]
+PlanFile = Annotated[Path | None, typer.Argument(help="A plan in TOML; the task's own by default.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """Errors as one paragraph and exit code 2; Ctrl-C as a line and 130; no traceback."""
+    try:
+        yield
+    except LaminaError as error:
+        print(f"lamina: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("lamina: interrupted; nothing more was saved.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lamina {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """One plan for how every parameter of a model trains."""
+
+
+@app.command()
+def run(
+    task: TaskName = DEFAULT,
+    plan: PlanFile = None,
+    epochs: Epochs = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
+    accumulate: Accumulate = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
+) -> None:
+    """Announce the plan, train by it, and show the result."""
+    with spoken():
+        session = prepare(
+            load_task(task, BUILTIN),
+            plan,
+            epochs=epochs,
+            seed=seed,
+            accumulate=accumulate,
+            mixed_precision=mixed_precision,
+            cpu=cpu,
+            out=out,
+        )
+        with session:
+            if not session.is_main:
+                result = session.train()
+            else:
+                from ..training.display import display
+
+                console = Console()
+                _announce(console, session.preview)
+                steps = session.preview.run.steps or 0
+                passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
+                with display(console, passes, steps) as shown:
+                    result = session.train([shown])
+                summary(console, result)
+        if result.interrupted:
+            raise typer.Exit(130)
+
+
+@app.command()
+def show(
+    plan: PlanFile = None,
+    task: TaskOption = DEFAULT,
+    epochs: Epochs = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    accumulate: Accumulate = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
+) -> None:
+    """Show what a plan would do, without training."""
+    with spoken():
+        preview = _preview(task, plan, epochs, steps, accumulate)
+        console = Console()
+        _announce(console, preview)
+        if plot is not None:
+            try:
+                preview.plot(plot)
+            except (OSError, ValueError) as error:  # matplotlib: an unknown kind of file
+                raise LaminaError(
+                    f"--plot {plot}: the picture cannot be written ({error}). Choose a .png, .svg "
+                    "or .pdf file in a folder that exists."
+                ) from error
+            print(f"drawn to {plot}")
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="The full name of a parameter.")],
+    plan: PlanFile = None,
+    step: Annotated[int, typer.Option(help="Counted from 0.", min=0)] = 0,
+    task: TaskOption = DEFAULT,
+    epochs: Epochs = None,
+    accumulate: Accumulate = None,
+) -> None:
+    """Show the chain of rules behind every number of a parameter at a step."""
+    with spoken():
+        print(_preview(task, plan, epochs, None, accumulate).explain(name, step))
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    with spoken():
+        for name in BUILTIN:
+            task = load_task(name, BUILTIN)
+            mark = "  (default)" if name == DEFAULT else ""
+            print(f"{name:<12} {task.about}{mark}")
+
+
+def _preview(
+    task_name: str,
+    plan_file: Path | None,
+    epochs: float | None,
+    steps: int | None,
+    accumulate: int | None,
+) -> Preview:
+    """A preview of the run that `lamina run` would do in one process."""
+    if epochs is not None and steps is not None:
+        raise LaminaError(
+            f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."
+        )
+    task: Task = load_task(task_name, BUILTIN)
+    settings = Settings.of(task, epochs, None, accumulate)
+    plan = task.plan() if plan_file is None else Plan.from_toml(plan_file)
+    length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}
+    loader = task.data(settings.seed).train
+    return plan.preview(
+        task.model(),
+        **length,
+        steps_per_epoch=batches(task, loader),
+        accumulate=settings.accumulate,
+    )
+
+
+def _announce(console: Console, preview: Preview) -> None:
+    if console.is_terminal:
+        console.print(preview)
+    else:
+        print(preview)
+    print(flush=True)

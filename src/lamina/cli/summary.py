@@ -1,0 +1,55 @@
+"""The end of a run in one table."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..training.result import Result
+
+
+def summary(console: Console, result: Result) -> None:
+    """Print what came of a run and where it is."""
+    if result.interrupted:
+        print(interruption(result), file=sys.stderr)
+    noun = result.task.examples
+    rows = [(f"{name} on held-out {noun}", f"{value:.4g}") for name, value in _order(result)]
+    rows.append((f"held-out {noun}", f"{result.examples:,}"))
+    rows += [(name, f"{value:.4g}") for name, value in result.baseline.items()]
+    if result.confirmation is not None:
+        rows.append(("plan", str(result.confirmation)))
+    rows.append(("time", f"{result.seconds:.1f} s for {result.steps:,} steps"))
+    if result.folder is not None:
+        rows.append(("folder", str(result.folder)))
+        rows.append(("files", ", ".join(sorted(result.saved))))
+    console.print()
+    if not console.is_terminal:  # a log: nothing is folded
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            print(f"{name:<{width}}  {value}")
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+def interruption(result: Result) -> str:
+    """What is left of a run that was stopped."""
+    saved = "the weights and the optimizer's state after it are in checkpoint.pt"
+    if "checkpoint.pt" not in result.saved:
+        saved = "it was stopped in the middle of a step, so no checkpoint was saved"
+    return (
+        f"lamina: interrupted after step {result.steps}; {saved}. Saved in {result.folder}: "
+        f"{', '.join(sorted(result.saved))}."
+    )
+
+
+def _order(result: Result) -> list[tuple[str, float]]:
+    """The loss last: what people ask for first comes first."""
+    return sorted(result.metrics.items(), key=lambda item: item[0] == "loss")

@@ -1,0 +1,120 @@
+"""Foreach forms of the rules that need each tensor's norm; never concatenated, never waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..algorithms.base import Batch, begun_dtype, number, trust_ratio
+from ..algorithms.muon import lr_ratio, orthogonalized
+from .base import missing
+
+
+def lars(batch: Batch, grads: Any) -> None:
+    """One step of LARS."""
+    hyper, params = batch.hyper, batch.params
+    lr, momentum, weight_decay, trust, eps = (
+        number(hyper[key]) for key in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+    )
+    weights, norms = _norms(params), _norms(grads)
+    damped = (norms + weight_decay * weights + eps) / max(trust, 1e-30)
+    ratios = trust_ratio(weights, norms, damped).mul_(lr)
+    if weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    changes: Any = torch._foreach_mul(grads, _scalars(ratios))
+    if momentum:
+        for index in missing(batch, "momentum_buffer"):
+            dtype = begun_dtype(params[index], hyper)
+            zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
+            batch.columns["momentum_buffer"][index] = zeros
+            batch.grown = True
+        buffers = batch.columns["momentum_buffer"]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, changes)
+        changes = buffers
+    torch._foreach_sub_(params, changes)
+
+
+def lamb(batch: Batch, grads: Any) -> None:
+    """One step of LAMB."""
+    hyper, params = batch.hyper, batch.params
+    lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
+    beta1, beta2 = (number(beta) for beta in hyper["betas"])
+    means, squares = _moments(batch, grads, beta1, beta2)
+    steps = torch.stack(batch.steps).double()  # 1 - beta^t loses digits in float32
+    dtype = params[0].dtype
+    corrections = (1 - beta1**steps, torch.rsqrt(1 - beta2**steps))
+    first, second = (_scalars(each.to(params[0].device, dtype)) for each in corrections)
+
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_mul_(roots, second)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(roots, first)
+    updates = torch._foreach_div(means, roots)
+    if weight_decay:
+        torch._foreach_add_(updates, params, alpha=weight_decay)
+    norms = _norms(updates)
+    ratios = trust_ratio(_norms(params), norms, norms)
+    torch._foreach_mul_(updates, _scalars(ratios.mul_(-lr)))
+    torch._foreach_add_(params, updates)
+
+
+def layer_adaptive(batch: Batch, grads: Any) -> None:
+    """One step of LayerAdaptiveAdam."""
+    hyper, params = batch.hyper, batch.params
+    lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
+    beta1, beta2 = (number(beta) for beta in hyper["betas"])
+    if weight_decay and not hyper["decoupled_weight_decay"]:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    means, squares = _moments(batch, grads, beta1, beta2)
+    if hyper["amsgrad"]:
+        largest = batch.columns["max_exp_avg_sq"]
+        torch._foreach_maximum_(largest, squares)
+        squares = largest
+
+    work = torch._foreach_sqrt(squares)
+    torch._foreach_add_(work, eps)
+    quotients = torch._foreach_div(means, work)
+    numbers = [-lr / max(param.numel(), 1) for param in params]
+    sizes = torch._foreach_mul(torch._foreach_norm(quotients, 1), numbers)
+    if weight_decay and hyper["decoupled_weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_addcmul_(params, means, [size.expand_as(m) for size, m in _pairs(sizes, means)])
+
+
+def muon(batch: Batch, grads: Any) -> None:
+    """One step of Muon, rounded as torch's: bfloat16 in the middle makes it matter."""
+    hyper, params = batch.hyper, batch.params
+    lr, weight_decay, momentum = (number(hyper[key]) for key in ("lr", "weight_decay", "momentum"))
+    buffers = batch.columns["momentum_buffer"]
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    directions = torch._foreach_lerp(grads, buffers, momentum) if hyper["nesterov"] else buffers
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    for param, direction in zip(params, directions, strict=True):
+        ratio = lr_ratio(hyper, param.shape)
+        param.add_(orthogonalized(direction, hyper), alpha=-lr * ratio)
+
+
+def _moments(batch: Batch, grads: Any, beta1: float, beta2: float) -> tuple[Any, Any]:
+    """The two running means of Adam, updated in place."""
+    means, squares = batch.columns["exp_avg"], batch.columns["exp_avg_sq"]
+    torch._foreach_mul_(means, beta1)
+    torch._foreach_add_(means, grads, alpha=1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+    return means, squares
+
+
+def _norms(tensors: Any) -> torch.Tensor:
+    """The norm of each tensor, as one vector."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def _scalars(vector: torch.Tensor) -> Any:
+    return list(vector.unbind())
+
+
+def _pairs(sizes: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> Any:
+    return zip(sizes, means, strict=True)

@@ -1,0 +1,35 @@
+"""Keeps what was applied, to compare it with what was announced when the run is over."""
+
+from __future__ import annotations
+
+from array import array
+
+from ..optimizer import Optimizer
+from ..preview import Preview
+from ..report.confirm import Confirmation, confirm
+from ..timeline import Feedback
+from .records import Event, StepRecord, Validation
+
+
+class Confirmer:
+    """The lr of every group at every step, as eight bytes each."""
+
+    def __init__(self) -> None:
+        self.lr: dict[str, array[float]] = {}
+
+    def on_step(self, record: StepRecord) -> None:
+        for name, value in record.lr.items():
+            self.lr.setdefault(name, array("d")).append(value)
+
+    def on_event(self, event: Event) -> None:
+        """Nothing to keep."""
+
+    def on_validation(self, result: Validation) -> None:
+        """Nothing to keep."""
+
+    def confirm(self, optimizer: Optimizer) -> Confirmation:
+        """Compare with the plan, given what the metrics of this run did to it."""
+        groups = optimizer.param_groups
+        overrides = {group["name"]: group["overrides"] for group in groups if group["overrides"]}
+        preview = Preview(optimizer.resolved, Feedback(overrides, groups[0]["feedback"]))
+        return confirm(preview, self.lr)

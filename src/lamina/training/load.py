@@ -1,0 +1,89 @@
+"""Finding a task: a Python file, a built-in name, or a module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import LaminaError, TaskError, did_you_mean
+from .task import Task, spoken, where
+
+
+def load_task(
+    source: str | os.PathLike[str] | ModuleType | Task, builtin: Mapping[str, str] | None = None
+) -> Task:
+    """A task from a file, a built-in name, or a module.
+
+    Args:
+        source: the path of a Python file, or a name among `builtin`.
+        builtin: the module of each built-in name.
+
+    Raises:
+        TaskError: if there is no such task, or it lacks what every task gives.
+    """
+    if isinstance(source, Task):
+        return source
+    if isinstance(source, ModuleType):
+        return Task(source.__name__.rpartition(".")[2], source)
+    text, known = os.fspath(source), builtin or {}
+    if text in known:
+        return Task(text, _imported(lambda: importlib.import_module(known[text]), known[text]))
+    path = Path(text)
+    if path.suffix == ".toml":
+        raise TaskError(
+            f"{text}: this is a plan, not a task; name the task first, such as "
+            f"lamina run {next(iter(known), 'task.py')} {text}."
+        )
+    if path.suffix != ".py":
+        raise TaskError(
+            f"there is no task {text!r}; expected a Python file, or one of: "
+            f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
+        )
+    if not path.is_file():
+        raise TaskError(f"{text}: there is no such task file; check the path.")
+    return Task(_plain(path.stem), _from_file(path))
+
+
+def _from_file(path: Path) -> ModuleType:
+    name = f"lamina_task_{_plain(path.stem)}"
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # as `python task.py` has it: a task may import its neighbours
+        sys.path.insert(0, folder)
+    sys.modules[name] = module  # worker processes of a loader unpickle its classes by this name
+
+    def run() -> ModuleType:
+        loader.exec_module(module)
+        return module
+
+    return _imported(run, str(path))
+
+
+def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
+    try:
+        return run()
+    except LaminaError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError):
+            fix = f"Install it with: pip install {str(error.name).partition('.')[0]}"
+        else:
+            fix = "Correct it and try again."
+        raise TaskError(
+            f"{where(error, place)}: the task cannot be imported: {spoken(error)}. {fix}"
+        ) from error
+
+
+def _plain(name: str) -> str:
+    """A name that is safe in the names of modules and folders."""
+    return re.sub(r"\W+", "_", name).strip("_") or "task"

@@ -1,0 +1,25 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..report.confirm import Confirmation
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to, on the main process; other processes have no folder and no baseline."""
+
+    task: Task
+    metrics: dict[str, float]
+    examples: int
+    steps: int
+    seconds: float
+    folder: Path | None = None
+    saved: tuple[str, ...] = ()
+    baseline: dict[str, float] = field(default_factory=dict)
+    confirmation: Confirmation | None = None
+    interrupted: bool = False

@@ -1,0 +1,148 @@
+"""Any torch optimizer as a guest: alone, beside lamina's own, and from other packages."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import lamina as lm
+
+THIRD_PARTY = [
+    ("lion_pytorch", "Lion", 1e-3),
+    ("prodigyopt", "Prodigy", 1.0),
+    ("schedulefree", "AdamWScheduleFree", 1e-2),
+]
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model, optimizer, steps=12):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        model(torch.randn(16, 4, generator=generator)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_equal(one: nn.Module, other: nn.Module):
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("package", "name", "lr"), THIRD_PARTY)
+def test_a_third_party_guest_does_what_it_does_alone(package, name, lr):
+    guest = getattr(importlib.import_module(package), name)
+    planned, alone = small(), small()
+    mine = lm.Plan(guest, lr=lr).build(planned)
+    theirs = guest(alone.parameters(), lr=lr)
+    for optimizer in (mine, theirs):
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+    train(planned, mine)
+    train(alone, theirs)
+    assert_equal(planned, alone)
+
+
+@pytest.mark.parametrize("guest", [torch.optim.NAdam, torch.optim.Adamax, torch.optim.Adagrad])
+def test_a_plan_moves_a_guests_learning_rate(guest):
+    planned, alone = small(), small()
+    plan = lm.Plan(guest, lr=0.01, schedule=lm.linear(to=0.5), rules=[lm.Rule("2.*", lr=0.02)])
+    mine = plan.build(planned, steps=12)
+    theirs = guest(
+        [{"params": alone[0].parameters()}, {"params": alone[2].parameters(), "lr": 0.02}]
+    )
+    theirs.param_groups[0]["lr"] = 0.01
+    base = [group["lr"] for group in theirs.param_groups]
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for step in range(12):
+        for group, lr in zip(theirs.param_groups, base, strict=True):
+            group["lr"] = lr * (1 - 0.5 * step / 12)
+        for model, optimizer, generator in zip(
+            (planned, alone), (mine, theirs), generators, strict=True
+        ):
+            model(torch.randn(16, 4, generator=generator)).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(planned, alone)
+
+
+def test_several_algorithms_in_one_optimizer_equal_each_alone():
+    planned, alone = small(), small()
+    plan = lm.Plan(lm.AdamW, lr=0.01, rules=[lm.Rule("2.*", optimizer=torch.optim.NAdam, lr=0.02)])
+    mine = plan.build(planned)
+    own = lm.AdamW(alone[0].parameters(), lr=0.01)
+    guest = torch.optim.NAdam(alone[2].parameters(), lr=0.02)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for _ in range(10):
+        planned(torch.randn(16, 4, generator=generators[0])).pow(2).sum().backward()
+        mine.step()
+        mine.zero_grad()
+        alone(torch.randn(16, 4, generator=generators[1])).pow(2).sum().backward()
+        for optimizer in (own, guest):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(planned, alone)
+    assert {group["optimizer"] for group in mine.param_groups} == {"AdamW", "NAdam"}
+
+
+def test_clipping_reaches_a_guest():
+    planned, alone = small(), small()
+    mine = lm.Plan(torch.optim.NAdam, lr=0.01, clip_norm=0.1).build(planned)
+    theirs = torch.optim.NAdam(alone.parameters(), lr=0.01)
+    for model in (planned, alone):
+        model(torch.ones(4, 4)).pow(2).sum().backward()
+    torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+    mine.step()
+    theirs.step()
+    assert_equal(planned, alone)
+
+
+def test_a_frozen_guest_does_not_move_and_thaws():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = lm.Plan(
+        lm.SGD, lr=0.1, rules=[lm.Rule("2.*", optimizer=torch.optim.NAdam, lr=0.1, thaw=5)]
+    ).build(model, steps=10)
+    train(model, optimizer, 5)
+    assert torch.equal(model[2].weight, before["2.weight"])
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    train(model, optimizer, 1)
+    assert not torch.equal(model[2].weight, before["2.weight"])
+
+
+def test_a_planned_guest_survives_deepcopy():
+    model = small()
+    optimizer = lm.Plan(torch.optim.NAdam, lr=0.01, schedule=lm.cosine()).build(model, steps=20)
+    train(model, optimizer, 5)
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 5)
+    train(model2, optimizer2, 5)
+    assert_equal(model, model2)
+
+
+def test_a_guest_setting_that_is_not_per_group_cannot_vary():
+    class Odd(torch.optim.SGD):
+        def __init__(self, params, lr=0.1, temperature=1.0):
+            super().__init__(params, lr=lr)
+
+    plan = lm.Plan(Odd, lr=0.1, temperature=1.0, rules=[lm.Rule("2.*", temperature=2.0)])
+    with pytest.raises(lm.HyperparameterError, match="temperature only for all parameters"):
+        plan.build(small())
+
+
+def test_a_guest_that_refuses_its_settings_is_named():
+    with pytest.raises(lm.PlanError, match=r"NAdam refused its settings .*beta"):
+        lm.Plan(torch.optim.NAdam, lr=0.1, betas=(2.0, 0.9)).build(small())
+
+
+@pytest.mark.parametrize("wrong", [dict, nn.Linear, 3])
+def test_what_is_not_an_optimizer_is_refused(wrong):
+    with pytest.raises(lm.PlanError, match=r"expected a class such as lamina\.AdamW"):
+        lm.Plan(wrong, lr=0.1)
