@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from lamina.algorithms import ALGORITHMS, Adam
+from lamina.algorithms import ALGORITHMS, METHODS, Adam
 from lamina.algorithms.base import check_number
 from lamina.errors import HyperparameterError
 from reference.runner import (
@@ -20,9 +20,11 @@ from reference.runner import (
     run_torch,
     start,
 )
-from reference.table import ROWS
+from reference.table import IN_PAPER, IN_TORCH, ROWS
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
+in_torch = pytest.mark.parametrize("row", IN_TORCH, ids=str)
+in_paper = pytest.mark.parametrize("row", IN_PAPER, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -37,24 +39,36 @@ def _one_thread():
 # ------------------------------------------------------------------------------------- the numbers
 
 
-@rows
+@in_paper
 def test_rule_equals_the_paper(row):
-    assert_close(run_lamina(row, torch.float64, "readable"), run_scalar(row), 1e-12)
+    oracle = run_scalar(row)
+    assert_close(run_lamina(row, torch.float64, "readable"), oracle, 1e-12)
+    assert_close(run_lamina(row, torch.float64, None), oracle, 1e-12)
 
 
-@rows
+@in_torch
 @dtypes
 @pytest.mark.parametrize("prefer", ["readable", None])
 def test_equals_torch(row, dtype, prefer):
     dtype, tolerance = getattr(torch, dtype), DTYPES[dtype]
-    assert_close(run_lamina(row, dtype, prefer), run_torch(row, dtype, foreach=False), tolerance)
+    how = {} if row.name == "Muon" else {"foreach": False}
+    if row.name == "Muon" and prefer == "readable":
+        tolerance = 1e-2  # a last digit that differs becomes one of bfloat16
+    assert_close(run_lamina(row, dtype, prefer), run_torch(row, dtype, **how), tolerance)
 
 
-@rows
+@in_paper
+@pytest.mark.parametrize("prefer", ["readable", None])
+def test_float32_is_near_the_paper(row, prefer):
+    assert_close(run_lamina(row, torch.float32, prefer), run_scalar(row), 1e-5)
+
+
+@in_paper
 def test_bfloat16(row):
     """A few of its roundings (2^-8 each) from the truth; at most one between the kernels."""
     readable, default = (run_lamina(row, torch.bfloat16, kind, 20) for kind in ("readable", None))
-    assert_close(readable, run_scalar(row, 20), 4e-2)
+    # a trust ratio asks for steps that are a share of the weights: many are near one rounding
+    assert_close(readable, run_scalar(row, 20), 1e-1 if row.whole else 4e-2)
     assert_close(default, readable, 2**-8)
 
 
@@ -68,6 +82,10 @@ def test_scale_multiplies_the_gradients(row, prefer, dtype):
         def update(self, param, grad, state, step, hyper):
             return super().update(param, 0.375 * grad, state, step, hyper)
 
+    if row.name == "Muon":
+        tolerance = 1e-2
+    elif row.whole:
+        tolerance *= 2  # a sum over the tensor rounds in another order
     given = run_lamina(row, dtype, prefer, scale=torch.tensor(0.375))
     assert_close(given, run_lamina(row, dtype, "readable", algorithm=Scaled()), tolerance)
 
@@ -108,7 +126,7 @@ def test_canary_a_planted_error_is_seen(planted):
 @rows
 def test_update_is_pure(row):
     algorithm, hyper = ALGORITHMS[row.name], hypers(row)[0]
-    param = start(torch.float32)[0][0]
+    param = start(row, torch.float32)[0][0]
     grad = torch.ones_like(param)
     state = algorithm.init(param, hyper)
     for step in (1, 2):
@@ -124,10 +142,10 @@ def test_update_is_pure(row):
         state = new
 
 
-@rows
+@in_torch
 def test_state_has_the_keys_of_torch(row):
-    [param] = [torch.nn.Parameter(torch.ones(3))]
-    param.grad = torch.ones(3)
+    [param] = [torch.nn.Parameter(torch.ones(3, 1))]
+    param.grad = torch.ones(3, 1)
     optimizer = row.torch_class([param], **row.options)
     optimizer.step()
     theirs = {key for key, value in optimizer.state[param].items() if value is not None}
@@ -138,26 +156,27 @@ def test_state_has_the_keys_of_torch(row):
     assert set(state) == theirs - {"step"}
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", sorted({*(row.name for row in IN_TORCH), "LBFGS"}))
 def test_defaults_are_those_of_torch(name):
-    algorithm = ALGORITHMS[name]
-    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))]).defaults
+    algorithm = METHODS[name]
+    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1, 1))]).defaults
+    theirs = {key: None if key == "max_eval" else value for key, value in theirs.items()}
     assert algorithm.defaults == {key: theirs[key] for key in algorithm.defaults}
     how = {"foreach", "capturable", "differentiable", "fused"}  # of the machine, not of the rule
     assert theirs.keys() - algorithm.defaults.keys() <= how
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_hyperparameter_has_a_limit_or_is_an_option(name):
-    algorithm = ALGORITHMS[name]
+    algorithm = METHODS[name]
     assert set(algorithm.limits) | set(algorithm.options) == set(algorithm.defaults)
     assert not set(algorithm.limits) & set(algorithm.options)
     algorithm.check(algorithm.defaults)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_algorithms_are_plain_values(name):
-    algorithm = ALGORITHMS[name]
+    algorithm = METHODS[name]
     assert repr(algorithm) == name
     assert type(pickle.loads(pickle.dumps(algorithm))) is type(algorithm)
 
@@ -189,11 +208,22 @@ def test_algorithms_are_plain_values(name):
         ("Adam", {"betas": (0.9,)}, "expected 2 numbers"),
         ("AdamW", {"decoupled_weight_decay": False}, "Use Adam"),
         ("AdamW", {"momentum": 0.9}, "AdamW has no hyperparameter 'momentum'"),
+        ("Muon", {"ns_steps": 2.5}, "ns_steps=2.5; expected a whole number"),
+        ("Muon", {"ns_steps": 100}, "1 <= ns_steps < 100"),
+        ("Muon", {"ns_coefficients": (1, 2)}, "expected 3 numbers"),
+        ("Muon", {"adjust_lr_fn": "orignal"}, "None, 'original', .* Did you mean 'original'"),
+        ("LARS", {"trust_coefficient": -1}, "trust_coefficient=-1"),
+        ("LAMB", {"betas": (0.9, 1.0)}, r"betas\[1\]"),
+        ("LayerAdaptiveAdam", {"eps": -1}, "eps=-1"),
+        ("LBFGS", {"max_iter": 0}, "1 <= max_iter"),
+        ("LBFGS", {"max_eval": 0.5}, "max_eval"),
+        ("LBFGS", {"history_size": 2.5}, "whole number"),
+        ("LBFGS", {"line_search_fn": "strong-wolfe"}, "Did you mean 'strong_wolfe'"),
     ],
 )
 def test_out_of_range(name, hyper, words):
     with pytest.raises(HyperparameterError, match=words):
-        ALGORITHMS[name].check(hyper)
+        METHODS[name].check(hyper)
 
 
 @pytest.mark.parametrize("value", [0, 0.5, torch.tensor(0.5), torch.tensor([0.5])])

@@ -9,7 +9,7 @@ from lamina.algorithms import ALGORITHMS, Adam, Batch
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
-from reference.table import ROWS
+from reference.table import IN_TORCH, ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +50,13 @@ def assert_same(batches: list[Batch], tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [("SGD", "fused"), ("RMSprop", "foreach"), ("Adam", "fused"), ("AdamW", "fused")],
+    [
+        *[("SGD", "fused"), ("RMSprop", "foreach"), ("Adam", "fused"), ("AdamW", "fused")],
+        *[(name, "foreach") for name in ("Muon", "LARS", "LAMB", "LayerAdaptiveAdam")],
+    ],
 )
 def test_default_is_the_fastest(name, kernel):
-    chosen, reason = choose(make(name, [torch.ones(3)]))
+    chosen, reason = choose(make(name, [torch.ones(3, 1)]))
     assert chosen.name == kernel
     assert reason.startswith(f"{kernel}: ")
 
@@ -158,7 +161,8 @@ def test_parameters_with_gaps(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_mixed_dtypes_are_split(name):
-    params = [torch.randn(5), torch.randn(5).bfloat16(), torch.randn(3).double(), torch.randn(4)]
+    params = [torch.randn(5, 2), torch.randn(5, 1).bfloat16(), torch.randn(3, 3).double()]
+    params.append(torch.randn(4, 1))
     hyper = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
     grads = [torch.ones_like(param) for param in params]
     batches = both(name, params, grads, **hyper)
@@ -174,7 +178,22 @@ def test_mixed_dtypes_are_split(name):
     assert reason.count("|") == 2
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.torch_class is None], ids=str)
+def test_complex_parameters_are_pairs(row):
+    hyper = {**ALGORITHMS[row.name].defaults, **row.options}
+    pairs = torch.randn(5, 2, dtype=torch.float64)
+    batch, real = (
+        make(row.name, [p.clone()], **hyper) for p in (torch.view_as_complex(pairs), pairs)
+    )
+    for t in range(5):
+        grad = torch.randn(5, 2, dtype=torch.float64, generator=torch.manual_seed(t))
+        batch.grads, real.grads = [torch.view_as_complex(grad)], [grad]
+        apply([batch])
+        apply([real])
+    assert_close([torch.view_as_real(batch.params[0])], real.params, 1e-12)
+
+
+@pytest.mark.parametrize("row", [row for row in IN_TORCH if row.name != "Muon"], ids=str)
 def test_complex_parameters(row):
     hyper = {**ALGORITHMS[row.name].defaults, **row.options}
     param = torch.randn(5, dtype=torch.complex128)
@@ -314,29 +333,29 @@ def test_steps_are_counted_once_for_each_update():
 @pytest.mark.parametrize("prefer", [None, "readable"])
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01])])
 def test_hyperparameters_may_be_tensors(name, prefer, lr):
-    given, plain = make(name, [torch.ones(5)], lr=lr), make(name, [torch.ones(5)], lr=lr.item())
+    given, plain = (make(name, [torch.ones(5, 1)], lr=each) for each in (lr, lr.item()))
     for batch in (given, plain):
-        batch.grads = [torch.ones(5)]
+        batch.grads = [torch.ones(5, 1)]
         apply([batch], prefer)
     assert_close(given.params, plain.params, 1e-7)
-    assert given.params[0].shape == (5,)
+    assert given.params[0].shape == (5, 1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_factor_one_leaves_gradients_alone_and_factor_zero_stops(name):
-    batch, plain = (make(name, [torch.ones(5)]) for _ in range(2))
+    batch, plain = (make(name, [torch.ones(5, 1)]) for _ in range(2))
     for each in (batch, plain):
-        each.grads = [torch.full((5,), 0.3)]
+        each.grads = [torch.full((5, 1), 0.3)]
     batch.scale = torch.tensor(1.0)
     apply([batch])
     apply([plain])
     assert torch.equal(batch.params[0], plain.params[0])
     assert torch.equal(batch.grads[0], plain.grads[0])
 
-    stopped = make(name, [torch.ones(5)], weight_decay=0.0)
-    stopped.grads, stopped.scale = [torch.ones(5)], torch.tensor(0.0)
+    stopped = make(name, [torch.ones(5, 1)], weight_decay=0.0)
+    stopped.grads, stopped.scale = [torch.ones(5, 1)], torch.tensor(0.0)
     apply([stopped])
-    assert torch.equal(stopped.params[0], torch.ones(5))
+    assert torch.equal(stopped.params[0], torch.ones(5, 1))
 
 
 # -------------------------------------------------------------------------------------- the canary

@@ -47,7 +47,7 @@ def test_bars_cover_exactly_the_windows():
             filled.setdefault(kind, []).append((round(box.ymin), box.xmin, box.xmax))
     assert [(a, b) for _, a, b in filled["hatched"]] == [(0, 12)] * 5
     assert sorted((a, b) for _, a, b in filled["filled"]) == [(0, 8), (3, 12), (6, 12), (9, 12)]
-    assert [label.get_text() for label in bars.texts][0] == "embeddings.*"
+    assert bars.texts[0].get_text() == "embeddings.*"
 
 
 def test_groups_that_move_alike_are_one_line():
@@ -55,10 +55,7 @@ def test_groups_that_move_alike_are_one_line():
     plan = lm.Plan("SGD", lr=0.1, weight_decay=0.1, rules=rules)
     preview = plan.preview(Net(), steps=5)
     assert len(preview.rows) == 4
-    assert (
-        sorted(drawn(preview.plot())) == ["default, *.bias", "head.*, *.bias + head.*"]
-        or len(drawn(preview.plot())) == 2
-    )
+    assert sorted(drawn(preview.plot())) == ["default, *.bias", "head.*, *.bias + head.*"]
 
 
 @pytest.mark.parametrize(("lr", "scale"), [(0.2, "linear"), (10.0, "log")])

@@ -39,6 +39,13 @@ def taken(optimizer, model, gradient, weight):
     return {name: param.detach() for name, param in model.named_parameters()}, applied_to
 
 
+def uniform(weight):
+    """The one number that all elements have."""
+    first, *others = weight.flatten().tolist()
+    assert all(other == first for other in others)
+    return first
+
+
 def near(found, expected, tolerance=1e-12):
     return abs(found - expected) <= tolerance * max(abs(expected), 1e-3)
 
@@ -53,6 +60,10 @@ def assert_truth(plain, layers, run, change=None):
     if change is not None:
         change(optimizer)
     squares = {name: float(param.numel()) for name, param in model.named_parameters()}
+
+    def place(*numbers):
+        return f"{name} at step {step}: {numbers} in {plain}"
+
     for step in range(run["steps"] + BEYOND):
         previewed = preview.at(step)
         flags = {name: param.requires_grad for name, param in model.named_parameters()}
@@ -63,20 +74,19 @@ def assert_truth(plain, layers, run, change=None):
             announced = previewed[preview.resolved.cells[preview.resolved.cell_of[name]].name]
             lr, decay = meaning.lr(name, step), meaning.hyper(name, "weight_decay", step)
             where = f"{name} at step {step}: {plain}"
-            assert applied[name] == announced, where
-            assert flags[name] == meaning.trains(name, step), where
-            assert near(announced["lr"], lr), (where, announced["lr"], lr)
-            assert near(announced["weight_decay"], decay), where
-            assert torch.equal(moved[name], moved[name].flatten()[0].expand_as(moved[name]))
-            recovered = -float(moved[name].flatten()[0])
-            assert near(recovered, lr * factors[name]), (where, recovered, lr, factors[name])
+            assert applied[name] == announced, place()
+            assert flags[name] == meaning.trains(name, step), place()
+            assert near(announced["lr"], lr), place(announced["lr"], lr)
+            assert near(announced["weight_decay"], decay), place()
+            recovered = -uniform(moved[name])
+            assert near(recovered, lr * factors[name]), place(recovered, lr, factors[name])
             if factors[name] == 1.0:
-                assert recovered == announced["lr"], where
-            product = 1.0 - float(shrunk[name].flatten()[0])
-            assert near(product, lr * decay), (where, product, lr * decay)
+                assert recovered == announced["lr"], place()
+            product = 1.0 - uniform(shrunk[name])
+            assert near(product, lr * decay), place(product, lr * decay)
             if not meaning.trains(name, step):
-                assert recovered == 0.0, where
-                assert product == 0.0, where
+                assert recovered == 0.0, place()
+                assert product == 0.0, place()
 
 
 @LIGHT

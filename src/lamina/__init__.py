@@ -18,6 +18,7 @@ from .errors import (
 )
 from .explain import Explanation
 from .feedback import early_stop, on_plateau, plateau
+from .gradients.operations import agc, clip_norm, clip_param_norm, clip_value, scale
 from .optim import SGD, Adam, AdamW, RMSprop, register_optimizer
 from .optimizer import Optimizer
 from .parameters import ParamInfo
@@ -57,7 +58,11 @@ __all__ = [
     "StateError",
     "TaskError",
     "TimeUnitError",
+    "agc",
     "by_depth",
+    "clip_norm",
+    "clip_param_norm",
+    "clip_value",
     "constant",
     "cosine",
     "early_stop",
@@ -68,6 +73,7 @@ __all__ = [
     "plateau",
     "register_optimizer",
     "resolve",
+    "scale",
     "steps",
     "times",
     "top_down",

@@ -20,7 +20,7 @@ from .patterns import compile_pattern
 from .plan import Plan, Rule
 from .resolved import ALWAYS, NEVER, Link, Setting, Trigger, Windows
 from .schedules import Schedule
-from .settings import ByDepth, Times, TopDown, check_amount
+from .settings import ByDepth, Times, TopDown, check_amount, python_number
 from .time import Run
 
 
@@ -159,7 +159,7 @@ def _apply(
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
     if any(key in settings for key in WINDOW):
-        draft.windows = _windows(settings, below_top, info, run, where)
+        draft.windows = _windows(settings, below_top, info, run, where, draft.windows)
         text = {key: settings[key] for key in WINDOW if key in settings}
         shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
         draft.chains.setdefault("window", []).append(Link(rule, shown, window_text(draft.windows)))
@@ -186,22 +186,29 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
         return Setting(1.0, (value,))
     if callable(value):
         try:
-            value = value(info)
+            value = python_number(value(info))
         except Exception as error:
             raise PlanError(
                 f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}."
             ) from error
-        check_amount(f"{where}, for {info.name!r}", "it", value)
+        check_amount(f"{where}, for {info.name!r}", "", value)
         value = float(value)
     return Setting(value)
 
 
 def _windows(
-    settings: dict[str, Any], below_top: int, info: ParamInfo, run: Run, where: str
+    settings: dict[str, Any],
+    below_top: int,
+    info: ParamInfo,
+    run: Run,
+    where: str,
+    earlier: Windows,
 ) -> Windows:
     if "frozen" in settings:
         return NEVER if settings["frozen"] else ALWAYS
     thaw, freeze = settings.get("thaw"), settings.get("freeze")
+    if isinstance(thaw, TopDown) and info.rank is None and freeze is None:
+        return earlier  # a parameter without a layer number is unchanged by layer operators
     if isinstance(thaw, OnPlateau):
         trigger = Trigger(f"thaw of {where.removeprefix('rule ')}", thaw)
         if freeze is not None:
@@ -215,14 +222,16 @@ def _windows(
         return ((begin, None),)
     if begin == end:
         raise PlanError(f"{where}: {info.name!r} would thaw and freeze at the same step {begin}.")
-    return ((begin, end),) if begin < end else ((0, end), (begin, None))
+    if begin < end:
+        return ((begin, end),)
+    return ((0, end), (begin, None)) if end else ((begin, None),)
 
 
 def _thaw_step(thaw: Any, below_top: int, info: ParamInfo, run: Run) -> int:
     if not isinstance(thaw, TopDown):
         return math.ceil(time.parse(thaw).in_steps(run))
     if info.rank is None:
-        return 0  # a parameter without a layer number is unchanged by layer operators
+        return 0  # without a layer number: only the rule's freeze= holds
     every = time.parse(thaw.every).in_steps(run)
     start: Fraction = every if thaw.start is None else time.parse(thaw.start).in_steps(run)
     return math.ceil(start + every * below_top)

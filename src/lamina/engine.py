@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar
 
 import torch
 
 from . import kernels
-from .algorithms.base import Algorithm, Batch
+from .algorithms.base import Algorithm, Batch, Method, begun_dtype
 from .errors import PlanError
 
 Closure = Callable[[], Any]
+_EMPTY = torch.empty(0)
 
 
 class Engine(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that runs lamina's algorithms over its parameter groups.
 
     Subclasses give `algorithm` (all groups alike) or override `algorithm_for`, and may override
-    `before_update` and `after_update`, between which the weights change.
+    `_update`, in which the weights change.
     """
 
-    algorithm: ClassVar[Algorithm | None] = None
+    algorithm: ClassVar[Method | None] = None
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
         """The algorithm of a group."""
-        if self.algorithm is None:
-            raise PlanError(f"{type(self).__name__} has no algorithm for {group.get('name')!r}.")
+        if not isinstance(self.algorithm, Algorithm):
+            raise PlanError(f"{type(self).__name__} has no rule for {group.get('name')!r}.")
         return self.algorithm
 
     # Under torch.compile the whole step runs outside the graph: traced, the bookkeeping on the
@@ -76,6 +77,7 @@ class Engine(torch.optim.Optimizer):
         if known is not None and self._unchanged(known, params, entries):
             batch = known[1]
             batch.grads, batch.hyper, batch.scale = grads, group, None
+            batch.prefer = preference(group)
             return batch
         batch = self._new_batch(group, params, grads, entries)
         cache[id(group)] = (entries, batch)
@@ -118,6 +120,7 @@ class Engine(torch.optim.Optimizer):
             [entry["step"] for entry in entries],
             group,
             names=self._names(group, params),
+            prefer=preference(group),
         )
 
     @staticmethod
@@ -127,9 +130,12 @@ class Engine(torch.optim.Optimizer):
         """Allocate what is missing of a parameter's state, at its first update."""
         if "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+        if entry.keys() >= algorithm.init(_EMPTY, hyper).keys():
+            return
+        dtype = begun_dtype(param, hyper)
         for key, tensor in algorithm.init(param, hyper).items():
             if key not in entry:
-                entry[key] = tensor
+                entry[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     @staticmethod
     def _names(group: dict[str, Any], params: Sequence[torch.Tensor]) -> list[str]:
@@ -152,3 +158,13 @@ class Engine(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def preference(group: Mapping[str, Any]) -> str | None:
+    """The kernel that a group asks for with torch's `fused` and `foreach`."""
+    fused, foreach = group.get("fused"), group.get("foreach")
+    if fused:
+        return "fused"
+    if foreach:
+        return "foreach"
+    return "readable" if fused is False or foreach is False else None

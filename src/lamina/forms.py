@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from . import time
 from .errors import HyperparameterError, PlanError
 from .expressions import parse
@@ -12,7 +14,15 @@ from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
 from .gradients.operations import OPERATIONS, Apply, Operation
 from .optim.registry import optimizer_class
 from .schedules import SCHEDULES, Schedule, function
-from .settings import Times, TopDown, by_depth, check_amount, times, top_down
+from .settings import (
+    Times,
+    TopDown,
+    by_depth,
+    check_amount,
+    python_number,
+    times,
+    top_down,
+)
 
 #: every name that an expression in a plan may call
 NAMES: dict[str, Callable[..., Any]] = {
@@ -92,13 +102,14 @@ def _factor(value: Any, place: str) -> Schedule | None:
 
 
 def _threshold(value: Any, place: str) -> Any:
+    value = python_number(value)
     if value is None or (isinstance(value, Schedule) and value.kind != "factor"):
         return value
     if isinstance(value, Schedule):
         raise PlanError(f"{place}={value!r} is a factor; a threshold is a value: give it a start.")
     if isinstance(value, Times):
         raise PlanError(f"{place}={value!r}: a threshold belongs to its rule; give a number.")
-    check_amount(place, "it", value)
+    check_amount(place, "", value)
     if value == 0:
         raise HyperparameterError(f"{place}=0 would clip every gradient away; use frozen=True.")
     return value
@@ -123,6 +134,9 @@ def _operations(value: Any, place: str) -> tuple[Operation, ...] | None:
 
 
 def _hyperparameter(value: Any, place: str) -> Any:
+    value = python_number(value)
+    if isinstance(value, torch.Tensor):
+        raise HyperparameterError(f"{place} is a tensor; expected a number, such as float(tensor).")
     if isinstance(value, Schedule) and value.kind == "factor":
         raise PlanError(
             f"{place}={value!r} is a factor, not a value; write the value as the number and the "
@@ -138,5 +152,5 @@ def _hyperparameter(value: Any, place: str) -> Any:
     if isinstance(value, (TopDown, Reaction, str)):
         raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        check_amount(place, "it", value)
+        check_amount(place, "", value)
     return value

@@ -71,7 +71,23 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def walk(model: nn.Module) -> tuple[Owned, ...]:
-    """Every parameter of a model once, in order, with all its names."""
+    """Every parameter of a model once, in order, with all its names.
+
+    Raises:
+        PlanError: if two Parameters lie over the same memory, or there is none.
+    """
+    found = collect(model)
+    for first, second in overlaps(found):
+        raise PlanError(
+            f"{first.info.name!r} and {second.info.name!r} are two Parameters over the same "
+            "memory: each would be updated, so that the memory is updated twice. "
+            f"{overlap_fix(first, second)}"
+        )
+    return found
+
+
+def collect(model: nn.Module) -> tuple[Owned, ...]:
+    """`walk` without its refusal of Parameters that share memory."""
     if not isinstance(model, nn.Module):
         raise PlanError(
             f"a model of type {type(model).__name__} was given; expected a torch.nn.Module."
@@ -100,7 +116,6 @@ def walk(model: nn.Module) -> tuple[Owned, ...]:
         found.append(Owned(info, tensor, owners))
     if not found:
         raise PlanError(f"the model {type(model).__name__} has no parameters.")
-    _refuse_overlaps(found)
     return tuple(found)
 
 
@@ -136,23 +151,32 @@ def mark_frozen(owned_places: Iterable[tuple[nn.Module, str]], frozen: bool) -> 
             delattr(module, MARK)
 
 
-def _refuse_overlaps(found: list[Owned]) -> None:
-    """Two Parameter objects over the same bytes would be stepped twice; name both."""
-    spans: dict[tuple[str, int], list[tuple[int, int, Owned]]] = {}
-    for owned in found:
+def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
+    """Pairs of Parameter objects over the same bytes, which would be stepped twice."""
+    spans: dict[tuple[str, int], list[tuple[int, int, int, Owned]]] = {}
+    for place, owned in enumerate(found):
         span = _span(owned.tensor)
         if span is not None:
             device, storage, low, high = span
-            spans.setdefault((device, storage), []).append((low, high, owned))
+            spans.setdefault((device, storage), []).append((low, high, place, owned))
+    pairs = []
     for shared in spans.values():
-        shared.sort(key=lambda item: item[:2])
-        for (_, high, first), (low, _, second) in pairwise(shared):
+        shared.sort(key=lambda item: item[:3])
+        for (_, high, _, first), (low, _, _, second) in pairwise(shared):
             if low < high:
-                raise PlanError(
-                    f"{first.info.name!r} and {second.info.name!r} are two Parameters over the "
-                    "same memory: each would be updated, so that the memory is updated twice. "
-                    "Tie them by using one nn.Parameter object in both places."
-                )
+                pairs.append((first, second))
+    return pairs
+
+
+def overlap_fix(first: Owned, second: Owned) -> str:
+    """What to do about two Parameters over the same memory."""
+    one, other = first.info, second.info
+    if (one.shape, one.dtype) == (other.shape, other.dtype):
+        return f"Tie them: lamina.tie(model, {{{other.name!r}: {one.name!r}}})."
+    return (
+        f"Their shapes {one.shape} and {other.shape} differ, so they cannot be one Parameter: keep "
+        f"one, and compute with a view of it in forward, such as `{one.name}.T`."
+    )
 
 
 def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:

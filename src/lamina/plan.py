@@ -211,10 +211,12 @@ class Plan:
 
     def preview(self, model: nn.Module, **run: Any) -> Preview:
         """What will happen to every part of a model, before it does; arguments as in `build`."""
+        from .freezing import has_reducer
         from .preview import Preview
         from .resolve import resolve
 
-        return Preview(resolve(self, model, time.run_of(**run)))
+        resolved = resolve(self, model, time.run_of(**run))
+        return Preview(resolved, reducer=has_reducer(list(model.parameters())))
 
 
 def _argument_text(value: object) -> str:

@@ -38,7 +38,7 @@ class Preview:
         10 steps · SGD · 1 group · 3 of 3 parameters train
         weight decay 0 · no clipping
         <BLANKLINE>
-                  params
+                     params
         group    in tensors   lr
         ───────  ──────────  ───
         default      3 in 2  0.1

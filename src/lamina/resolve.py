@@ -17,6 +17,7 @@ from .parameters import Owned, walk
 from .plan import Plan
 from .resolved import Cell, Resolved, Scope, Setting, Trigger
 from .schedules import Schedule
+from .schedules.base import Floats
 from .time import Run
 
 #: a schedule over an unknown run is judged on this many steps
@@ -40,7 +41,7 @@ def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
     cells = tuple(_cell(key, members) for key, members in merged.items())
     cells = _distinct_names(cells)
     for cell in cells:
-        _judge(cell, run)
+        _judge(cell, binder)
     for scope in scopes:
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.spelling} of {scope.name}")
@@ -69,11 +70,13 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
 
 
 class _Binder:
-    """Settles the lengths of schedules for a run, each distinct schedule once."""
+    """Settles and judges schedules for a run, each distinct one once."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.steps = np.arange(run.steps or _HORIZON, dtype=np.float64)
         self.known: dict[Schedule, Schedule] = {}
+        self.judged: set[Schedule] = set()
 
     def optional(self, schedule: Schedule | None) -> Schedule | None:
         return None if schedule is None else self.schedule(schedule)
@@ -94,14 +97,24 @@ class _Binder:
             return Setting(1.0, (self.schedule(amount),))
         return Setting(float(amount))
 
+    def span(self, setting: Setting) -> tuple[Any, Any]:
+        """The smallest and the largest value of a setting over the run."""
+        if not setting.curves:
+            return setting.scale, setting.scale
+        values = setting.scale
+        for curve in setting.curves:
+            values = values * curve.at(self.steps)
+        return float(values.min()), float(values.max())
+
     def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:
         for curve in curves:
-            judge_values(curve, self.run, where)
+            if curve not in self.judged:
+                judge_values(curve, self.steps, where)
+                self.judged.add(curve)
 
 
-def judge_values(schedule: Schedule, run: Run, where: str) -> None:
+def judge_values(schedule: Schedule, steps: Floats, where: str) -> None:
     """Raise `ScheduleError`, naming the step, if a value is negative or not finite."""
-    steps = np.arange(run.steps or _HORIZON, dtype=np.float64)
     values = schedule.at(steps)
     bad = ~((values >= 0) & np.isfinite(values))
     if bad.any():
@@ -142,9 +155,9 @@ def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
 
 def _cell(key: Any, members: list[Draft]) -> Cell:
     optimizer, hyper, schedule, rewarm, feedback, windows, hold, scope = key
-    # Rules that all members share name the group; where they share none, the first member's do.
-    shared = [rule for rule in members[0].rules if all(rule in m.rules for m in members)]
-    name = " + ".join(shared or members[0].rules) or "default"
+    names = list(dict.fromkeys(" + ".join(draft.rules) or "default" for draft in members))
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    name = ", ".join(names[:2] if more else names) + more
     infos = tuple(draft.info for draft in members)
     rules = tuple(dict.fromkeys(rule for draft in members for rule in draft.rules))
     return Cell(
@@ -173,13 +186,18 @@ def _distinct_names(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
     return tuple(named)
 
 
-def _judge(cell: Cell, run: Run) -> None:
+def _judge(cell: Cell, binder: _Binder) -> None:
     where = f"group {cell.name!r}"
-    for schedule in (cell.schedule, cell.rewarm):
-        if schedule is not None:
-            judge_values(schedule, run, f"{where}, factor on lr")
+    factors = tuple(part for part in (cell.schedule, cell.rewarm) if part is not None)
+    binder.judge_all(factors, f"{where}, factor on lr")
+    lowest, highest = dict(cell.constants), dict(cell.constants)
     for key, value in cell.moving:
-        for part in value if isinstance(value, tuple) else (value,):
-            for curve in part.curves:
-                judge_values(curve, run, f"{where}, {key}")
-    check_hyperparameters(cell.optimizer, cell.constants, where)
+        parts = value if isinstance(value, tuple) else (value,)
+        for part in parts:
+            binder.judge_all(part.curves, f"{where}, {key}")
+        spans = [binder.span(part) for part in parts]
+        for extreme, end in ((lowest, 0), (highest, 1)):
+            ends = tuple(span[end] for span in spans)
+            extreme[key] = ends if isinstance(value, tuple) else ends[0]
+    check_hyperparameters(cell.optimizer, lowest, where)
+    check_hyperparameters(cell.optimizer, highest, where)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import numpy as np
 
 from . import time
 from .errors import HyperparameterError, PlanError
@@ -38,6 +40,7 @@ class Times(Spelled):
                     "which has no absolute start."
                 )
             return
+        object.__setattr__(self, "factor", python_number(self.factor))
         check_amount("times", "factor", self.factor)
 
 
@@ -62,6 +65,7 @@ class ByDepth(Spelled):
     rate: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", python_number(self.rate))
         check_amount("by_depth", "rate", self.rate)
         if self.rate == 0:
             raise HyperparameterError("by_depth was given rate=0; expected a number above 0.")
@@ -95,12 +99,19 @@ class TopDown(Spelled):
 
 
 def check_amount(owner: str, key: str, value: Any) -> None:
-    """Raise `HyperparameterError` unless value is a finite number of at least 0."""
+    """Raise `HyperparameterError` unless value is a finite number of at least 0.
+
+    With an empty key the owner is the place of the value itself.
+    """
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not 0 <= value < math.inf:
-        raise HyperparameterError(
-            f"{owner} was given {key}={value!r}; expected a finite number of at least 0."
-        )
+    if not ok or not 0 <= value <= sys.float_info.max:
+        what = f"{owner} was given {key}={value!r};" if key else f"{owner}={value!r}:"
+        raise HyperparameterError(f"{what} expected a finite number of at least 0.")
+
+
+def python_number(value: Any) -> Any:
+    """A NumPy number as Python's; in a parameter group it would make checkpoints unloadable."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 times = Times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,15 +13,13 @@ from lamina.kernels import apply, step_device
 
 from .table import Row
 
-#: two groups; sizes around a vector register, a scalar, an empty tensor
-SHAPES = [[(7, 5), (33,), (1,)], [(4, 3, 2), (), (0,)]]
 DTYPES = {"float32": 1e-6, "float64": 1e-12}
 
 
-def start(dtype: torch.dtype = torch.float64) -> list[list[torch.Tensor]]:
+def start(row: Row, dtype: torch.dtype = torch.float64) -> list[list[torch.Tensor]]:
     """The parameters of each group."""
     torch.manual_seed(0)
-    return [[torch.randn(s, dtype=torch.float64).to(dtype) for s in group] for group in SHAPES]
+    return [[torch.randn(s, dtype=torch.float64).to(dtype) for s in group] for group in row.shapes]
 
 
 def gradient(param: torch.Tensor, place: int, t: int) -> torch.Tensor:
@@ -62,7 +61,7 @@ def run_lamina(
     algorithm = algorithm or ALGORITHMS[row.name]
     batches = [
         batch_of(algorithm, params, hyper, scale)
-        for params, hyper in zip(start(dtype), hypers(row, algorithm), strict=True)
+        for params, hyper in zip(start(row, dtype), hypers(row, algorithm), strict=True)
     ]
     params = [param for batch in batches for param in batch.params]
     for t in range(1, steps + 1):
@@ -77,7 +76,7 @@ def run_torch(row: Row, dtype: torch.dtype, steps: int = 100, **kind: Any) -> li
     """The parameters after some steps of torch.optim."""
     groups = [
         {"params": [torch.nn.Parameter(param) for param in params], **changed}
-        for params, changed in zip(start(dtype), [{}, row.second], strict=True)
+        for params, changed in zip(start(row, dtype), [{}, row.second], strict=True)
     ]
     optimizer = row.torch_class(groups, **row.options, **kind)
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -88,19 +87,23 @@ def run_torch(row: Row, dtype: torch.dtype, steps: int = 100, **kind: Any) -> li
     return [param.detach() for param in params]
 
 
+@cache
 def run_scalar(row: Row, steps: int = 100) -> list[torch.Tensor]:
-    """The parameters after some steps of the scalar re-write, in float64."""
+    """The parameters after some steps of the re-write from the paper, in float64."""
     result, place = [], 0
-    for params, hyper in zip(start(), hypers(row), strict=True):
+    for params, hyper in zip(start(row), hypers(row), strict=True):
         for param in params:
-            values, memories = param.flatten().tolist(), [{} for _ in range(param.numel())]
+            values, memories = param.flatten().tolist(), [{} for _ in range(param.numel() or 1)]
             for t in range(1, steps + 1):
                 now = torch.tensor(values, dtype=torch.float64).reshape(param.shape)
                 grads = gradient(now, place, t).flatten().tolist()
-                values = [
-                    row.scalar(value, grad, memory, t, **hyper)
-                    for value, grad, memory in zip(values, grads, memories, strict=True)
-                ]
+                if row.whole:
+                    values = row.scalar(values, grads, memories[0], t, **hyper)
+                elif values:
+                    values = [
+                        row.scalar(value, grad, memory, t, **hyper)
+                        for value, grad, memory in zip(values, grads, memories, strict=True)
+                    ]
             result.append(torch.tensor(values, dtype=torch.float64).reshape(param.shape))
             place += 1
     return result

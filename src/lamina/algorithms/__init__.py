@@ -15,7 +15,16 @@ from .sgd import SGD
 #: the methods that update every parameter by itself
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
-    for algorithm in (SGD(), RMSprop(), Adam(), AdamW(), Muon(), LARS(), LAMB(), LayerAdaptiveAdam())
+    for algorithm in (
+        SGD(),
+        RMSprop(),
+        Adam(),
+        AdamW(),
+        Muon(),
+        LARS(),
+        LAMB(),
+        LayerAdaptiveAdam(),
+    )
 }
 #: and those that need all parameters at once
 METHODS: dict[str, Method] = {**ALGORITHMS, "LBFGS": LBFGS()}

@@ -12,7 +12,7 @@ from .base import Algorithm, Hyper, State, number, trust_ratio, widen
 
 @final
 class LAMB(Algorithm):
-    """Layer-wise adaptive moments: for each tensor theta with gradient g,
+    """Layer-wise adaptive moments; for each tensor theta with gradient g.
 
         m_t     = beta1 * m_{t-1} + (1 - beta1) * g_t
         v_t     = beta2 * v_{t-1} + (1 - beta2) * g_t^2

@@ -12,7 +12,7 @@ from .base import Algorithm, Hyper, State, begun_dtype, number, trust_ratio, wid
 
 @final
 class LARS(Algorithm):
-    """Layer-wise adaptive rate scaling: for each tensor theta with gradient g,
+    """Layer-wise adaptive rate scaling; for each tensor theta with gradient g.
 
         ratio_t = trust_coefficient * |theta_{t-1}| / (|g_t| + weight_decay * |theta_{t-1}| + eps)
         v_t     = momentum * v_{t-1} + lr * ratio_t * (g_t + weight_decay * theta_{t-1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, final
 
 import torch
@@ -70,5 +69,5 @@ class LayerAdaptiveAdam(Algorithm):
         size = lr * (mean.abs() / (square.sqrt() + eps)).sum() / max(mean.numel(), 1)
         change = -size * mean
         if weight_decay and decoupled:
-            change = change - lr * weight_decay * wide
+            change = ((1 - lr * weight_decay) * wide - wide) + change  # to round as kernels do
         return change, {**state, **{key: new[key].to(state[key].dtype) for key in new}}

@@ -117,7 +117,8 @@ class Memory:
 
     def learn(self, grad: torch.Tensor, scale: torch.Tensor | None, size: int) -> None:
         """Take in the pair of the step just done."""
-        assert self.prev_flat_grad is not None and self.d is not None
+        assert self.prev_flat_grad is not None
+        assert self.d is not None
         y, s = grad.sub(self.prev_flat_grad), self.d.mul(self.t)
         curvature = float(y.dot(s))
         if curvature <= _MIN_CURVATURE:
@@ -173,7 +174,7 @@ def lbfgs_step(
     vector = Vector(groups)
     memory = Memory.of(entry, vector.places)
     memory.func_evals += 1
-    loss = float(result)
+    loss = _number(result)
     grad = vector.grad() if vector.parts else torch.zeros(0)
     if vector.check(loss, grad) > groups[0]["tolerance_grad"]:
         before = vector.values()
@@ -232,9 +233,13 @@ def _iterate(
             return
 
 
+def _number(loss: Any) -> float:
+    return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+
 def _evaluate(closure: Closure, vector: Vector) -> tuple[float, torch.Tensor]:
     with torch.enable_grad():
-        loss = float(closure())
+        loss = _number(closure())
     grad = vector.grad()
     vector.check(loss, grad)
     return loss, grad

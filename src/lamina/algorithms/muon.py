@@ -12,10 +12,10 @@ from .base import Algorithm, Hyper, State, number, widen
 
 @final
 class Muon(Algorithm):
-    """Momentum orthogonalized by Newton-Schulz steps: for each matrix theta of A x B numbers,
+    """Momentum orthogonalized by Newton-Schulz steps; for each matrix theta of A x B numbers.
 
         b_t     = momentum * b_{t-1} + (1 - momentum) * g_t
-        u_t     = b_t                                    (nesterov: (1 - momentum) g_t + momentum b_t)
+        u_t     = b_t                            (nesterov: (1 - momentum) * g_t + momentum * b_t)
         o_t     = NS(u_t), about U V' of the singular value decomposition u_t = U S V'
         theta_t = (1 - lr * weight_decay) * theta_{t-1} - lr * ratio * o_t
 

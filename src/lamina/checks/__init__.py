@@ -1,0 +1,1 @@
+"""Checks of a live model against its plan."""

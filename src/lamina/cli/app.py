@@ -12,11 +12,10 @@ import typer
 from rich.console import Console
 
 from ..errors import LaminaError
-from ..plan import Plan
 from ..preview import Preview
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import batches, prepare
-from ..training.load import load_task
+from ..training.load import choose_plan, load_task, placed
 from ..training.run_folder import own_version
 from ..training.settings import Settings
 from ..training.task import Task
@@ -170,15 +169,17 @@ def _preview(
         )
     task: Task = load_task(task_name, BUILTIN)
     settings = Settings.of(task, epochs, None, accumulate)
-    plan = task.plan() if plan_file is None else Plan.from_toml(plan_file)
+    plan, place = choose_plan(task, plan_file)
     length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}
     loader = task.data(settings.seed).train
-    return plan.preview(
-        task.model(),
-        **length,
-        steps_per_epoch=batches(task, loader),
-        accumulate=settings.accumulate,
-    )
+    model = task.model()
+    with placed(place):
+        return plan.preview(
+            model,
+            **length,
+            steps_per_epoch=batches(task, loader),
+            accumulate=settings.accumulate,
+        )
 
 
 def _announce(console: Console, preview: Preview) -> None:

@@ -1,13 +1,59 @@
-"""`torch.optim` by name, signature and default: change the import, keep the code."""
+"""`torch.optim` by name, signature and default: change the import, keep the code.
+
+SGD, RMSprop, Adam, AdamW, Muon, LBFGS are lamina's own; so are LARS, LAMB and LayerAdaptiveAdam,
+which torch lacks. Torch's others are here unchanged, so that one import is enough.
+"""
 
 from __future__ import annotations
 
-from torch.optim import Optimizer
+from torch.optim import (
+    ASGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adamax,
+    NAdam,
+    Optimizer,
+    RAdam,
+    Rprop,
+    SparseAdam,
+    swa_utils,
+    swap_in_optimizer_params_and_state,
+)
 
+from . import lr_scheduler
 from .classes import SGD, Adam, AdamW, RMSprop
+from .layerwise import LAMB, LARS, LayerAdaptiveAdam, Muon
+from .lbfgs import LBFGS
 from .registry import register_optimizer
 
-for _own in (SGD, RMSprop, Adam, AdamW):
-    register_optimizer(_own.__name__, _own)
+_OWN = (SGD, RMSprop, Adam, AdamW, Muon, LARS, LAMB, LayerAdaptiveAdam, LBFGS)
+_TORCH = (Adadelta, Adafactor, Adagrad, Adamax, ASGD, NAdam, RAdam, Rprop, SparseAdam)
+for _each in (*_OWN, *_TORCH):
+    register_optimizer(_each.__name__, _each)
 
-__all__ = ["SGD", "Adam", "AdamW", "Optimizer", "RMSprop", "register_optimizer"]
+__all__ = [
+    "ASGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "LAMB",
+    "LARS",
+    "LBFGS",
+    "LayerAdaptiveAdam",
+    "Muon",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+    "SparseAdam",
+    "lr_scheduler",
+    "register_optimizer",
+    "swa_utils",
+    "swap_in_optimizer_params_and_state",
+]

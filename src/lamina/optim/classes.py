@@ -1,41 +1,29 @@
-"""The optimizers with torch's names, signatures and defaults."""
+"""The optimizers that update every number by itself; torch's names, signatures, defaults.
+
+`state_dtype` is lamina's own in all of them: float32 state of 16-bit parameters, for example.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import torch
 from torch.optim.optimizer import ParamsT
 
 from ..algorithms import ALGORITHMS
-from ..algorithms.base import Algorithm
-from ..engine import Engine
-from ..errors import HyperparameterError
+from ..algorithms.base import Method
+from .base import DropIn
 
 
-class _DropIn(Engine):
-    """An optimizer without a plan: `param_groups` decides, as in torch."""
-
-    def __init__(self, params: ParamsT, hyper: dict[str, Any], **implementation: Any) -> None:
-        for key, value in implementation.items():
-            if value and key == "differentiable":
-                raise HyperparameterError(
-                    f"{type(self).__name__}: differentiable=True is not supported; "
-                    f"use torch.optim.{type(self).__name__}, which a plan accepts too."
-                )
-        assert self.algorithm is not None
-        self.algorithm.check(hyper)
-        super().__init__(params, {**hyper, **implementation})
-
-
-class SGD(_DropIn):
+class SGD(DropIn):
     """Stochastic gradient descent with momentum; arguments and defaults are torch's."""
 
-    algorithm: ClassVar[Algorithm] = ALGORITHMS["SGD"]
+    algorithm: ClassVar[Method] = ALGORITHMS["SGD"]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -45,6 +33,7 @@ class SGD(_DropIn):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         hyper = {
             "lr": lr,
@@ -54,18 +43,25 @@ class SGD(_DropIn):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, hyper, foreach=foreach, differentiable=differentiable, fused=fused)
+        super().__init__(
+            params,
+            hyper,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            state_dtype=state_dtype,
+        )
 
 
-class RMSprop(_DropIn):
+class RMSprop(DropIn):
     """RMSprop; arguments and defaults are torch's."""
 
-    algorithm: ClassVar[Algorithm] = ALGORITHMS["RMSprop"]
+    algorithm: ClassVar[Method] = ALGORITHMS["RMSprop"]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | torch.Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -75,6 +71,8 @@ class RMSprop(_DropIn):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         hyper = {
             "lr": lr,
@@ -86,19 +84,24 @@ class RMSprop(_DropIn):
             "maximize": maximize,
         }
         super().__init__(
-            params, hyper, foreach=foreach, capturable=capturable, differentiable=differentiable
+            params,
+            hyper,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            state_dtype=state_dtype,
         )
 
 
-class Adam(_DropIn):
+class Adam(DropIn):
     """Adam; arguments and defaults are torch's."""
 
-    algorithm: ClassVar[Algorithm] = ALGORITHMS["Adam"]
+    algorithm: ClassVar[Method] = ALGORITHMS["Adam"]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -110,6 +113,7 @@ class Adam(_DropIn):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         hyper = {
             "lr": lr,
@@ -127,18 +131,19 @@ class Adam(_DropIn):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            state_dtype=state_dtype,
         )
 
 
 class AdamW(Adam):
     """Adam with decoupled weight decay; arguments and defaults are torch's."""
 
-    algorithm: ClassVar[Algorithm] = ALGORITHMS["AdamW"]
+    algorithm: ClassVar[Method] = ALGORITHMS["AdamW"]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -149,6 +154,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -163,4 +169,5 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            state_dtype=state_dtype,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm
+from ..algorithms.base import Algorithm, Method
 from ..errors import HyperparameterError, PlanError, did_you_mean
 
 #: optimizer classes by the name under which plans write them
@@ -57,16 +57,22 @@ def optimizer_name(optimizer: type) -> str:
 
 
 def algorithm_of(optimizer: type) -> Algorithm | None:
-    """The algorithm of one of lamina's own optimizers; None for a guest."""
+    """The rule of one of lamina's own optimizers; None for a guest, and for LBFGS."""
     algorithm = getattr(optimizer, "algorithm", None)
     return algorithm if isinstance(algorithm, Algorithm) else None
 
 
+def method_of(optimizer: type) -> Method | None:
+    """The method of one of lamina's own optimizers, LBFGS too; None for a guest."""
+    method = getattr(optimizer, "algorithm", None)
+    return method if isinstance(method, Method) else None
+
+
 def hyperparameters(optimizer: type) -> dict[str, Any]:
     """The hyperparameters of an optimizer class with its defaults; lr first."""
-    algorithm = algorithm_of(optimizer)
-    if algorithm is not None:
-        return dict(algorithm.defaults)
+    method = method_of(optimizer)
+    if method is not None:
+        return dict(method.defaults)
     signature = inspect.signature(optimizer).parameters
     found = {"lr": signature["lr"].default} if "lr" in signature else {}
     for name, parameter in signature.items():
@@ -91,11 +97,11 @@ def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
 
 def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -> None:
     """Raise `HyperparameterError` if a value is out of the optimizer's range."""
-    algorithm = algorithm_of(optimizer)
-    if algorithm is None:
+    method = method_of(optimizer)
+    if method is None:
         return
     try:
-        algorithm.check(values)
+        method.check(values)
     except HyperparameterError as error:
         raise HyperparameterError(f"{where}: {error}") from error
 

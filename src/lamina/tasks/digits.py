@@ -152,7 +152,7 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> Batch:
     return {"images": images.contiguous(), "labels": torch.stack([label for _, label in items])}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _features(
     network: Lite0, loader: DataLoader[tuple[Tensor, ...]]
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ..preview import Preview
 from .confirmer import Confirmer
 from .evaluate import shard
 from .interrupts import patient
-from .load import load_task
+from .load import choose_plan, load_task, placed
 from .loop import Loop
 from .recorder import Recorder
 from .records import Listener
@@ -216,16 +216,14 @@ def prepare(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_free(folder)
-    if plan is None:
-        plan = task.plan()
-    elif not isinstance(plan, Plan):
-        plan = Plan.from_toml(plan)
+    chosen, place = choose_plan(task, plan)
     accelerator = settings.accelerator(cpu)
     session = None
     try:
         data = task.data(settings.seed)
         model = task.model()
-        session = Session(task, settings, accelerator, model, plan, data, folder)
+        with placed(place):
+            session = Session(task, settings, accelerator, model, chosen, data, folder)
     finally:
         if session is None:
             end(accelerator)

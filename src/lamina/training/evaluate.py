@@ -66,7 +66,6 @@ def evaluate(
                 sums["loss"] += float(task.loss(bare, batch).detach().double()) * size
                 counts["loss"] += size
             counts[""] += next(iter(rows.values())).numel() if size is None else size
-    bare.train()
     return _averages(sums, counts, accelerator)
 
 

@@ -1,4 +1,4 @@
-"""Finding a task: a Python file, a built-in name, or a module."""
+"""Finding a task (a Python file, a built-in name, or a module) and the plan to train it by."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import LaminaError, TaskError, did_you_mean
+from ..errors import LaminaError, PlanError, TaskError, did_you_mean
+from ..plan import Plan
 from .task import Task, spoken, where
 
 
@@ -49,6 +51,25 @@ def load_task(
     if not path.is_file():
         raise TaskError(f"{text}: there is no such task file; check the path.")
     return Task(_plain(path.stem), _from_file(path))
+
+
+def choose_plan(task: Task, plan: Plan | str | os.PathLike[str] | None) -> tuple[Plan, str]:
+    """The plan asked for, else the task's own; and where it is written, for messages."""
+    if isinstance(plan, Plan):
+        return plan, ""
+    if plan is None:
+        return task.plan(), f"{task.place}, PLAN"
+    text = os.fspath(plan)
+    return Plan.from_toml(plan), "plan text" if "\n" in text else text
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Name the file in what a plan, read without fault, gets wrong about a model."""
+    try:
+        yield
+    except PlanError as error:
+        raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
 def _from_file(path: Path) -> ModuleType:

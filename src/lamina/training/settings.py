@@ -66,6 +66,11 @@ class Settings:
             set_seed,
         )
 
+        if cpu and self.mixed_precision == "fp16":  # Accelerate would quietly train in float32
+            raise LaminaError(
+                "mixed_precision='fp16' was given with cpu=True, but fp16 needs a GPU. Choose bf16 "
+                "or no, or leave out --cpu."
+            )
         try:
             accelerator = Accelerator(
                 cpu=cpu,

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ...errors import LaminaWarning, ScheduleError
 from ...schedules.pictures import plot
-
-log = logging.getLogger("lamina")
-
-Rate = float | Tensor
-Group = dict[str, Any]
-
-#: what schedulers last wrote into the groups of an optimizer: (the group, its lr)
-_WRITTEN: WeakKeyDictionary[Optimizer, list[tuple[Group, float]]] = WeakKeyDictionary()
+from .groups import Group, Rate, keep_config, own, prepare, write
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -65,7 +54,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         Args:
             epoch: go to this one instead, by the closed form.
         """
-        if self._step_count == 1 and not getattr(self.optimizer, "_opt_called", False):
+        watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        if self._step_count == 1 and watched and not getattr(self.optimizer, "_opt_called", False):
             warnings.warn(
                 "lr_scheduler.step() was called before optimizer.step(), which skips the first "
                 "value of the schedule; call optimizer.step() first.",
@@ -187,77 +177,3 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _go_on_from(self, previous: Self) -> None:
         """Called after the state of a scheduler with other arguments was loaded."""
-
-
-# --- shared with ReduceLROnPlateau, which derives from torch's -----------------------------------
-
-
-def own(lr: Rate) -> Rate:
-    """A copy of a learning rate that shares no memory with it."""
-    return lr.clone() if isinstance(lr, Tensor) else lr
-
-
-def prepare(scheduler: object, optimizer: Optimizer, last_epoch: int = -1) -> None:
-    """Make the groups of an optimizer ready: no shared tensors, no stale initial lr."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{type(scheduler).__name__} was given {type(optimizer).__name__}; "
-            "expected an optimizer."
-        )
-    seen: set[int] = set()
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            if id(group["lr"]) in seen:  # one tensor as the default of two groups
-                group["lr"] = group["lr"].clone()
-            seen.add(id(group["lr"]))
-    if last_epoch != -1:
-        return
-    for group, written in _WRITTEN.get(optimizer, ()):
-        current = any(group is one for one in optimizer.param_groups)
-        if current and float(group["lr"]) != written:  # the user set it since: begin from there
-            group["initial_lr"] = own(group["lr"])
-
-
-def write(scheduler: Any, values: Sequence[Rate]) -> None:
-    """Write the learning rates into the groups, in place where they are tensors."""
-    groups = scheduler.optimizer.param_groups
-    for index, (group, lr) in enumerate(zip(groups, values, strict=True)):
-        if isinstance(lr, np.generic):
-            lr = float(lr)  # a NumPy number would make checkpoints unloadable
-        old = own(group["lr"])
-        if isinstance(group["lr"], Tensor):
-            with torch.no_grad():
-                group["lr"].fill_(float(lr))
-        else:
-            group["lr"] = lr
-        if scheduler._verbose and float(old) != float(group["lr"]):
-            report(scheduler, index, group)
-    remember(scheduler)
-
-
-def remember(scheduler: Any) -> None:
-    """Keep what the groups hold now, for `get_last_lr` and the next scheduler."""
-    groups = scheduler.optimizer.param_groups
-    scheduler._last_lr = [own(group["lr"]) for group in groups]
-    _WRITTEN[scheduler.optimizer] = [(group, float(group["lr"])) for group in groups]
-
-
-def report(scheduler: Any, index: int, group: Group) -> None:
-    """One line for a changed learning rate."""
-    log.info(
-        "%s: group %d (%s): lr %.6g",
-        type(scheduler).__name__,
-        index,
-        group.get("name", "unnamed"),
-        float(group["lr"]),
-    )
-
-
-def keep_config(scheduler: Any, saved: dict[str, Any]) -> list[str]:
-    """Take the constructor's arguments out of a saved state; warn of those that differ."""
-    changed = []
-    for key in scheduler._config:
-        now = getattr(scheduler, key)
-        if key in saved and saved.pop(key) is not now and _differ(now, saved, key):
-            changed.append(key)
-    return changed

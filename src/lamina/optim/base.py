@@ -1,0 +1,247 @@
+"""What the drop-in optimizers share: torch's interface, with errors that name the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .. import kernels
+from ..algorithms.base import Method
+from ..engine import Engine
+from ..errors import HyperparameterError, PlanError, StateError
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class DropIn(Engine):
+    """An optimizer without a plan: `param_groups` decides, as in torch.
+
+    `state_dtype` is lamina's own: the dtype of new state, where torch takes the parameter's.
+    """
+
+    algorithm: ClassVar[Method]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        hyper: dict[str, Any],
+        *,
+        state_dtype: torch.dtype | str | None = None,
+        **implementation: bool | None,
+    ) -> None:
+        name = type(self).__name__
+        if implementation.get("differentiable"):
+            raise HyperparameterError(
+                f"{name}: differentiable=True is not supported; use torch.optim.{name} for that."
+            )
+        if implementation.get("fused") and implementation.get("foreach"):
+            raise HyperparameterError(f"{name}: fused and foreach cannot both be True.")
+        self.algorithm.check(hyper)
+        defaults = {**hyper, **implementation, "state_dtype": _dtype_name(name, state_dtype)}
+        super().__init__(params, defaults)
+        # a tensor belongs to the groups: a group that is added later gets what was given here
+        self.defaults = {key: _own(value) for key, value in self.defaults.items()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
+
+        Raises:
+            PlanError: for a tensor that cannot be trained, that is there already, or a
+                hyperparameter out of its range; nothing was added.
+        """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise PlanError(
+                f"add_param_group was given {param_group!r}; expected a dict such as "
+                "{'params': layer.parameters(), 'lr': 1e-3}."
+            )
+        group = dict(param_group)
+        given = group["params"]
+        group["params"] = given if isinstance(given, (torch.Tensor, set)) else list(given)
+        names, params = _split(group)
+        where = self._where(len(self.param_groups), names)
+        self._check_params(where, names, params)
+        if "state_dtype" in group:
+            group["state_dtype"] = _dtype_name(where, group["state_dtype"])
+        for key, default in self.defaults.items():
+            group.setdefault(key, default)
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor) and key != "params":
+                used = any(other.get(key) is value for other in self.param_groups)
+                group[key] = _own(value) if used else value
+        try:
+            self.algorithm.check({k: v for k, v in group.items() if k in self.algorithm.defaults})
+        except HyperparameterError as error:
+            raise HyperparameterError(f"{where}: {error}") from error
+        super().add_param_group(group)
+
+    def _check_params(self, where: str, names: list[str], params: list[Any]) -> None:
+        seen = {
+            id(param): name
+            for index, group in enumerate(self.param_groups)
+            for name, param in zip(_names(group, index), group["params"], strict=True)
+        }
+        for name, param in zip(names, params, strict=True):
+            if not isinstance(param, torch.Tensor):
+                raise PlanError(f"{where}: {name} is a {type(param).__name__}; expected a tensor.")
+            if not (param.is_leaf or param.retains_grad):
+                raise PlanError(
+                    f"{where}: {name} is not a leaf tensor (it was computed from others, as by "
+                    ".to() or an operation), so it never gets a gradient; pass the original."
+                )
+            if id(param) in seen:
+                raise PlanError(
+                    f"{where}: {name} is the same tensor as {seen[id(param)]}; it would be updated "
+                    "twice in a step. Tied parameters belong into the optimizer once."
+                )
+            reason = self.algorithm.refusal(param)
+            if reason:
+                raise PlanError(f"{where}: {name} {reason}.")
+            seen[id(param)] = name
+
+    def _where(self, index: int, names: list[str]) -> str:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return f"{type(self).__name__}, parameter group {index} ({shown})"
+
+    def _update(self) -> None:
+        for group in self.param_groups:
+            if group.get("capturable"):
+                _refuse_uncapturable(group, self._batch(group))
+        super()._update()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state and its hyperparameters, lamina's or torch's, by position.
+
+        As in torch, except that a hyperparameter which the saved groups lack keeps its value here,
+        that tensors are copied, and that state keeps the dtype that `state_dtype` asks for.
+
+        Raises:
+            StateError: if it does not fit; nothing was changed.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved = _matching_groups(self.param_groups, state_dict["param_groups"])
+        params: dict[Any, tuple[torch.Tensor, Any]] = {}
+        for old, new in zip(self.param_groups, saved, strict=True):
+            pairs = zip(new["params"], old["params"], strict=True)
+            wanted = new.get("state_dtype", old["state_dtype"])
+            params.update({place: (param, wanted) for place, param in pairs})
+        state: dict[Any, Any] = {}
+        for place, entry in state_dict["state"].items():
+            if place in params:
+                param, wanted = params[place]
+                state[param] = _fit_entry(f"parameter number {place}", param, wanted, entry)
+            else:
+                state[place] = entry
+        groups = [
+            {**deepcopy(_without_params(old)), **_without_params(new), "params": old["params"]}
+            for old, new in zip(self.param_groups, saved, strict=True)
+        ]
+        self.state.clear()
+        self.state.update(state)
+        self.__dict__.pop("_batches", None)
+        self.__setstate__({"param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
+    """A dtype by its name: state dicts hold plain values."""
+    known = {str(each).removeprefix("torch."): each for each in _DTYPES}
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in known:
+        raise HyperparameterError(
+            f"{where} was given state_dtype={dtype!r}; expected None or one of {', '.join(known)}."
+        )
+    return name
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _split(group: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """What errors call the parameters of a new group, and the parameters."""
+    given = group["params"]
+    items = [given] if isinstance(given, torch.Tensor) else list(given)
+    names = [
+        repr(item[0]) if isinstance(item, tuple) else f"number {index}"
+        for index, item in enumerate(items)
+    ]
+    return names, [item[1] if isinstance(item, tuple) else item for item in items]
+
+
+def _names(group: Mapping[str, Any], index: int) -> list[str]:
+    if group.get("param_names"):
+        return [repr(name) for name in group["param_names"]]
+    return [f"number {i} of parameter group {index}" for i in range(len(group["params"]))]
+
+
+def _refuse_uncapturable(group: Mapping[str, Any], batch: Any) -> None:
+    if batch is None:
+        return
+    kernel, reason = kernels.choose(batch)
+    on_cpu = next((i for i, param in enumerate(batch.params) if param.is_cpu), None)
+    if kernel.name == "readable" or on_cpu is not None:
+        what = reason if on_cpu is None else f"{batch.name_of(on_cpu)} is on the CPU"
+        raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _matching_groups(
+    live: list[dict[str, Any]], given: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    saved: list[dict[str, Any]] = [deepcopy(dict(group)) for group in given]
+    mine, theirs = ([len(group["params"]) for group in groups] for groups in (live, saved))
+    if mine != theirs:
+        raise StateError(
+            f"the saved state has parameter groups of sizes {theirs}, but this optimizer's have "
+            f"sizes {mine}; build it with the same groups, or use a plan, which matches by name."
+        )
+    return saved
+
+
+def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:
+    """The saved state of a parameter, on its device and in its dtype, as new tensors."""
+    fitted: dict[str, Any] = {}
+    for key, value in dict(entry).items():
+        if key == "step":
+            step = torch.as_tensor(value, dtype=torch.float32)
+            fitted[key] = step.to(kernels.step_device(param), copy=True)
+        else:
+            shaped = isinstance(value, torch.Tensor) and value.shape != param.shape
+            if shaped and key in _SHAPED:
+                raise StateError(
+                    f"the saved {key} of {name} has shape {tuple(value.shape)}, but the parameter "
+                    f"has {tuple(param.shape)}; nothing was loaded."
+                )
+            fitted[key] = _fit(param, wanted, value)
+    return fitted
+
+
+#: state that is as large as its parameter
+_SHAPED = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    *("square_avg", "grad_avg"),
+)
+
+
+def _fit(param: torch.Tensor, wanted: str | None, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        dtype = value.dtype
+        if value.is_floating_point() and param.is_floating_point():
+            dtype = param.dtype if wanted is None else getattr(torch, wanted)
+            if value.shape != param.shape and dtype.itemsize < 4:
+                dtype = torch.float32  # vectors of L-BFGS, which computes in float32
+        return value.to(device=param.device, dtype=dtype, copy=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fit(param, wanted, each) for each in value)
+    return value

@@ -1,0 +1,77 @@
+"""L-BFGS with torch's name, signature and defaults, and with parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ..algorithms import METHODS
+from ..algorithms.base import Method
+from ..algorithms.lbfgs import lbfgs_step
+from ..engine import Closure
+from ..errors import HyperparameterError
+from .base import DropIn
+
+
+class LBFGS(DropIn):
+    """L-BFGS; arguments and defaults are torch's, and every group may have its own lr.
+
+    One estimate of the curvature over all parameters. With equal learning rates this is torch's
+    algorithm; with different ones they scale the first guess of the inverse Hessian.
+    """
+
+    algorithm: ClassVar[Method] = METHODS["LBFGS"]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+    ) -> None:
+        hyper = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_eval": max_iter * 5 // 4 if max_eval is None else max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "history_size": history_size,
+            "line_search_fn": line_search_fn,
+        }
+        super().__init__(params, hyper)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; only its lr may differ from the other groups'."""
+        first = self.param_groups[0] if self.param_groups else self.defaults
+        for key in self.algorithm.defaults:
+            if key != "lr" and key in param_group and param_group[key] != first[key]:
+                raise HyperparameterError(
+                    f"LBFGS, parameter group {len(self.param_groups)}: {key}={param_group[key]!r}, "
+                    f"but it is {first[key]!r} for the others; there is one search over all "
+                    "parameters, so that only lr can differ between groups."
+                )
+        super().add_param_group(param_group)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Closure | None = None) -> Any:
+        """Up to `max_iter` iterations.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward, returns the loss.
+
+        Returns:
+            What the closure returned at its first evaluation.
+
+        Raises:
+            PlanError: without a closure.
+            NonFiniteError: a loss or a gradient is not finite; weights and state are as before.
+        """
+        first = self.param_groups[0]["params"][0]  # holds the state, as in torch
+        with torch.no_grad():
+            return lbfgs_step(closure, self.param_groups, self.state[first])

@@ -1,0 +1,209 @@
+"""SequentialLR and ChainedScheduler: several schedulers on one optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as torch_schedulers
+
+from ...errors import ScheduleError
+from .base import LRScheduler
+from .curve import Curve
+from .groups import Rate, own, prepare, report, write
+from .lambdas import MultiplicativeLR
+
+
+class _Composed(LRScheduler):
+    """Holds schedulers of one optimizer, lamina's or torch's."""
+
+    _hidden: ClassVar[tuple[str, ...]] = (*LRScheduler._hidden, "_schedulers")
+    _schedulers: Sequence[Any]
+
+    def _check(self, schedulers: Sequence[Any], optimizer: Optimizer | None) -> None:
+        name = type(self).__name__
+        if not schedulers:
+            raise ScheduleError(f"{name} was given no scheduler; expected at least one.")
+        for index, scheduler in enumerate(schedulers):
+            if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau):
+                raise ScheduleError(
+                    f"{name}: scheduler {index} is ReduceLROnPlateau, whose step needs a metric; "
+                    "step it by itself."
+                )
+            if not hasattr(scheduler, "optimizer"):
+                raise TypeError(f"{name}: scheduler {index} has no optimizer.")
+            if scheduler.optimizer is not (optimizer or schedulers[0].optimizer):
+                raise ScheduleError(
+                    f"{name}: scheduler {index} belongs to another optimizer; "
+                    "all must belong to the same."
+                )
+
+    def _note(self, before: list[float]) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            if self._verbose and (index >= len(before) or before[index] != float(group["lr"])):
+                report(self, index, group)
+
+    def _rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_lr(self) -> list[Rate]:
+        return self.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every scheduler, under torch's keys."""
+        return {
+            **super().state_dict(),
+            "_schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        parts = state_dict["_schedulers"]
+        if len(parts) != len(self._schedulers):
+            raise ScheduleError(
+                f"{type(self).__name__} has {len(self._schedulers)} schedulers, but the saved "
+                f"state has {len(parts)}; nothing was changed."
+            )
+        super().load_state_dict(state_dict)
+        for scheduler, part in zip(self._schedulers, parts, strict=True):
+            scheduler.load_state_dict(part)
+
+
+class SequentialLR(_Composed):
+    """Schedulers one after the other, each from its own beginning; arguments are torch's."""
+
+    _config: ClassVar[tuple[str, ...]] = ("_milestones",)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: list[Any],
+        milestones: list[int],
+        last_epoch: int = -1,
+        verbose: object = False,
+    ) -> None:
+        self._check(schedulers, optimizer)
+        if len(milestones) != len(schedulers) - 1:
+            raise ScheduleError(
+                f"SequentialLR was given {len(schedulers)} schedulers and {len(milestones)} "
+                "milestones; expected one milestone less than schedulers."
+            )
+        if list(milestones) != sorted(milestones):
+            raise ScheduleError(f"SequentialLR: milestones={milestones!r} are not in order.")
+        prepare(self, optimizer, 0)
+        self._verbose = verbose is True
+        self._schedulers = schedulers
+        self._milestones = list(milestones)
+        self.optimizer = optimizer
+        self.last_epoch = 0
+        self._rewind()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a run that goes on is stepped without updates
+            for _ in range(last_epoch + 1):
+                self.step()
+
+    def _rewind(self) -> None:
+        """Undo what the schedulers did when they were made, and begin with the first."""
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", own(group["lr"]))
+        write(self, [own(group["initial_lr"]) for group in self.optimizer.param_groups])
+        _forget(self._schedulers)
+        first = self._schedulers[bisect_right(self._milestones, 0)]
+        first._initial_step()
+        self._last_lr = first.get_last_lr()
+
+    def recursive_undo(self, sched: Any = None) -> None:
+        """As torch's: take back the step that each scheduler made when it was made."""
+        _forget([self if sched is None else sched])
+
+    def step(self, epoch: float | None = None) -> None:
+        """Go on to the next epoch, with the scheduler whose turn it is."""
+        if epoch is not None:
+            raise ScheduleError("SequentialLR.step takes no epoch.")
+        before = self._rates()
+        self.last_epoch += 1
+        index = bisect_right(self._milestones, self.last_epoch)
+        scheduler = self._schedulers[index]
+        if index > 0 and self._milestones[index - 1] == self.last_epoch:
+            scheduler._update_lr(0)
+        else:
+            scheduler.step()
+        self._last_lr = scheduler.get_last_lr()
+        self._note(before)
+
+    def _initial_step(self) -> None:  # for a SequentialLR inside another one
+        self.last_epoch = 0
+        self._rewind()
+
+    def _update_lr(self, epoch: float | None = None) -> None:
+        if epoch is None:
+            self.step()
+        elif epoch == 0:
+            self._initial_step()
+        else:
+            raise ScheduleError("SequentialLR cannot jump to an epoch.")
+
+    def at(self, step: int) -> list[float]:
+        index = bisect_right(self._milestones, step)
+        scheduler = self._schedulers[index]
+        if index and isinstance(scheduler, MultiplicativeLR):
+            return super().at(step)
+        return [float(lr) for lr in scheduler.at(step - ([0, *self._milestones][index]))]
+
+
+class ChainedScheduler(_Composed):
+    """Schedulers side by side, all stepped at once; arguments are torch's."""
+
+    def __init__(
+        self,
+        schedulers: Sequence[Any],
+        optimizer: Optimizer | None = None,
+        verbose: object = False,
+    ) -> None:
+        self._check(schedulers, optimizer)
+        self._verbose = verbose is True
+        self._schedulers = schedulers
+        self.optimizer = optimizer or schedulers[0].optimizer
+        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+
+    def step(self, epoch: float | None = None) -> None:
+        """Step every scheduler."""
+        if epoch is not None:
+            raise ScheduleError("ChainedScheduler.step takes no epoch.")
+        before = self._rates()
+        for scheduler in self._schedulers:
+            scheduler.step()
+        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+        self._note(before)
+
+    def _initial_step(self) -> None:  # inside a SequentialLR
+        for scheduler in self._schedulers:
+            scheduler._initial_step()
+        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _update_lr(self, epoch: float | None = None) -> None:
+        for scheduler in self._schedulers:
+            scheduler._update_lr(epoch)
+        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+
+    def at(self, step: int) -> list[float]:
+        rates = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
+        bases = list(rates)
+        for scheduler in self._schedulers:
+            pure = isinstance(scheduler, (Curve, MultiplicativeLR))
+            if not pure or getattr(scheduler, "eta_min", 0.0) != 0.0:
+                return super().at(step)
+            pairs = zip(rates, scheduler.at(step), bases, strict=True)
+            rates = [rate * value / base if base else 0.0 for rate, value, base in pairs]
+        return rates
+
+
+def _forget(schedulers: Sequence[Any]) -> None:
+    """Put schedulers back before their first step, however deep."""
+    for scheduler in schedulers:
+        if hasattr(scheduler, "_schedulers"):
+            _forget(scheduler._schedulers)
+        elif hasattr(scheduler, "last_epoch"):
+            scheduler.last_epoch = -1

@@ -1,0 +1,138 @@
+"""CyclicLR."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...errors import ScheduleError
+from .cycles import Cycled, PerGroup, per_group, require_optimizer
+from .groups import Group, Rate, warn_peak
+
+
+class CyclicLR(Cycled):
+    """Straight lines between `base_lr` and `max_lr`; arguments and defaults are torch's."""
+
+    _config: ClassVar[tuple[str, ...]] = (
+        *("max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode"),
+        *("cycle_momentum", "base_momentums", "max_momentums"),
+    )
+    _hidden: ClassVar[tuple[str, ...]] = (*Cycled._hidden, "_scale_fn_custom")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base_lr: PerGroup,
+        max_lr: PerGroup,
+        step_size_up: int = 2000,
+        step_size_down: int | None = None,
+        mode: str = "triangular",
+        gamma: float = 1.0,
+        scale_fn: Callable[[float], float] | None = None,
+        scale_mode: str = "cycle",
+        cycle_momentum: bool = True,
+        base_momentum: PerGroup = 0.8,
+        max_momentum: PerGroup = 0.9,
+        last_epoch: int = -1,
+        verbose: object = False,
+    ) -> None:
+        require_optimizer(self, optimizer)
+        self.optimizer = optimizer
+        up = float(step_size_up)
+        down = up if step_size_down is None else float(step_size_down)
+        if not (up > 0 and down > 0):
+            raise ScheduleError(
+                f"CyclicLR was given step_size_up={step_size_up!r} and "
+                f"step_size_down={step_size_down!r}; expected numbers above 0."
+            )
+        if scale_fn is None and mode not in ("triangular", "triangular2", "exp_range"):
+            raise ScheduleError(
+                f"CyclicLR was given mode={mode!r}; expected 'triangular', 'triangular2' or "
+                "'exp_range', or a scale_fn."
+            )
+        if last_epoch == -1:
+            warn_peak(self, max_lr, "schedule=lamina.cyclic(up=..., base=0.25)")
+        bases = per_group(self, "base_lr", base_lr)
+        self.max_lrs = per_group(self, "max_lr", max_lr)
+        if last_epoch == -1:
+            self._begin(bases)
+        self.total_size = up + down
+        self.step_ratio = up / self.total_size
+        self.mode, self.gamma = mode, gamma
+        self._scale_fn_custom = scale_fn
+        own_mode = "iterations" if mode == "exp_range" else "cycle"
+        self.scale_mode = scale_mode if scale_fn is not None else own_mode
+        self.cycle_momentum = cycle_momentum
+        if cycle_momentum:
+            self._begin_momentum(base_momentum, max_momentum, last_epoch)
+            self.base_momentums = per_group(self, "base_momentum", base_momentum)
+            self.max_momentums = per_group(self, "max_momentum", max_momentum)
+        super().__init__(optimizer, last_epoch, verbose)
+        self.base_lrs: list[Rate] = list(bases)
+
+    def _begin(self, bases: list[float]) -> None:
+        for group, base in zip(self.optimizer.param_groups, bases, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base)
+            else:
+                group["lr"] = base
+
+    def _join(self, index: int, group: Group) -> None:
+        if index < len(self.max_lrs):
+            return
+        peak = float(group["lr"])  # its own lr is its peak; its base is as far below as the first's
+        group["initial_lr"] = peak * float(self.base_lrs[0]) / self.max_lrs[0]
+        self.max_lrs.append(peak)
+        self._follow_first_momentum(group)
+        if self.cycle_momentum:
+            self.base_momentums.append(float(group["base_momentum"]))
+            self.max_momentums.append(float(group["max_momentum"]))
+
+    def scale_fn(self, x: float) -> float:
+        """How high a cycle (counted from 1) or an iteration goes."""
+        if self._scale_fn_custom is not None:
+            return float(self._scale_fn_custom(x))
+        if self.mode == "triangular2":
+            return float(1 / 2.0 ** (x - 1))
+        return 1.0 if self.mode == "triangular" else float(self.gamma**x)
+
+    def _height(self, step: float) -> float:
+        cycle = math.floor(1 + step / self.total_size)
+        place = 1.0 + step / self.total_size - cycle
+        up = self.step_ratio
+        triangle = place / up if place <= up else (place - 1) / (up - 1)
+        return triangle * self.scale_fn(cycle if self.scale_mode == "cycle" else step)
+
+    def get_lr(self) -> list[Rate]:
+        if self._outside():
+            return self.get_last_lr()
+        return list(self.at(self.last_epoch))
+
+    def at(self, step: int) -> list[float]:
+        height = self._height(step)
+        pairs = zip(self.base_lrs, self.max_lrs, strict=True)
+        return [float(base) + (peak - float(base)) * height for base, peak in pairs]
+
+    def _momentum(self, index: int, step: float) -> float:
+        low, high = self.base_momentums[index], self.max_momentums[index]
+        return high - (high - low) * self._height(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer; a `scale_fn` only if it is a callable object."""
+        function = self._scale_fn_custom
+        plain = function is None or isinstance(function, types.FunctionType)
+        return {
+            **super().state_dict(),
+            "_scale_fn_custom": None if plain else dict(vars(function)),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        attributes = state_dict.get("_scale_fn_custom")
+        if attributes and self._scale_fn_custom is not None:
+            vars(self._scale_fn_custom).update(attributes)

@@ -1,0 +1,98 @@
+"""LambdaLR and MultiplicativeLR."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch.optim import Optimizer
+
+from ...errors import ScheduleError
+from .base import LRScheduler
+from .groups import Group, Rate, own
+
+Lambda = Callable[[int], float]
+
+
+class _Lambdas(LRScheduler):
+    """One function for all groups, or one for each."""
+
+    _hidden: ClassVar[tuple[str, ...]] = (*LRScheduler._hidden, "lr_lambdas", "_shared")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        lr_lambda: Lambda | Sequence[Lambda],
+        last_epoch: int = -1,
+        verbose: object = False,
+    ) -> None:
+        groups = len(optimizer.param_groups)
+        many = list(lr_lambda) if isinstance(lr_lambda, (list, tuple)) else None
+        if many is not None and len(many) != groups:
+            raise ScheduleError(f"Expected {groups} lr_lambdas, but got {len(many)}.")
+        self._shared: Any = lr_lambda if many is None else None
+        every: list[Any] = [lr_lambda] * groups if many is None else many
+        self.lr_lambdas: list[Lambda] = every
+        for function in self.lr_lambdas:
+            if not callable(function):
+                raise TypeError(
+                    f"lr_lambda should be a function, but got {type(function).__name__}."
+                )
+        super().__init__(optimizer, last_epoch, verbose)
+
+    def _join(self, index: int, group: Group) -> None:
+        if index < len(self.lr_lambdas):
+            return
+        if self._shared is None:
+            raise ScheduleError(
+                f"group {index} was added to the optimizer, but {type(self).__name__} was given "
+                "one function for each group; append one for it to scheduler.lr_lambdas."
+            )
+        self.lr_lambdas.append(self._shared)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer and plain functions; callable objects are kept."""
+        saved = [
+            None if isinstance(f, types.FunctionType) else dict(getattr(f, "__dict__", {}))
+            for f in self.lr_lambdas
+        ]
+        return {**super().state_dict(), "lr_lambdas": saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        saved = state_dict.get("lr_lambdas", ())
+        for function, attributes in zip(self.lr_lambdas, saved, strict=False):
+            if attributes:
+                vars(function).update(attributes)
+
+
+class LambdaLR(_Lambdas):
+    """The initial learning rate times a function of the epoch; arguments are torch's."""
+
+    def get_lr(self) -> list[Rate]:
+        if self._outside():
+            return self.get_last_lr()
+        return list(self.at(self.last_epoch))
+
+    def at(self, step: int) -> list[float]:
+        pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        return [float(base) * function(step) for base, function in pairs]
+
+
+class MultiplicativeLR(_Lambdas):
+    """The learning rate times a function of the epoch, at each step; arguments are torch's."""
+
+    def get_lr(self) -> list[Rate]:
+        if self._outside():
+            return self.get_last_lr()
+        if self._is_initial:
+            return [own(group["lr"]) for group in self.optimizer.param_groups]
+        pairs = zip(self.optimizer.param_groups, self.lr_lambdas, strict=True)
+        return [group["lr"] * function(self.last_epoch) for group, function in pairs]
+
+    def at(self, step: int) -> list[float]:
+        rates = [float(base) for base in self.base_lrs]
+        for epoch in range(1, step + 1):
+            rates = [rate * f(epoch) for rate, f in zip(rates, self.lr_lambdas, strict=True)]
+        return rates
