@@ -3,7 +3,6 @@
 from hypothesis import strategies as st
 
 import lamina as lm
-
 from oracle import SHAPES, length_of
 
 RUNS = [

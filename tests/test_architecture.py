@@ -52,6 +52,7 @@ LAYERS = [
     "overrides",
     "reporting",
     "state",
+    "steering",
     "scheduler_view",
     "checks",
     "optimizer",

@@ -216,7 +216,7 @@ def test_kind(name):
 @every
 def test_one_step_equals_many_bit_by_bit(name):
     bound = TABLE[name][0].bind(RUN)
-    places = np.random.default_rng(0).permutation(1200)
+    places = np.random.default_rng(0).permutation(1200)[:300]
     many = bound.at(places.astype(float))
     assert [bound(int(place)) for place in places] == many.tolist()
 
@@ -226,7 +226,7 @@ def test_the_end_is_held(name):
     bound = TABLE[name][0].bind(RUN)
     after = bound(np.arange(1000, 3000))
     assert (after == after[0]).all()
-    assert after[0] <= max(bound(999), bound(998)) + 1e-12 or "momentum" in name
+    assert abs(after[0] - bound(999)) < 0.03  # the left limit: no jump at the end
 
 
 @every

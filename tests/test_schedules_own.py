@@ -64,11 +64,8 @@ def test_a_function_is_registered_and_read_back():
 
 
 def test_own_schedules_survive_copies():
-    for schedule in (
-        Teeth(10),
-        register_schedule("slow_start", slow_start)(),
-        function(slow_start),
-    ):
+    registered = register_schedule("slow_start", slow_start)
+    for schedule in (Teeth(10), registered(), function(slow_start)):
         assert copy.deepcopy(schedule) == schedule
         assert pickle.loads(pickle.dumps(schedule)) == schedule
 
@@ -119,7 +116,7 @@ def test_the_length_to_show_is_the_longest():
 
 
 def test_sparkline():
-    assert linear().sparkline(8) == "█▇▆▅▄▄▃▂"
+    assert linear().sparkline(8) == "█▇▆▅▅▄▃▂"
     line = (warmup(50) >> cosine()).sparkline(1000, width=20)
     assert len(line) == 20
     assert line[0] == "▁"

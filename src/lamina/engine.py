@@ -16,6 +16,17 @@ Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
 
 
+def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A `step` with torch's profiling and step hooks, all of it outside of compiled graphs.
+
+    Torch would add them around a step that is outside, so that dynamo traced the hooks.
+    """
+    wrapped: Any = torch.optim.Optimizer.profile_hook_step(step)
+    wrapped.hooked = True
+    outside: Callable[..., Any] = torch._disable_dynamo(wrapped)  # type: ignore[attr-defined]
+    return outside
+
+
 class Engine(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that runs lamina's algorithms over its parameter groups.
 
@@ -33,7 +44,7 @@ class Engine(torch.optim.Optimizer):
 
     # Under torch.compile the whole step runs outside the graph: traced, the bookkeeping on the
     # host (clocks, learning rates) would be recorded once and silently stop.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @hooked
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters from their gradients.
 
@@ -43,12 +54,15 @@ class Engine(torch.optim.Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        with torch.no_grad():
+            return self._step(closure)
+
+    def _step(self, closure: Closure | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._update()
+        self._update()
         return loss
 
     def _update(self) -> None:

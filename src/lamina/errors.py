@@ -7,6 +7,7 @@
     │   ├── TimeUnitError           a length of time that cannot be read or resolved
     │   └── HyperparameterError     unknown, or out of its range
     ├── OwnershipError              something else wrote what the plan owns
+    ├── FrozenMovedError            a frozen parameter is not what it was
     ├── NonFiniteError (also ArithmeticError)   a gradient is NaN or infinite
     ├── StateError (also ValueError)            a state that cannot be loaded
     ├── TaskError                   a task or its data is missing or broken
@@ -51,6 +52,10 @@ class HyperparameterError(PlanError):
 
 class OwnershipError(LaminaError):
     """A value that the plan owns was written by something else."""
+
+
+class FrozenMovedError(LaminaError):
+    """A frozen parameter is not what it was when it was frozen."""
 
 
 class NonFiniteError(LaminaError, ArithmeticError):

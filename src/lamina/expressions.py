@@ -25,6 +25,11 @@ _TOKEN = re.compile(
     r"|(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?P<unit>\s*(?:%|steps?\b|epochs?\b))?"
     r"|(?P<string>\"[^\"]*\"|'[^']*')|(?P<op>>>|[*(),=\[\]]))"
 )
+# A hostile plan must not reach Python's recursion limit, nor its limit on the digits of a number.
+_MAX_DEPTH = 50
+_MAX_PARTS = 100
+_MAX_DIGITS = 100
+_SHOWN = 120
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
@@ -89,6 +94,12 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]], where: str) -> Any
     return _Parser(text, names, where).whole()
 
 
+def _piece(text: str, position: int = 0) -> str:
+    """A text for an error message: of a long one the piece around a position."""
+    begin = max(0, position - _SHOWN // 2)
+    return text if len(text) <= _SHOWN else f"...{text[begin : begin + _SHOWN]}..."
+
+
 class _Parser:
     def __init__(self, text: str, names: Mapping[str, Callable[..., Any]], where: str) -> None:
         self.text, self.names, self.where = text, names, where
@@ -96,8 +107,10 @@ class _Parser:
         self.depth = 0
 
     def fail(self, reason: str) -> NoReturn:
+        text = _piece(self.text, self.position)
+        stop = "" if reason.endswith("?") else "."
         raise PlanError(
-            f"{self.where}: cannot read {self.text!r} at character {self.position + 1}: {reason}."
+            f"{self.where}: cannot read {text!r} at character {self.position + 1}: {reason}{stop}"
         )
 
     def peek(self) -> re.Match[str] | None:
@@ -122,18 +135,21 @@ class _Parser:
 
     def expression(self) -> Any:
         self.depth += 1
-        if self.depth > 50:  # a hostile plan must not reach Python's recursion limit
+        if self.depth > _MAX_DEPTH:
             self.fail("it is nested too deeply")
-        value = self.chain("*", self.term)
-        while self.take(">>"):
-            value = self.combine(">>", value, self.chain("*", self.term))
+        value = self.chain(">>", lambda: self.chain("*", self.term))
         self.depth -= 1
         return value
 
     def chain(self, op: str, part: Callable[[], Any]) -> Any:
-        value = part()
+        parts = [part()]
         while self.take(op):
-            value = self.combine(op, value, part())
+            if len(parts) == _MAX_PARTS:
+                self.fail(f"more than {_MAX_PARTS} parts are joined by {op!r}")
+            parts.append(part())
+        value = parts[0]
+        for other in parts[1:]:
+            value = self.combine(op, value, other)
         return value
 
     def combine(self, op: str, left: Any, right: Any) -> Any:
@@ -158,6 +174,8 @@ class _Parser:
         if match["times"]:
             return self.call("times", [float(self.number(self.term()))], {})
         if match["number"]:
+            if len(match["number"]) > _MAX_DIGITS:
+                self.fail(f"a number has more than {_MAX_DIGITS} digits")
             return self.quantity(match)
         if match["string"]:
             return match["string"][1:-1]
@@ -187,6 +205,7 @@ class _Parser:
         if name in _WORDS:
             return _WORDS[name]
         if not self.take("("):
+            name = _piece(name)
             self.fail(f"{name!r} is not a value; a call is written {name}(...)")
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -215,7 +234,9 @@ class _Parser:
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name not in self.names:
-            self.fail(f"{name!r} is unknown.{did_you_mean(name, self.names)}".rstrip("."))
+            self.fail(
+                f"{_piece(name)!r} is unknown.{did_you_mean(name, self.names)}".removesuffix(".")
+            )
         try:
             return self.names[name](*args, **kwargs)
         except TypeError as error:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 
 from .cascade import Draft
 from .forms import CONTROLS
+from .parameters import Observed
 from .plan import Plan
-from .resolved import NEVER, Cell, Finding
+from .resolved import NEVER, Cell, Finding, Trigger, Windows
 from .time import Run
+
+#: how often dynamo compiles a function anew, where torch does not say
+_RECOMPILE_LIMIT = 8
 
 
 def find(
-    plan: Plan, drafts: Sequence[Draft], cells: Sequence[Cell], run: Run
+    plan: Plan,
+    drafts: Sequence[Draft],
+    cells: Sequence[Cell],
+    run: Run,
+    seen: Observed | None = None,
 ) -> tuple[Finding, ...]:
     """All findings of a resolved plan."""
     return (
@@ -21,6 +31,18 @@ def find(
         *_thaw_after_end(drafts, run),
         *_frozen_by_model(drafts),
         *_lr_zero(cells),
+        *model_findings(
+            {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
+        ),
+    )
+
+
+def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> tuple[Finding, ...]:
+    """What the windows of all parameters, in the model's order, mean for this kind of model."""
+    return (
+        *_too_many_stages(windows, run, seen),
+        *_reentrant_behind_frozen(windows, seen),
+        *stray_findings(seen),
     )
 
 
@@ -108,3 +130,75 @@ def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
         for cell in cells
         if cell.windows and cell.constants.get("lr") == 0
     ]
+
+
+def stray_findings(seen: Observed) -> list[Finding]:
+    """Attributes `requires_grad` of modules, which freeze and thaw nothing."""
+    return [
+        Finding(
+            "module-requires-grad",
+            f"{f'the module {path!r}' if path else 'the model'} has an attribute "
+            f"requires_grad={value}, which does nothing on a module.",
+            f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
+        )
+        for path, value in seen.stray
+    ]
+
+
+def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> list[Finding]:
+    if not seen.compiled:
+        return []
+    end = math.inf if run.steps is None else run.steps
+    moments = {
+        moment if isinstance(moment, int) else moment.key
+        for spans in windows.values()
+        for span in spans
+        for moment in span
+        if isinstance(moment, Trigger) or (moment is not None and 0 < moment < end)
+    }
+    stages, limit = len(moments) + 1, _recompile_limit()
+    if stages <= limit:
+        return []
+    return [
+        Finding(
+            "recompile-limit",
+            f"the plan goes through {stages} stages of what trains, each compiled anew, but "
+            f"torch.compile gives up and runs uncompiled after {limit} versions.",
+            f"Thaw in fewer stages, or set torch._dynamo.config.recompile_limit = {stages + 1}.",
+        )
+    ]
+
+
+def _recompile_limit() -> int:
+    config = sys.modules.get("torch._dynamo.config")  # there if anything was compiled
+    return int(getattr(config, "recompile_limit", _RECOMPILE_LIMIT))
+
+
+def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> list[Finding]:
+    order = list(windows)
+    moments = sorted({b for spans in windows.values() for b, _ in spans if isinstance(b, int)})
+    cut: dict[str, int] = {}
+    for path, below in seen.reentrant:
+        first = min(order.index(name) for name in below if name in windows)
+        for step in moments:
+            active = {name for name in windows if _trains(windows[name], step)}
+            if active & below and not active.intersection(order[:first]):
+                cut.setdefault(path, step)
+    if not cut:
+        return []
+    return [
+        Finding(
+            "reentrant-behind-frozen",
+            f"{listed(list(cut))} is under reentrant activation checkpointing and nothing before "
+            f"it trains from step {min(cut.values())} on: its parameters would get no gradient.",
+            "Use checkpointing with use_reentrant=False, or let its input require a gradient "
+            "(in Transformers: model.enable_input_require_grads()).",
+        )
+    ]
+
+
+def _trains(windows: Windows, step: int) -> bool:
+    return any(
+        isinstance(begin, int) and begin <= step and (end is None or step < end)
+        for begin, end in windows
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import time
-from .errors import HyperparameterError, PlanError
+from .errors import HyperparameterError, PlanError, TimeUnitError
 from .expressions import parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
 from .gradients.operations import OPERATIONS, Apply, Operation
@@ -71,7 +71,10 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     if key in ("thaw", "freeze"):
         if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
             return value
-        return time.parse(value).text
+        try:
+            return time.parse(value).text
+        except TimeUnitError as error:
+            raise TimeUnitError(f"{place}: {error}") from error
     if key in ("schedule", "rewarm"):
         return _factor(value, place)
     if key == "feedback":

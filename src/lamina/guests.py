@@ -9,7 +9,7 @@ import torch
 
 from .algorithms.base import Algorithm, Batch, Hyper, State
 from .errors import HyperparameterError, PlanError
-from .optim.registry import optimizer_name
+from .optim.registry import method_of, optimizer_name
 from .resolved import Cell
 
 
@@ -89,7 +89,8 @@ class Guests:
 
     def __init__(self, cells: Sequence[Cell], groups: Sequence[dict[str, Any]], state: Any) -> None:
         self._of: dict[str, torch.optim.Optimizer] = {}
-        for optimizer in dict.fromkeys(cell.optimizer for cell in cells if not cell.algorithm):
+        guests = (cell.optimizer for cell in cells if method_of(cell.optimizer) is None)
+        for optimizer in dict.fromkeys(guests):
             chosen = [i for i, cell in enumerate(cells) if cell.optimizer is optimizer]
             own = [groups[i] for i in chosen]
             guest = admit(optimizer, [cells[i] for i in chosen], own, state)

@@ -12,34 +12,39 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import kernels
 from .algorithms.base import Algorithm, Batch
-from .engine import Engine
+from .algorithms.lbfgs import lbfgs_step
+from .audit import Audit
+from .checks.live import examine
+from .engine import Closure
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
-from .optim.registry import optimizer_name
-from .overrides import check_override, select_groups
+from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
-from .parameters import walk
+from .parameters import observe, walk
 from .plan import Plan
-from .reporting import begin_all, changes, check_report, from_rank_zero, observe_all
+from .reporting import begin_all
 from .resolve import resolve_owned
 from .resolved import Finding, Resolved
 from .scheduler_view import SchedulerView
 from .state import LoadReport, load_by_name
+from .steering import Steerable
+from .ties import Watched
 from .time import Run
-from .timeline import Feedback, values_at
+from .timeline import values_at
 
 log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
-    *("_scope_of", "_infos", "_guests", "applied", "norms", "skipped", "last_load"),
+    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties"),
+    *("applied", "norms", "skipped", "last_load"),
 )
 
 
-class Optimizer(Engine):
+class Optimizer(Steerable):
     """Carries out a plan on a model; made by `Plan.build`.
 
     `param_groups` are plain dicts whose values are those of the next step (lr is 0.0 while a
@@ -48,9 +53,9 @@ class Optimizer(Engine):
     non-finite gradient.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, run: Run) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, run: Run, audit: bool = False) -> None:
         owned = walk(model)
-        resolved = resolve_owned(plan, owned, run)
+        resolved = resolve_owned(plan, owned, run, observe(model, owned))
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
         self._complete = False
@@ -58,9 +63,12 @@ class Optimizer(Engine):
         self.norms: dict[str, torch.Tensor] = {}
         self.skipped = 0
         self.last_load: LoadReport | None = None
+        self._audit = Audit(model, on=audit)
+        self._ties = Watched(owned)
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
+        self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         groups = [
             {
@@ -86,11 +94,6 @@ class Optimizer(Engine):
     # --- what a user reads ---------------------------------------------------------------------
 
     @property
-    def clock(self) -> int:
-        """How many steps were taken; the step that comes next, counted from 0."""
-        return int(self.param_groups[0]["clock"])
-
-    @property
     def plan(self) -> Plan:
         """The plan this optimizer carries out."""
         return self._resolved.plan
@@ -114,6 +117,10 @@ class Optimizer(Engine):
         """
         return explain(self._resolved, name, self.clock if step is None else step, self._feedback)
 
+    def check(self, model: nn.Module, *, after: int = 10) -> tuple[Finding, ...]:
+        """What came apart since build; a parameter may train `after` steps without a gradient."""
+        return examine(self._resolved, self.param_groups, self.state, model, after, self.last_load)
+
     def scheduler_view(self) -> LRScheduler:
         """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
         return SchedulerView(self)
@@ -124,33 +131,65 @@ class Optimizer(Engine):
         """The algorithm of a group."""
         return self._algorithms[group["name"]]
 
+    def _step(self, closure: Closure | None) -> Any:
+        if not self._whole_vector:
+            return super()._step(closure)
+        # A method over all parameters at once evaluates the loss itself, several times.
+        groups = self._begin()
+
+        def evaluate() -> Any:
+            loss = closure() if closure is not None else None
+            self._drop_frozen()
+            return loss
+
+        state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
+        try:
+            loss = lbfgs_step(closure and evaluate, groups, state)
+        except NonFiniteError as error:
+            self._skip(error)
+            return None
+        self._advance()
+        return loss
+
+    def _begin(self) -> list[dict[str, Any]]:
+        """The groups that train in this step; the others are left without gradients."""
+        refuse_foreign_writes(self._published, self.param_groups, self.clock)
+        self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
+        self._drop_frozen()
+        pairs = zip(self.param_groups, self._freezer.active, strict=True)
+        return [group for group, active in pairs if active]
+
+    def _drop_frozen(self) -> None:
+        for group, active in zip(self.param_groups, self._freezer.active, strict=True):
+            if not active:
+                drop_gradients(group["params"])
+
+    def _advance(self) -> None:
+        self.applied = self._published
+        self._publish(self.clock + 1)
+
+    def _skip(self, error: NonFiniteError) -> None:
+        if self.plan.nonfinite == "raise":
+            raise error
+        self.skipped += 1
+        log.warning("step %d skipped: %s", self.clock, error)
+
     def _batch(self, group: dict[str, Any]) -> Batch | None:
         if group["name"] in self._guests:
             return self._guests.batch(group)
         return super()._batch(group)
 
     def _update(self) -> None:
-        refuse_foreign_writes(self._published, self.param_groups, self.clock)
-        groups = []
-        for group, active in zip(self.param_groups, self._freezer.active, strict=True):
-            if active:
-                groups.append(group)
-            else:
-                drop_gradients(group["params"])
-        batches = self._collect(groups)
+        batches = self._collect(self._begin())
         try:
             self._operate(batches)
         except NonFiniteError as error:
-            if self.plan.nonfinite == "raise":
-                raise
-            self.skipped += 1
-            log.warning("step %d skipped: %s", self.clock, error)
+            self._skip(error)
             return
         kernels.apply([batch for batch in batches if batch.hyper["name"] not in self._guests])
         self._keep_grown(batches)
         self._guests.step(batches)
-        self.applied = self._published
-        self._publish(self.clock + 1)
+        self._advance()
 
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""
@@ -169,85 +208,22 @@ class Optimizer(Engine):
 
     # --- values --------------------------------------------------------------------------------
 
-    @property
-    def _feedback(self) -> Feedback:
-        changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
-        return Feedback(changed, self.param_groups[0]["feedback"])
-
     def _publish(self, clock: int) -> None:
         """Write the values of step `clock` into the groups, and open or close windows."""
         resolved = self._resolved
+        self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
         values = values_at(resolved, clock, self._feedback)
         self._published = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = self._published[cell.name] = values.hyper(index)
-            group.update(hyper)
-            group["clock"] = clock
-        cells = range(len(resolved.cells))
-        self._freezer.follow(self.param_groups, [values.active(index) for index in cells])
+            group.update(hyper, clock=clock)
+        self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        self._audit.begin(self.param_groups, self._freezer.active)
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
-
-    def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
-        """Replace what the plan gives for hyperparameters, from the next step on.
-
-        As a last rule would: the schedule still multiplies lr. Saved with the state and logged.
-
-        Args:
-            rule: the name of a group, or a pattern that covers whole groups; all by default.
-            **hyper: numbers; None takes an override back.
-
-        Raises:
-            PlanError: for an unknown group or hyperparameter; nothing was changed.
-        """
-        chosen = select_groups(self._resolved, rule)
-        for index in chosen:
-            check_override(self._resolved.cells[index], hyper)
-        for index in chosen:
-            group = self.param_groups[index]
-            before = group["overrides"][-1][1] if group["overrides"] else {}
-            kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
-            group["overrides"] = [*group["overrides"], [self.clock, kept]]
-            log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
-        self._publish(self.clock)
-
-    def report(self, **metrics: float) -> None:
-        """Feed metrics to plateaus, early stopping and thaws that wait for one.
-
-        Call it on every process; the numbers of rank 0 count. Values change for the next step,
-        windows at the end of the next step; `should_stop` says when to stop.
-
-        Args:
-            **metrics: names as in the plan, and numbers, such as `val_loss=0.31`.
-
-        Raises:
-            PlanError: for a NaN, or if the plan watches none of these; nothing was changed.
-        """
-        numbers = check_report(self._resolved, from_rank_zero(metrics))
-        seen = self.param_groups[0]["feedback"]
-        new = observe_all(self._resolved, seen, numbers, self.clock)
-        for group in self.param_groups:  # a new dict: saved states must not move with it
-            group["feedback"] = new
-        for line in changes(seen, new):
-            log.info("step %d: %s", self.clock, line)
-        self._publish(self.clock)
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether early stopping has asked to stop."""
-        seen = self.param_groups[0]["feedback"].get("early stop", {})
-        return bool(seen.get("stop", False))
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
         self._freezer.release(self.param_groups)
-
-    def train(self) -> None:
-        """Put guests that have modes (schedule-free optimizers) into training mode."""
-        self._guests.set_mode("train")
-
-    def eval(self) -> None:
-        """Put guests that have modes (schedule-free optimizers) into evaluation mode."""
-        self._guests.set_mode("eval")
 
     # --- torch's interface ---------------------------------------------------------------------
 
@@ -278,6 +254,8 @@ class Optimizer(Engine):
         for group in self.param_groups:
             group["overrides"] = loaded.overrides.get(group["name"], [])
             group["feedback"] = loaded.feedback
+        self._ties.warn()
+        self._audit.forget()
         self._publish(loaded.clock)
         self.last_load = loaded.report
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -54,6 +53,20 @@ class Owned:
     info: ParamInfo
     tensor: nn.Parameter
     places: tuple[tuple[nn.Module, str], ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of a model beside its parameters.
+
+    `compiled` says whether torch.compile is on it or on a part of it; `reentrant` holds the modules
+    under reentrant activation checkpointing, each with the names of its parameters; `stray` the
+    modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them.
+    """
+
+    compiled: bool = False
+    reentrant: tuple[tuple[str, frozenset[str]], ...] = ()
+    stray: tuple[tuple[str, bool], ...] = ()
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -136,6 +149,39 @@ def subtrees(
     return found
 
 
+def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
+    """What findings need to know of a model beside its parameters."""
+    owned = tuple(owned)
+    trains = {item.info.name: item.info.requires_grad for item in owned}
+    reentrant: list[tuple[str, frozenset[str]]] = []
+    stray = []
+    hooked = False
+    for path, module, below in subtrees(model, owned):
+        path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        hooked = hooked or bool(getattr(module, "_require_grads_hook", None))
+        if _is_reentrant(module):  # the innermost are the segments
+            reentrant = [item for item in reentrant if not below < item[1]] + [(path, below)]
+        asked = module.__dict__.get("requires_grad")
+        if isinstance(asked, bool) and any(trains[name] is not asked for name in below):
+            stray.append((path, asked))
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    return Observed(compiled, () if hooked else tuple(reentrant), tuple(stray))
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether torch or Transformers checkpoints this module in the reentrant way."""
+    if type(module).__name__ == "CheckpointWrapper":
+        function = getattr(module, "checkpoint_fn", None)
+    elif getattr(module, "gradient_checkpointing", False):
+        function = getattr(module, "_gradient_checkpointing_func", None)
+    else:
+        return False
+    return getattr(function, "keywords", {}).get("use_reentrant") is True
+
+
 def _frozen_by_plan(owners: tuple[tuple[nn.Module, str], ...]) -> bool:
     return any(attribute in getattr(owner, MARK, ()) for owner, attribute in owners)
 
@@ -162,9 +208,12 @@ def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
     pairs = []
     for shared in spans.values():
         shared.sort(key=lambda item: item[:3])
-        for (_, high, _, first), (low, _, _, second) in pairwise(shared):
-            if low < high:
-                pairs.append((first, second))
+        _, end, _, widest = shared[0]
+        for low, high, _, owned in shared[1:]:
+            if low < end:
+                pairs.append((widest, owned))
+            if high > end:
+                end, widest = high, owned
     return pairs
 
 

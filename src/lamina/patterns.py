@@ -25,6 +25,8 @@ from .parameters import ParamInfo
 PatternLike = str | Callable[[ParamInfo], bool]
 
 _COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d+)")
+_WORD = re.compile(r"(?:\{[^{}]*\}|\[[^\]]+\]|[^\s|&!(){}])+")
+_ONE_DEPTH = "{depth} may be captured once in a pattern; write one rule for each capture"
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -176,7 +178,7 @@ def _parse(text: str) -> Pattern:
     if parser.position < len(text):
         parser.fail("expected '|', '&' or the end")
     if pattern.captures > 1:
-        parser.fail("{depth} may be captured once in a pattern; write one rule for each capture")
+        parser.fail(_ONE_DEPTH)
     return pattern
 
 
@@ -258,9 +260,11 @@ class _Parser:
             self.position = compared.end()
             return Compare(compared[1], compared[2], int(compared[3]))
         of_type = self.take("type:")
-        word = re.compile(r"(?:\{[^{}]*\}|[^\s|&!(){}])+").match(self.text, self.position)
+        word = _WORD.match(self.text, self.position)
         if not word:
             self.fail("expected a name, 'type:', 're:' or a property such as 'ndim<2'")
+        if word[0].count("{depth}") > 1:
+            self.fail(_ONE_DEPTH)
         try:
             _compile_glob(word[0])
         except re.error as error:

@@ -197,17 +197,19 @@ class Plan:
 
         return write(self)
 
-    def build(self, model: nn.Module, **run: Any) -> Optimizer:
+    def build(self, model: nn.Module, *, audit: bool = False, **run: Any) -> Optimizer:
         """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
 
         Args:
             model: the model, as it will be trained.
+            audit: prove at every step that nothing moved what is frozen (`FrozenMovedError`
+                otherwise); reads all frozen weights twice a step.
             **run: the length of the run: `steps=` (optimizer steps), or `epochs=` with
                 `steps_per_epoch=`; `accumulate=n` if steps_per_epoch counts batches.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, model, time.run_of(**run))
+        return Optimizer(self, model, time.run_of(**run), audit)
 
     def preview(self, model: nn.Module, **run: Any) -> Preview:
         """What will happen to every part of a model, before it does; arguments as in `build`."""

@@ -9,11 +9,16 @@ import numpy as np
 from torch import nn
 
 from .cascade import Draft, cascade
-from .errors import ScheduleError
+from .errors import PlanError, ScheduleError
 from .feedback import Reaction
 from .findings import find
-from .optim.registry import algorithm_of, check_hyperparameters
-from .parameters import Owned, walk
+from .optim.registry import (
+    algorithm_of,
+    check_hyperparameters,
+    is_whole_vector,
+    optimizer_name,
+)
+from .parameters import Observed, Owned, observe, walk
 from .plan import Plan
 from .resolved import Cell, Resolved, Scope, Setting, Trigger
 from .schedules import Schedule
@@ -26,11 +31,14 @@ _HORIZON = 1000
 
 def resolve(plan: Plan, model: nn.Module, run: Run | None = None) -> Resolved:
     """Settle a plan for a model and a run; raises `PlanError` with the user's own words."""
-    return resolve_owned(plan, walk(model), run or Run())
+    owned = walk(model)
+    return resolve_owned(plan, owned, run or Run(), observe(model, owned))
 
 
-def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
-    """`resolve` for parameters that were already collected."""
+def resolve_owned(
+    plan: Plan, owned: tuple[Owned, ...], run: Run, seen: Observed | None = None
+) -> Resolved:
+    """`resolve` for a model that was already walked and observed."""
     drafts = cascade(plan, [item.info for item in owned], run)
     binder = _Binder(run)
     scopes = _scopes(plan, drafts, binder)
@@ -42,6 +50,7 @@ def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
     cells = _distinct_names(cells)
     for cell in cells:
         _judge(cell, binder)
+    _judge_whole_vector(cells)
     for scope in scopes:
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.spelling} of {scope.name}")
@@ -50,7 +59,7 @@ def resolve_owned(plan: Plan, owned: tuple[Owned, ...], run: Run) -> Resolved:
         for draft in drafts
         for name in draft.info.names
     }
-    findings = find(plan, drafts, cells, run)
+    findings = find(plan, drafts, cells, run, seen)
     return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains)
 
 
@@ -67,6 +76,32 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
     if plan.stop is not None:
         found["early stop"] = plan.stop
     return tuple(found.items())
+
+
+def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:
+    """A method over all parameters at once must be alone, and its gradients untouched."""
+    whole = next((cell for cell in cells if is_whole_vector(cell.optimizer)), None)
+    if whole is None:
+        return
+    name = optimizer_name(whole.optimizer)
+    for cell in cells:
+        if cell.optimizer is not whole.optimizer:
+            raise PlanError(
+                f"group {cell.name!r} uses {optimizer_name(cell.optimizer)}, but {name} works on "
+                f"all parameters at once; make {name} the plan's only optimizer, and freeze the "
+                "parts it should leave out."
+            )
+        if cell.scope is not None:
+            raise PlanError(
+                f"group {cell.name!r}: gradient operations break the line search of {name}, which "
+                "compares gradients with losses; remove clip_norm or gradients."
+            )
+        other = [k for k, v in cell.hyper if k != "lr" and v != dict(whole.hyper)[k]]
+        if other:
+            raise PlanError(
+                f"group {cell.name!r}: {other[0]} differs from group {whole.name!r}; there is one "
+                f"search over all parameters of {name}, so only lr can differ."
+            )
 
 
 class _Binder:

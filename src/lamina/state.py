@@ -10,6 +10,7 @@ import torch
 
 from . import kernels
 from .errors import StateError
+from .optim.registry import is_whole_vector
 from .parameters import clean_names
 from .reporting import begin_all
 
@@ -48,6 +49,7 @@ class Loaded:
 def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
     """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
     groups = _groups(saved)
+    whole = is_whole_vector(optimizer.resolved.cells[0].optimizer)
     entries = _by_name(groups, saved["state"])
     state: dict[torch.Tensor, dict[str, Any]] = {}
     kept: list[str] = []
@@ -56,7 +58,7 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
         for info, param in zip(cell.parameters, group["params"], strict=True):
             name = next((name for name in info.names if name in entries), None)
             entry = {} if name is None else entries.pop(name)
-            state[param] = _entry(info.name, param, entry)
+            state[param] = _entry(info.name, param, entry, whole)
             (kept if entry else missing).append(info.name)
     clock = groups[0].get("clock", 0)
     if not isinstance(clock, int) or clock < 0:
@@ -92,7 +94,7 @@ def _by_name(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> dict[str
     return {cleaned[n]: dict(state.get(i, {})) for n, i in zip(names, indices, strict=True)}
 
 
-def _entry(name: str, param: torch.Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(name: str, param: torch.Tensor, saved: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """A parameter's state on its device; in the dtype it was saved in."""
     entry: dict[str, Any] = {"step": torch.zeros((), device=kernels.step_device(param))}
     for key, value in saved.items():
@@ -100,7 +102,7 @@ def _entry(name: str, param: torch.Tensor, saved: Mapping[str, Any]) -> dict[str
             entry[key] = torch.as_tensor(value, dtype=torch.float32).to(kernels.step_device(param))
             entry[key] = entry[key].clone()
         elif isinstance(value, torch.Tensor):
-            if value.ndim and value.shape != param.shape:
+            if value.ndim and value.shape != param.shape and not whole:
                 raise StateError(
                     f"the saved {key} of {name!r} has shape {tuple(value.shape)}, but the "
                     f"parameter has {tuple(param.shape)}; nothing was loaded."

@@ -13,7 +13,7 @@ from .errors import TimeUnitError
 #: What a user writes: `500`, `"500 steps"`, `"2 epochs"`, `"10%"`.
 TimeLike = int | str
 
-_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|steps?|epochs?)?\s*")
+_TEXT = re.compile(r"\s*(\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})\s*(%|steps?|epochs?)?\s*", re.ASCII)
 _HELP = "write a whole number of steps (500 or '500 steps'), '2 epochs' or '10%'"
 
 
@@ -37,7 +37,7 @@ class Time:
         """The shortest form a user would write."""
         if self.unit == "steps":
             return int(self.amount)
-        number = int(self.amount) if self.amount.denominator == 1 else float(self.amount)
+        number = _decimal(self.amount)
         return f"{number}%" if self.unit == "%" else f"{number} epochs"
 
     def in_steps(self, run: Run) -> Fraction:
@@ -57,6 +57,15 @@ class Time:
                 "pass steps=, or epochs= with steps_per_epoch=."
             )
         return self.amount * run.steps / 100
+
+
+def _decimal(amount: Fraction) -> str:
+    """All digits of an amount that was written as a decimal, without an exponent."""
+    places = 0
+    while (amount * 10**places).denominator != 1:
+        places += 1
+    digits = str(int(amount * 10**places)).zfill(places + 1)
+    return f"{digits[:-places]}.{digits[-places:]}" if places else digits
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from .errors import LaminaError, PlanError, did_you_mean
+from .errors import LaminaError, PlanError
 from .expressions import Spelled, spell
 from .gradients.operations import Apply
 from .optim.registry import OPTIMIZERS, optimizer_name
@@ -34,7 +35,7 @@ def read(source: str | os.PathLike[str]) -> Plan:
 def _plan(text: str, where: str) -> Plan:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number with too many digits is a ValueError
         raise PlanError(
             f'{where}: this is not TOML ({error}). A plan looks like: optimizer = "AdamW", '
             'lr = 2e-5, then [[rule]] tables with match = "...".'
@@ -45,7 +46,7 @@ def _plan(text: str, where: str) -> Plan:
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise PlanError(f"{where}: 'rule' is not a list of tables; write each as [[rule]].")
     if "optimizer" not in table:
-        hint = did_you_mean("optimizer", table)
+        hint = _misspelled("optimizer", table)
         raise PlanError(f"{where}: the key 'optimizer' is missing, such as \"AdamW\".{hint}")
     for key, value in table.items():
         if isinstance(value, dict):
@@ -56,9 +57,14 @@ def _plan(text: str, where: str) -> Plan:
         raise type(error)(f"{where}: {error}") from error
 
 
+def _misspelled(key: str, table: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, table, n=1)
+    return f" Is {close[0]!r} a misspelling of it?" if close else ""
+
+
 def _rule(table: dict[str, Any], index: int) -> Rule:
     if not isinstance(table.get("match"), str):
-        hint = "" if "match" in table else did_you_mean("match", table)
+        hint = "" if "match" in table else _misspelled("match", table)
         raise PlanError(f"rule {index}: 'match' is missing or not a text pattern.{hint}")
     settings = {key: value for key, value in table.items() if key != "match"}
     try:

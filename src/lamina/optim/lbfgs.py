@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..algorithms import METHODS
 from ..algorithms.base import Method
 from ..algorithms.lbfgs import lbfgs_step
-from ..engine import Closure
+from ..engine import Closure, hooked
 from ..errors import HyperparameterError
 from .base import DropIn
 
@@ -58,7 +58,7 @@ class LBFGS(DropIn):
                 )
         super().add_param_group(param_group)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @hooked
     def step(self, closure: Closure | None = None) -> Any:
         """Up to `max_iter` iterations.
 

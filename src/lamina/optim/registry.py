@@ -68,6 +68,12 @@ def method_of(optimizer: type) -> Method | None:
     return method if isinstance(method, Method) else None
 
 
+def is_whole_vector(optimizer: type) -> bool:
+    """Whether a method needs all parameters at once and evaluates the loss itself (LBFGS)."""
+    method = method_of(optimizer)
+    return method is not None and method.unit == "vector"
+
+
 def hyperparameters(optimizer: type) -> dict[str, Any]:
     """The hyperparameters of an optimizer class with its defaults; lr first."""
     method = method_of(optimizer)

@@ -18,7 +18,7 @@ and, if it likes,
 
 from __future__ import annotations
 
-BUILTIN = {"reviews": "lamina.tasks.reviews"}
+BUILTIN = {"reviews": "lamina.tasks.reviews", "digits": "lamina.tasks.digits"}
 DEFAULT = "reviews"
 
 __all__ = ["BUILTIN", "DEFAULT"]

@@ -24,10 +24,10 @@ from lamina.tasks.lite0 import Lite0, load_pretrained, normalised
 from lamina.tasks.probe import probe_accuracy
 
 PLAN = Path(__file__).with_name("digits.toml")
-DEFAULTS = {"epochs": 4, "batch_size": 32, "seed": 0}
+DEFAULTS = {"epochs": 3, "batch_size": 32, "seed": 0}
 EXAMPLES = "images"
 
-TRAIN_IMAGES = 500
+TRAIN_IMAGES = 800
 HELD_OUT_IMAGES = 1000
 CLASSES = 10
 PIXELS = 56  # the sides of an image, twice those of the data
@@ -153,9 +153,7 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> Batch:
 
 
 @torch.no_grad()
-def _features(
-    network: Lite0, loader: DataLoader[tuple[Tensor, ...]]
-) -> tuple[Tensor, Tensor]:
+def _features(network: Lite0, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
     """Features of a loader's images, in the order of the data set; the loader is not advanced."""
     whole = DataLoader(loader.dataset, batch_size=128, collate_fn=collate)
     pairs = [(network.features(batch["images"]), batch["labels"]) for batch in whole]

@@ -74,11 +74,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features after this block."""
-        y = x
-        if self.expands:
-            y = functional.relu6(self._bn0(self._expand_conv(y)))
-        y = functional.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
+        wide = functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        filtered = functional.relu6(self._bn1(self._depthwise_conv(wide)))
+        y: Tensor = self._bn2(self._project_conv(filtered))
         return x + y if self.shortcut else y
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -11,13 +13,22 @@ from torch import Tensor
 
 from ...errors import ScheduleError
 from ...schedules.shape import Shape
+from ...time import Run
 from .base import LRScheduler
 from .groups import Rate, own
 
 
+@lru_cache(maxsize=128)
+def made(kind: Callable[..., Shape], *arguments: Any) -> Shape:
+    """A pure schedule, made once for the same arguments."""
+    schedule = kind(*arguments)
+    return schedule if schedule.needs_length else schedule.bind(Run())
+
+
+@lru_cache(maxsize=1024)
 def formula(schedule: Shape, step: float, length: float = math.inf) -> float:
     """The value of a pure schedule at a step; held after its length."""
-    return float(schedule.shape(np.array([min(step, length)]), float(length))[0])
+    return float(schedule.shape(np.array([min(step, length)], dtype=float), float(length))[0])
 
 
 class Curve(LRScheduler):

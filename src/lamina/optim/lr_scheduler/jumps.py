@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch.optim import Optimizer
 
 from ...schedules import exponential, multi_steps, steps
-from .curve import Curve, check_share, formula, whole
+from .curve import Curve, check_share, formula, made, whole
 
 
 class StepLR(Curve):
@@ -31,7 +31,7 @@ class StepLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(steps(whole(self, "step_size", self.step_size), self.gamma), epoch)
+        return formula(made(steps, whole(self, "step_size", self.step_size), self.gamma), epoch)
 
 
 class MultiStepLR(Curve):
@@ -53,7 +53,9 @@ class MultiStepLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(multi_steps(sorted(self.milestones.elements()), self.gamma), epoch)
+        return formula(
+            made(multi_steps, tuple(sorted(self.milestones.elements())), self.gamma), epoch
+        )
 
 
 class ConstantLR(Curve):
@@ -91,4 +93,4 @@ class ExponentialLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(exponential(self.gamma), epoch)
+        return formula(made(exponential, self.gamma), epoch)

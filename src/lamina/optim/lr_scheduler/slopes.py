@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from ...schedules import linear, noam, polynomial
-from .curve import Curve, check_share, formula, whole
+from .curve import Curve, check_share, formula, made, whole
 from .groups import warn_floor
 
 
@@ -37,7 +37,7 @@ class LinearLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(linear(self.start_factor, self.end_factor), epoch, self.total_iters)
+        return formula(made(linear, self.start_factor, self.end_factor), epoch, self.total_iters)
 
     def _planned(self) -> int | None:
         return math.ceil(self.total_iters) + 1
@@ -64,7 +64,7 @@ class PolynomialLR(Curve):
     def _wave(self, epoch: float) -> float:
         if self.total_iters == 0 or self.power == 0:
             return 1.0
-        return formula(polynomial(self.power), epoch, self.total_iters)
+        return formula(made(polynomial, self.power), epoch, self.total_iters)
 
     def _planned(self) -> int | None:
         return math.ceil(self.total_iters) + 1
@@ -125,7 +125,7 @@ class WarmupLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(noam(1, whole(self, "num_warm", self.num_warm)), epoch)
+        return formula(made(noam, 1, whole(self, "num_warm", self.num_warm)), epoch)
 
 
 class LinearWarmupLR(Curve):
@@ -146,7 +146,7 @@ class LinearWarmupLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(linear(0.0, 1.0), epoch + 1, self.num_warm)
+        return formula(made(linear, 0.0, 1.0), epoch + 1, self.num_warm)
 
     def _planned(self) -> int | None:
         return self.num_warm

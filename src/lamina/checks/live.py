@@ -1,0 +1,208 @@
+"""What has come apart since a plan was built: the model, its ties, its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..findings import listed, model_findings
+from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
+from ..resolved import Cell, Finding, Resolved, Trigger
+from ..state import LoadReport
+from ..ties import broken, tie_again
+
+_REBUILD = (
+    "Build the optimizer from the plan again, after the change to the model, and load this one's "
+    "state_dict()."
+)
+Groups = Sequence[Mapping[str, Any]]
+
+
+def examine(
+    resolved: Resolved,
+    groups: Groups,
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    model: nn.Module,
+    after: int,
+    load: LoadReport | None = None,
+) -> tuple[Finding, ...]:
+    """Everything by which a model and the optimizer of a plan have come apart.
+
+    Args:
+        resolved: what the plan meant when it was built.
+        groups: the optimizer's parameter groups.
+        state: the optimizer's state.
+        model: the model as it is now.
+        after: how many steps a parameter may train without a gradient.
+        load: what the last load came to, if there was one.
+    """
+    owned = collect(model)
+    live = {name: item for item in owned for name in item.info.names}
+    rows = list(_rows(resolved, groups))
+    if not any(_is_there(info, param, live) for _, info, param in rows):
+        return (
+            Finding(
+                "another-model",
+                "none of the model's parameters is one that this optimizer updates.",
+                "Pass the model it was built for; for a copied or moved model, build it again.",
+            ),
+        )
+    windows = {name: cell.windows for cell, info, _ in rows for name in info.names}
+    order = {item.info.name: windows.get(item.info.name, ()) for item in owned}
+    return (
+        *_ties(rows, live),
+        *_exchanged(rows, live),
+        *_unknown(resolved, owned),
+        *_overlapping(owned),
+        *_silent(rows, groups, state, after, load.missing if load else ()),
+        *_turned_off(rows, groups),
+        *model_findings(order, resolved.run, observe(model, owned)),
+    )
+
+
+def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo, torch.Tensor]]:
+    for cell, group in zip(resolved.cells, groups, strict=True):
+        for info, param in zip(cell.parameters, group["params"], strict=True):
+            yield cell, info, param
+
+
+def _is_there(info: ParamInfo, param: torch.Tensor, live: Mapping[str, Owned]) -> bool:
+    return any(name in live and live[name].tensor is param for name in info.names)
+
+
+Rows = Sequence[tuple[Cell, ParamInfo, torch.Tensor]]
+
+
+def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
+    """Names that were one parameter at build and are several now."""
+    findings = []
+    for _, info, _ in rows:
+        names = [name for name in info.names if name in live]
+        places = [live[name].places[live[name].info.names.index(name)] for name in names]
+        parts = broken(names, places)
+        if len(parts) > 1:
+            findings.append(
+                Finding(
+                    "tie-broken",
+                    f"{' = '.join(info.names)} were one parameter when the optimizer was built; "
+                    f"now they are {' and '.join(' = '.join(part) for part in parts)}.",
+                    f"Call {tie_again(parts)} right after what broke it (a deepcopy of a part, "
+                    "load_state_dict(assign=True), a move between devices), then build again.",
+                )
+            )
+    return findings
+
+
+def _exchanged(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
+    """Parameters of the optimizer that are not in the model any more."""
+    updated = {id(param) for _, _, param in rows}
+    gone, replaced, tied = [], [], []
+    for _, info, param in rows:
+        if _is_there(info, param, live):
+            continue
+        now = [live[name] for name in info.names if name in live]
+        if not now:
+            gone.append(info.name)
+        elif id(now[0].tensor) in updated:
+            tied.append(" = ".join(now[0].info.names))
+        else:
+            replaced.append(info.name)
+    told = [
+        ("parameter-removed", gone, "is not in the model any more, so that its updates are lost"),
+        ("tied-after-build", tied, "was tied after the optimizer was built, whose rules say two"),
+        (
+            "parameter-replaced",
+            replaced,
+            "was replaced after the optimizer was built, which updates the old one; the new one "
+            "does not train",
+        ),
+    ]
+    return [
+        Finding(code, f"{listed(names)} {what}.", _REBUILD) for code, names, what in told if names
+    ]
+
+
+def _unknown(resolved: Resolved, owned: Sequence[Owned]) -> list[Finding]:
+    known = resolved.cell_of
+    names = [item.info.name for item in owned if not known.keys() & set(item.info.names)]
+    if not names:
+        return []
+    what = f"{listed(names)} came into the model after the optimizer was built; it does not train."
+    return [Finding("parameter-added", what, _REBUILD)]
+
+
+def _overlapping(owned: Sequence[Owned]) -> list[Finding]:
+    return [
+        Finding(
+            "shared-memory",
+            f"{one.info.name!r} and {other.info.name!r} are two Parameters over the same memory.",
+            overlap_fix(one, other),
+        )
+        for one, other in overlaps(owned)
+    ]
+
+
+def _silent(
+    rows: Rows,
+    groups: Groups,
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    after: int,
+    new: Sequence[str],
+) -> list[Finding]:
+    """Parameters that trained for some steps and never received a gradient."""
+    clock, seen = groups[0]["clock"], groups[0]["feedback"]
+    told_by_state = {
+        cell.name for cell, _, param in rows if cell.algorithm is not None or state.get(param)
+    }  # a guest without any state says nothing
+    names = [
+        info.name
+        for cell, info, param in rows
+        if cell.name in told_by_state
+        and info.name not in new
+        and _steps_trained(cell, clock, seen) >= after
+        and not float((state.get(param) or {}).get("step", len(state.get(param) or {})))
+    ]
+    if not names:
+        return []
+    return [
+        Finding(
+            "no-gradient",
+            f"{listed(names)} never received a gradient, in at least {after} steps.",
+            "See whether the loss depends on it (a layer not used, a detach, a branch not taken); "
+            "if that is meant, freeze it.",
+        )
+    ]
+
+
+def _steps_trained(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
+    total = 0.0
+    for begin, end in cell.windows:
+        start = seen[begin.key]["opened"] if isinstance(begin, Trigger) else begin
+        if start is not None:
+            total += max(0, min(clock, math.inf if end is None else end) - start)
+    return total
+
+
+def _turned_off(rows: Rows, groups: Groups) -> list[Finding]:
+    """Parameters that the plan trains now, but whose requires_grad something turned off."""
+    clock, seen = groups[0]["clock"], groups[0]["feedback"]
+    names = [
+        info.name
+        for cell, info, param in rows
+        if not param.requires_grad
+        and _steps_trained(cell, clock + 1, seen) > _steps_trained(cell, clock, seen)
+    ]
+    if not names:
+        return []
+    return [
+        Finding(
+            "requires-grad-off",
+            f"{listed(names)} should train now, but has requires_grad=False.",
+            "Something else froze it after the plan was built. Say it in the plan (frozen=True, "
+            "freeze=), or call lamina.thaw(model, [...]).",
+        )
+    ]

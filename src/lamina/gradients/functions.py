@@ -1,0 +1,274 @@
+"""Clipping by hand, with torch's signatures: for tensors, modules, parameter groups, patterns."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from ..errors import HyperparameterError, NonFiniteError, PatternError, PlanError, did_you_mean
+from ..parameters import collect
+from ..patterns import PatternLike, compile_pattern
+from .norms import each_norm, total_norm, values_of
+
+#: a tensor, tensors or `(name, tensor)` pairs, a parameter group, or a module
+Parameters = torch.Tensor | Iterable[Any] | Mapping[str, Any] | nn.Module
+#: one limit, or limits by pattern
+Limits = Mapping[PatternLike, float]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors with gradients that share a limit."""
+
+    key: PatternLike
+    limit: float
+    tensors: list[torch.Tensor]
+    names: list[str]
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+
+
+@overload
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor: ...
+@overload
+def clip_grad_norm_(
+    parameters: nn.Module,
+    max_norm: Limits,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> dict[PatternLike, torch.Tensor]: ...
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float | Limits,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor | dict[PatternLike, torch.Tensor]:
+    """Bring the norm of all gradients together down to a limit, in place.
+
+    Formula: `g * min(1, max_norm / (norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`.
+
+    Other than in torch, a norm that is not finite changes nothing: the gradients stay as they are
+    and a warning names the first bad one (torch turns all of them into NaN and 0). A tensor given
+    twice counts once. Reads the norms on the host, which waits for an accelerator once.
+
+    Args:
+        parameters: a tensor, a list of tensors or of `(name, tensor)` pairs, a parameter group, or
+            a module. Of a module, only parameters with `requires_grad` count, so that left-over
+            gradients of frozen ones cannot shrink the others'.
+        max_norm: the limit, at least 0; for a module also `{pattern: limit}`. Then each pattern has
+            its own norm, a later pattern takes parameters from an earlier one, and what no
+            pattern selects is not clipped.
+        norm_type: the order of the norm, `float("inf")` for the largest number.
+        error_if_nonfinite: raise instead of warning.
+        foreach: as in torch; the result does not depend on it.
+
+    Returns:
+        The norm before clipping; for `{pattern: limit}` a dict of norms by pattern.
+
+    Raises:
+        HyperparameterError: for a negative limit or an order that is not above 0.
+        NonFiniteError: with `error_if_nonfinite`, naming the parameter; nothing was changed.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> layer.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> clip_grad_norm_(layer, 1.0)
+        tensor(5.)
+    """
+    p = float(norm_type)
+    if not p > 0:
+        raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
+    parts = _parts(parameters, max_norm, "max_norm")
+    norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
+    for part, norm, value in zip(parts, norms, _on_host(norms), strict=True):
+        if not math.isfinite(value):
+            _not_finite(part, error_if_nonfinite)
+        elif value + 1e-6 > part.limit:
+            _multiply(part.grads, torch.clamp(part.limit / (norm + 1e-6), max=1.0))
+    if isinstance(max_norm, Mapping):
+        return {part.key: norm for part, norm in zip(parts, norms, strict=True)}
+    return norms[0]
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float | Limits, foreach: bool | None = None
+) -> None:
+    """Bring every single number of the gradients into [-clip_value, clip_value], in place.
+
+    As `torch.nn.utils.clip_grad_value_`; of a complex number, both parts.
+
+    Args:
+        parameters: as for `clip_grad_norm_`.
+        clip_value: the limit, at least 0; for a module also `{pattern: limit}`.
+        foreach: as in torch; the result does not depend on it.
+
+    Raises:
+        HyperparameterError: for a negative limit.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> layer.weight.grad = torch.tensor([[3.0, -4.0]])
+        >>> clip_grad_value_(layer, 3.5)
+        >>> layer.weight.grad
+        tensor([[ 3.0000, -3.5000]])
+    """
+    for part in _parts(parameters, clip_value, "clip_value"):
+        for tensor, grad in zip(part.tensors, part.grads, strict=True):
+            if grad.is_sparse:  # the same place may be there twice: add up before clipping
+                tensor.grad = grad = grad.coalesce()
+            numbers = _local(grad)
+            numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+            numbers.clamp_(-part.limit, part.limit)
+
+
+def _multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for grad in map(_local, grads):
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, together in by_device.items():
+        torch._foreach_mul_(together, factor.to(device))
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    """The numbers to change in place: of a sharded gradient this process', of a sparse one all."""
+    if grad.is_sparse:
+        return grad._values()
+    local: torch.Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    return local
+
+
+def _on_host(norms: list[torch.Tensor]) -> list[float]:
+    """All norms as numbers, with one wait for each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(index)
+    numbers = [0.0] * len(norms)
+    for indices in by_device.values():
+        together = torch.stack([norms[i].double() for i in indices]).tolist()
+        for index, number in zip(indices, together, strict=True):
+            numbers[index] = number
+    return numbers
+
+
+def _not_finite(part: _Part, fail: bool) -> None:
+    bad = next(
+        (
+            name
+            for name, grad in zip(part.names, part.grads, strict=True)
+            if not bool(torch.isfinite(values_of(_local(grad))).all())
+        ),
+        None,
+    )
+    what = (
+        f"the gradient of {bad} is NaN or infinite"
+        if bad is not None
+        else f"the norm of the gradients overflows, the largest is that of {_largest(part)}"
+    )
+    if fail:
+        raise NonFiniteError(f"clip_grad_norm_: {what}; no gradient was changed. Skip this step.")
+    warnings.warn(
+        f"clip_grad_norm_: {what}; these gradients were left as they are. Skip this step, or pass "
+        "error_if_nonfinite=True.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _largest(part: _Part) -> str:
+    norms = _on_host(each_norm(part.grads, math.inf))
+    return part.names[norms.index(max(norms))]
+
+
+def _parts(parameters: Parameters, limit: float | Limits, argument: str) -> list[_Part]:
+    """What to clip, checked before anything is changed."""
+    if not isinstance(limit, Mapping):
+        number = _checked(limit, argument)
+        pairs = _named(parameters)
+        return [_Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
+    if not isinstance(parameters, nn.Module):
+        raise PlanError(
+            f"{argument}={limit!r} has patterns, which need names; pass the module, not "
+            f"{type(parameters).__name__}."
+        )
+    numbers = {pattern: _checked(number, argument) for pattern, number in limit.items()}
+    owned = collect(parameters)
+    chosen: dict[str, PatternLike] = {}
+    for pattern in numbers:
+        hit = [item.info.name for item in owned if compile_pattern(pattern).matches(item.info)]
+        if not hit:
+            names = [name for item in owned for name in item.info.names]
+            raise PatternError(
+                f"{argument}: {pattern!r} matches none of the {len(owned)} parameters."
+                f"{did_you_mean(str(pattern), names)}"
+            )
+        chosen |= dict.fromkeys(hit, pattern)
+    parts = []
+    for pattern, number in numbers.items():
+        mine = [
+            item for item in owned if chosen.get(item.info.name) is pattern and _counts(item.tensor)
+        ]
+        names = [repr(item.info.name) for item in mine]
+        parts.append(_Part(pattern, number, [item.tensor for item in mine], names))
+    return parts
+
+
+def _checked(limit: Any, argument: str) -> float:
+    number = float(limit)
+    if not number >= 0:
+        raise HyperparameterError(f"{argument}={limit!r}: expected a number of at least 0.")
+    return number
+
+
+def _counts(param: torch.Tensor) -> bool:
+    return param.requires_grad and param.grad is not None
+
+
+def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
+    """The tensors with a gradient, each once, with a name for messages."""
+    if isinstance(parameters, nn.Module):
+        owned = collect(parameters)
+        return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]
+    if isinstance(parameters, torch.Tensor):
+        return [("the tensor", parameters)] if parameters.grad is not None else []
+    if isinstance(parameters, Mapping):
+        tensors: list[Any] = list(parameters["params"])
+        names = parameters.get("param_names")
+        given: list[Any] = list(zip(names, tensors, strict=True)) if names else tensors
+    else:
+        given = list(parameters)
+        if not given and isinstance(parameters, GeneratorType):
+            warnings.warn(
+                "the generator of parameters is empty (used up before?); nothing is clipped.",
+                UserWarning,
+                stacklevel=5,
+            )
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for index, item in enumerate(given):
+        name, tensor = item if isinstance(item, tuple) else (None, item)
+        if not isinstance(tensor, torch.Tensor):
+            raise PlanError(
+                f"parameters[{index}] is {tensor!r} ({type(tensor).__name__}); expected a tensor."
+            )
+        if tensor.grad is not None:
+            place = f"parameter {index} of shape {tuple(tensor.shape)}"
+            found.setdefault(id(tensor), (place if name is None else repr(name), tensor))
+    return list(found.values())

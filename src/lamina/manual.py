@@ -1,0 +1,228 @@
+"""Freezing and thawing by hand, for those who want only this; and the table of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import PatternError, did_you_mean
+from .findings import stray_findings
+from .holding import Held, let_go
+from .holding import hold as hold_module
+from .parameters import MARK, Owned, collect, mark_frozen, observe, subtrees
+from .patterns import PatternLike, compile_pattern
+from .suggestions import closest
+from .ties import refuse_wrapped
+
+#: a pattern, or a list of exact names of parameters or modules
+Selection = PatternLike | Iterable[str]
+
+
+def freeze(model: nn.Module, match: Selection = "*", *, hold: bool = True) -> tuple[str, ...]:
+    """Stop parameters from training, now and by hand.
+
+    Turns `requires_grad` off and drops left-over gradients, which an optimizer would still apply.
+    A plan built later takes these parameters for frozen unless a rule says otherwise.
+
+    Args:
+        model: changed in place; freeze before wrapping it in DistributedDataParallel.
+        match: a pattern such as `"cnn.*"`, or a list of exact names of parameters or modules.
+        hold: keep modules that are wholly frozen in eval mode, through later `model.train()`: the
+            statistics of BatchNorm and dropout rest with the weights.
+
+    Returns:
+        The names that are frozen now and trained before.
+
+    Raises:
+        PatternError: for a pattern that matches nothing or an unknown name; nothing was changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> freeze(model, "1.*")
+        ('1.weight', '1.bias')
+    """
+    owned, chosen = _choose(model, match, "freeze")
+    changed = tuple(item.info.name for item in chosen if item.tensor.requires_grad)
+    for item in chosen:
+        item.tensor.grad = None
+        item.tensor.requires_grad_(False)
+        mark_frozen(item.places, False)  # by hand from now on, whatever a plan did
+    if hold:
+        touched = {item.info.name for item in chosen}
+        _hold_frozen([part for part in subtrees(model, owned) if part[2] & touched], owned)
+    return changed
+
+
+def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
+    """Let parameters train again, and let go of modules that `freeze` held in eval mode.
+
+    What a plan froze is thawed too, but a plan still in force goes on dropping its gradients: give
+    its rule `thaw=` instead, or call `optimizer.release()` first.
+
+    Args:
+        model: changed in place; thaw before wrapping it in DistributedDataParallel.
+        match: a pattern such as `"cnn.*"`, or a list of exact names of parameters or modules.
+
+    Returns:
+        The names that train now and were frozen before.
+
+    Raises:
+        PatternError: for a pattern that matches nothing or an unknown name; nothing was changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = freeze(model)
+        >>> thaw(model, ["1.bias"])
+        ('1.bias',)
+    """
+    owned, chosen = _choose(model, match, "thaw")
+    changed = tuple(item.info.name for item in chosen if not item.tensor.requires_grad)
+    for item in chosen:
+        item.tensor.requires_grad_(True)
+        mark_frozen(item.places, False)
+    touched = {item.info.name for item in chosen}
+    parts = subtrees(model, owned)
+    released = [part for part in parts if part[2] & touched and _is_held(part[1])]
+    for _, module, _ in released:
+        let_go(module)
+    inside = {id(part) for _, module, _ in released for part in module.modules()}
+    _hold_frozen([part for part in parts if id(part[1]) in inside], owned)
+    return changed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its names (several if it is tied), and why it does not train (else empty)."""
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    numel: int
+    trainable: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What trains in a model, as `rows`; prints as a table. `notes` are warnings."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def numel(self) -> tuple[int, int]:
+        """How many numbers train, and how many there are."""
+        trains = sum(row.numel for row in self.rows if row.trainable)
+        return trains, sum(row.numel for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("parameter", "shape", "trains", "why")]
+        for row in self.rows:
+            tied = f" (= {', '.join(row.names[1:])})" if len(row.names) > 1 else ""
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            cells.append((row.name + tied, shape, "yes" if row.trainable else "no", row.why))
+        widths = [max(len(line[column]) for line in cells) for column in range(4)]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        trains, total = self.numel
+        share = f" ({trains / total:.1%})" if total else ""
+        return "\n".join([*lines, f"{trains:,} of {total:,} numbers train{share}", *self.notes])
+
+
+def trainable(model: nn.Module) -> Trainable:
+    """Which parameters train, and why the others do not: frozen by a plan, or by hand.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        >>> _ = freeze(model, "0.weight")
+        >>> print(trainable(model))
+        parameter  shape  trains  why
+        0.weight   2 x 3  no      frozen by hand
+        0.bias     2      yes
+        1.weight   1 x 2  yes
+        1.bias     1      yes
+        5 of 11 numbers train (45.5%)
+    """
+    owned = collect(model)
+    rows = tuple(
+        Row(
+            item.info.name,
+            item.info.names,
+            item.info.shape,
+            item.info.numel,
+            item.tensor.requires_grad,
+            _why(item),
+        )
+        for item in owned
+    )
+    notes = tuple(map(str, stray_findings(observe(model, owned))))
+    return Trainable(rows, notes)
+
+
+def _why(item: Owned) -> str:
+    if item.tensor.requires_grad:
+        return ""
+    marked = any(attribute in getattr(module, MARK, ()) for module, attribute in item.places)
+    return "frozen by a plan" if marked else "frozen by hand"
+
+
+def _choose(
+    model: nn.Module, match: Selection, action: str
+) -> tuple[tuple[Owned, ...], list[Owned]]:
+    owned = collect(model)
+    refuse_wrapped(model, action)
+    if isinstance(match, str) or callable(match):
+        pattern = compile_pattern(match)
+        chosen = [item for item in owned if pattern.matches(item.info)]
+        if not chosen:
+            names = [name for item in owned for name in item.info.names]
+            near = ", ".join(closest(match, names)) if isinstance(match, str) else ""
+            raise PatternError(
+                f"{action}: {match!r} matches none of the {len(owned)} parameters."
+                f"{f' The closest parameter names are: {near}.' if near else ''}"
+            )
+        return owned, chosen
+    return owned, _exactly(owned, list(match), action)
+
+
+def _exactly(owned: Sequence[Owned], wanted: list[str], action: str) -> list[Owned]:
+    known: dict[str, list[Owned]] = {}
+    for item in owned:
+        for name in item.info.names:
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                known.setdefault(".".join(parts[:end]), []).append(item)
+    for name in wanted:
+        if name not in known:
+            raise PatternError(
+                f"{action}: there is no parameter or module {name!r} (a list holds exact names; "
+                f"write a pattern as a plain string).{did_you_mean(str(name), known)}"
+            )
+    ids = {id(item.tensor) for name in wanted for item in known[name]}
+    return [item for item in owned if id(item.tensor) in ids]
+
+
+def _is_held(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("train"), Held)
+
+
+def _hold_frozen(
+    parts: Sequence[tuple[str, nn.Module, frozenset[str]]], owned: Sequence[Owned]
+) -> None:
+    """Hold the outermost of some modules all of whose parameters are frozen."""
+    frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
+    inside: set[int] = set()
+    for _, module, below in parts:
+        if below <= frozen and id(module) not in inside:
+            hold_module(module)
+            inside.update(id(part) for part in module.modules())

@@ -1,0 +1,94 @@
+"""What may change a run while it goes: overrides, reports of metrics, modes of guests."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+
+from .engine import Engine
+from .guests import Guests
+from .overrides import check_override, select_groups
+from .reporting import changes, check_report, from_rank_zero, observe_all
+from .resolved import Resolved
+from .timeline import Feedback
+
+log = logging.getLogger("lamina")
+
+
+class Steerable(Engine):
+    """An optimizer under a plan whose values can be changed the sanctioned way."""
+
+    _resolved: Resolved
+    _guests: Guests
+
+    @property
+    def clock(self) -> int:
+        """How many steps were taken; the step that comes next, counted from 0."""
+        return int(self.param_groups[0]["clock"])
+
+    @property
+    def _feedback(self) -> Feedback:
+        changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
+        return Feedback(changed, self.param_groups[0]["feedback"])
+
+    @abstractmethod
+    def _publish(self, clock: int) -> None:
+        """Write the values of step `clock` into the groups."""
+
+    def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
+        """Replace what the plan gives for hyperparameters, from the next step on.
+
+        As a last rule would: the schedule still multiplies lr. Saved with the state and logged.
+
+        Args:
+            rule: the name of a group, or a pattern that covers whole groups; all by default.
+            **hyper: numbers; None takes an override back.
+
+        Raises:
+            PlanError: for an unknown group or hyperparameter; nothing was changed.
+        """
+        chosen = select_groups(self._resolved, rule)
+        for index in chosen:
+            check_override(self._resolved.cells[index], hyper)
+        for index in chosen:
+            group = self.param_groups[index]
+            before = group["overrides"][-1][1] if group["overrides"] else {}
+            kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
+            group["overrides"] = [*group["overrides"], [self.clock, kept]]
+            log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
+        self._publish(self.clock)
+
+    def report(self, **metrics: float) -> None:
+        """Feed metrics to plateaus, early stopping and thaws that wait for one.
+
+        Call it on every process; the numbers of rank 0 count. Values change for the next step,
+        windows at the end of the next step; `should_stop` says when to stop.
+
+        Args:
+            **metrics: names as in the plan, and numbers, such as `val_loss=0.31`.
+
+        Raises:
+            PlanError: for a NaN, or if the plan watches none of these; nothing was changed.
+        """
+        numbers = check_report(self._resolved, from_rank_zero(metrics))
+        seen = self.param_groups[0]["feedback"]
+        new = observe_all(self._resolved, seen, numbers, self.clock)
+        for group in self.param_groups:  # a new dict: saved states must not move with it
+            group["feedback"] = new
+        for line in changes(seen, new):
+            log.info("step %d: %s", self.clock, line)
+        self._publish(self.clock)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether early stopping has asked to stop."""
+        seen = self.param_groups[0]["feedback"].get("early stop", {})
+        return bool(seen.get("stop", False))
+
+    def train(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into training mode."""
+        self._guests.set_mode("train")
+
+    def eval(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into evaluation mode."""
+        self._guests.set_mode("eval")

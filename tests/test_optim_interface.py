@@ -1,0 +1,393 @@
+"""The interface of `torch.optim`: groups, options, names, hooks, and errors that name a parameter."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lamina as lm
+from lamina import optim
+from lamina.errors import HyperparameterError, PlanError, StateError
+from lamina.kernels import choose
+from reference.dropin import CASES, STEPPERS
+
+NAMES = sorted({case.name for case in CASES})
+steppers = pytest.mark.parametrize("case", STEPPERS, ids=str)
+
+
+def matrix(value: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(torch.full((3, 2), value))
+
+
+def step(optimizer, *params) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
+def closure_of(*params):
+    def closure():
+        loss = sum(param.square().sum() for param in params if param.requires_grad)
+        for param in params:
+            param.grad = None
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# --------------------------------------------------------------------------- names and signatures
+
+
+def test_everything_of_torch_is_there():
+    assert set(torch.optim.__all__) <= set(optim.__all__)
+    for name in optim.__all__:
+        assert hasattr(optim, name)
+    for name in set(torch.optim.__all__) - set(NAMES) - {"lr_scheduler"}:
+        assert getattr(optim, name) is getattr(torch.optim, name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(torch.optim, name)])
+def test_signatures_begin_with_those_of_torch(name):
+    ours, theirs = (
+        inspect.signature(getattr(where, name)).parameters for where in (optim, torch.optim)
+    )
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for key in theirs:
+        assert ours[key].default == theirs[key].default
+        assert ours[key].kind == theirs[key].kind
+    for key in list(ours)[len(theirs) :]:
+        assert ours[key].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Adagrad", "NAdam", "SparseAdam", "Adafactor"])
+def test_plans_may_name_them(name):
+    assert lm.Plan(name, lr=0.1) == lm.Plan(getattr(optim, name), lr=0.1)
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forms_of_groups(case):
+    params = [matrix() for _ in range(4)]
+    optimizer = case.make(
+        params=[{"params": params[0]}, {"params": iter(params[1:3]), "lr": 0.5}], lr=0.25
+    )
+    optimizer.add_param_group({"params": params[3], "name": "added"})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5, 0.25]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2, 1]
+    optimizer.step(closure_of(*params))
+    assert all(bool((param != 1).all()) for param in params)
+
+
+@steppers
+def test_a_group_may_come_after_steps(case):
+    first, second, alone = matrix(), matrix(), matrix()
+    optimizer = case.make([first], lr=0.1, **case.options)
+    fresh = case.make([alone], lr=0.1, **case.options)
+    step(optimizer, first)
+    optimizer.add_param_group({"params": [second]})
+    step(optimizer, first, second)
+    step(fresh, alone)
+    assert torch.equal(second, alone)  # its own bias correction, from its own first step
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_any_gradient_nothing_happens(case):
+    frozen, unused = matrix().requires_grad_(False), matrix()
+    optimizer = case.make([frozen, unused], lr=0.1)
+    optimizer.step(lambda: torch.tensor(1.0))
+    if case.name != "LBFGS":
+        optimizer.step()
+    assert torch.equal(frozen, torch.ones(3, 2))
+    assert torch.equal(unused, torch.ones(3, 2))
+
+
+@steppers
+def test_one_learning_rate_tensor_is_not_shared_by_groups(case):
+    lr = torch.tensor(0.1)
+    params = [matrix() for _ in range(4)]
+    groups = [{"params": params[0]}, {"params": params[1]}, {"params": params[2], "lr": lr}]
+    optimizer = case.make(groups, lr=lr)
+    optimizer.param_groups[0]["lr"].fill_(5.0)
+    optimizer.add_param_group({"params": params[3]})
+    values = [float(group["lr"]) for group in optimizer.param_groups]
+    assert values == pytest.approx([5.0, 0.1, 0.1, 0.1])
+    assert optimizer.param_groups[0]["lr"] is lr  # the caller's own, as in torch
+
+
+def test_the_given_dicts_are_left_alone():
+    groups = [{"params": [matrix()]}, {"params": [matrix()], "lr": 0.5}]
+    optim.SGD(groups, lr=0.1)
+    assert [sorted(group) for group in groups] == [["params"], ["lr", "params"]]
+
+
+def test_names():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = optim.AdamW(net.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
+    saved = optimizer.state_dict()["param_groups"][0]["param_names"]
+    assert saved == optimizer.param_groups[0]["param_names"]
+    with pytest.raises(ValueError, match="with/without names"):
+        optimizer.add_param_group({"params": [matrix()]})
+
+
+# ------------------------------------------------------------------------------- closures and hooks
+
+
+@steppers
+def test_closures_and_hooks(case):
+    param = matrix()
+    optimizer = case.make([param], lr=0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(float(param.sum())))
+    optimizer.register_step_post_hook(lambda *_: seen.append(float(param.sum())))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        return closure_of(param)()
+
+    with torch.no_grad():
+        assert float(optimizer.step(closure)) == 6.0
+    assert seen == [6.0, float(param.sum())]
+    assert float(param.sum()) < 6.0
+    assert not param.grad.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_subclass_may_override_step(name):
+    calls = []
+
+    class Mine(getattr(optim, name)):
+        def step(self, closure=None):
+            calls.append(1)
+            return super().step(closure)
+
+    param = matrix()
+    optimizer = Mine([param], lr=0.1)
+    hooked = []
+    optimizer.register_step_post_hook(lambda *_: hooked.append(1))
+    optimizer.step(closure_of(param))
+    assert calls == [1]
+    assert hooked
+    assert float(param.sum()) < 6.0
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kernel"),
+    [
+        ("AdamW", {}, "fused"),
+        ("AdamW", {"fused": True}, "fused"),
+        ("AdamW", {"foreach": True}, "fused"),
+        ("AdamW", {"foreach": False}, "readable"),
+        ("AdamW", {"fused": False}, "readable"),
+        ("SGD", {"fused": True}, "fused"),
+        ("RMSprop", {"foreach": True}, "foreach"),
+        ("RMSprop", {"foreach": False}, "readable"),
+        ("LAMB", {"foreach": True}, "foreach"),
+        ("LARS", {"foreach": False}, "readable"),
+    ],
+)
+def test_foreach_and_fused_choose_the_kernel(name, options, kernel):
+    param = matrix()
+    optimizer = getattr(optim, name)([param], **options)
+    param.grad = torch.ones_like(param)
+    [batch] = optimizer._collect(optimizer.param_groups)
+    assert choose(batch)[0].name == kernel
+    optimizer.step()
+    assert float(param.sum()) < 6.0
+
+
+def test_what_is_refused_is_named():
+    with pytest.raises(HyperparameterError, match=r"Adam: differentiable=True.*torch.optim.Adam"):
+        optim.Adam([matrix()], differentiable=True)
+    with pytest.raises(HyperparameterError, match="fused and foreach"):
+        optim.SGD([matrix()], foreach=True, fused=True)
+    optimizer, param = optim.Adam([("head", given := matrix())], capturable=True), given
+    with pytest.raises(PlanError, match="capturable=True needs an accelerator.*'head' is on the"):
+        step(optimizer, param)
+    assert torch.equal(param, torch.ones(3, 2))
+
+
+@steppers
+@pytest.mark.parametrize("asked", [torch.float32, "float32", "torch.float32"])
+def test_state_dtype(case, asked):
+    param = nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+    optimizer = case.make([param], lr=0.1, **case.options, state_dtype=asked)
+    for _ in range(2):
+        step(optimizer, param)
+        entry = optimizer.state[param]
+        assert {value.dtype for value in entry.values()} == {torch.float32}
+        optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(HyperparameterError, match="state_dtype='int8'"):
+        case.make([param], state_dtype="int8")
+
+
+def test_sparse_gradients():
+    table = nn.Embedding(4, 2, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = optim.SGD(table.parameters(), lr=1.0, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        table(torch.tensor([1, 3])).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(before[1] - table.weight[1], torch.full((2,), 2.9))
+    assert torch.equal(before[0], table.weight[0])
+    with pytest.raises(PlanError, match=r"AdamW cannot update .*sparse"):
+        optim.AdamW(table.parameters()).step()
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def bad_groups():
+    shared = matrix()
+    twice = {"params": [shared, matrix(), shared]}
+    named = {"params": [("encoder.weight", shared), ("decoder.weight", shared)]}
+    return [
+        (twice, r"number 2 is the same tensor as number 0; it would be updated twice"),
+        (named, r"'decoder.weight' is the same tensor as 'encoder.weight'"),
+        ({"params": [matrix() * 2]}, r"number 0 is not a leaf tensor"),
+        ({"params": [("a", matrix()), ("b", matrix() + 1)]}, r"\('a', 'b'\): 'b' is not a leaf"),
+        ({"params": [matrix(), 3.0]}, "number 1 is a float; expected a tensor"),
+        ({"params": [matrix()], "lr": -1.0}, r"group 0 \(number 0\): .* was given lr=-1.0"),
+        ({"lr": 0.1}, "expected a dict such as"),
+        ([matrix()], "expected a dict such as"),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_groups_name_the_parameter(name):
+    for group, words in bad_groups():
+        with pytest.raises(PlanError, match=words.replace("group 0", "group 1")):
+            optimizer = getattr(optim, name)([matrix()], lr=0.1)
+            if isinstance(group, dict) and isinstance(group.get("params", [0])[0], tuple):
+                optimizer = getattr(optim, name)([("first", matrix())], lr=0.1)
+            try:
+                optimizer.add_param_group(group)
+            finally:
+                assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_in_two_groups_is_named(name):
+    shared = matrix()
+    groups = [{"params": [matrix(), shared]}, {"params": [shared]}]
+    words = "group 1 .*number 0 is the same tensor as number 1 of parameter group 0"
+    with pytest.raises(PlanError, match=words):
+        getattr(optim, name)(groups, lr=0.1)
+    groups = [
+        {"params": [("encoder.weight", shared)]},
+        {"params": [("decoder.weight", shared)]},
+    ]
+    with pytest.raises(PlanError, match="'decoder.weight' is the same tensor as 'encoder.weight'"):
+        getattr(optim, name)(groups, lr=0.1)
+
+
+def test_combinations_are_checked_for_added_groups():
+    optimizer = optim.SGD([matrix()], lr=0.1, momentum=0.9, nesterov=True)
+    with pytest.raises(HyperparameterError, match=r"group 1 .*nesterov=True with momentum=0"):
+        optimizer.add_param_group({"params": [matrix()], "momentum": 0.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_muon_is_for_matrices():
+    net = nn.Linear(2, 3)
+    with pytest.raises(PlanError, match=r"'bias' has shape \(3,\), and Muon is for matrices"):
+        optim.Muon(net.named_parameters())
+    with pytest.raises(PlanError, match="is complex"):
+        optim.Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+
+
+def test_torch_still_says_what_it_says():
+    with pytest.raises(TypeError, match="iterable of Tensors"):
+        optim.SGD(matrix())
+    with pytest.raises(ValueError, match="empty parameter list"):
+        optim.SGD([])
+    with pytest.raises(TypeError, match="ordered collections"):
+        optim.SGD([{"params": {matrix()}}])
+
+
+# --------------------------------------------------------------------------------- loading a state
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    first, second, third = matrix(), matrix(), nn.Parameter(torch.ones(5))
+    saver = optim.Adam([third], lr=0.5)
+    step(saver, third)
+    optimizer = optim.Adam([first], lr=0.1)
+    step(optimizer, first)
+    with pytest.raises(StateError, match=r"exp_avg of parameter number 0 has shape \(5,\)"):
+        optimizer.load_state_dict(saver.state_dict())
+    with pytest.raises(StateError, match=r"groups of sizes \[1\].*sizes \[1, 1\]"):
+        optim.Adam([{"params": first}, {"params": second}]).load_state_dict(saver.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.state[first]["exp_avg"].shape == (3, 2)
+
+
+def test_an_older_state_keeps_the_keys_of_the_live_groups():
+    param = matrix()
+    optimizer = optim.Adam([{"params": [param], "layer": "head"}], state_dtype="float64")
+    saved = torch.optim.Adam([param], lr=0.5).state_dict()
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["layer"], group["state_dtype"], group["lr"]) == ("head", "float64", 0.5)
+    assert group["params"][0] is param
+
+
+def test_a_loaded_state_is_a_copy():
+    param = matrix()
+    optimizer = optim.Adam([param])
+    step(optimizer, param)
+    saved = optimizer.state_dict()
+    mean = saved["state"][0]["exp_avg"].clone()
+    other = optim.Adam([param])
+    other.load_state_dict(saved)
+    step(other, param)
+    assert torch.equal(saved["state"][0]["exp_avg"], mean)
+
+
+def test_load_hooks_run():
+    param, seen = matrix(), []
+    optimizer = optim.SGD([param], lr=0.1)
+
+    def halve(_, state):
+        state = {**state, "param_groups": [{**g, "lr": g["lr"] / 2} for g in state["param_groups"]]}
+        seen.append("pre")
+        return state
+
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert seen == ["pre", "post"]
+
+
+def test_step_counts_of_old_checkpoints():
+    param = matrix()
+    optimizer = optim.Adam([param])
+    step(optimizer, param)
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = 7
+    optimizer.load_state_dict(saved)
+    step(optimizer, param)
+    assert float(optimizer.state[param]["step"]) == 8.0
+
+
+def test_no_warning_comes_from_a_scheduler_of_torch():
+    param = matrix()
+    optimizer = optim.SGD([param], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        step(optimizer, param)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
