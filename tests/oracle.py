@@ -129,7 +129,7 @@ class Meaning:
         self.tracks = {param["name"]: _Track(plan["settings"], run) for param in params}
         for param in params:
             if not param.get("requires_grad", True):
-                self.tracks[param["name"]].window = (FOREVER, FOREVER)
+                self.tracks[param["name"]].window = None
         for index, rule in enumerate(plan["rules"], 1):
             chosen = {param["name"]: select(rule["match"], param) for param in params}
             chosen = {name: depth for name, (hit, depth) in chosen.items() if hit}
@@ -139,8 +139,10 @@ class Meaning:
                 self.tracks[name].take(rule["settings"], index, below, run)
 
     def trains(self, name, step):
+        if self.tracks[name].window is None:
+            return False
         begin, end = self.tracks[name].window
-        return begin <= step < end
+        return begin <= step < end if begin < end else step < end or begin <= step
 
     def lr(self, name, step):
         """The lr applied at a step; 0 while frozen."""
@@ -150,8 +152,9 @@ class Meaning:
         value = self.hyper(name, "lr", step)
         if track.schedule is not None:
             value *= value_of(track.schedule, step, self.run)
-        if track.rewarm is not None:
-            value *= value_of(track.rewarm, step - track.window[0], self.run)
+        thaw = track.window[0]
+        if track.rewarm is not None and 0 < thaw <= step:  # what trains from step 0 has no thaw
+            value *= value_of(track.rewarm, step - thaw, self.run)
         return value
 
     def hyper(self, name, key, step):
@@ -223,4 +226,4 @@ class _Track:
         else:
             thaw = math.ceil(exact(thaw, run))
         end = math.ceil(exact(window["freeze"], run)) if "freeze" in window else FOREVER
-        self.window = (FOREVER, FOREVER) if window.get("frozen") else (thaw, end)
+        self.window = None if window.get("frozen") else (thaw, end)

@@ -145,17 +145,17 @@ def test_closures_and_hooks(case):
     param = matrix()
     optimizer = case.make([param], lr=0.1)
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(float(param.sum())))
-    optimizer.register_step_post_hook(lambda *_: seen.append(float(param.sum())))
+    optimizer.register_step_pre_hook(lambda *_: seen.append(param.sum().item()))
+    optimizer.register_step_post_hook(lambda *_: seen.append(param.sum().item()))
 
     def closure():
         assert torch.is_grad_enabled()
         return closure_of(param)()
 
     with torch.no_grad():
-        assert float(optimizer.step(closure)) == 6.0
-    assert seen == [6.0, float(param.sum())]
-    assert float(param.sum()) < 6.0
+        assert optimizer.step(closure).item() == 6.0
+    assert seen == [6.0, param.sum().item()]
+    assert seen[1] < 6.0
     assert not param.grad.requires_grad
 
 
@@ -175,7 +175,7 @@ def test_a_subclass_may_override_step(name):
     optimizer.step(closure_of(param))
     assert calls == [1]
     assert hooked
-    assert float(param.sum()) < 6.0
+    assert param.sum().item() < 6.0
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -203,7 +203,7 @@ def test_foreach_and_fused_choose_the_kernel(name, options, kernel):
     [batch] = optimizer._collect(optimizer.param_groups)
     assert choose(batch)[0].name == kernel
     optimizer.step()
-    assert float(param.sum()) < 6.0
+    assert param.sum().item() < 6.0
 
 
 def test_what_is_refused_is_named():

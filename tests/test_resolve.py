@@ -24,7 +24,10 @@ BAD = [
     (lm.Rule("classifier", optimizer=lm.AdamW, lr=1, betas=(0.9, 1.0)), ["betas[1]=1.0", "< 1"]),
     (lm.Rule("classifier", nesterov=True), ["nesterov"]),
     (lm.Rule("classifier", nesterov=lm.times(0.5)), ["only a number can be multiplied"]),
-    (lm.Rule("classifier", lr=lambda info: -1), ["rule 'classifier', lr", "'classifier.weight'=-1"]),
+    (
+        lm.Rule("classifier", lr=lambda info: -1),
+        ["rule 'classifier', lr", "'classifier.weight'=-1"],
+    ),
     (lm.Rule("classifier", lr=lambda info: info.shoe), ["failed for 'classifier.weight'", "shoe"]),
     (lm.Rule("classifier", thaw=3, freeze=3), ["'classifier.weight'", "same step 3"]),
     (lm.Rule("classifier", schedule=lambda step: -1.0), ["-1 at step 0"]),
@@ -220,8 +223,9 @@ def test_explain_gives_the_chain_behind_every_number():
     for word in ["trains", "0.1", "by_depth(0.5)", "constant(0.5", "*.bias", "from step 4"]:
         assert word in text, text
     assert "is frozen" in str(optimizer.explain("encoder.layer.0.dense.bias", step=3))
-    assert text == str(plan.preview(encoder((0, 1)), steps=10).explain(
-        "encoder.layer.0.dense.bias", 5))
+    assert text == str(
+        plan.preview(encoder((0, 1)), steps=10).explain("encoder.layer.0.dense.bias", 5)
+    )
 
 
 def test_explain_suggests_names():

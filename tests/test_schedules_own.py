@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import lamina as lm
 from lamina import schedules
 from lamina.errors import ScheduleError
 from lamina.expressions import parse, spell
@@ -61,6 +62,14 @@ def test_a_function_is_registered_and_read_back():
     assert schedule(5) == 0.5
     assert parse("slow_start(length=50)", SCHEDULES, "test") == made(length=50)
     assert spell(made(length=50) >> cosine(), quote=False) == "slow_start(length=50) >> cosine()"
+
+
+def test_a_registered_function_is_in_a_plan_as_toml():
+    register_schedule("slow_start", slow_start)
+    text = 'optimizer = "AdamW"\nlr = 0.001\nschedule = "slow_start(length=50%) >> cosine()"\n'
+    plan = lm.Plan.from_toml(text)
+    assert lm.Plan.from_toml(plan.to_toml()) == plan
+    assert plan.to_toml() == text
 
 
 def test_own_schedules_survive_copies():

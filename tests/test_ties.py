@@ -10,7 +10,7 @@ from torch import nn
 import lamina as lm
 from lamina.errors import PlanError
 from lamina.ties import tie, ties, untie
-from models import Tied, Wrapper, same, train, weights
+from models import Tied, Wrapper, same, weights
 
 
 class LanguageModel(nn.Module):
@@ -147,7 +147,7 @@ def test_bad_pairs_name_themselves_and_change_nothing(pairs, message):
 def test_two_ends_for_one_parameter_are_refused():
     model = built(Translator, {"generator.weight": "target.weight"})
     model.extra = nn.Embedding(6, 4).double()
-    with pytest.raises(PlanError, match="is to become both 'extra.weight' and 'source.weight'"):
+    with pytest.raises(PlanError, match=r"is to become both 'extra.weight' and 'source.weight'"):
         tie(model, {"generator.weight": "source.weight", "target.weight": "extra.weight"})
     assert model.generator.weight is not model.source.weight
 
@@ -160,7 +160,7 @@ def test_other_dtypes_and_devices_are_refused():
     ):
         tie(model, LM)
     model.out.double().to("meta")
-    with pytest.raises(PlanError, match="device meta, but 'embed.weight' has cpu"):
+    with pytest.raises(PlanError, match=r"device meta, but 'embed.weight' has cpu"):
         tie(model, LM)
 
 
@@ -191,7 +191,7 @@ def test_untie_gives_a_copy_of_its_own():
     assert isinstance(model.generator.weight, nn.Parameter)
     with pytest.raises(PlanError, match=r"'generator.weight' is not tied.*source.weight = target"):
         untie(model, "generator.weight")
-    with pytest.raises(PlanError, match="no parameter 'generator'|is a module"):
+    with pytest.raises(PlanError, match="is a module"):
         untie(model, "generator")
 
 
@@ -246,7 +246,8 @@ def test_a_tie_trains_as_in_torch_once_a_step(case, optimizer):
     cls, pairs = CASES[case]
     ours, theirs = built(cls, pairs), built(cls, pairs)
     settings = {"lr": 0.05, "weight_decay": 0.1}
-    settings |= {"momentum": 0.9} if optimizer == "SGD" else {}
+    # A large eps, because gradients that are zero but for rounding must not become whole updates.
+    settings |= {"momentum": 0.9} if optimizer == "SGD" else {"eps": 1e-3}
     a = lm.Plan(optimizer, **settings).build(ours)
     b = getattr(torch.optim, optimizer)(theirs.parameters(), **settings)
     for step in range(5):
@@ -338,8 +339,6 @@ def test_a_tie_that_broke_is_told_at_load(caplog):
 def test_an_intact_tie_says_nothing_at_load(caplog):
     model = built(LanguageModel, LM)
     optimizer = lm.Plan("SGD", lr=0.1).build(model)
-    train_none = optimizer.state_dict()
     with caplog.at_level(logging.WARNING, logger="lamina"):
-        optimizer.load_state_dict(train_none)
+        optimizer.load_state_dict(optimizer.state_dict())
     assert caplog.text == ""
-    assert callable(train)

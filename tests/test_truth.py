@@ -17,6 +17,15 @@ LIGHT = settings(
 LAYERS = st.sampled_from([(0, 1), (0, 2, 5), (0, 1, 2, 3)])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: handing them to threads costs more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trees(plain):
     """Every schedule in a plan."""
     tables = [plain["settings"], *(rule["settings"] for rule in plain["rules"])]
@@ -73,7 +82,6 @@ def assert_truth(plain, layers, run, change=None):
         for name in moved:
             announced = previewed[preview.resolved.cells[preview.resolved.cell_of[name]].name]
             lr, decay = meaning.lr(name, step), meaning.hyper(name, "weight_decay", step)
-            where = f"{name} at step {step}: {plain}"
             assert applied[name] == announced, place()
             assert flags[name] == meaning.trains(name, step), place()
             assert near(announced["lr"], lr), place(announced["lr"], lr)

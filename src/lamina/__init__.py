@@ -6,6 +6,7 @@ from . import optim
 from .errors import (
     HyperparameterError,
     LaminaError,
+    LaminaWarning,
     MissingExtraError,
     NonFiniteError,
     OwnershipError,
@@ -19,20 +20,57 @@ from .errors import (
 from .explain import Explanation
 from .feedback import early_stop, on_plateau, plateau
 from .gradients.operations import agc, clip_norm, clip_param_norm, clip_value, scale
-from .optim import SGD, Adam, AdamW, RMSprop, register_optimizer
+from .optim import (
+    LAMB,
+    LARS,
+    LBFGS,
+    SGD,
+    Adam,
+    AdamW,
+    LayerAdaptiveAdam,
+    Muon,
+    RMSprop,
+    register_optimizer,
+)
 from .optimizer import Optimizer
 from .parameters import ParamInfo
 from .plan import Plan, Rule
 from .preview import Preview
 from .resolve import resolve
 from .resolved import Finding, Resolved
-from .schedules import Schedule, constant, cosine, function, linear, steps, warmup
+from .schedules import (
+    Schedule,
+    Shape,
+    constant,
+    cosine,
+    cyclic,
+    exponential,
+    function,
+    inverse_sqrt,
+    linear,
+    multi_steps,
+    noam,
+    one_cycle,
+    one_cycle_momentum,
+    one_minus_sqrt,
+    polynomial,
+    register_schedule,
+    repeat,
+    steps,
+    table,
+    warm_restarts,
+    warmup,
+    wsd,
+)
 from .settings import by_depth, times, top_down
 from .timeline import Feedback, values_at
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "LBFGS",
     "SGD",
     "Adam",
     "AdamW",
@@ -41,7 +79,10 @@ __all__ = [
     "Finding",
     "HyperparameterError",
     "LaminaError",
+    "LaminaWarning",
+    "LayerAdaptiveAdam",
     "MissingExtraError",
+    "Muon",
     "NonFiniteError",
     "Optimizer",
     "OwnershipError",
@@ -55,6 +96,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "ScheduleError",
+    "Shape",
     "StateError",
     "TaskError",
     "TimeUnitError",
@@ -65,18 +107,32 @@ __all__ = [
     "clip_value",
     "constant",
     "cosine",
+    "cyclic",
     "early_stop",
+    "exponential",
     "function",
+    "inverse_sqrt",
     "linear",
+    "multi_steps",
+    "noam",
     "on_plateau",
+    "one_cycle",
+    "one_cycle_momentum",
+    "one_minus_sqrt",
     "optim",
     "plateau",
+    "polynomial",
     "register_optimizer",
+    "register_schedule",
+    "repeat",
     "resolve",
     "scale",
     "steps",
+    "table",
     "times",
     "top_down",
     "values_at",
+    "warm_restarts",
     "warmup",
+    "wsd",
 ]

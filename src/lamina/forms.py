@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,14 +26,16 @@ from .settings import (
 )
 
 #: every name that an expression in a plan may call
-NAMES: dict[str, Callable[..., Any]] = {
-    **SCHEDULES,
-    "times": times,
-    "by_depth": by_depth,
-    "top_down": top_down,
-    **REACTIONS,
-    **OPERATIONS,
-}
+NAMES: Mapping[str, Callable[..., Any]] = ChainMap(
+    {
+        "times": times,
+        "by_depth": by_depth,
+        "top_down": top_down,
+        **REACTIONS,
+        **OPERATIONS,
+    },
+    SCHEDULES,  # looked up live: users register schedules of their own
+)
 
 #: settings of a rule that are not hyperparameters of an optimizer
 CONTROLS = (

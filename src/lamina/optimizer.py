@@ -64,7 +64,7 @@ class Optimizer(Steerable):
         self.skipped = 0
         self.last_load: LoadReport | None = None
         self._audit = Audit(model, on=audit)
-        self._ties = Watched(owned)
+        self._ties = Watched(model, owned)
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}

@@ -208,12 +208,12 @@ def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
     pairs = []
     for shared in spans.values():
         shared.sort(key=lambda item: item[:3])
-        _, end, _, widest = shared[0]
-        for low, high, _, owned in shared[1:]:
+        _, end, at, widest = shared[0]
+        for low, high, place, owned in shared[1:]:
             if low < end:
-                pairs.append((widest, owned))
+                pairs.append((widest, owned) if at < place else (owned, widest))
             if high > end:
-                end, widest = high, owned
+                end, at, widest = high, place, owned
     return pairs
 
 

@@ -60,7 +60,7 @@ def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
         True
     """
     _refuse_taken(model, "tie")
-    found = _by_name(collect(model))
+    found = by_name(collect(model))
     goes: dict[int, Owned] = {}  # by identity of a Parameter: what it is to become
     for name, to in pairs.items():
         source, target = _find(found, name, model), _find(found, to, model)
@@ -90,7 +90,7 @@ def untie(model: nn.Module, name: str) -> None:
         PlanError: for an unknown name, or one that is not tied; nothing was changed.
     """
     _refuse_taken(model, "untie")
-    found = _by_name(collect(model))
+    found = by_name(collect(model))
     owned = _find(found, name, model)
     module, attribute = owned.places[owned.info.names.index(name)]
     if len(owned.info.names) == 1:
@@ -135,13 +135,15 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
 class Watched:
     """The ties of a model as an optimizer found them; `warn` logs those that broke since."""
 
-    def __init__(self, owned: Iterable[Owned]) -> None:
-        self._ties = [(item.info.names, item.places) for item in owned if len(item.info.names) > 1]
+    def __init__(self, model: nn.Module, owned: Iterable[Owned]) -> None:
+        self._model = model
+        self._ties = [item.info.names for item in owned if len(item.info.names) > 1]
 
     def warn(self) -> None:
         """Log every tie that broke, with the call that ties it again."""
-        for names, places in self._ties:
-            parts = broken(names, places)
+        live = by_name(collect(self._model)) if self._ties else {}
+        for names in self._ties:
+            parts = broken(names, live)
             if len(parts) > 1:
                 log.warning(
                     "the tie %s is broken: only one of its parts trains. Call %s and build the "
@@ -151,16 +153,20 @@ class Watched:
                 )
 
 
-def broken(names: Sequence[str], places: Sequence[Place]) -> list[tuple[str, ...]]:
-    """The names of a tied parameter, by what they are now: more than one part if the tie broke.
+def by_name(found: Iterable[Owned]) -> dict[str, Owned]:
+    """Parameters by each of their names."""
+    return {name: item for item in found for name in item.info.names}
 
-    A name whose module lost the parameter is in no part.
+
+def broken(names: Iterable[str], live: Mapping[str, Owned]) -> list[tuple[str, ...]]:
+    """The names of a tie by what they are now: more than one part if the tie broke.
+
+    A name that is no longer in the model is in no part.
     """
     parts: dict[int, list[str]] = {}
-    for name, (module, attribute) in zip(names, places, strict=True):
-        now = module._parameters.get(attribute)
-        if now is not None:
-            parts.setdefault(id(now), []).append(name)
+    for name in names:
+        if name in live:
+            parts.setdefault(id(live[name].tensor), []).append(name)
     return [tuple(part) for part in parts.values()]
 
 
@@ -191,10 +197,6 @@ def _refuse_taken(model: nn.Module, action: str) -> None:
                 f"{action}: {sharded[0]!r} is already sharded over processes (DTensor). Call "
                 f"lamina.{action} before sharding the model."
             )
-
-
-def _by_name(found: Iterable[Owned]) -> dict[str, Owned]:
-    return {name: item for item in found for name in item.info.names}
 
 
 def _find(found: Mapping[str, Owned], name: str, model: nn.Module) -> Owned:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import ScheduleError
 from .gradients.operations import Operation
-from .resolved import Cell, Resolved, Setting, Trigger
+from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger
 from .schedules import Schedule
 
 
@@ -122,6 +122,8 @@ class Values:
             lr = lr * self.reaction(cell.feedback)
         if cell.rewarm is not None:
             lr = lr * self._rewarm(cell)
+        if cell.windows == ALWAYS:
+            return float(lr) if self._scalar else lr + np.zeros_like(self._steps)
         active = self.inside(cell)
         if self._scalar:
             return float(lr) if active else 0.0

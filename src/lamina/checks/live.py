@@ -13,7 +13,7 @@ from ..findings import listed, model_findings
 from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
 from ..resolved import Cell, Finding, Resolved, Trigger
 from ..state import LoadReport
-from ..ties import broken, tie_again
+from ..ties import broken, by_name, tie_again
 
 _REBUILD = (
     "Build the optimizer from the plan again, after the change to the model, and load this one's "
@@ -41,7 +41,7 @@ def examine(
         load: what the last load came to, if there was one.
     """
     owned = collect(model)
-    live = {name: item for item in owned for name in item.info.names}
+    live = by_name(owned)
     rows = list(_rows(resolved, groups))
     if not any(_is_there(info, param, live) for _, info, param in rows):
         return (
@@ -81,9 +81,7 @@ def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
     """Names that were one parameter at build and are several now."""
     findings = []
     for _, info, _ in rows:
-        names = [name for name in info.names if name in live]
-        places = [live[name].places[live[name].info.names.index(name)] for name in names]
-        parts = broken(names, places)
+        parts = broken(info.names, live)
         if len(parts) > 1:
             findings.append(
                 Finding(

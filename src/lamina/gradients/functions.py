@@ -98,10 +98,12 @@ def clip_grad_norm_(
         raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
     parts = _parts(parameters, max_norm, "max_norm")
     norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
-    for part, norm, value in zip(parts, norms, _on_host(norms), strict=True):
+    values = _on_host(norms)
+    for part, value in zip(parts, values, strict=True):
         if not math.isfinite(value):
             _not_finite(part, error_if_nonfinite)
-        elif value + 1e-6 > part.limit:
+    for part, norm, value in zip(parts, norms, values, strict=True):
+        if math.isfinite(value) and value + 1e-6 > part.limit:
             _multiply(part.grads, torch.clamp(part.limit / (norm + 1e-6), max=1.0))
     if isinstance(max_norm, Mapping):
         return {part.key: norm for part, norm in zip(parts, norms, strict=True)}
@@ -178,11 +180,12 @@ def _not_finite(part: _Part, fail: bool) -> None:
         ),
         None,
     )
-    what = (
-        f"the gradient of {bad} is NaN or infinite"
-        if bad is not None
-        else f"the norm of the gradients overflows, the largest is that of {_largest(part)}"
-    )
+    if bad is not None:
+        what = f"the gradient of {bad} is NaN or infinite"
+    elif any(hasattr(grad, "to_local") for grad in part.grads):
+        what = "a gradient on another process is NaN or infinite, or the norm overflows"
+    else:
+        what = f"the norm of the gradients overflows, the largest is that of {_largest(part)}"
     if fail:
         raise NonFiniteError(f"clip_grad_norm_: {what}; no gradient was changed. Skip this step.")
     warnings.warn(

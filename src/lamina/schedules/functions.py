@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ScheduleError
+from ..expressions import spell
 from ..time import TimeLike
 from .base import EITHER, Floats, Schedule
 from .shape import Shape
@@ -20,21 +21,10 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {}
 
 
 @dataclass(frozen=True, repr=False)
-class Function(Shape):
-    """Any function of the step, as a factor or as a value, depending on where it stands.
+class Computed(Shape):
+    """A schedule whose formula is a Python function of the step."""
 
-    Formula: `f(t)`, with t counted from the first step of this phase.
-
-    Args:
-        f: takes a step and gives a number; tried on an array of steps, else called step by step.
-        length: how long, in any unit of time; the rest of the run by default.
-
-    Example:
-        >>> function(lambda t: 0.95**t)(0)
-        1.0
-    """
-
-    spelling: ClassVar[str] = "function"
+    spelling: ClassVar[str] = "computed"
     needs_length: ClassVar[bool] = False
     f: Callable[[Any], Any]
     length: TimeLike | None = None
@@ -43,10 +33,6 @@ class Function(Shape):
         if not callable(self.f):
             raise ScheduleError(f"function was given {self.f!r}; expected a function of the step.")
         super().__post_init__()
-
-    def spelled(self, quote: bool) -> str:
-        name = getattr(self.f, "__qualname__", repr(self.f))
-        return f"function({name}{'' if self.length is None else f', length={self.length!r}'})"
 
     @property
     def kind(self) -> str:
@@ -66,6 +52,28 @@ class Function(Shape):
             ) from error
 
 
+@dataclass(frozen=True, repr=False)
+class Function(Computed):
+    """Any function of the step, as a factor or as a value, depending on where it stands.
+
+    Formula: `f(t)`, with t counted from the first step of this phase.
+
+    Args:
+        f: takes a step and gives a number; tried on an array of steps, else called step by step.
+        length: how long, in any unit of time; the rest of the run by default.
+
+    Example:
+        >>> function(lambda t: 0.95**t)(0)
+        1.0
+    """
+
+    spelling: ClassVar[str] = "function"
+
+    def spelled(self, quote: bool) -> str:
+        name = getattr(self.f, "__qualname__", repr(self.f))
+        return f"function({name}{'' if self.length is None else f', length={self.length!r}'})"
+
+
 @lru_cache(maxsize=256)
 def _takes_arrays(f: Callable[[Any], Any]) -> bool:
     """Whether f maps arrays element by element; probed on two steps, the same each time."""
@@ -81,14 +89,15 @@ def _takes_arrays(f: Callable[[Any], Any]) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class Registered(Function):
+class Registered(Computed):
     """A function of the step with a name, under which TOML can hold it."""
 
     spelling: ClassVar[str] = "registered"
     name: str = field(default="", kw_only=True)
 
     def spelled(self, quote: bool) -> str:
-        return f"{self.name}({'' if self.length is None else f'length={self.length!r}'})"
+        length = "" if self.length is None else f"length={spell(self.length, quote)}"
+        return f"{self.name}({length})"
 
 
 def register_schedule(name: str, schedule: Any) -> Callable[..., Schedule]:

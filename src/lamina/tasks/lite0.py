@@ -9,7 +9,6 @@ and ReLU6 in place of swish.
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +140,7 @@ def load_pretrained(path: Path, classes: int | None = None) -> Lite0:
         missing = [name for name in found.missing_keys if classes is None or "_fc." not in name]
         if missing or found.unexpected_keys:
             raise ValueError(f"missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
-    except (OSError, EOFError, ValueError, RuntimeError, AttributeError, UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise TaskError(
             f"The image network {path} cannot be loaded ({' '.join(str(error).split())}). "
             f"Remove the folder {path.parent} to fetch it anew."

@@ -1,0 +1,1 @@
+"""Measurements of lamina beside torch, in one process: `python -m benchmarks`."""

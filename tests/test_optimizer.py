@@ -1,0 +1,343 @@
+"""The optimizer under a plan: torch's interface, ownership, accidents, compiled training."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lamina as lm
+from models import backward, encoder, equal, mlp, same, train, weights
+
+PLAN = lm.Plan(
+    lm.AdamW,
+    lr=0.05,
+    weight_decay=0.1,
+    schedule=lm.warmup(3) >> lm.cosine(to=0.1),
+    clip_norm=1.0,
+    rules=[lm.Rule("body", thaw=4, lr=lm.times(0.5)), lm.Rule("head.bias", weight_decay=0)],
+)
+
+
+def built(plan=PLAN, steps=30, seed=0):
+    model = mlp(seed)
+    return model, plan.build(model, steps=steps)
+
+
+def lrs(optimizer):
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+# --------------------------------------------------------------------------- torch's interface
+
+
+def test_it_is_a_torch_optimizer_with_plain_groups():
+    _, optimizer = built()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert [type(group) for group in optimizer.param_groups] == [dict] * 3
+    assert all(type(group["lr"]) is float for group in optimizer.param_groups)
+    assert optimizer.clock == 0
+    assert "AdamW" in repr(optimizer)
+
+
+def test_groups_hold_the_next_values_and_applied_those_of_the_step_just_done():
+    model, optimizer = built()
+    assert optimizer.applied == {}
+    for step in range(8):
+        announced = lrs(optimizer)
+        train(model, optimizer, 1, first=step)
+        assert {name: hyper["lr"] for name, hyper in optimizer.applied.items()} == announced
+        assert optimizer.clock == step + 1
+    assert lrs(optimizer) != announced
+
+
+def test_lr_is_zero_while_frozen():
+    model, optimizer = built()
+    seen = []
+    for step in range(6):
+        seen.append(lrs(optimizer)["body"])
+        train(model, optimizer, 1, first=step)
+    assert seen[:4] == [0.0] * 4
+    assert seen[4] > 0
+
+
+def test_the_closure_is_called_with_gradients_enabled_and_its_value_returned():
+    model, optimizer = built()
+    twin, other = built()
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        return backward(model, 0)
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    (expected,) = train(twin, other, 1)
+    assert torch.equal(loss, expected)
+    assert same(weights(model), weights(twin))
+    assert optimizer.clock == 1
+
+
+def test_step_hooks_run_around_the_step():
+    model, optimizer = built()
+    seen = []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt.clock)))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt.clock)))
+    train(model, optimizer, 2)
+    assert seen == [("pre", 0), ("post", 1), ("pre", 1), ("post", 2)]
+
+
+def test_add_param_group_is_refused_with_what_to_do_instead():
+    _, optimizer = built()
+    with pytest.raises(lm.PlanError, match=r"thaw=.*new optimizer.*state_dict"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    assert len(optimizer.param_groups) == 3
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    model, optimizer = built()
+    before = model.head.bias.detach().clone()
+    for step in range(3):
+        backward(model, step)
+        model.head.bias.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.head.bias, before)
+    assert float(optimizer.state[model.head.bias]["step"]) == 0.0
+    assert float(optimizer.state[model.head.weight]["step"]) == 3.0
+
+
+def test_each_parameter_counts_its_own_updates():
+    model, optimizer = built()
+    train(model, optimizer, 6)
+    assert optimizer.clock == 6
+    assert float(optimizer.state[model.head.weight]["step"]) == 6.0
+    assert float(optimizer.state[model.body.weight]["step"]) == 2.0
+
+
+def test_left_over_gradients_are_dropped_at_a_freeze():
+    model = mlp()
+    optimizer = lm.Plan("SGD", lr=0.1, momentum=0.9, rules=[lm.Rule("body", freeze=2)]).build(model)
+    train(model, optimizer, 2)
+    assert model.body.weight.grad is None
+    before = model.body.weight.detach().clone()
+    model.body.weight.grad = torch.ones_like(before)
+    optimizer.step()
+    assert torch.equal(model.body.weight, before)
+
+
+def test_no_model_is_walked_and_no_pattern_read_in_a_step(monkeypatch):
+    model, optimizer = built()
+    calls = []
+    for step in range(6):
+        optimizer.zero_grad()
+        backward(model, step)
+        with monkeypatch.context() as patch:
+            for name in ("named_modules", "named_parameters", "modules", "parameters"):
+                patch.setattr(torch.nn.Module, name, lambda *args, **kwargs: calls.append(args))
+            patch.setattr("lamina.patterns._parse", lambda *args: calls.append(args))
+            optimizer.step()
+    assert calls == []
+    assert optimizer.clock == 6
+
+
+# -------------------------------------------------------------------------------- ownership
+
+
+@pytest.mark.parametrize(
+    ("key", "written"), [("lr", 0.123), ("weight_decay", 0.5), ("betas", (0.5, 0.5)), ("lr", None)]
+)
+def test_a_foreign_write_is_refused_by_name_and_can_be_undone(key, written):
+    model, optimizer = built()
+    train(model, optimizer, 2)
+    group = optimizer.param_groups[1]
+    right, before = group[key], weights(model)
+    group[key] = written
+    backward(model)
+    with pytest.raises(lm.OwnershipError) as caught:
+        optimizer.step()
+    message = str(caught.value)
+    for word in [repr(group["name"]), f"{key}={written!r}", repr(right), "optimizer.override("]:
+        assert word in message, message
+    assert same(weights(model), before)
+    assert optimizer.clock == 2
+    group[key] = right
+    optimizer.step()
+    assert optimizer.clock == 3
+    assert not same(weights(model), before)
+
+
+def test_a_key_that_was_removed_is_a_foreign_write():
+    _, optimizer = built()
+    del optimizer.param_groups[0]["eps"]
+    with pytest.raises(lm.OwnershipError, match="eps=nothing"):
+        optimizer.step()
+
+
+def test_a_scheduler_of_torch_is_a_foreign_writer():
+    model, optimizer = built(lm.Plan("SGD", lr=0.1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(model, optimizer, 1)
+    scheduler.step()
+    with pytest.raises(lm.OwnershipError, match="a scheduler"):
+        train(model, optimizer, 1)
+
+
+def test_the_scheduler_view_satisfies_trainers_and_changes_nothing():
+    model, optimizer = built()
+    view = optimizer.scheduler_view()
+    assert isinstance(view, torch.optim.lr_scheduler.LRScheduler)
+    for step in range(5):
+        train(model, optimizer, 1, first=step)
+        expected = [group["lr"] for group in optimizer.param_groups]
+        view.step()
+        view.step()
+        assert view.get_last_lr() == expected == view.get_lr()
+        assert view.last_epoch == optimizer.clock == step + 1
+    view.load_state_dict(view.state_dict())
+    assert all("initial_lr" not in group for group in optimizer.param_groups)
+
+
+# --------------------------------------------------------------------------------- accidents
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_bad_gradient_leaves_weights_state_and_clock(policy, bad, caplog):
+    plan = lm.Plan("AdamW", lr=0.1, weight_decay=0.1, clip_norm=1.0, nonfinite=policy)
+    model, optimizer = built(plan)
+    train(model, optimizer, 2)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    backward(model, 2)
+    model.head.weight.grad[0, 0] = bad
+    if policy == "raise":
+        with pytest.raises(lm.NonFiniteError, match=r"'head.weight'.*step 2"):
+            optimizer.step()
+    else:
+        with caplog.at_level(logging.WARNING, "lamina"):
+            optimizer.step()
+        assert "step 2 skipped" in caplog.text
+        assert "'head.weight'" in caplog.text
+        assert optimizer.skipped == 1
+    assert same(weights(model), before)
+    assert optimizer.clock == 2
+    assert equal(optimizer.state_dict(), state)
+    train(model, optimizer, 1, first=3)
+    assert optimizer.clock == 3
+
+
+def test_a_grad_scaler_that_skips_a_step_leaves_the_clock():
+    model = mlp(dtype=torch.float32)
+    optimizer = PLAN.build(model, steps=30)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    clocks, before = [], None
+    for step in range(5):
+        optimizer.zero_grad()
+        x = torch.ones(2, 3) * (float("inf") if step == 2 else 1.0)
+        before = weights(model)
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        clocks.append(optimizer.clock)
+        assert same(weights(model), before) == (step in (0, 2))  # the warmup begins at lr 0
+    assert clocks == [1, 2, 2, 3, 4]
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_grad_scaler_hands_on_unscaled_gradients():
+    model, twin = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
+    optimizer, other = (lm.Plan("SGD", lr=0.5, clip_norm=0.1).build(m) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.ones(2, 3)).square().mean()).backward()
+    scaler.step(optimizer)
+    twin(torch.ones(2, 3)).square().mean().backward()
+    other.step()
+    torch.testing.assert_close(weights(model), weights(twin))
+
+
+# ------------------------------------------------------------------------------------ copies
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_copies_of_model_and_optimizer_continue_exactly(copied, at):
+    model, optimizer = built()
+    train(model, optimizer, at)
+    twin, other = copied((model, optimizer))
+    assert other.clock == at
+    assert other.plan == PLAN
+    for step in range(at, 12):
+        train(model, optimizer, 1, first=step)
+        train(twin, other, 1, first=step)
+        assert same(weights(model), weights(twin)), step
+        assert lrs(optimizer) == lrs(other)
+        assert optimizer.applied == other.applied
+    assert twin.body.weight is not model.body.weight
+    assert twin.body.weight.requires_grad
+
+
+# --------------------------------------------------------------------------- compiled training
+
+
+def step_by_step(model, optimizer, forward):
+    def run(x):
+        optimizer.zero_grad()
+        loss = forward(x).square().mean()
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["model", "step"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_thirty_compiled_steps_equal_eager_ones(what):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    accounts = []
+    for compiled in (False, True):
+        model = encoder((0, 1), dtype=torch.float32)
+        rules = [lm.Rule("embeddings", frozen=True), lm.Rule("encoder.layer.0", lr=lm.times(0.5))]
+        plan = lm.Plan(
+            lm.AdamW,
+            lr=0.05,
+            schedule=lm.warmup(3) >> lm.cosine(to=0.1),
+            clip_norm=1.0,
+            rules=rules,
+        )
+        optimizer = plan.build(model, steps=30)
+        forward = torch.compile(model, backend=counter) if compiled and what == "model" else model
+        run = step_by_step(model, optimizer, forward)
+        run = torch.compile(run, backend=counter) if compiled and what == "step" else run
+        account = []
+        for step in range(30):
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            run(x)
+            account.append((optimizer.clock, lrs(optimizer), dict(optimizer.applied)))
+        accounts.append((weights(model), account))
+    (eager, expected), (compiled, found) = accounts
+    assert found == expected
+    assert [clock for clock, _, _ in found] == list(range(1, 31))
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert 1 <= counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+def test_a_thaw_under_compile_trains_the_thawed_part():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    accounts = []
+    for compiled in (False, True):
+        model, optimizer = built()
+        forward = torch.compile(model, backend=counter) if compiled else model
+        run = step_by_step(model, optimizer, forward)
+        for step in range(8):
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).double()
+            run(x)
+        accounts.append(weights(model))
+    torch.testing.assert_close(*accounts)
+    assert not torch.equal(accounts[1]["body.weight"], mlp().body.weight)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
