@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import time
-from .errors import HyperparameterError, PlanError, TimeUnitError
+from .errors import HyperparameterError, PlanError, TimeUnitError, TimeUnitError
 from .expressions import parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
 from .gradients.operations import OPERATIONS, Apply, Operation
@@ -66,7 +66,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     if key == "optimizer":
         return optimizer_class(value)
     if isinstance(value, str):
-        value = parse(value, NAMES, place)
+        is_time = key in ("thaw", "freeze") and "(" not in value
+        value = _time(value, place) if is_time else parse(value, NAMES, place)
     if key in ("frozen", "hold"):
         if not isinstance(value, bool):
             raise PlanError(f"{place}={value!r}: expected True or False.")
@@ -75,7 +76,7 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
             return value
         try:
-            return time.parse(value).text
+            return _time(value, place)
         except TimeUnitError as error:
             raise TimeUnitError(f"{place}: {error}") from error
     if key in ("schedule", "rewarm"):
@@ -89,6 +90,13 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     if key == "gradients":
         return _operations(value, place)
     return _hyperparameter(value, place)
+
+
+def _time(value: Any, place: str) -> time.TimeLike:
+    try:
+        return time.parse(value).text
+    except TimeUnitError as error:
+        raise TimeUnitError(f"{place}: {error}") from error
 
 
 def _factor(value: Any, place: str) -> Schedule | None:

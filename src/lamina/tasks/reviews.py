@@ -22,6 +22,7 @@ from lamina.tasks.probe import probe_accuracy
 from lamina.tasks.snippets import Batch, Encoded, Snippet, collate, loaders, read_snippets, split
 
 PLAN = Path(__file__).with_name("reviews.toml")
+EXAMPLES = "texts"
 DEFAULTS = {"epochs": 3, "batch_size": 16, "seed": 0}
 
 TRAIN_TEXTS = 896
