@@ -16,7 +16,7 @@ from .candidates import Bench, against_torch, layer_adaptive
 from .measure import Timing, interleave
 from .shapes import MODELS, numbers
 
-#: (what, optimizer, goal of lamina against torch fused)
+#: what is timed, and the goal of lamina against torch fused
 GOALS = {"step": 1.05, "clip+step": 0.95}
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.errors import HyperparameterError, NonFiniteError, PatternError, PlanError
+from lamina.errors import (
+    HyperparameterError,
+    LaminaWarning,
+    NonFiniteError,
+    PatternError,
+    PlanError,
+)
 from lamina.gradients.functions import clip_grad_norm_, clip_grad_value_
 from lamina.manual import freeze
 from models import Tied, backward, encoder, mlp
@@ -96,7 +102,7 @@ def test_no_gradients_have_norm_zero():
 def test_a_generator_that_was_used_up_is_told():
     parameters = mlp().parameters()
     list(parameters)
-    with pytest.warns(UserWarning, match="generator of parameters is empty") as told:
+    with pytest.warns(LaminaWarning, match="generator of parameters is empty") as told:
         clip_grad_norm_(parameters, 1.0)
     assert told[0].filename == __file__
 
@@ -144,13 +150,13 @@ def test_m11_one_bad_number_changes_no_gradient_and_is_named(bad):
     backward(model)
     model.encoder.layer["1"].dense.bias.grad[1] = bad
     before = grads(model)
-    with pytest.warns(RuntimeWarning, match=r"of 'encoder.layer.1.dense.bias' is NaN or") as told:
+    with pytest.warns(LaminaWarning, match=r"of 'encoder.layer.1.dense.bias' is NaN or") as told:
         norm = clip_grad_norm_(model, 1.0)
     assert told[0].filename == __file__
     assert not math.isfinite(float(norm))
     with pytest.raises(NonFiniteError, match=r"'encoder\.layer\.1\.dense\.bias'.*no gradient was"):
         clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
-    with pytest.warns(RuntimeWarning, match=r"of parameter 6 of shape \(3,\) is NaN"):
+    with pytest.warns(LaminaWarning, match=r"of parameter 6 of shape \(3,\) is NaN"):
         clip_grad_norm_(model.parameters(), 1.0)
     torch.testing.assert_close(grads(model), before, equal_nan=True)
 
@@ -159,7 +165,7 @@ def test_an_overflowing_norm_names_the_largest():
     model = mlp(dtype=torch.float32)
     backward(model)
     model.head.bias.grad.fill_(1e30)
-    with pytest.warns(RuntimeWarning, match=r"overflows, the largest is that of 'head.bias'"):
+    with pytest.warns(LaminaWarning, match=r"overflows, the largest is that of 'head.bias'"):
         clip_grad_norm_(model, 1.0)
     assert float(model.head.bias.grad[0]) == pytest.approx(1e30)
 
@@ -197,7 +203,7 @@ def test_values_by_pattern():
 def test_a_bad_pattern_leaves_the_others_finite():
     model, _ = pair()
     model.embeddings.weight.grad[0, 0] = math.inf
-    with pytest.warns(RuntimeWarning, match=r"embeddings\.weight"):
+    with pytest.warns(LaminaWarning, match=r"embeddings\.weight"):
         norms = clip_grad_norm_(model, {"embeddings": 1.0, "classifier": 1.0})
     assert math.isinf(norms["embeddings"])
     left = torch.stack([p.grad.norm() for p in model.classifier.parameters()]).norm()

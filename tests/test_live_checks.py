@@ -10,7 +10,7 @@ from torch import nn
 import lamina as lm
 from lamina.manual import freeze
 from lamina.ties import tie, ties
-from models import Tied, encoder, mlp, train
+from models import Tied, backward, encoder, mlp, train
 
 
 def codes(findings):
@@ -132,6 +132,19 @@ def test_a_parameter_without_gradient_is_named_after_some_steps(optimizer):
     (finding,) = optimizer.check(model, after=5)
     assert finding.code == "no-gradient"
     assert "unused.weight, unused.bias" in finding.message
+
+
+def test_lbfgs_has_one_state_for_all_and_is_no_finding():
+    model = mlp()
+    optimizer = lm.Plan("LBFGS", lr=0.1).build(model)
+    for _ in range(3):
+
+        def closure():
+            optimizer.zero_grad()
+            return backward(model)
+
+        optimizer.step(closure)
+    assert optimizer.check(model, after=1) == ()
 
 
 def test_frozen_time_does_not_count_as_without_gradient():

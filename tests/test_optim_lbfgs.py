@@ -302,9 +302,7 @@ def search(function, slope, t, max_evals=25):
     def evaluate(t):
         return Point(t, function(t), torch.zeros(1), slope(t))
 
-    return strong_wolfe(
-        evaluate, evaluate(0.0), t, 1.0, tolerance_change=1e-9, max_evals=max_evals
-    )
+    return strong_wolfe(evaluate, evaluate(0.0), t, 1.0, tolerance_change=1e-9, max_evals=max_evals)
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.1, 1.0, 10.0, 100.0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import time
-from .errors import HyperparameterError, PlanError, TimeUnitError, TimeUnitError
+from .errors import HyperparameterError, PlanError, TimeUnitError
 from .expressions import parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
 from .gradients.operations import OPERATIONS, Apply, Operation
@@ -75,10 +75,7 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     if key in ("thaw", "freeze"):
         if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
             return value
-        try:
-            return _time(value, place)
-        except TimeUnitError as error:
-            raise TimeUnitError(f"{place}: {error}") from error
+        return _time(value, place)
     if key in ("schedule", "rewarm"):
         return _factor(value, place)
     if key == "feedback":

@@ -118,7 +118,15 @@ class Optimizer(Steerable):
         return explain(self._resolved, name, self.clock if step is None else step, self._feedback)
 
     def check(self, model: nn.Module, *, after: int = 10) -> tuple[Finding, ...]:
-        """What came apart since build; a parameter may train `after` steps without a gradient."""
+        """What came apart since build: parameters exchanged, ties broken, gradients missing.
+
+        Args:
+            model: the model that the optimizer was built for, as it is now.
+            after: how many steps a parameter may train without ever receiving a gradient.
+
+        Returns:
+            A finding for each thing that is not as it was, or that cannot be meant.
+        """
         return examine(self._resolved, self.param_groups, self.state, model, after, self.last_load)
 
     def scheduler_view(self) -> LRScheduler:

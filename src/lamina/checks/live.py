@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..findings import listed, model_findings
+from ..optim.registry import is_whole_vector
 from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
 from ..resolved import Cell, Finding, Resolved, Trigger
 from ..state import LoadReport
@@ -154,8 +155,10 @@ def _silent(
     """Parameters that trained for some steps and never received a gradient."""
     clock, seen = groups[0]["clock"], groups[0]["feedback"]
     told_by_state = {
-        cell.name for cell, _, param in rows if cell.algorithm is not None or state.get(param)
-    }  # a guest without any state says nothing
+        cell.name
+        for cell, _, param in rows
+        if (cell.algorithm is not None or state.get(param)) and not is_whole_vector(cell.optimizer)
+    }  # a guest without any state, and a state over all parameters at once, say nothing
     names = [
         info.name
         for cell, info, param in rows

@@ -12,7 +12,14 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from ..errors import HyperparameterError, NonFiniteError, PatternError, PlanError, did_you_mean
+from ..errors import (
+    HyperparameterError,
+    LaminaWarning,
+    NonFiniteError,
+    PatternError,
+    PlanError,
+    did_you_mean,
+)
 from ..parameters import collect
 from ..patterns import PatternLike, compile_pattern
 from .norms import each_norm, total_norm, values_of
@@ -191,7 +198,7 @@ def _not_finite(part: _Part, fail: bool) -> None:
     warnings.warn(
         f"clip_grad_norm_: {what}; these gradients were left as they are. Skip this step, or pass "
         "error_if_nonfinite=True.",
-        RuntimeWarning,
+        LaminaWarning,
         stacklevel=4,
     )
 
@@ -261,7 +268,7 @@ def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
         if not given and isinstance(parameters, GeneratorType):
             warnings.warn(
                 "the generator of parameters is empty (used up before?); nothing is clipped.",
-                UserWarning,
+                LaminaWarning,
                 stacklevel=5,
             )
     found: dict[int, tuple[str, torch.Tensor]] = {}
