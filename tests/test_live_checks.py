@@ -283,3 +283,16 @@ def test_requires_grad_set_on_a_module_is_found():
     assert "lamina.freeze(model, 'body')" in finding.fix
     freeze(model, "body")
     assert codes(lm.resolve(plan(), model).findings) == ["frozen-by-model"]
+
+
+def test_what_waits_for_a_metric_is_not_missing_gradients():
+    model = encoder()
+    rules = [lm.Rule("embeddings", thaw=lm.on_plateau("val_loss", patience=1))]
+    optimizer = plan(rules=rules).build(model)
+    train(model, optimizer, 3)
+    assert optimizer.check(model, after=1) == ()
+    for _ in range(3):
+        optimizer.report(val_loss=1.0)
+    train(model, optimizer, 3, first=3)
+    assert float(optimizer.state[model.embeddings.weight]["step"]) > 0
+    assert optimizer.check(model, after=1) == ()

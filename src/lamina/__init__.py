@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import optim
 from .errors import (
+    FrozenMovedError,
     HyperparameterError,
     LaminaError,
     LaminaWarning,
@@ -19,7 +20,9 @@ from .errors import (
 )
 from .explain import Explanation
 from .feedback import early_stop, on_plateau, plateau
+from .gradients.functions import clip_grad_norm_, clip_grad_value_
 from .gradients.operations import agc, clip_norm, clip_param_norm, clip_value, scale
+from .manual import Trainable, freeze, thaw, trainable
 from .optim import (
     LAMB,
     LARS,
@@ -63,6 +66,7 @@ from .schedules import (
     wsd,
 )
 from .settings import by_depth, times, top_down
+from .ties import Tie, tie, ties, untie
 from .timeline import Feedback, values_at
 
 __version__ = "0.1.0"
@@ -77,6 +81,7 @@ __all__ = [
     "Explanation",
     "Feedback",
     "Finding",
+    "FrozenMovedError",
     "HyperparameterError",
     "LaminaError",
     "LaminaWarning",
@@ -99,9 +104,13 @@ __all__ = [
     "Shape",
     "StateError",
     "TaskError",
+    "Tie",
     "TimeUnitError",
+    "Trainable",
     "agc",
     "by_depth",
+    "clip_grad_norm_",
+    "clip_grad_value_",
     "clip_norm",
     "clip_param_norm",
     "clip_value",
@@ -110,6 +119,7 @@ __all__ = [
     "cyclic",
     "early_stop",
     "exponential",
+    "freeze",
     "function",
     "inverse_sqrt",
     "linear",
@@ -129,8 +139,13 @@ __all__ = [
     "scale",
     "steps",
     "table",
+    "thaw",
+    "tie",
+    "ties",
     "times",
     "top_down",
+    "trainable",
+    "untie",
     "values_at",
     "warm_restarts",
     "warmup",

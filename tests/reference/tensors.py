@@ -66,7 +66,7 @@ def layer_adaptive(
     maximize,
     decoupled_weight_decay,
 ) -> list[float]:
-    """step size = lr * mean(abs(exp_avg) / (sqrt(exp_avg_sq) + eps)), update -step size * exp_avg."""
+    """size = lr * mean(abs(exp_avg) / (sqrt(exp_avg_sq) + eps)), update -size * exp_avg."""
     g = [-each for each in grad] if maximize else list(grad)
     if not decoupled_weight_decay:
         g = [each + weight_decay * w for each, w in zip(g, theta, strict=True)]
