@@ -259,6 +259,7 @@ class Optimizer(Steerable):
             state_dict = state_dict if changed is None else changed
         loaded = load_by_name(self, state_dict)
         self.state.update(loaded.state)
+        self.__dict__.pop("_batches", None)  # kept batches hold the old tensors
         for group in self.param_groups:
             group["overrides"] = loaded.overrides.get(group["name"], [])
             group["feedback"] = loaded.feedback

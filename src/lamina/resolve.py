@@ -51,6 +51,7 @@ def resolve_owned(
     for cell in cells:
         _judge(cell, binder)
     _judge_whole_vector(cells)
+    _refuse_tensors(cells, {item.info.name: item for item in owned})
     for scope in scopes:
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.spelling} of {scope.name}")
@@ -76,6 +77,17 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
     if plan.stop is not None:
         found["early stop"] = plan.stop
     return tuple(found.items())
+
+
+def _refuse_tensors(cells: tuple[Cell, ...], owned: dict[str, Owned]) -> None:
+    """Raise `PlanError` for a parameter that its optimizer cannot train (Muon on a vector)."""
+    for cell in cells:
+        if cell.algorithm is None or not cell.windows:
+            continue
+        for info in cell.parameters:
+            refusal = cell.algorithm.refusal(owned[info.name].tensor)
+            if refusal:
+                raise PlanError(f"{info.name!r} {refusal}, by a rule such as 'ndim<2'.")
 
 
 def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:
