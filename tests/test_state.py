@@ -164,6 +164,32 @@ def test_what_is_missing_and_what_is_dropped_is_told():
         assert word in str(report)
 
 
+@pytest.mark.parametrize("plan", [lm.Plan("SGD", lr=0.1), lm.Plan("AdamW", lr=0.1, rules=RULES)])
+def test_an_override_that_no_longer_fits_is_dropped_and_told(plan):
+    _, optimizer = built(lm.Plan(lm.AdamW, lr=0.1, rules=[lm.Rule("head", lr=1.0)]))
+    optimizer.override(eps=1e-3, rule="head" if plan.rules else "default")
+    twin, other = built(plan)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    name = "head" if plan.rules else "default"
+    assert other.last_load.dropped == (f"override of {name!r}",)
+    train(twin, other, 1)
+    assert other.clock == 1
+
+
+KINDS = [(lm.SGD, {"momentum": 0.9}), (lm.AdamW, {}), (lm.RMSprop, {"momentum": 0.5})]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)))
+def test_the_state_of_another_optimizer_does_no_harm(first, second):
+    model, optimizer = built(lm.Plan(first[0], lr=0.01, **first[1]))
+    train(model, optimizer, 3)
+    twin, other = built(lm.Plan(second[0], lr=0.01, **second[1]))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(twin, other, 3, first=3)
+    assert other.clock == 6
+    assert all(torch.isfinite(weight).all() for weight in weights(twin).values())
+
+
 def broken(change):
     model, optimizer = built()
     train(model, optimizer, 6)
@@ -187,6 +213,9 @@ BROKEN = [
     (lambda state: {**state, "param_groups": []}, ["no parameter groups"]),
     (lambda state: state["param_groups"][0].update(clock=-1), ["clock is -1"]),
     (lambda state: state["param_groups"][0].update(clock="5"), ["clock is '5'"]),
+    (lambda state: state["param_groups"][0].update(clock=True), ["clock is True"]),
+    (lambda state: state["state"].update({0: "x"}), ["'body.weight' is 'x'"]),
+    (lambda state: state["state"][0].update(step="x"), ["step of 'body.weight' is 'x'"]),
     (lambda state: [1], ["not an optimizer state"]),
 ]
 

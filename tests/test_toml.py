@@ -1,6 +1,8 @@
 """Plans as TOML: the same plan both ways, and errors that name the file and the key."""
 
+import numpy as np
 import pytest
+import torch
 
 import lamina as lm
 from test_plan import PLANS, README
@@ -58,6 +60,12 @@ def test_hard_patterns_and_numbers_survive():
     assert lm.Plan.from_toml(plan.to_toml()) == plan
 
 
+def test_numpy_numbers_are_written_as_numbers():
+    plan = lm.Plan("SGD", lr=np.float64(0.1), schedule=lm.cosine(to=np.float64(0.1)))
+    assert lm.Plan.from_toml(plan.to_toml()) == plan
+    assert "np." not in repr(plan) + plan.to_toml()
+
+
 def python_only():
     yield lm.Plan("SGD", lr=lambda info: 1.0), ["plan, lr", "<lambda>"]
     yield lm.Plan("SGD", lr=1, schedule=lambda step: 1.0), ["plan, schedule", "function"]
@@ -66,7 +74,8 @@ def python_only():
     yield lm.Plan("SGD", lr=1, rules=[lm.Rule(lambda info: True, lr=2)]), ["pattern", "<lambda>"]
     yield lm.Plan("SGD", lr=1, rules=[lm.Rule("a", lr=lambda info: 1)]), ["rule 'a', lr"]
     yield lm.Plan("Adam", lr=1, betas=(lambda info: 1, 0.9)), ["betas[0]"]
-    yield lm.Plan(type("Mine", (lm.SGD,), {}), lr=1), ["Mine", "register_optimizer"]
+    yield lm.Plan(type("Mine", (lm.SGD,), {}), lr=1), ["register_optimizer('Mine', Mine)"]
+    yield lm.Plan(torch.optim.SGD, lr=1), ["register_optimizer('torch_SGD', SGD)"]
 
 
 @pytest.mark.parametrize(("plan", "words"), list(python_only()))

@@ -56,6 +56,8 @@ def spell(value: object, quote: bool = True) -> str:
         return "[" + ", ".join(spell(item, quote) for item in value) + "]"
     if value == math.inf:
         return 'float("inf")' if quote else "inf"
+    if isinstance(value, float):
+        return repr(float(value))  # also what NumPy made: its own repr cannot be read back
     if quote or not isinstance(value, (str, bool, type(None))):
         return repr(value)
     if isinstance(value, str):

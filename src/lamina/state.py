@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import kernels
-from .errors import StateError
+from .errors import PlanError, StateError
 from .optim.registry import is_whole_vector
+from .overrides import check_override
 from .parameters import clean_names
 from .reporting import begin_all
+from .resolved import Cell
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -61,14 +63,19 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
             state[param] = _entry(info.name, param, entry, whole)
             (kept if entry else missing).append(info.name)
     clock = groups[0].get("clock", 0)
-    if not isinstance(clock, int) or clock < 0:
+    if not isinstance(clock, int) or isinstance(clock, bool) or clock < 0:
         raise StateError(f"the saved clock is {clock!r}; expected a number of steps.")
+    saved_overrides = {g["name"]: list(g["overrides"]) for g in groups if g.get("overrides")}
+    cells = {cell.name: cell for cell in optimizer.resolved.cells}
     overrides = {
-        group["name"]: list(group["overrides"]) for group in groups if group.get("overrides")
+        name: history
+        for name, history in saved_overrides.items()
+        if name in cells and _applies(cells[name], history)
     }
+    lost = [f"override of {name!r}" for name in saved_overrides if name not in overrides]
     seen = {key: dict(value) for key, value in groups[0].get("feedback", {}).items()}
     feedback = {key: seen.get(key, new) for key, new in begin_all(optimizer.resolved).items()}
-    report = LoadReport(tuple(kept), tuple(missing), tuple(entries))
+    report = LoadReport(tuple(kept), tuple(missing), (*entries, *lost))
     return Loaded(state, clock, overrides, feedback, report)
 
 
@@ -91,13 +98,32 @@ def _by_name(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> dict[str
     names = [name for group in groups for name in group["param_names"]]
     indices = [index for group in groups for index in group["params"]]
     cleaned = clean_names(names)
-    return {cleaned[n]: dict(state.get(i, {})) for n, i in zip(names, indices, strict=True)}
+    found = {}
+    for name, index in zip(names, indices, strict=True):
+        entry = state.get(index, {})
+        if not isinstance(entry, Mapping):
+            raise StateError(f"the saved state of {name!r} is {entry!r}; expected a dict.")
+        found[cleaned[name]] = dict(entry)
+    return found
+
+
+def _applies(cell: Cell, history: Sequence[Any]) -> bool:
+    """Whether the overrides of a saved group still fit what the plan makes of it."""
+    try:
+        for _, changed in history:
+            if changed:
+                check_override(cell, changed)
+    except PlanError:
+        return False
+    return True
 
 
 def _entry(name: str, param: torch.Tensor, saved: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """A parameter's state on its device; in the dtype it was saved in."""
     entry: dict[str, Any] = {"step": torch.zeros((), device=kernels.step_device(param))}
     for key, value in saved.items():
+        if key == "step" and not isinstance(value, (int, float, torch.Tensor)):
+            raise StateError(f"the saved step of {name!r} is {value!r}; nothing was loaded.")
         if key == "step":
             entry[key] = torch.as_tensor(value, dtype=torch.float32).to(kernels.step_device(param))
             entry[key] = entry[key].clone()

@@ -130,8 +130,10 @@ def _refuse_functions(value: Any, where: str) -> None:
 def _registered(optimizer: type, where: str) -> str:
     name = optimizer_name(optimizer)
     if OPTIMIZERS.get(name) is not optimizer:
+        package = optimizer.__module__.split(".")[0]
+        free = f"{package}_{name}" if name in OPTIMIZERS else name
         raise PlanError(
-            f"{where}: the optimizer {name} has no registered name that TOML could hold; "
-            f"register it with lamina.register_optimizer({name!r}, {optimizer.__name__})."
+            f"{where}: the optimizer {package}'s {name} has no registered name that TOML could "
+            f"hold; register it with lamina.register_optimizer({free!r}, {name})."
         )
     return name
