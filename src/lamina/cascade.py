@@ -172,7 +172,7 @@ def _operate(
         return tuple(_plain(part, info, where) for part in value)
     if not isinstance(value, (Times, ByDepth)):
         return _plain(value, info, where)
-    if isinstance(earlier, tuple) or isinstance(earlier.scale, (bool, type(None))):
+    if isinstance(earlier, tuple) or isinstance(earlier.scale, (bool, str, type(None))):
         raise HyperparameterError(f"{where}={value!r}: only a number can be multiplied.")
     if isinstance(value, ByDepth):
         return replace(earlier, scale=earlier.scale * value.rate**below_top)

@@ -30,7 +30,8 @@ _MAX_DEPTH = 50
 _MAX_PARTS = 100
 _MAX_DIGITS = 100
 _SHOWN = 120
-_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
+#: words that are values
+WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
 class Spelled:
@@ -204,8 +205,8 @@ class _Parser:
         return tuple(items)
 
     def named(self, name: str) -> Any:
-        if name in _WORDS:
-            return _WORDS[name]
+        if name in WORDS:
+            return WORDS[name]
         if not self.take("("):
             name = _piece(name)
             self.fail(f"{name!r} is not a value; a call is written {name}(...)")

@@ -10,7 +10,7 @@ import torch
 
 from . import time
 from .errors import HyperparameterError, PlanError, TimeUnitError
-from .expressions import parse
+from .expressions import WORDS, parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
 from .gradients.operations import OPERATIONS, Apply, Operation
 from .optim.registry import optimizer_class
@@ -65,6 +65,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     place = f"{where}, {key}"
     if key == "optimizer":
         return optimizer_class(value)
+    if isinstance(value, str) and key not in CONTROLS and _is_word(value):
+        return value  # an option such as line_search_fn="strong_wolfe"; its optimizer judges it
     if isinstance(value, str):
         is_time = key in ("thaw", "freeze") and "(" not in value
         value = _time(value, place) if is_time else parse(value, NAMES, place)
@@ -87,6 +89,10 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     if key == "gradients":
         return _operations(value, place)
     return _hyperparameter(value, place)
+
+
+def _is_word(text: str) -> bool:
+    return text.isidentifier() and text not in WORDS
 
 
 def _time(value: Any, place: str) -> time.TimeLike:

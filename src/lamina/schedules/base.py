@@ -115,8 +115,9 @@ def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
 
 def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
     """The kind of a composition; raises if its parts do not go together."""
-    kinds = {part.kind for part in parts} - {EITHER}
-    values = sum(part.kind == VALUE for part in parts)
+    known = [part.kind for part in parts]  # once: each asks all of its own parts
+    kinds = set(known) - {EITHER}
+    values = known.count(VALUE)
     if (op == ">>" and len(kinds) > 1) or (op == "*" and values > 1):
         listed = ", ".join(f"{part!r} is a {part.kind}" for part in parts)
         raise ScheduleError(

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..errors import ScheduleError
 from ..time import TimeLike
 from .base import EITHER, Floats
 from .shape import Shape, check_finite, check_positive, half_wave, progress
@@ -34,6 +35,8 @@ class Constant(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
+        if self.value is None:
+            raise ScheduleError("constant was given None; expected a number.")
         check_finite(self, value=self.value)
         super().__post_init__()
 
