@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .holding import Holder
 from .parameters import Owned, mark_frozen
@@ -19,14 +20,16 @@ class Freezer:
     """Sets `requires_grad` of the parameters of each cell, marked as the plan's doing.
 
     Under DDP, whose reducer is fixed when it wraps, parts that thaw later keep requires_grad on
-    and only their gradients are dropped; `toggles` says for each cell whether the flag is used.
+    and only their gradients are dropped; so does everything in a model that is wrapped already.
+    `toggles` says for each cell whether the flag is used.
     """
 
     def __init__(self, model: nn.Module, cells: Sequence[Cell], owned: Sequence[Owned]) -> None:
         by_name = {item.info.name: item for item in owned}
         reducer = has_reducer([item.tensor for item in owned])
         self.active: list[bool | None] = [None] * len(cells)
-        self.toggles = [not reducer or not cell.windows for cell in cells]
+        wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+        self.toggles = [not reducer or not (cell.windows or wrapped) for cell in cells]
         self._cells = cells
         self._places = [[by_name[info.name].places for info in cell.parameters] for cell in cells]
         self._holder = Holder(model, owned)
