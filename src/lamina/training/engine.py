@@ -180,6 +180,8 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:  # no process may end its group while another still talks to it
+            self.accelerator.wait_for_everyone()
         self.close()
 
 
