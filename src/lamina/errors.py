@@ -80,7 +80,9 @@ class LaminaWarning(UserWarning):
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
     """A clause that names the closest known words, or an empty string."""
-    close = difflib.get_close_matches(given, list(known), n=limit, cutoff=0.6)
+    by_lower = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(given.lower(), list(by_lower), n=limit, cutoff=0.6)
+    close = [by_lower[word] for word in near]
     return f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
 
 

@@ -197,27 +197,47 @@ class Plan:
 
         return write(self)
 
-    def build(self, model: nn.Module, *, audit: bool = False, **run: Any) -> Optimizer:
+    def build(
+        self,
+        model: nn.Module,
+        *,
+        steps: int | None = None,
+        epochs: float | None = None,
+        steps_per_epoch: int | None = None,
+        accumulate: int = 1,
+        audit: bool = False,
+    ) -> Optimizer:
         """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
 
         Args:
             model: the model, as it will be trained.
+            steps: the length of the run in optimizer steps; or
+            epochs: its length in epochs, with `steps_per_epoch`.
+            steps_per_epoch: optimizer steps in an epoch; batches, with `accumulate`.
+            accumulate: batches that make one optimizer step.
             audit: prove at every step that nothing moved what is frozen (`FrozenMovedError`
                 otherwise); reads all frozen weights twice a step.
-            **run: the length of the run: `steps=` (optimizer steps), or `epochs=` with
-                `steps_per_epoch=`; `accumulate=n` if steps_per_epoch counts batches.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, model, time.run_of(**run), audit)
+        run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
+        return Optimizer(self, model, run, audit)
 
-    def preview(self, model: nn.Module, **run: Any) -> Preview:
+    def preview(
+        self,
+        model: nn.Module,
+        *,
+        steps: int | None = None,
+        epochs: float | None = None,
+        steps_per_epoch: int | None = None,
+        accumulate: int = 1,
+    ) -> Preview:
         """What will happen to every part of a model, before it does; arguments as in `build`."""
         from .freezing import has_reducer
         from .preview import Preview
         from .resolve import resolve
 
-        resolved = resolve(self, model, time.run_of(**run))
+        resolved = resolve(self, model, time.run_of(steps, epochs, steps_per_epoch, accumulate))
         return Preview(resolved, reducer=has_reducer(list(model.parameters())))
 
 
