@@ -14,7 +14,7 @@ from .expressions import spell
 from .feedback import OnPlateau, Plateau
 from .forms import WINDOW
 from .gradients.operations import ClipNorm, Operation
-from .optim.registry import algorithm_of, hyperparameters, known_hyperparameter, optimizer_name
+from .optim.registry import hyperparameters, known_hyperparameter, optimizer_name
 from .parameters import ParamInfo
 from .patterns import compile_pattern
 from .plan import Plan, Rule
@@ -42,8 +42,7 @@ class Draft:
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
-        operation = value.label if isinstance(value, Rule) else spelled(value)
-        self.chains.setdefault(key, []).append(Link(rule, operation, spelled(result)))
+        self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
 
 
 def spelled(value: object) -> str:
@@ -262,6 +261,3 @@ def _nothing_matched(rule: Rule, infos: Sequence[ParamInfo]) -> str:
         f"rule {rule.label!r} matches none of the {len(infos)} parameters. "
         f"The closest parameter names are: {', '.join(near)}."
     )
-
-
-__all__ = ["Draft", "algorithm_of", "cascade", "spelled", "window_text"]

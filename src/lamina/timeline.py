@@ -106,10 +106,6 @@ class Values:
             for key, value in planned.items():
                 values[key] = self._since(begin, changed.get(key, value), values[key])
 
-    def threshold(self, scope: int) -> Any:
-        """The number of the first operation of a scope."""
-        return self._value(self._resolved.scopes[scope].operations[0][1])
-
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """The gradient operations of a scope with their numbers."""
         listed = self._resolved.scopes[scope].operations
