@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -103,17 +102,17 @@ class Engine(torch.optim.Optimizer):
     ) -> bool:
         """Whether a kept batch still holds exactly these tensors (wrappers and users swap them)."""
         batch = known[1]
-        if len(params) != len(batch.params) or not all(map(is_, params, batch.params)):
+        if len(params) != len(batch.params):
             return False
-        if not all(map(is_, entries, known[0])):
-            return False
-        try:
-            return all(map(is_, [e["step"] for e in entries], batch.steps)) and all(
-                all(map(is_, [e.get(key) for e in entries], column))
-                for key, column in batch.columns.items()
-            )
-        except KeyError:
-            return False
+        columns = batch.columns.items()
+        rows = zip(params, batch.params, entries, known[0], batch.steps, strict=True)
+        for index, (param, its_param, entry, its_entry, step) in enumerate(rows):
+            if param is not its_param or entry is not its_entry or entry.get("step") is not step:
+                return False
+            for key, column in columns:
+                if entry.get(key) is not column[index]:
+                    return False
+        return True
 
     def _new_batch(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from .time import Run
 from .timeline import values_at
 
 log = logging.getLogger("lamina")
+_NOTHING: Mapping[str, dict[str, Any]] = MappingProxyType({})
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
@@ -174,7 +176,7 @@ class Optimizer(Steerable):
 
     def _advance(self) -> None:
         self.applied = self._published
-        self._publish(self.clock + 1)
+        self._publish(self.clock + 1, self._published)
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.plan.nonfinite == "raise":
@@ -216,15 +218,22 @@ class Optimizer(Steerable):
 
     # --- values --------------------------------------------------------------------------------
 
-    def _publish(self, clock: int) -> None:
-        """Write the values of step `clock` into the groups, and open or close windows."""
+    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] = _NOTHING) -> None:
+        """Write the values of step `clock` into the groups, and open or close windows.
+
+        `before`: what the groups hold now, which steady cells keep.
+        """
         resolved = self._resolved
         self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
         values = values_at(resolved, clock, self._feedback)
         self._published = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
-            hyper = self._published[cell.name] = values.hyper(index)
-            group.update(hyper, clock=clock)
+            hyper = before.get(cell.name)
+            if hyper is None or not cell.steady or group["overrides"]:
+                hyper = values.hyper(index)
+                group.update(hyper)
+            self._published[cell.name] = hyper
+            group["clock"] = clock
         self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
         self._audit.begin(self.param_groups, self._freezer.active)
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]

@@ -111,6 +111,12 @@ class Cell:
             if any(part.curves for part in (setting if isinstance(setting, tuple) else (setting,)))
         )
 
+    @cached_property
+    def steady(self) -> bool:
+        """Whether its values are the same at every step, unless they are overridden."""
+        factors = (self.schedule, self.feedback, self.rewarm)
+        return self.windows == ALWAYS and not self.moving and factors == (None, None, None)
+
     @property
     def numel(self) -> int:
         """How many numbers train in this cell."""

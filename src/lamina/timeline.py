@@ -73,7 +73,8 @@ class Values:
 
     def active(self, index: int) -> Any:
         """Whether the cell of this index trains."""
-        return self.inside(self._resolved.cells[index])
+        cell = self._resolved.cells[index]
+        return True if self._scalar and cell.steady else self.inside(cell)
 
     def inside(self, cell: Cell) -> Any:
         """Whether a cell trains."""
