@@ -7,7 +7,7 @@ import torch
 
 from lamina.algorithms import ALGORITHMS, Adam, Batch
 from lamina.errors import PlanError
-from lamina.kernels import KERNELS, apply, choose, fused, step_device
+from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
 from reference.table import IN_TORCH, ROWS
 
@@ -375,3 +375,24 @@ def test_canary_a_wrong_operator_is_seen(monkeypatch):
 def test_the_readable_kernel_is_last_and_refuses_nothing():
     assert KERNELS[-1].name == "readable"
     assert KERNELS[-1].refusal(make("Adam", [torch.ones(3, dtype=torch.complex64)])) == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"decoupled_weight_decay": True}])
+def test_blocks_of_a_large_tensor_are_one_tensor(options, monkeypatch):
+    """LayerAdaptiveAdam walks large tensors in blocks; its one step size is that of all of them."""
+    monkeypatch.setattr(per_tensor, "BLOCK", 7)
+    params = [torch.randn(5, 6), torch.randn(3), torch.randn(4, 6).t()]
+    grads = [torch.randn_like(param) for param in params]
+    batches = both("LayerAdaptiveAdam", params, grads, weight_decay=0.1, lr=0.1, **options)
+    assert choose(batches[0])[0].name == "foreach"
+    assert_same(batches, 1e-6)
+
+
+def test_a_block_that_is_lost_is_seen(monkeypatch):
+    """Canary of the test above."""
+    monkeypatch.setattr(per_tensor, "BLOCK", 7)
+    whole = per_tensor._blocks
+    monkeypatch.setattr(per_tensor, "_blocks", lambda tensors: list(whole(tensors))[:-1])
+    batches = both("LayerAdaptiveAdam", [torch.randn(5, 6)], [torch.randn(5, 6)], lr=0.1)
+    with pytest.raises(AssertionError):
+        assert_same(batches, 1e-6)

@@ -341,3 +341,27 @@ def test_a_thaw_under_compile_trains_the_thawed_part():
     assert not torch.equal(accounts[1]["body.weight"], mlp().body.weight)
     assert counter.frame_count <= 2
     torch._dynamo.reset()
+
+
+def test_state_dtype_is_a_setting_of_plans():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).bfloat16()
+    rules = [lm.Rule("1", state_dtype=None)]
+    plan = lm.Plan(lm.AdamW, lr=1e-3, state_dtype=torch.float32, rules=rules)
+    assert lm.Plan.from_toml(plan.to_toml()) == plan
+    optimizer = plan.build(model)
+    model(torch.ones(3, 4).bfloat16()).sum().backward()
+    optimizer.step()
+    found = [optimizer.state[param]["exp_avg"].dtype for param in model.parameters()]
+    assert found == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("wrong", ["float31", 3, torch.int32])
+def test_state_dtype_that_is_none(wrong):
+    with pytest.raises(lm.LaminaError, match=r"state_dtype=.*expected None or one of float32"):
+        lm.Plan(lm.AdamW, lr=1e-3, state_dtype=wrong)
+
+
+@pytest.mark.parametrize("optimizer", [lm.LBFGS, torch.optim.Adagrad])
+def test_state_dtype_of_an_optimizer_that_has_none(optimizer):
+    with pytest.raises(lm.LaminaError, match="no hyperparameter 'state_dtype'"):
+        lm.Plan(optimizer, lr=1e-3, state_dtype="float32").build(torch.nn.Linear(2, 2))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import time
+from .algorithms.base import dtype_name
 from .errors import HyperparameterError, PlanError, TimeUnitError
 from .expressions import WORDS, parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
@@ -65,6 +66,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
     place = f"{where}, {key}"
     if key == "optimizer":
         return optimizer_class(value)
+    if key == "state_dtype":
+        return dtype_name(where, None if value == "none" else value)  # as TOML writes it
     if isinstance(value, str) and key not in CONTROLS and _is_word(value):
         return value  # an option such as line_search_fn="strong_wolfe"; its optimizer judges it
     if isinstance(value, str):

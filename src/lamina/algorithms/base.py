@@ -14,6 +14,7 @@ import torch
 from ..errors import HyperparameterError, did_you_mean
 
 Hyper = Mapping[str, Any]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 State = dict[str, torch.Tensor]
 
 
@@ -164,6 +165,17 @@ def check_number(
     limit = (f"{low:g} <= " if low > -math.inf else "") + key
     limit += f" < {below:g}" if below < math.inf else ", finite"
     raise HyperparameterError(f"{name} was given {key}={value!r}; expected a number, {limit}.")
+
+
+def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
+    """A `state_dtype` by its name, since groups and state dicts hold plain values."""
+    known = {str(each).removeprefix("torch."): each for each in _DTYPES}
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in known:
+        raise HyperparameterError(
+            f"{where} was given state_dtype={dtype!r}; expected None or one of {', '.join(known)}."
+        )
+    return name
 
 
 def begun_dtype(param: torch.Tensor, hyper: Hyper) -> torch.dtype:

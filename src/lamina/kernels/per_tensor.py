@@ -11,6 +11,9 @@ from ..algorithms.base import Batch, begun_dtype, number, trust_ratio
 from ..algorithms.muon import lr_ratio, orthogonalized
 from .base import missing
 
+#: elements that all passes of a rule find in the cache: a few arrays of half a megabyte
+BLOCK = 131_072
+
 
 def lars(batch: Batch, grads: Any) -> None:
     """One step of LARS."""
@@ -64,24 +67,69 @@ def lamb(batch: Batch, grads: Any) -> None:
 def layer_adaptive(batch: Batch, grads: Any) -> None:
     """One step of LayerAdaptiveAdam."""
     hyper, params = batch.hyper, batch.params
-    lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
+    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
+    if params[0].is_cpu:
+        totals = _steadiness_in_blocks(batch, grads)
+    else:
+        totals = _steadiness(batch, grads)
+    if weight_decay and hyper["decoupled_weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    means = batch.columns["exp_avg"]
+    if params[0].is_cpu:  # where reading a number waits for nothing
+        for param, mean, total in zip(params, means, totals, strict=True):
+            param.add_(mean, alpha=-lr / max(param.numel(), 1) * float(total))
+        return
+    shares: Any = [-lr / max(param.numel(), 1) for param in params]
+    sizes = torch._foreach_mul(totals, shares)
+    wide = [size.expand_as(mean) for size, mean in zip(sizes, means, strict=True)]
+    torch._foreach_addcmul_(params, means, wide)
+
+
+def _steadiness(batch: Batch, grads: Any) -> Any:
+    """The sum of abs(m) / (sqrt(v) + eps) of each tensor, its moments updated first."""
+    hyper = batch.hyper
+    weight_decay = number(hyper["weight_decay"])
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
     if weight_decay and not hyper["decoupled_weight_decay"]:
-        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+        grads = torch._foreach_add(grads, batch.params, alpha=weight_decay)
     means, squares = _moments(batch, grads, beta1, beta2)
     if hyper["amsgrad"]:
         largest = batch.columns["max_exp_avg_sq"]
         torch._foreach_maximum_(largest, squares)
         squares = largest
-
     work = torch._foreach_sqrt(squares)
-    torch._foreach_add_(work, eps)
-    quotients = torch._foreach_div(means, work)
-    numbers = [-lr / max(param.numel(), 1) for param in params]
-    sizes = torch._foreach_mul(torch._foreach_norm(quotients, 1), numbers)
-    if weight_decay and hyper["decoupled_weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_addcmul_(params, means, [size.expand_as(m) for size, m in _pairs(sizes, means)])
+    torch._foreach_add_(work, number(hyper["eps"]))
+    return torch._foreach_norm(torch._foreach_div(means, work), 1)
+
+
+def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
+    """As `_steadiness`, a block at a time: all its passes find their numbers in the cache."""
+    hyper, columns = batch.hyper, batch.columns
+    coupled = 0.0 if hyper["decoupled_weight_decay"] else number(hyper["weight_decay"])
+    eps = number(hyper["eps"])
+    beta1, beta2 = (number(beta) for beta in hyper["betas"])
+    keys = ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(hyper["amsgrad"]))
+    totals = []
+    for whole in zip(batch.params, grads, *(columns[key] for key in keys), strict=True):
+        total = 0.0
+        for param, grad, mean, square, *largest in _blocks(whole):
+            if coupled:
+                grad = grad.add(param, alpha=coupled)
+            mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            if largest:
+                square = torch.maximum(largest[0], square, out=largest[0])
+            work = square.sqrt().add_(eps)
+            total += float(torch.div(mean, work, out=work).abs_().sum())
+        totals.append(total)
+    return totals
+
+
+def _blocks(tensors: Sequence[torch.Tensor]) -> Any:
+    """The same elements of all tensors, a block at a time; tensors with gaps are one block."""
+    if tensors[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def muon(batch: Batch, grads: Any) -> None:
@@ -114,7 +162,3 @@ def _norms(tensors: Any) -> torch.Tensor:
 
 def _scalars(vector: torch.Tensor) -> Any:
     return list(vector.unbind())
-
-
-def _pairs(sizes: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> Any:
-    return zip(sizes, means, strict=True)

@@ -10,11 +10,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import kernels
-from ..algorithms.base import Method
+from ..algorithms.base import Method, dtype_name
 from ..engine import Engine
 from ..errors import HyperparameterError, PlanError, StateError
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class DropIn(Engine):
@@ -41,7 +39,7 @@ class DropIn(Engine):
         if implementation.get("fused") and implementation.get("foreach"):
             raise HyperparameterError(f"{name}: fused and foreach cannot both be True.")
         self.algorithm.check(hyper)
-        defaults = {**hyper, **implementation, "state_dtype": _dtype_name(name, state_dtype)}
+        defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
         super().__init__(params, defaults)
         # a tensor belongs to the groups: a group that is added later gets what was given here
         self.defaults = {key: _own(value) for key, value in self.defaults.items()}
@@ -65,7 +63,7 @@ class DropIn(Engine):
         where = self._where(len(self.param_groups), names)
         self._check_params(where, names, params)
         if "state_dtype" in group:
-            group["state_dtype"] = _dtype_name(where, group["state_dtype"])
+            group["state_dtype"] = dtype_name(where, group["state_dtype"])
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         for key, value in group.items():
@@ -148,17 +146,6 @@ class DropIn(Engine):
         self.__setstate__({"param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
-    """A dtype by its name: state dicts hold plain values."""
-    known = {str(each).removeprefix("torch."): each for each in _DTYPES}
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in known:
-        raise HyperparameterError(
-            f"{where} was given state_dtype={dtype!r}; expected None or one of {', '.join(known)}."
-        )
-    return name
 
 
 def _own(value: Any) -> Any:

@@ -93,11 +93,12 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
 def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
     """Raise `HyperparameterError` if the optimizer does not have this hyperparameter."""
     known = hyperparameters(optimizer)
-    if key not in known:
+    own = _OWN if algorithm_of(optimizer) is not None else ()
+    if key not in (*known, *own):
         name = optimizer_name(optimizer)
         raise HyperparameterError(
             f"{where}, but its optimizer {name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(known)}.{did_you_mean(key, [*known, *_SETTINGS])}"
+            f"{', '.join([*known, *own])}.{did_you_mean(key, [*known, *own, *_SETTINGS])}"
         )
 
 
@@ -107,9 +108,11 @@ def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -
     if method is None:
         return
     try:
-        method.check(values)
+        method.check({key: value for key, value in values.items() if key not in _OWN})
     except HyperparameterError as error:
         raise HyperparameterError(f"{where}: {error}") from error
 
 
+#: what lamina's own optimizers take beside the hyperparameters of their rules
+_OWN = ("state_dtype",)
 _SETTINGS = ("schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm", "optimizer")
