@@ -74,15 +74,18 @@ def layer_adaptive(batch: Batch, grads: Any) -> None:
         totals = _steadiness(batch, grads)
     if weight_decay and hyper["decoupled_weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-    means = batch.columns["exp_avg"]
+    means, shares = batch.columns["exp_avg"], _shares(params, lr)
     if params[0].is_cpu:  # where reading a number waits for nothing
-        for param, mean, total in zip(params, means, totals, strict=True):
-            param.add_(mean, alpha=-lr / max(param.numel(), 1) * float(total))
+        for param, mean, total, share in zip(params, means, totals, shares, strict=True):
+            param.add_(mean, alpha=share * float(total))
         return
-    shares: Any = [-lr / max(param.numel(), 1) for param in params]
     sizes = torch._foreach_mul(totals, shares)
     wide = [size.expand_as(mean) for size, mean in zip(sizes, means, strict=True)]
     torch._foreach_addcmul_(params, means, wide)
+
+
+def _shares(params: Sequence[torch.Tensor], lr: float) -> Any:
+    return [-lr / max(param.numel(), 1) for param in params]
 
 
 def _steadiness(batch: Batch, grads: Any) -> Any:
