@@ -68,16 +68,14 @@ def layer_adaptive(batch: Batch, grads: Any) -> None:
     """One step of LayerAdaptiveAdam."""
     hyper, params = batch.hyper, batch.params
     lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
-    if params[0].is_cpu:
-        totals = _steadiness_in_blocks(batch, grads)
-    else:
-        totals = _steadiness(batch, grads)
+    cpu = params[0].is_cpu  # where reading a number waits for nothing
+    totals: Any = _steadiness_in_blocks(batch, grads) if cpu else _steadiness(batch, grads)
     if weight_decay and hyper["decoupled_weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     means, shares = batch.columns["exp_avg"], _shares(params, lr)
-    if params[0].is_cpu:  # where reading a number waits for nothing
+    if cpu:
         for param, mean, total, share in zip(params, means, totals, shares, strict=True):
-            param.add_(mean, alpha=share * float(total))
+            param.add_(mean, alpha=share * total)
         return
     sizes = torch._foreach_mul(totals, shares)
     wide = [size.expand_as(mean) for size, mean in zip(sizes, means, strict=True)]
