@@ -388,6 +388,17 @@ def test_blocks_of_a_large_tensor_are_one_tensor(options, monkeypatch):
     assert_same(batches, 1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"decoupled_weight_decay": True}])
+def test_the_form_for_accelerators(options, monkeypatch):
+    """LayerAdaptiveAdam without a number read on the host, which is for accelerators."""
+    monkeypatch.setattr(per_tensor, "_reads_freely", lambda param: False)
+    monkeypatch.setattr(per_tensor, "_steadiness_in_blocks", None)
+    params = [torch.randn(5, 6), torch.randn(3), torch.randn(4, 6).t()]
+    grads = [torch.randn_like(param) for param in params]
+    batches = both("LayerAdaptiveAdam", params, grads, weight_decay=0.1, lr=0.1, **options)
+    assert_same(batches, 1e-6)
+
+
 def test_a_block_that_is_lost_is_seen(monkeypatch):
     """Canary of the test above."""
     monkeypatch.setattr(per_tensor, "BLOCK", 7)

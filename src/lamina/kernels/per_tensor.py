@@ -68,18 +68,23 @@ def layer_adaptive(batch: Batch, grads: Any) -> None:
     """One step of LayerAdaptiveAdam."""
     hyper, params = batch.hyper, batch.params
     lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
-    cpu = params[0].is_cpu  # where reading a number waits for nothing
-    totals: Any = _steadiness_in_blocks(batch, grads) if cpu else _steadiness(batch, grads)
+    free = _reads_freely(params[0])
+    totals: Any = _steadiness_in_blocks(batch, grads) if free else _steadiness(batch, grads)
     if weight_decay and hyper["decoupled_weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     means, shares = batch.columns["exp_avg"], _shares(params, lr)
-    if cpu:
+    if free:
         for param, mean, total, share in zip(params, means, totals, shares, strict=True):
             param.add_(mean, alpha=share * total)
         return
     sizes = torch._foreach_mul(totals, shares)
     wide = [size.expand_as(mean) for size, mean in zip(sizes, means, strict=True)]
     torch._foreach_addcmul_(params, means, wide)
+
+
+def _reads_freely(param: torch.Tensor) -> bool:
+    """Whether reading a number on the host waits for no device."""
+    return param.is_cpu
 
 
 def _shares(params: Sequence[torch.Tensor], lr: float) -> Any:
