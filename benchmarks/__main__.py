@@ -15,6 +15,7 @@ import lamina as lm
 from .candidates import Bench, against_torch, layer_adaptive
 from .measure import Timing, interleave
 from .shapes import MODELS, numbers
+from .thaw import thaw_rows
 
 #: what is timed, and the goal of lamina against torch fused
 GOALS = {"step": 1.05, "clip+step": 0.95}
@@ -34,7 +35,10 @@ def main() -> None:
         "non-finite gradients": f"{plan.nonfinite} (checked where a norm is computed: clip+step)",
     }
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    results = [*torch_rows(arguments), *adaptive_rows(arguments)]
+    if arguments.thaw:
+        results = thaw_rows(arguments.rounds, arguments.device)
+    else:
+        results = [*torch_rows(arguments), *adaptive_rows(arguments)]
     if arguments.json:
         text = json.dumps({"about": about, "results": results}, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
@@ -49,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 101])
     parser.add_argument("--what", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--no-adaptive", action="store_true", help="leave LayerAdaptiveAdam out")
+    parser.add_argument("--thaw", action="store_true", help="only a top-down thaw of MiniLM")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own)")
     parser.add_argument("--json", type=Path, help="write every round's milliseconds here")
