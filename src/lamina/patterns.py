@@ -196,7 +196,7 @@ def _compile_glob(text: str) -> re.Pattern[str]:
             )
             expression += ")"
         elif part.startswith("[") and len(part) > 2:
-            inside = part[1:-1].replace("\\", "\\\\")
+            inside = re.sub(r"([\\\[&|~]|--)", r"\\\1", part[1:-1])
             expression += f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
             wild = True
         else:
