@@ -38,6 +38,7 @@ LAYERS = [
     "toml",
     "resolved",
     "suggestions",
+    "windows",
     "cascade",
     "findings",
     "resolve",

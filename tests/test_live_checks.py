@@ -251,6 +251,13 @@ def test_reentrant_with_gradual_thawing_says_from_when():
     assert "encoder.layer.0, encoder.layer.1, encoder.layer.2" in finding.message
 
 
+def test_reentrant_behind_what_freezes_later_is_found():
+    rules = [lm.Rule("embeddings", freeze=5)]
+    (finding,) = lm.resolve(plan(rules=rules), checkpointed(True)).findings
+    assert "encoder.layer.0 is under reentrant" in finding.message
+    assert "from step 5 on" in finding.message
+
+
 def test_reentrant_checkpointing_of_transformers_is_found():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .cascade import spelled, window_text
+from .cascade import spelled
 from .errors import PatternError
 from .expressions import spell
 from .optim.registry import optimizer_name
 from .resolved import Cell, Link, Resolved
 from .suggestions import closest
 from .timeline import Feedback, Values, values_at
+from .windows import window_text
 
 
 @dataclass(frozen=True)

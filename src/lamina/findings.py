@@ -88,9 +88,10 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
         return []
     late: dict[int, list[str]] = {}
     for draft in drafts:
-        begin = draft.windows[0][0] if draft.windows else 0
-        if isinstance(begin, int) and begin >= run.steps:
-            late.setdefault(begin, []).append(draft.info.name)
+        begins = (begin for begin, _ in draft.windows if isinstance(begin, int))
+        first = next((begin for begin in begins if begin >= run.steps), None)
+        if first is not None:
+            late.setdefault(first, []).append(draft.info.name)
     return [
         Finding(
             "thaw-after-end",
@@ -176,7 +177,9 @@ def _recompile_limit() -> int:
 
 def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> list[Finding]:
     order = list(windows)
-    moments = sorted({b for spans in windows.values() for b, _ in spans if isinstance(b, int)})
+    moments = sorted(
+        {step for spans in windows.values() for span in spans for step in span if type(step) is int}
+    )
     cut: dict[str, int] = {}
     for path, below in seen.reentrant:
         first = min(order.index(name) for name in below if name in windows)
