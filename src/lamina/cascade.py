@@ -34,6 +34,7 @@ class Draft:
     feedback: tuple[str, Plateau] | None = None
     windows: Windows = ALWAYS
     hold: bool = True
+    frozen_state: str = "keep"
     operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
@@ -133,14 +134,8 @@ def _apply(
         draft.hyper = _defaults(draft.optimizer)
         draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
     for key, value in settings.items():
-        if key == "schedule":
-            draft.schedule = value
-            draft.note(rule, key, value, value)
-        elif key == "hold":
-            draft.hold = value
-            draft.note(rule, key, value, value)
-        elif key == "rewarm":
-            draft.rewarm = value
+        if key in ("schedule", "hold", "frozen_state", "rewarm"):
+            setattr(draft, key, value)
             draft.note(rule, key, value, value)
         elif key == "feedback":
             draft.feedback = None if value is None else (f"plateau of {rule}", value)

@@ -60,6 +60,8 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         Line("optimizer", optimizer_name(cell.optimizer), chains.get("optimizer", ())),
         Line("window", window_text(cell.windows), chains.get("window", ())),
     ]
+    if "frozen_state" in chains:
+        lines.append(Line("frozen_state", cell.frozen_state, chains["frozen_state"]))
     hyper = values.hyper(index)
     for key, value in hyper.items():
         chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))

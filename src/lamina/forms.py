@@ -40,9 +40,10 @@ NAMES: Mapping[str, Callable[..., Any]] = ChainMap(
 #: settings of a rule that are not hyperparameters of an optimizer
 CONTROLS = (
     *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm"),
-    *("clip_norm", "gradients", "hold"),
+    *("clip_norm", "gradients", "hold", "frozen_state"),
 )
 WINDOW = ("frozen", "thaw", "freeze")
+FROZEN_STATE = ("keep", "drop")
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return optimizer_class(value)
     if isinstance(value, str) and key not in CONTROLS and _is_word(value):
         return value  # an option such as line_search_fn="strong_wolfe"; its optimizer judges it
+    if key == "frozen_state":
+        return _frozen_state(value, place)
     if key in ("thaw", "freeze"):
         return _moments(key, value, place)
     if isinstance(value, str):
@@ -106,6 +109,12 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
 
 def _is_word(text: str) -> bool:
     return text.isidentifier() and text not in WORDS
+
+
+def _frozen_state(value: Any, place: str) -> str:
+    if not isinstance(value, str) or value not in FROZEN_STATE:
+        raise PlanError(f"{place}={value!r}: expected 'keep' or 'drop'.")
+    return value
 
 
 def _moments(key: str, value: Any, place: str) -> Any:

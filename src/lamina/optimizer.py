@@ -15,7 +15,7 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
-from .engine import Closure
+from .engine import Closure, new_step
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
@@ -88,7 +88,7 @@ class Optimizer(Steerable):
         for group in self.param_groups:
             if group["name"] not in self._guests:  # guests make their state themselves
                 for param in group["params"]:  # so that nothing needs a step to have state
-                    self.state[param]["step"] = torch.zeros((), device=kernels.step_device(param))
+                    self.state[param]["step"] = new_step(param)
         self._publish(0)
 
     # --- what a user reads ---------------------------------------------------------------------
@@ -225,9 +225,29 @@ class Optimizer(Steerable):
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = self._published[cell.name] = values.hyper(index)
             group.update(hyper, clock=clock)
+        before = self._freezer.active
         self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        self._drop_states(before)
         self._audit.begin(self.param_groups, self._freezer.active)
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+
+    def _drop_states(self, before: Sequence[bool | None]) -> None:
+        """Release the state of what froze now, or was loaded frozen, where the plan says so."""
+        rows = zip(
+            self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
+        )
+        for cell, group, was, now in rows:
+            if now or cell.frozen_state == "keep":
+                continue
+            # Loaded state may come from a plan that keeps it.
+            if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
+                self._drop_state(group)
+
+    def _drop_state(self, group: dict[str, Any]) -> None:
+        super()._drop_state(group)
+        if group["name"] in self._guests:
+            for param in group["params"]:  # guests make their state themselves
+                del self.state[param]
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""

@@ -40,6 +40,9 @@ class Rule:
             `thaw=["1 epochs", "3 epochs"], freeze="2 epochs"` rests in the first and third epoch.
         hold: whether modules that are wholly frozen stay in eval mode (BatchNorm statistics and
             dropout rest with the weights), which is the default.
+        frozen_state: what becomes of the optimizer's state when a window closes: "keep" (the
+            default) takes it up again at the next thaw; "drop" frees its memory, and each thaw
+            begins like an optimizer built then, the parameter's own step count from 0 too.
         rewarm: a factor on `lr` counted from each thaw, such as `warmup(100)`.
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
             a schedule that is a value, or None for no clipping.

@@ -61,6 +61,8 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
             name = next((name for name in info.names if name in entries), None)
             entry = {} if name is None else entries.pop(name)
             state[param] = _entry(info.name, param, entry, whole)
+            if not entry and cell.algorithm is None and not whole:
+                state[param] = {}  # guests begin their state only where there is none at all
             (kept if entry else missing).append(info.name)
     clock = groups[0].get("clock", 0)
     if not isinstance(clock, int) or isinstance(clock, bool) or clock < 0:
