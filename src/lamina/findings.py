@@ -43,6 +43,7 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
         *stray_findings(seen),
+        *_split_ties(seen),
     )
 
 
@@ -143,6 +144,20 @@ def stray_findings(seen: Observed) -> list[Finding]:
             f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
         )
         for path, value in seen.stray
+    ]
+
+
+def _split_ties(seen: Observed) -> list[Finding]:
+    return [
+        Finding(
+            "tie-across-shards",
+            f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
+            "different groups, which made a parameter of each; torch 2.13 refuses the first "
+            "forward of such a model.",
+            "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
+            "group of a module that holds both.",
+        )
+        for names in seen.split
     ]
 
 

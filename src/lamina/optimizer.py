@@ -15,6 +15,7 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
+from .checks.received import Received
 from .engine import Closure, new_step
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
@@ -39,7 +40,7 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
-    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties"),
+    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties", "_received"),
     *("applied", "norms", "skipped", "last_load"),
 )
 
@@ -65,6 +66,7 @@ class Optimizer(Steerable):
         self.last_load: LoadReport | None = None
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
+        self._received = Received()
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
@@ -127,7 +129,8 @@ class Optimizer(Steerable):
         Returns:
             A finding for each thing that is not as it was, or that cannot be meant.
         """
-        return examine(self._resolved, self.param_groups, self.state, model, after, self.last_load)
+        known = (self.param_groups, self.state, model, after, self.last_load, self._received)
+        return examine(self._resolved, *known)
 
     def scheduler_view(self) -> LRScheduler:
         """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
@@ -148,6 +151,7 @@ class Optimizer(Steerable):
         def evaluate() -> Any:
             loss = closure() if closure is not None else None
             self._drop_frozen()
+            self._received.note(groups)
             return loss
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
@@ -184,6 +188,7 @@ class Optimizer(Steerable):
 
     def _batch(self, group: dict[str, Any]) -> Batch | None:
         if group["name"] in self._guests:
+            self._received.note([group])
             return self._guests.batch(group)
         return super()._batch(group)
 
@@ -285,6 +290,7 @@ class Optimizer(Steerable):
             group["feedback"] = loaded.feedback
         self._ties.warn()
         self._audit.forget()
+        self._received.begin(loaded.clock)
         self._publish(loaded.clock)
         self.last_load = loaded.report
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

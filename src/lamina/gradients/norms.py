@@ -13,6 +13,12 @@ def values_of(grad: torch.Tensor) -> torch.Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
+def all_finite(grad: torch.Tensor) -> bool:
+    """Whether every number of a gradient is finite; of a sharded one, on every process alike."""
+    bad = (~torch.isfinite(values_of(grad))).sum()
+    return not int(bad.full_tensor() if hasattr(bad, "full_tensor") else bad)
+
+
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
     """The p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole."""
     dense = [values_of(tensor) for tensor in tensors]
