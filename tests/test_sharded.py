@@ -54,7 +54,18 @@ PLAN = lm.Plan(
 )
 
 
-def sharded(seed: int = 0, also: bool = True) -> nn.Module:
+#: groups that hold parameters of two meshes
+OTHERS = {
+    "RMSprop": lm.Plan(lm.RMSprop, lr=0.01, momentum=0.5, clip_norm=0.1),
+    "Adam": lm.Plan(lm.Adam, lr=0.01, amsgrad=True, clip_norm=0.1),
+    "LAMB": lm.Plan(lm.LAMB, lr=0.01, gradients=[lm.clip_value(0.05)]),
+    "LARS": lm.Plan(lm.LARS, lr=0.1, gradients=[lm.clip_param_norm(0.05)]),
+    "SGD": lm.Plan(lm.SGD, lr=0.1, gradients=[lm.agc(0.01), lm.scale(2.0), lm.clip_norm(0.1)]),
+    "guest": lm.Plan(torch.optim.NAdam, lr=0.01, clip_norm=0.1),
+}
+
+
+def sharded(seed: int = 0) -> nn.Module:
     """The encoder with a shard group for each block; the classifier on a mesh of two dimensions."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -112,7 +123,7 @@ def numbers(model: nn.Module) -> dict[str, list]:
 def assert_near(one: dict[str, list], other: dict[str, list]) -> None:
     assert one.keys() == other.keys()
     for name, values in one.items():
-        mine, theirs = torch.tensor(values), torch.tensor(other[name])
+        mine, theirs = (torch.tensor(each, dtype=torch.float64) for each in (values, other[name]))
         assert float((mine - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max()), name
 
 
@@ -235,6 +246,15 @@ def skip_alike(rank: int) -> dict[str, object]:
     return found
 
 
+def briefly(model: nn.Module, plan: lm.Plan, part: slice = slice(None)) -> dict[str, list]:
+    optimizer = plan.build(model)
+    for step in range(3):
+        forward_backward(model, step, part)
+        optimizer.step()
+        optimizer.zero_grad()
+    return numbers(model)
+
+
 def split_tie() -> dict[str, object]:
     from torch.distributed.fsdp import fully_shard
 
@@ -266,6 +286,7 @@ def work(rank: int, folder: str) -> None:
         "torch": torchs_own_way(folder),
         "skip": skip_alike(rank),
         "tie": split_tie(),
+        "others": {name: briefly(sharded(), plan, part) for name, plan in OTHERS.items()},
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
     leave_group()
@@ -318,6 +339,11 @@ def test_two_processes_do_what_one_does(both, alone):
     assert state.keys() == trained["state"].keys()
     for name, entry in state.items():
         assert_near(trained["state"][name], entry)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_rule_works_over_shards_of_two_meshes(both, name):
+    assert_near(both[0][0]["others"][name], briefly(encoder(LAYERS), OTHERS[name]))
 
 
 def test_windows_toggle_the_flag_and_frozen_shards_do_not_move(both):
