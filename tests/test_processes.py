@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lamina as lm
+from processes import join_group, leave_group, run_processes
 
 
 def small() -> nn.Sequential:
@@ -19,10 +20,7 @@ def small() -> nn.Sequential:
 
 def work(rank: int, folder: str) -> None:
     """One process: what it saw goes to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    join_group(rank, folder)
     model = small()
     wrap_first = folder.endswith("wrapped_first")
     if wrap_first:
@@ -50,16 +48,14 @@ def work(rank: int, folder: str) -> None:
     weights = {name: p.tolist() for name, p in model.module.named_parameters()}
     record = {"seen": seen, "flags": flags, "weights": weights}
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("order", ["wrapped_first", "built_first"])
 def test_two_processes_under_ddp(tmp_path, order):
     tmp_path = tmp_path / order
     tmp_path.mkdir()
-    torch.multiprocessing.start_processes(
-        work, args=(str(tmp_path),), nprocs=2, start_method="spawn"
-    )
+    run_processes(work, tmp_path)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert one["seen"][1]["lr"][-1] == 0.05  # rank 0 stalled; rank 1 alone would not have

@@ -173,6 +173,19 @@ def test_a_guest_resumes_with_a_part_that_has_not_thawed_yet():
     assert "exp_avg" in other.state[model.body.weight]
 
 
+def test_torchs_checkpoint_of_a_guest_that_never_stepped_takes_no_step():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = mlp()
+    optimizer = lm.Plan(torch.optim.NAdam, lr=0.1).build(model)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert optimizer.clock == 0
+    assert all(param.grad is None for param in model.parameters())
+    optimizer.load_state_dict(state)
+    take(model, optimizer, range(1))
+    assert optimizer.clock == 1
+
+
 def test_it_cascades_and_is_shown():
     rules = [
         lm.Rule("*", freeze=4, frozen_state="drop"),

@@ -102,7 +102,11 @@ class Engine(torch.optim.Optimizer):
         self.__dict__.get("_batches", {}).pop(id(group), None)  # kept batches hold them too
         for param in group["params"]:
             # A new dict: a state dict that was taken before holds the old one.
-            self.state[param] = {"step": new_step(param)}
+            self.state[param] = self._begun(group, param)
+
+    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter before its first update."""
+        return {"step": new_step(param)}
 
     @staticmethod
     def _unchanged(

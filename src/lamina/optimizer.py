@@ -16,7 +16,7 @@ from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
 from .checks.received import Received
-from .engine import Closure, new_step
+from .engine import Closure
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
@@ -87,10 +87,9 @@ class Optimizer(Steerable):
         super().__init__(groups, {})
         self._complete = True
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
-        for group in self.param_groups:
-            if group["name"] not in self._guests:  # guests make their state themselves
-                for param in group["params"]:  # so that nothing needs a step to have state
-                    self.state[param]["step"] = new_step(param)
+        for group in self.param_groups:  # so that nothing needs a step to have state
+            for param in group["params"]:
+                self.state[param].update(self._begun(group, param))
         self._publish(0)
 
     # --- what a user reads ---------------------------------------------------------------------
@@ -248,11 +247,9 @@ class Optimizer(Steerable):
             if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
                 self._drop_state(group)
 
-    def _drop_state(self, group: dict[str, Any]) -> None:
-        super()._drop_state(group)
-        if group["name"] in self._guests:
-            for param in group["params"]:  # guests make their state themselves
-                del self.state[param]
+    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        # Guests make their state themselves, where they find an empty one.
+        return {} if group["name"] in self._guests else super()._begun(group, param)
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
