@@ -9,6 +9,7 @@ A plan is plain data, a parameter is {"name", "types", "ndim", "requires_grad"}:
               ("linear", start, to, length)      ("cosine", start, to, length)
               ("steps", every, gamma, start, length)
               (">>", [schedule, ...])            ("*", [schedule, ...])
+    times     of thaw and freeze: a time, or a list of them
     time      500, "500 steps", "0.4 epochs", "10%"; None as a length is the rest of the run
     run       {"steps": n or None, "steps_per_epoch": m or None}
 """
@@ -129,7 +130,7 @@ class Meaning:
         self.tracks = {param["name"]: _Track(plan["settings"], run) for param in params}
         for param in params:
             if not param.get("requires_grad", True):
-                self.tracks[param["name"]].window = None
+                self.tracks[param["name"]].frozen = True
         for index, rule in enumerate(plan["rules"], 1):
             chosen = {param["name"]: select(rule["match"], param) for param in params}
             chosen = {name: depth for name, (hit, depth) in chosen.items() if hit}
@@ -139,10 +140,7 @@ class Meaning:
                 self.tracks[name].take(rule["settings"], index, below, run)
 
     def trains(self, name, step):
-        if self.tracks[name].window is None:
-            return False
-        begin, end = self.tracks[name].window
-        return begin <= step < end if begin < end else step < end or begin <= step
+        return self.tracks[name].trains(step)
 
     def lr(self, name, step):
         """The lr applied at a step; 0 while frozen."""
@@ -152,8 +150,8 @@ class Meaning:
         value = self.hyper(name, "lr", step)
         if track.schedule is not None:
             value *= value_of(track.schedule, step, self.run)
-        thaw = track.window[0]
-        if track.rewarm is not None and 0 < thaw <= step:  # what trains from step 0 has no thaw
+        thaw = max((begin for begin in track.thaws if begin <= step), default=0)
+        if track.rewarm is not None and thaw > 0:  # what trains from step 0 has no thaw
             value *= value_of(track.rewarm, step - thaw, self.run)
         return value
 
@@ -190,7 +188,7 @@ class _Track:
     def __init__(self, settings, run):
         self.hyper = {key: (value, []) for key, value in DEFAULTS.items()}
         self.schedule = self.rewarm = self.clip = None
-        self.window = (0, FOREVER)
+        self.frozen, self.thaws, self.freezes = False, [0], []
         self.take(settings, 0, None, run)
 
     def take(self, settings, rule, below, run):
@@ -215,15 +213,27 @@ class _Track:
         else:
             self.hyper[key] = value, []
 
+    def trains(self, step):
+        """Whether it does: by the last thing that happened, or else what comes first."""
+        if self.frozen:
+            return False
+        happened = [(at, True) for at in self.thaws if at <= step]
+        happened += [(at, False) for at in self.freezes if at <= step]
+        if happened:
+            return max(happened)[1]
+        return min(self.freezes, default=FOREVER) < min(self.thaws, default=FOREVER)
+
     def set_window(self, window, below, run):
-        thaw = window.get("thaw", 0)
+        thaw, freeze = window.get("thaw", []), window.get("freeze", [])
         if isinstance(thaw, tuple):  # top_down
             if below is None:
                 return
             every = exact(thaw[1], run)
             start = every if thaw[2] is None else exact(thaw[2], run)
-            thaw = math.ceil(start + below * every)
-        else:
-            thaw = math.ceil(exact(thaw, run))
-        end = math.ceil(exact(window["freeze"], run)) if "freeze" in window else FOREVER
-        self.window = None if window.get("frozen") else (thaw, end)
+            thaw = [math.ceil(start + below * every)]
+        listed = [thaw if isinstance(thaw, list) else [thaw]]
+        listed += [freeze if isinstance(freeze, list) else [freeze]]
+        self.thaws, self.freezes = ([math.ceil(exact(at, run)) for at in each] for each in listed)
+        if not self.thaws and not self.freezes:  # frozen=False
+            self.thaws = [0]
+        self.frozen = window.get("frozen", False)

@@ -25,6 +25,8 @@ PATTERNS = [
 MODEST = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0, 1.5])
 LENGTHS = st.sampled_from([1, 2, "3 steps", "0.4 epochs", "0.3 epochs", "7%", "12.5%", "10%"])
 THAWS = st.sampled_from([0, 1, 3, "5 steps", "0.4 epochs", "1 epochs", "1.3 epochs", "25%", "33%"])
+#: windows that alternate in every run: at least a step lies between any two of these times
+TURNS = [1, "25%", "45%", "60%", "75%", "90%"]
 FREEZES = st.sampled_from([9, "75%", "2 epochs", "90%", "100%"])
 
 
@@ -94,7 +96,10 @@ def factors(draw, layered):
 
 @st.composite
 def windows(draw, layered):
-    kind = draw(st.sampled_from(["frozen", "thaw", "freeze", "both", "top_down", "rewarm"]))
+    kinds = ["frozen", "thaw", "freeze", "both", "top_down", "rewarm", "several"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "several":
+        return draw(several_windows())
     if kind == "frozen":
         return {"frozen": draw(st.sampled_from([True, True, False]))}
     if kind == "freeze":
@@ -108,6 +113,21 @@ def windows(draw, layered):
     if kind == "rewarm" and found["thaw"] != 0:
         found["rewarm"] = ("warmup", draw(LENGTHS), 0.0)
     return found
+
+
+@st.composite
+def several_windows(draw):
+    """Thaws and freezes in turn, either of them first."""
+    times = draw(st.lists(st.sampled_from(TURNS), min_size=2, unique=True).map(_in_turn))
+    names = ["thaw", "freeze"] if draw(st.booleans()) else ["freeze", "thaw"]
+    found = dict(zip(names, (times[::2], times[1::2]), strict=True))
+    if draw(st.booleans()):
+        found["rewarm"] = ("warmup", draw(LENGTHS), 0.5)
+    return found
+
+
+def _in_turn(times):
+    return sorted(times, key=TURNS.index)
 
 
 @st.composite
@@ -152,6 +172,8 @@ def to_schedule(tree):
 
 
 def to_value(value):
+    if isinstance(value, list):
+        return list(value)
     if not isinstance(value, tuple):
         return value
     if value[0] in SHAPES:

@@ -122,7 +122,11 @@ class Forgetful(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", torch.optim.Adagrad, torch.optim.Adam])
+#: torch's SGD has no state at all without momentum, its Adam none before the first gradient
+GUESTS = [torch.optim.Adagrad, torch.optim.Adam, torch.optim.SGD]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", *GUESTS])
 def test_a_parameter_without_gradient_is_named_after_some_steps(optimizer):
     model = Forgetful()
     optimizer = lm.Plan(optimizer, lr=0.1).build(model)
@@ -134,17 +138,55 @@ def test_a_parameter_without_gradient_is_named_after_some_steps(optimizer):
     assert "unused.weight, unused.bias" in finding.message
 
 
-def test_lbfgs_has_one_state_for_all_and_is_no_finding():
-    model = mlp()
-    optimizer = lm.Plan("LBFGS", lr=0.1).build(model)
-    for _ in range(3):
+def closure_steps(model, optimizer, steps):
+    def closure():
+        optimizer.zero_grad()
+        return backward(model)
 
-        def closure():
-            optimizer.zero_grad()
-            return backward(model)
-
+    for _ in range(steps):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("optimizer", ["LBFGS", torch.optim.SGD])
+def test_who_gets_gradients_is_no_finding_whoever_counts(optimizer):
+    model = mlp()
+    optimizer = lm.Plan(optimizer, lr=0.1).build(model)
+    closure_steps(model, optimizer, 3)
     assert optimizer.check(model, after=1) == ()
+
+
+def test_lbfgs_tells_of_a_parameter_without_gradient():
+    model = Forgetful()
+    optimizer = lm.Plan("LBFGS", lr=0.1).build(model)
+    closure_steps(model, optimizer, 3)
+    (finding,) = optimizer.check(model, after=3)
+    assert finding.message.startswith("unused.weight, unused.bias never received")
+
+
+def test_after_a_load_a_guest_is_judged_by_what_was_seen_since():
+    model = Forgetful()
+    optimizer = lm.Plan(torch.optim.SGD, lr=0.1).build(model)
+    train(model, optimizer, 4)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.check(model, after=1) == ()
+    train(model, optimizer, 2)
+    (finding,) = optimizer.check(model, after=2)
+    assert "unused.weight, unused.bias" in finding.message
+
+
+def test_a_count_that_was_dropped_is_no_missing_gradient():
+    model = mlp()
+    rules = [lm.Rule("body", freeze=[3, 6], thaw=4, frozen_state="drop")]
+    optimizer = plan(rules=rules).build(model)
+    for _ in range(8):
+        train(model, optimizer, 1)
+        assert optimizer.check(model, after=1) == ()
+    silent = plan(rules=[lm.Rule("unused", freeze=3, thaw=5, frozen_state="drop")])
+    forgetful = Forgetful()
+    optimizer = silent.build(forgetful)
+    train(forgetful, optimizer, 7)
+    (finding,) = optimizer.check(forgetful, after=2)
+    assert "unused.weight" in finding.message
 
 
 def test_frozen_time_does_not_count_as_without_gradient():
@@ -249,6 +291,13 @@ def test_reentrant_with_gradual_thawing_says_from_when():
     (finding,) = lm.resolve(plan(rules=rules), checkpointed(True)).findings
     assert "from step 5 on" in finding.message
     assert "encoder.layer.0, encoder.layer.1, encoder.layer.2" in finding.message
+
+
+def test_reentrant_behind_what_freezes_later_is_found():
+    rules = [lm.Rule("embeddings", freeze=5)]
+    (finding,) = lm.resolve(plan(rules=rules), checkpointed(True)).findings
+    assert "encoder.layer.0 is under reentrant" in finding.message
+    assert "from step 5 on" in finding.message
 
 
 def test_reentrant_checkpointing_of_transformers_is_found():

@@ -34,6 +34,8 @@ PLANS = [
     lm.Plan(lm.SGD, rules=[lm.Rule("*", optimizer=lm.AdamW, lr=1.0, thaw=3, freeze="90%")]),
     lm.Plan(lm.SGD, lr=1, clip_norm=lm.linear(1.0, 0.5), rules=[lm.Rule("a", clip_norm=None)]),
     lm.Plan(lm.SGD, lr=1, thaw="10%", rewarm=lm.warmup(5), momentum="linear(0.5, 0.9)"),
+    lm.Plan(lm.SGD, lr=1, rules=[lm.Rule("a", thaw=["1 epochs", 90], freeze="2 epochs")]),
+    lm.Plan(lm.SGD, lr=1, freeze=["10%", "2 epochs"], thaw=["1 epochs"]),
     lm.Plan(lm.SGD, lr=1, rules=[lm.Rule("a", lr=lm.times(lm.cosine(to=0.5)), frozen=False)]),
 ]
 
@@ -89,6 +91,8 @@ def test_texts_are_the_same_as_objects():
         lm.Plan("SGD", lr=lm.linear(0.1, 0.2), schedule=lm.warmup(5) >> lm.cosine(to=0.1))
     )
     assert lm.Rule("a", lr="x0.1") == lm.Rule("a", lr=lm.times(0.1))
+    assert lm.Rule("a", thaw=["3 steps", "2 epochs"]) == lm.Rule("a", thaw=(3, "2 epochs"))
+    assert lm.Rule("a", freeze=["50%"]) == lm.Rule("a", freeze="50%")
     assert lm.Rule("a", betas=[0.5, "linear(0.5, 0.9)"]) == (
         lm.Rule("a", betas=(0.5, lm.linear(0.5, 0.9)))
     )
@@ -130,6 +134,13 @@ BAD = [
     (lambda: lm.Rule("a", frozen=True, thaw=3), ["frozen=True and thaw", "contradict"]),
     (lambda: lm.Rule("a", thaw=0.5), ["rule 'a', thaw", "'50%'"]),
     (lambda: lm.Rule("a", freeze="soon"), ["rule 'a', freeze", "'soon'"]),
+    (lambda: lm.Rule("a", thaw=[]), ["rule 'a', thaw=[] is empty"]),
+    (lambda: lm.Rule("a", freeze=[1, "soon"]), ["rule 'a', freeze[1]", "'soon'"]),
+    (lambda: lm.Rule("a", thaw=[1, [2]]), ["rule 'a', thaw[1]", "[2]"]),
+    (lambda: lm.Rule("a", thaw=[lm.on_plateau("loss")]), ["thaw[0]=on_plateau", "times alone"]),
+    (lambda: lm.Rule("l.{depth}", thaw=[1, "top_down(2)"]), ["thaw[1]=top_down(2)", "alone"]),
+    (lambda: lm.Rule("l.{depth}", thaw=lm.top_down(2), freeze=[3, 9]), ["once", "(3, 9)", "2 t"]),
+    (lambda: lm.Rule("a", thaw=lm.on_plateau("loss"), freeze=3), ["waits for", "freeze=3"]),
     (lambda: lm.Rule("a", thaw=lm.top_down(3)), ["top_down(3)", "{depth}"]),
     (lambda: lm.Rule("a", lr=lm.by_depth(0.9)), ["by_depth(0.9)", "{depth}"]),
     (lambda: lm.Rule("a", optimizer=lm.AdamW), ["changes the optimizer to AdamW", "lr="]),

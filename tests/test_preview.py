@@ -55,6 +55,16 @@ def test_rows_by_hand():
     assert (embeddings.lr_start, embeddings.lr_peak, embeddings.lr_end) == (None, None, None)
 
 
+def test_several_windows_are_all_shown():
+    rules = [lm.Rule("head.*", thaw=[2, "1.5 epochs"], freeze="1 epochs")]
+    preview = lm.Plan("SGD", lr=0.1, rules=rules).preview(Net(), epochs=2, steps_per_epoch=6)
+    row = rows_of(preview)["head.*"]
+    assert (row.first, row.last, row.thaw) == (2, 11, "steps 2 to 5, then step 9 (epoch 1.5)")
+    assert "steps 2 to 5, then step 9" in str(preview)
+    assert "trains steps 2 to 5 and from step 9" in str(preview.explain("head.bias"))
+    assert "thaw=(2, '1.5 epochs'), freeze='1 epochs'" in str(preview.explain("head.bias"))
+
+
 def test_rows_sample_what_is_applied():
     model = Net()
     preview = example().preview(model, steps=12)

@@ -30,6 +30,16 @@ BAD = [
     ),
     (lm.Rule("classifier", lr=lambda info: info.shoe), ["failed for 'classifier.weight'", "shoe"]),
     (lm.Rule("classifier", thaw=3, freeze=3), ["'classifier.weight'", "same step 3"]),
+    (lm.Rule("classifier", thaw=[1, 4], freeze=4), ["thaw at 4", "freeze at 4", "same step 4"]),
+    (lm.Rule("classifier", thaw=[4, 1], freeze=2), ["thaw at 4", "then thaw at 1", "forward"]),
+    (lm.Rule("classifier", thaw=["11%", "20%"]), ["'11%' (step 2)", "'20%' (step 2)", "one step"]),
+    (lm.Rule("classifier", thaw=[1, "50%"]), ["'50%' (step 5)", "without a freeze between"]),
+    (lm.Rule("classifier", freeze=[1, 5]), ["freeze at 1", "without a thaw between"]),
+    (lm.Rule("classifier", thaw=[1, 2], freeze=5), ["thaw at 2", "without a freeze between"]),
+    (
+        lm.Rule("encoder.layer.{depth}.*", thaw=lm.top_down(5), freeze=4),
+        ["freeze at 4 (step 4)", "before its turn", "top_down(5) (step 5)"],
+    ),
     (lm.Rule("classifier", schedule=lambda step: -1.0), ["-1 at step 0"]),
     (lm.Rule("classifier", schedule=lambda step: float("nan")), ["nan at step 0"]),
     (lm.Rule("classifier", schedule=lm.warmup(90) >> lm.cosine()), ["longer than the run", "90"]),
@@ -145,6 +155,12 @@ WINDOWS = [
     ({"thaw": 2, "freeze": "50%"}, range(2, 5)),
     ({"thaw": 5, "freeze": 2}, [0, 1, 5, 6, 7, 8, 9]),
     ({"thaw": 5, "freeze": 0}, range(5, 10)),
+    ({"thaw": [1, 5], "freeze": [3]}, [1, 2, 5, 6, 7, 8, 9]),
+    ({"thaw": ["0.2 epochs", 4], "freeze": ["30%", "1.2 epochs"]}, [1, 2, 4]),
+    ({"freeze": [2, "80%"], "thaw": ["50%"]}, [0, 1, 5, 6, 7]),
+    ({"freeze": [0, 5], "thaw": [2, 8]}, [2, 3, 4, 8, 9]),
+    ({"thaw": [0, 4], "freeze": [2]}, [0, 1, 4, 5, 6, 7, 8, 9]),
+    ({"thaw": [3], "freeze": [6]}, [3, 4, 5]),
 ]
 
 
@@ -188,6 +204,7 @@ FINDINGS = [
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", lr=2, frozen=True)]), ["lr-never-trains"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", thaw=10)]), ["thaw-after-end"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", thaw=9)]), []),
+    (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", thaw=[1, 10], freeze=5)]), ["thaw-after-end"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", lr=0)]), ["lr-zero"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", lr=0, frozen=True)]), ["lr-never-trains"]),
 ]

@@ -126,6 +126,36 @@ def test_the_plan_of_the_readme_is_true():
     assert_truth(PLAIN, (0, 2, 5), RUNS[1])
 
 
+SEVERAL = {
+    "settings": {"lr": 0.5, "weight_decay": 0.1, "schedule": ("linear", None, 0.2, None)},
+    "rules": [
+        {
+            "match": "encoder",
+            "settings": {
+                "thaw": ["0.4 epochs", "1.6 epochs"],
+                "freeze": ["1 epochs"],
+                "rewarm": ("warmup", 3, 0.25),
+                "clip_norm": 0.5,
+            },
+        },
+        {"match": "classifier", "settings": {"freeze": [4, "80%"], "thaw": ["50%"]}},
+    ],
+}
+
+
+def test_several_windows_in_one_rule_are_true():
+    assert_truth(SEVERAL, (0, 1), RUNS[1])
+
+
+def test_canary_a_rewarmup_that_does_not_restart_is_found(monkeypatch):
+    def from_the_first_thaw(self, cell):
+        return float(cell.rewarm(max(0.0, self._step - self._windows(cell)[0][0])))
+
+    monkeypatch.setattr("lamina.timeline.Values._rewarm", from_the_first_thaw)
+    with pytest.raises(AssertionError):
+        assert_truth(SEVERAL, (0, 1), RUNS[1])
+
+
 def test_a_model_frozen_by_its_user_stays_frozen():
     model = encoder((0, 1))
     model.embeddings.requires_grad_(False)

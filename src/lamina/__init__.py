@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import optim
+from .distributed import load_distributed
 from .errors import (
     FrozenMovedError,
     HyperparameterError,
@@ -123,6 +124,7 @@ __all__ = [
     "function",
     "inverse_sqrt",
     "linear",
+    "load_distributed",
     "multi_steps",
     "noam",
     "on_plateau",

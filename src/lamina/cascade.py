@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any
 
-from . import time
 from .errors import HyperparameterError, PatternError, PlanError
 from .expressions import spell
-from .feedback import OnPlateau, Plateau
+from .feedback import Plateau
 from .forms import WINDOW
 from .gradients.operations import ClipNorm, Operation
 from .optim.registry import hyperparameters, known_hyperparameter, optimizer_name
 from .parameters import ParamInfo
 from .patterns import compile_pattern
 from .plan import Plan, Rule
-from .resolved import ALWAYS, NEVER, Link, Setting, Trigger, Windows
+from .resolved import ALWAYS, NEVER, Link, Setting, Windows
 from .schedules import Schedule
-from .settings import ByDepth, Times, TopDown, check_amount, python_number
+from .settings import ByDepth, Times, check_amount, python_number
 from .time import Run
+from .windows import settle, window_text
 
 
 @dataclass
@@ -36,6 +34,7 @@ class Draft:
     feedback: tuple[str, Plateau] | None = None
     windows: Windows = ALWAYS
     hold: bool = True
+    frozen_state: str = "keep"
     operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
@@ -135,14 +134,8 @@ def _apply(
         draft.hyper = _defaults(draft.optimizer)
         draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
     for key, value in settings.items():
-        if key == "schedule":
-            draft.schedule = value
-            draft.note(rule, key, value, value)
-        elif key == "hold":
-            draft.hold = value
-            draft.note(rule, key, value, value)
-        elif key == "rewarm":
-            draft.rewarm = value
+        if key in ("schedule", "hold", "frozen_state", "rewarm"):
+            setattr(draft, key, value)
             draft.note(rule, key, value, value)
         elif key == "feedback":
             draft.feedback = None if value is None else (f"plateau of {rule}", value)
@@ -158,7 +151,7 @@ def _apply(
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
     if any(key in settings for key in WINDOW):
-        draft.windows = _windows(settings, below_top, info, run, where, draft.windows)
+        draft.windows = settle(settings, below_top, info, run, where, draft.windows)
         text = {key: settings[key] for key in WINDOW if key in settings}
         shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
         draft.chains.setdefault("window", []).append(Link(rule, shown, window_text(draft.windows)))
@@ -193,64 +186,6 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
         check_amount(f"{where}, for {info.name!r}", "", value)
         value = float(value)
     return Setting(value)
-
-
-def _windows(
-    settings: dict[str, Any],
-    below_top: int,
-    info: ParamInfo,
-    run: Run,
-    where: str,
-    earlier: Windows,
-) -> Windows:
-    if "frozen" in settings:
-        return NEVER if settings["frozen"] else ALWAYS
-    thaw, freeze = settings.get("thaw"), settings.get("freeze")
-    if isinstance(thaw, TopDown) and info.rank is None and freeze is None:
-        return earlier  # a parameter without a layer number is unchanged by layer operators
-    if isinstance(thaw, OnPlateau):
-        trigger = Trigger(f"thaw of {where.removeprefix('rule ')}", thaw)
-        if freeze is not None:
-            raise PlanError(f"{where}: a thaw that waits for a metric cannot be given freeze=.")
-        return ((trigger, None),)
-    begin = None if thaw is None else _thaw_step(thaw, below_top, info, run)
-    end = None if freeze is None else math.ceil(time.parse(freeze).in_steps(run))
-    if begin is None:
-        return ((0, end),) if end != 0 else NEVER
-    if end is None:
-        return ((begin, None),)
-    if begin == end:
-        raise PlanError(f"{where}: {info.name!r} would thaw and freeze at the same step {begin}.")
-    if begin < end:
-        return ((begin, end),)
-    return ((0, end), (begin, None)) if end else ((begin, None),)
-
-
-def _thaw_step(thaw: Any, below_top: int, info: ParamInfo, run: Run) -> int:
-    if not isinstance(thaw, TopDown):
-        return math.ceil(time.parse(thaw).in_steps(run))
-    if info.rank is None:
-        return 0  # without a layer number: only the rule's freeze= holds
-    every = time.parse(thaw.every).in_steps(run)
-    start: Fraction = every if thaw.start is None else time.parse(thaw.start).in_steps(run)
-    return math.ceil(start + every * below_top)
-
-
-def window_text(windows: Windows) -> str:
-    """Windows in words."""
-    if windows == ALWAYS:
-        return "trains"
-    if not windows:
-        return "frozen"
-    spans = [
-        f"when {begin.reaction.metric} stalls, {begin.reaction!r}"
-        if isinstance(begin, Trigger)
-        else f"from step {begin}"
-        if end is None
-        else f"steps {begin} to {end - 1}"
-        for begin, end in windows
-    ]
-    return "trains " + " and ".join(spans)
 
 
 def _nothing_matched(rule: Rule, infos: Sequence[ParamInfo]) -> str:

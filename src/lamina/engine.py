@@ -96,6 +96,17 @@ class Engine(torch.optim.Optimizer):
         cache[id(group)] = (entries, batch)
         return batch
 
+    def _drop_state(self, group: dict[str, Any]) -> None:
+        """Release the state tensors of a group; its parameters begin again as at build."""
+        self.__dict__.get("_batches", {}).pop(id(group), None)  # kept batches hold them too
+        for param in group["params"]:
+            # A new dict: a state dict that was taken before holds the old one.
+            self.state[param] = self._begun(group, param)
+
+    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter before its first update."""
+        return {"step": new_step(param)}
+
     @staticmethod
     def _unchanged(
         known: tuple[list[Any], Batch], params: list[torch.Tensor], entries: list[Any]
@@ -142,7 +153,7 @@ class Engine(torch.optim.Optimizer):
     ) -> None:
         """Allocate what is missing of a parameter's state, at its first update."""
         if "step" not in entry:
-            entry["step"] = torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+            entry["step"] = new_step(param)
         if entry.keys() >= algorithm.init(_EMPTY, hyper).keys():
             return
         dtype = begun_dtype(param, hyper)
@@ -171,6 +182,11 @@ class Engine(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def new_step(param: torch.Tensor) -> torch.Tensor:
+    """The step count of a parameter that was never updated."""
+    return torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
 
 
 def preference(group: Mapping[str, Any]) -> str | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .cascade import spelled, window_text
+from .cascade import spelled
 from .errors import PatternError
 from .expressions import spell
 from .optim.registry import optimizer_name
 from .resolved import Cell, Link, Resolved
 from .suggestions import closest
 from .timeline import Feedback, Values, values_at
+from .windows import window_text
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         Line("optimizer", optimizer_name(cell.optimizer), chains.get("optimizer", ())),
         Line("window", window_text(cell.windows), chains.get("window", ())),
     ]
+    if "frozen_state" in chains:
+        lines.append(Line("frozen_state", cell.frozen_state, chains["frozen_state"]))
     hyper = values.hyper(index)
     for key, value in hyper.items():
         chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))

@@ -43,6 +43,7 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
         *stray_findings(seen),
+        *_split_ties(seen),
     )
 
 
@@ -88,9 +89,10 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
         return []
     late: dict[int, list[str]] = {}
     for draft in drafts:
-        begin = draft.windows[0][0] if draft.windows else 0
-        if isinstance(begin, int) and begin >= run.steps:
-            late.setdefault(begin, []).append(draft.info.name)
+        begins = (begin for begin, _ in draft.windows if isinstance(begin, int))
+        first = next((begin for begin in begins if begin >= run.steps), None)
+        if first is not None:
+            late.setdefault(first, []).append(draft.info.name)
     return [
         Finding(
             "thaw-after-end",
@@ -145,6 +147,20 @@ def stray_findings(seen: Observed) -> list[Finding]:
     ]
 
 
+def _split_ties(seen: Observed) -> list[Finding]:
+    return [
+        Finding(
+            "tie-across-shards",
+            f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
+            "different groups, which made a parameter of each; torch 2.13 refuses the first "
+            "forward of such a model.",
+            "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
+            "group of a module that holds both.",
+        )
+        for names in seen.split
+    ]
+
+
 def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> list[Finding]:
     if not seen.compiled:
         return []
@@ -176,7 +192,9 @@ def _recompile_limit() -> int:
 
 def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> list[Finding]:
     order = list(windows)
-    moments = sorted({b for spans in windows.values() for b, _ in spans if isinstance(b, int)})
+    moments = sorted(
+        {step for spans in windows.values() for span in spans for step in span if type(step) is int}
+    )
     cut: dict[str, int] = {}
     for path, below in seen.reentrant:
         first = min(order.index(name) for name in below if name in windows)

@@ -41,9 +41,10 @@ NAMES: Mapping[str, Callable[..., Any]] = ChainMap(
 #: settings of a rule that are not hyperparameters of an optimizer
 CONTROLS = (
     *("optimizer", "schedule", "feedback", "frozen", "thaw", "freeze", "rewarm"),
-    *("clip_norm", "gradients", "hold"),
+    *("clip_norm", "gradients", "hold", "frozen_state"),
 )
 WINDOW = ("frozen", "thaw", "freeze")
+FROZEN_STATE = ("keep", "drop")
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -54,12 +55,28 @@ def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: frozen={given['frozen']} and thaw or freeze contradict each other; "
             "give frozen=True for never trained, or the times."
         )
+    _check_lone_thaw(given, where)
     if "clip_norm" in given and "gradients" in given:
         raise PlanError(
             f"{where}: clip_norm and gradients are one setting; put clip_norm(...) into gradients, "
             "at its place in the order."
         )
     return given
+
+
+def _check_lone_thaw(given: Mapping[str, Any], where: str) -> None:
+    """Refuse beside `thaw` what only known times can be combined with."""
+    thaw, freeze = given.get("thaw"), given.get("freeze")
+    if isinstance(thaw, OnPlateau) and freeze is not None:
+        raise PlanError(
+            f"{where}: thaw={thaw!r} waits for a metric, so that freeze={freeze!r} could come "
+            "before it; leave freeze= out."
+        )
+    if isinstance(thaw, TopDown) and isinstance(freeze, tuple):
+        raise PlanError(
+            f"{where}: thaw={thaw!r} thaws each layer once, but freeze={freeze!r} has "
+            f"{len(freeze)} times; give one, or write the thaws as a list of times."
+        )
 
 
 def _check_setting(key: str, value: Any, where: str) -> Any:
@@ -70,17 +87,16 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return dtype_name(where, None if value == "none" else value)  # as TOML writes it
     if isinstance(value, str) and key not in CONTROLS and _is_word(value):
         return value  # an option such as line_search_fn="strong_wolfe"; its optimizer judges it
+    if key == "frozen_state":
+        return _frozen_state(value, place)
+    if key in ("thaw", "freeze"):
+        return _moments(key, value, place)
     if isinstance(value, str):
-        is_time = key in ("thaw", "freeze") and "(" not in value
-        value = _time(value, place) if is_time else parse(value, NAMES, place)
+        value = parse(value, NAMES, place)
     if key in ("frozen", "hold"):
         if not isinstance(value, bool):
             raise PlanError(f"{place}={value!r}: expected True or False.")
         return value
-    if key in ("thaw", "freeze"):
-        if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
-            return value
-        return _time(value, place)
     if key in ("schedule", "rewarm"):
         return _factor(value, place)
     if key == "feedback":
@@ -96,6 +112,35 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
 
 def _is_word(text: str) -> bool:
     return text.isidentifier() and text not in WORDS
+
+
+def _frozen_state(value: Any, place: str) -> str:
+    if not isinstance(value, str) or value not in FROZEN_STATE:
+        raise PlanError(f"{place}={value!r}: expected 'keep' or 'drop'.")
+    return value
+
+
+def _moments(key: str, value: Any, place: str) -> Any:
+    """A time, or several in a tuple; for a thaw also what stands in the place of a time."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise PlanError(f"{place}=[] is empty; give it a time, or leave it out.")
+        listed = tuple(_listed_time(item, f"{place}[{i}]") for i, item in enumerate(value))
+        return listed if len(listed) > 1 else listed[0]
+    if isinstance(value, str) and "(" in value:
+        value = parse(value, NAMES, place)
+    if key == "thaw" and isinstance(value, (TopDown, OnPlateau)):
+        return value
+    return _time(value, place)
+
+
+def _listed_time(value: Any, place: str) -> time.TimeLike:
+    read = parse(value, NAMES, place) if isinstance(value, str) and "(" in value else value
+    if isinstance(read, (TopDown, OnPlateau)):
+        raise PlanError(
+            f"{place}={read!r}: a list holds times alone; give it as the rule's only thaw=."
+        )
+    return _time(read, place)
 
 
 def _time(value: Any, place: str) -> time.TimeLike:

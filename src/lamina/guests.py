@@ -77,6 +77,11 @@ def admit(
     for mine, theirs in zip(groups, guest.param_groups, strict=True):
         for key, value in theirs.items():
             mine.setdefault(key, value)
+    if guest.state and any(cell.frozen_state == "drop" for cell in cells):
+        raise PlanError(
+            f"frozen_state='drop': the guest optimizer {name} makes its state when it is built and "
+            "cannot begin it again; use frozen_state='keep'."
+        )
     for param, entry in guest.state.items():  # some guests begin their state when they are built
         state[param].update(entry)
     guest.param_groups = list(groups)

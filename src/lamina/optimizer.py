@@ -16,6 +16,7 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
+from .checks.received import Received
 from .engine import Closure
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
@@ -41,7 +42,7 @@ _NOTHING: Mapping[str, dict[str, Any]] = MappingProxyType({})
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
-    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties"),
+    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties", "_received"),
     *("applied", "norms", "skipped", "last_load"),
 )
 
@@ -67,6 +68,7 @@ class Optimizer(Steerable):
         self.last_load: LoadReport | None = None
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
+        self._received = Received()
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
@@ -87,10 +89,9 @@ class Optimizer(Steerable):
         super().__init__(groups, {})
         self._complete = True
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
-        for group in self.param_groups:
-            if group["name"] not in self._guests:  # guests make their state themselves
-                for param in group["params"]:  # so that nothing needs a step to have state
-                    self.state[param]["step"] = torch.zeros((), device=kernels.step_device(param))
+        for group in self.param_groups:  # so that nothing needs a step to have state
+            for param in group["params"]:
+                self.state[param].update(self._begun(group, param))
         self._publish(0)
 
     # --- what a user reads ---------------------------------------------------------------------
@@ -129,7 +130,8 @@ class Optimizer(Steerable):
         Returns:
             A finding for each thing that is not as it was, or that cannot be meant.
         """
-        return examine(self._resolved, self.param_groups, self.state, model, after, self.last_load)
+        known = (self.param_groups, self.state, model, after, self.last_load, self._received)
+        return examine(self._resolved, *known)
 
     def scheduler_view(self) -> LRScheduler:
         """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
@@ -150,6 +152,7 @@ class Optimizer(Steerable):
         def evaluate() -> Any:
             loss = closure() if closure is not None else None
             self._drop_frozen()
+            self._received.note(groups)
             return loss
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
@@ -186,6 +189,7 @@ class Optimizer(Steerable):
 
     def _batch(self, group: dict[str, Any]) -> Batch | None:
         if group["name"] in self._guests:
+            self._received.note([group])
             return self._guests.batch(group)
         return super()._batch(group)
 
@@ -234,9 +238,27 @@ class Optimizer(Steerable):
                 group.update(hyper)
             self._published[cell.name] = hyper
             group["clock"] = clock
+        was = self._freezer.active
         self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        self._drop_states(was)
         self._audit.begin(self.param_groups, self._freezer.active)
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+
+    def _drop_states(self, before: Sequence[bool | None]) -> None:
+        """Release the state of what froze now, or was loaded frozen, where the plan says so."""
+        rows = zip(
+            self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
+        )
+        for cell, group, was, now in rows:
+            if now or cell.frozen_state == "keep":
+                continue
+            # Loaded state may come from a plan that keeps it.
+            if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
+                self._drop_state(group)
+
+    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        # Guests make their state themselves, where they find an empty one.
+        return {} if group["name"] in self._guests else super()._begun(group, param)
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
@@ -274,6 +296,7 @@ class Optimizer(Steerable):
             group["feedback"] = loaded.feedback
         self._ties.warn()
         self._audit.forget()
+        self._received.begin(loaded.clock)
         self._publish(loaded.clock)
         self.last_load = loaded.report
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

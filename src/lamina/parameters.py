@@ -61,12 +61,14 @@ class Observed:
 
     `compiled` says whether torch.compile is on it or on a part of it; `reentrant` holds the modules
     under reentrant activation checkpointing, each with the names of its parameters; `stray` the
-    modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them.
+    modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them;
+    `split` the names that were one tensor until FSDP2 put them into different shard groups.
     """
 
     compiled: bool = False
     reentrant: tuple[tuple[str, frozenset[str]], ...] = ()
     stray: tuple[tuple[str, bool], ...] = ()
+    split: tuple[tuple[str, ...], ...] = ()
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -168,7 +170,24 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
         type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
         for module in model.modules()
     )
-    return Observed(compiled, () if hooked else tuple(reentrant), tuple(stray))
+    segments = () if hooked else tuple(reentrant)
+    return Observed(compiled, segments, tuple(stray), _split_by_sharding(model, owned))
+
+
+def _split_by_sharding(model: nn.Module, owned: Iterable[Owned]) -> tuple[tuple[str, ...], ...]:
+    """Ties across groups of `fully_shard`: it makes a parameter of its own for each group."""
+    name_of = {(id(at), key): item.info.name for item in owned for at, key in item.places}
+    found: dict[int, dict[str, None]] = {}
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", None)  # only of what FSDP2 wraps
+        for group in getattr(state(), "_fsdp_param_groups", ()) if state else ():
+            for sharded in group.fsdp_params:
+                at = sharded._module_info
+                origin = getattr(sharded, "_orig_param_uid", None)  # torch before 2.13 has none
+                name = name_of.get((id(at.module), at.param_name))
+                if origin is not None and name is not None:
+                    found.setdefault(origin, {})[name] = None
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
 def _is_reentrant(module: nn.Module) -> bool:

@@ -36,10 +36,14 @@ class Rule:
         frozen: True for never trained; False undoes an earlier rule.
         feedback: a factor on `lr` that reacts to a metric, `plateau(...)`; None exempts.
         thaw: when training begins: a time, `top_down(...)` by layer, or `on_plateau(...)`.
-        freeze: when training ends: a time.
+        freeze: when training ends: a time. Lists of times in both give several windows, in turn:
+            `thaw=["1 epochs", "3 epochs"], freeze="2 epochs"` rests in the first and third epoch.
         hold: whether modules that are wholly frozen stay in eval mode (BatchNorm statistics and
             dropout rest with the weights), which is the default.
-        rewarm: a factor on `lr` counted from the thaw, such as `warmup(100)`.
+        frozen_state: what becomes of the optimizer's state when a window closes: "keep" (the
+            default) takes it up again at the next thaw; "drop" frees its memory, and each thaw
+            begins like an optimizer built then, the parameter's own step count from 0 too.
+        rewarm: a factor on `lr` counted from each thaw, such as `warmup(100)`.
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
             a schedule that is a value, or None for no clipping.
         gradients: gradient operations instead of clip_norm: `clip_norm(...)`, `clip_value(...)`,

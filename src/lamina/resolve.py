@@ -108,6 +108,11 @@ def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:
                 f"group {cell.name!r}: gradient operations break the line search of {name}, which "
                 "compares gradients with losses; remove clip_norm or gradients."
             )
+        if cell.frozen_state == "drop":
+            raise PlanError(
+                f"group {cell.name!r}: frozen_state='drop' is for state that each parameter has of "
+                f"its own, but {name} keeps one history over all parameters; remove it."
+            )
         other = [k for k, v in cell.hyper if k != "lr" and v != dict(whole.hyper)[k]]
         if other:
             raise PlanError(
@@ -197,11 +202,12 @@ def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
     scope = None if draft.operations is None else place[draft.operations[0]]
     schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
     feedback = None if draft.feedback is None else draft.feedback[0]
-    return draft.optimizer, hyper, schedule, rewarm, feedback, draft.windows, draft.hold, scope
+    frozen = (draft.windows, draft.hold, draft.frozen_state)
+    return draft.optimizer, hyper, schedule, rewarm, feedback, *frozen, scope
 
 
 def _cell(key: Any, members: list[Draft]) -> Cell:
-    optimizer, hyper, schedule, rewarm, feedback, windows, hold, scope = key
+    optimizer, hyper, schedule, rewarm, feedback, windows, hold, frozen_state, scope = key
     names = list(dict.fromkeys(" + ".join(draft.rules) or "default" for draft in members))
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     name = ", ".join(names[:2] if more else names) + more
@@ -217,6 +223,7 @@ def _cell(key: Any, members: list[Draft]) -> Cell:
         feedback,
         windows,
         hold,
+        frozen_state,
         scope,
         rules,
         infos,

@@ -76,7 +76,9 @@ class Cell:
     """Parameters with equal settings: one parameter group.
 
     `schedule` and `rewarm` are factors on lr, `feedback` is the key of one more (a plateau);
-    `hold` keeps wholly frozen modules in eval mode; `scope` is an index into `Resolved.scopes`.
+    `hold` keeps wholly frozen modules in eval mode; `frozen_state` ("keep" or "drop") is what
+    becomes of the optimizer's state when a window closes; `scope` is an index into
+    `Resolved.scopes`.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Cell:
     feedback: str | None
     windows: Windows
     hold: bool
+    frozen_state: str
     scope: int | None
     rules: tuple[str, ...]
     parameters: tuple[ParamInfo, ...] = field(repr=False)

@@ -10,7 +10,7 @@ import torch
 
 from . import kernels
 from .errors import PlanError, StateError
-from .optim.registry import is_whole_vector
+from .optim.registry import is_whole_vector, optimizer_name
 from .overrides import check_override
 from .parameters import clean_names
 from .reporting import begin_all
@@ -53,6 +53,7 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
     groups = _groups(saved)
     whole = is_whole_vector(optimizer.resolved.cells[0].optimizer)
     entries = _by_name(groups, saved["state"])
+    given = dict(entries)
     state: dict[torch.Tensor, dict[str, Any]] = {}
     kept: list[str] = []
     missing: list[str] = []
@@ -61,10 +62,13 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
             name = next((name for name in info.names if name in entries), None)
             entry = {} if name is None else entries.pop(name)
             state[param] = _entry(info.name, param, entry, whole)
+            if not entry and cell.algorithm is None and not whole:
+                state[param] = {}  # guests begin their state only where there is none at all
             (kept if entry else missing).append(info.name)
     clock = groups[0].get("clock", 0)
     if not isinstance(clock, int) or isinstance(clock, bool) or clock < 0:
         raise StateError(f"the saved clock is {clock!r}; expected a number of steps.")
+    _refuse_lost(optimizer, groups, given, clock)
     saved_overrides = {g["name"]: list(g["overrides"]) for g in groups if g.get("overrides")}
     cells = {cell.name: cell for cell in optimizer.resolved.cells}
     overrides = {
@@ -77,6 +81,42 @@ def load_by_name(optimizer: Optimizer, saved: Mapping[str, Any]) -> Loaded:
     feedback = {key: seen.get(key, new) for key, new in begin_all(optimizer.resolved).items()}
     report = LoadReport(tuple(kept), tuple(missing), (*entries, *lost))
     return Loaded(state, clock, overrides, feedback, report)
+
+
+def _refuse_lost(
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    entries: Mapping[str, Mapping[str, Any]],
+    clock: int,
+) -> None:
+    """Raise for state that torch.distributed.checkpoint lost on its way to `load_state_dict`.
+
+    It reads only into tensors that exist, and leaves out what is frozen when it is loaded.
+    """
+    made_by = {name: group.get("optimizer") for group in groups for name in group["param_names"]}
+    made_by = {clean: made_by[name] for name, clean in clean_names(made_by).items()}
+    by_torch = all(isinstance(index, str) for group in groups for index in group["params"])
+    for cell in optimizer.resolved.cells:
+        if cell.algorithm is None:
+            continue  # guests and a state over all parameters at once say nothing
+        begins = any(isinstance(begin, int) and begin < clock for begin, _ in cell.windows)
+        needs = cell.algorithm.init(torch.empty(0), cell.constants)
+        for info in cell.parameters:
+            name = next((name for name in info.names if name in entries), None)
+            if name is None or made_by[name] != optimizer_name(cell.optimizer):
+                continue
+            entry = entries[name]
+            left_out = not entry and begins and by_torch
+            hollow = entry.keys() == {"step"} and needs and float(entry["step"]) > 0
+            if left_out or hollow:
+                what = "nothing" if left_out else "only the count of its updates"
+                raise StateError(
+                    f"the saved state holds {what} of {name!r}, which trained before step "
+                    f"{clock}; nothing was loaded. torch.distributed.checkpoint reads only into "
+                    "tensors that exist, and its set_optimizer_state_dict leaves out what is "
+                    "frozen now: load with lamina.load_distributed(optimizer, folder), or give "
+                    "optimizer.load_state_dict what get_optimizer_state_dict gave."
+                )
 
 
 def _groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overla
 from ..resolved import Cell, Finding, Resolved, Trigger
 from ..state import LoadReport
 from ..ties import broken, by_name, tie_again
+from .received import Received
 
 _REBUILD = (
     "Build the optimizer from the plan again, after the change to the model, and load this one's "
@@ -30,6 +31,7 @@ def examine(
     model: nn.Module,
     after: int,
     load: LoadReport | None = None,
+    received: Received | None = None,
 ) -> tuple[Finding, ...]:
     """Everything by which a model and the optimizer of a plan have come apart.
 
@@ -40,6 +42,7 @@ def examine(
         model: the model as it is now.
         after: how many steps a parameter may train without a gradient.
         load: what the last load came to, if there was one.
+        received: who had a gradient, for optimizers that do not count.
     """
     owned = collect(model)
     live = by_name(owned)
@@ -59,7 +62,7 @@ def examine(
         *_exchanged(rows, live),
         *_unknown(resolved, owned),
         *_overlapping(owned),
-        *_silent(rows, groups, state, after, load.missing if load else ()),
+        *_silent(rows, groups, state, after, load.missing if load else (), received or Received()),
         *_turned_off(rows, groups),
         *model_findings(order, resolved.run, observe(model, owned)),
     )
@@ -151,22 +154,19 @@ def _silent(
     state: Mapping[torch.Tensor, Mapping[str, Any]],
     after: int,
     new: Sequence[str],
+    received: Received,
 ) -> list[Finding]:
     """Parameters that trained for some steps and never received a gradient."""
     clock, seen = groups[0]["clock"], groups[0]["feedback"]
-    told_by_state = {
-        cell.name
-        for cell, _, param in rows
-        if (cell.algorithm is not None or state.get(param)) and not is_whole_vector(cell.optimizer)
-    }  # a guest without any state, and a state over all parameters at once, say nothing
-    names = [
-        info.name
-        for cell, info, param in rows
-        if cell.name in told_by_state
-        and info.name not in new
-        and _steps_trained(cell, clock, seen) >= after
-        and not float((state.get(param) or {}).get("step", len(state.get(param) or {})))
-    ]
+    names = []
+    for cell, info, param in rows:
+        if cell.algorithm is None or is_whole_vector(cell.optimizer):
+            silent, since = info.name not in received.names, float(received.since)
+        else:
+            silent = info.name not in new and not float(state[param]["step"])
+            since = _count_began(cell, clock, seen)
+        if silent and _steps_trained(cell, clock, seen, since) >= after:
+            names.append(info.name)
     if not names:
         return []
     return [
@@ -179,13 +179,27 @@ def _silent(
     ]
 
 
-def _steps_trained(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
-    total = 0.0
+def _spans(cell: Cell, seen: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """The windows of a cell that have begun or will, in numbers."""
     for begin, end in cell.windows:
         start = seen[begin.key]["opened"] if isinstance(begin, Trigger) else begin
         if start is not None:
-            total += max(0, min(clock, math.inf if end is None else end) - start)
-    return total
+            yield start, math.inf if end is None else end
+
+
+def _steps_trained(
+    cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]], since: float = 0
+) -> float:
+    spans = _spans(cell, seen)
+    return sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
+
+
+def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
+    """The step from which the updates of a cell's parameters are counted."""
+    if cell.frozen_state == "keep":
+        return 0
+    spans = _spans(cell, seen)
+    return next((start for start, end in spans if start <= clock < end), clock)
 
 
 def _turned_off(rows: Rows, groups: Groups) -> list[Finding]:

@@ -13,6 +13,17 @@ def values_of(grad: torch.Tensor) -> torch.Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
+def all_finite(grad: torch.Tensor) -> bool:
+    """Whether every number of a gradient is finite; of a sharded one, on every process alike."""
+    return not int(gathered((~torch.isfinite(values_of(grad))).sum()))
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor (DTensor) in full, as every process then has it; others as they are."""
+    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
     """The p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole."""
     dense = [values_of(tensor) for tensor in tensors]
@@ -23,7 +34,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
     for indices in groups.values():
         found = torch._foreach_norm([dense[i] for i in indices], p)
         for index, norm in zip(indices, found, strict=True):
-            norms[index] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norms[index] = gathered(norm)
     return norms
 
 

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..expressions import Spelled
 from ..parameters import ParamInfo
 from ..schedules import Schedule
-from .norms import each_norm, total_norm, values_of
+from .norms import each_norm, gathered, total_norm, values_of
 
 Amount = float | Schedule
 Grads = list[torch.Tensor]
@@ -192,7 +192,7 @@ class AGC(Operation):
             norm, weight = _unit_norm(dense), _unit_norm(param).clamp(min=self.eps)
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
             clipped.append(dense * factor)
-            work.norms = [*(work.norms or []), norm.sum()]
+            work.norms = [*(work.norms or []), gathered(norm.sum())]
         work.grads = clipped
 
 

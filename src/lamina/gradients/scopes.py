@@ -10,7 +10,7 @@ import torch
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
 from ..parameters import ParamInfo
-from .norms import values_of
+from .norms import all_finite, each_norm
 from .operations import Operation, Work
 
 #: the operations of a scope with their numbers at this step
@@ -55,17 +55,19 @@ def check_finite(batches: Sequence[Batch], clock: int) -> None:
     """Raise `NonFiniteError` for the first gradient that is not finite, norm or not."""
     for batch in batches:
         for name, grad in zip(batch.names, batch.grads, strict=True):
-            if not bool(torch.isfinite(values_of(grad)).all()):
+            if not all_finite(grad):
                 raise nonfinite_error(name, clock)
 
 
 def _name_of_worst(batches: Sequence[Batch]) -> str:
     named = [pair for batch in batches for pair in zip(batch.names, batch.grads, strict=True)]
     for name, grad in named:
-        if not bool(torch.isfinite(values_of(grad)).all()):
+        if not all_finite(grad):
             return name
     # Every number is finite, only their squares overflowed.
-    return max(named, key=lambda pair: float(values_of(pair[1]).abs().max()))[0]
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for _, grad in named]
+    norms = [float(norm) for norm in each_norm(wide)]
+    return named[norms.index(max(norms))][0]
 
 
 def nonfinite_error(name: str, step: int) -> NonFiniteError:

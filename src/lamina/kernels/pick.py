@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 
@@ -91,16 +91,17 @@ def _choose(batch: Batch, prefer: str | None) -> Choice:
 
 
 def _alike(batch: Batch) -> list[list[int]]:
-    """Positions in a batch, grouped by device and dtype: what operators over lists can share."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    """Positions in a batch, grouped by device, dtype and mesh: what operators over lists share."""
+    groups: dict[tuple[torch.device, torch.dtype, Any], list[int]] = {}
     for index, param in enumerate(batch.params):
-        groups.setdefault((param.device, param.dtype), []).append(index)
+        mesh = getattr(param, "device_mesh", None)  # of a DTensor; an operator takes one of them
+        groups.setdefault((param.device, param.dtype, mesh), []).append(index)
     return list(groups.values())
 
 
 @final
 class Split(Kernel):
-    """A batch of several dtypes or devices, as one batch for each."""
+    """A batch of several dtypes, devices or meshes, as one batch for each."""
 
     name: ClassVar[str] = "split"
     about: ClassVar[str] = "one part for each dtype and device"

@@ -149,4 +149,5 @@ def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]
         else f"steps {begin} to {end - 1}"
         for begin, end in spans
     ]
-    return ", then ".join(texts)
+    dropped = cell.frozen_state == "drop" and any(end is not None for _, end in spans)
+    return ", then ".join(texts) + (", state dropped" if dropped else "")

@@ -1,0 +1,43 @@
+"""Starting a few processes on one machine, for tests: they talk over gloo and never hang."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def run_processes(work: Callable[[int, str], None], folder: Path, count: int = 2, limit: int = 120):
+    """Call `work(rank, folder)` in `count` new processes; fails after `limit` seconds."""
+    context = torch.multiprocessing.start_processes(
+        work, args=(str(folder),), nprocs=count, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + limit
+    try:
+        while not context.join(timeout=max(0.1, end - time.monotonic())):
+            assert time.monotonic() < end, f"the processes took more than {limit} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def join_group(rank: int, folder: str, count: int = 2, limit: int = 60) -> None:
+    """Make this process one of `count`; what waits longer than `limit` seconds fails."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=limit),
+    )
+
+
+def leave_group() -> None:
+    """Wait for the others, so that none loses the one that serves them, and end."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
