@@ -59,7 +59,7 @@ def examine(
         *_exchanged(rows, live),
         *_unknown(resolved, owned),
         *_overlapping(owned),
-        *_silent(rows, groups, state, after, load.missing if load else ()),
+        *_silent(rows, groups, state, after, (*load.new, *load.restarted) if load else ()),
         *_turned_off(rows, groups),
         *model_findings(order, resolved.run, observe(model, owned)),
     )
