@@ -110,18 +110,22 @@ class Restorable(Steerable):
             )
         state = self.state_dict()
         ours = OURS - {"params", "param_names"}
-        own = {"step", "places"} if is_whole_vector(kinds[0]) else set()
-        return {
-            "state": {
-                index: {key: value for key, value in entry.items() if key not in own}
-                for index, entry in state["state"].items()
-                if entry.keys() - {"step"}
-            },
-            "param_groups": [
-                {key: value for key, value in group.items() if key not in ours}
-                for group in state["param_groups"]
-            ],
+        groups = [
+            {key: value for key, value in group.items() if key not in ours}
+            for group in state["param_groups"]
+        ]
+        own: set[str] = set()
+        if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
+            own = {"step", "places"}
+            for group in groups:
+                limit = group["max_eval"]
+                group["max_eval"] = group["max_iter"] * 5 // 4 if limit is None else limit
+        entries = {
+            index: {key: value for key, value in entry.items() if key not in own}
+            for index, entry in state["state"].items()
+            if entry.keys() - {"step"}
         }
+        return {"state": entries, "param_groups": groups}
 
     @contextmanager
     def receiving(self) -> Iterator[None]:

@@ -130,7 +130,8 @@ def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedb
         for shift in (-1, 0)
     }
     steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
-    steps = np.union1d(steps, [step for step in edges if clock <= step <= last])
+    inside = [step for step in edges if clock <= step <= last]
+    steps = np.union1d(steps, np.array(inside, dtype=np.int64))
     pair = values_at(one, steps, feedback), values_at(other, steps, feedback)
     seen = set()
     for name, first in one.cell_of.items():
