@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import nn
 
 from .explain import Explanation, explain
+from .findings import listed
 from .freezing import has_reducer
 from .parameters import observe, walk
 from .plan import Plan
@@ -70,8 +71,10 @@ class Preview:
         if self.resumed is None or self.resumed.saved_run in (None, self.run):
             return self.resolved.findings
         told = [jump(row, self.resumed.clock) for row in self.resumed.changed if row.moves]
-        fix = "Build with extend='hold' to keep the saved schedules, if that is not meant."
-        return (*self.resolved.findings, *(Finding("value-jumps", f"{t}.", fix) for t in told))
+        if not told:
+            return self.resolved.findings
+        fix = "If that is not meant, extend='hold' keeps the saved schedules."
+        return (*self.resolved.findings, Finding("value-jumps", f"{listed(told)}.", fix))
 
     @property
     def run(self) -> Run:

@@ -16,6 +16,7 @@ from .optim.registry import is_whole_vector, optimizer_name
 from .resolved import NEVER
 from .state import Loaded, LoadReport, prepare
 from .state.load import OURS
+from .state.report import few
 from .steering import Steerable
 from .ties import Watched
 
@@ -60,7 +61,7 @@ class Restorable(Steerable):
                 "the state is of a run of another length, and the plan's values are used: %s. To "
                 "choose how the run goes on, build with resume=state and extend='hold' or "
                 "'stretch'.",
-                "; ".join(jumps),
+                few(jumps),
             )
 
     def _restore(
