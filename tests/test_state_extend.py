@@ -62,7 +62,6 @@ def test_hold_keeps_the_saved_schedules_and_then_their_last_values():
 
 
 def test_a_held_run_is_the_saved_run_bit_for_bit_until_its_end():
-    model, state = saved()
     straight = mlp()
     one = PLAN.build(straight, steps=LENGTH)
     train(straight, one, LENGTH)
@@ -94,7 +93,7 @@ def test_a_jump_says_how_many_times():
 
 
 def test_without_a_word_a_plan_that_depends_on_the_length_asks():
-    model, state = saved()
+    _, state = saved()
     with pytest.raises(lm.StateError) as caught:
         PLAN.build(mlp(), steps=LONGER, resume=state)
     for word in ["20 steps", "40 steps", "lr of ", "step 8", "extend='hold'", "extend='stretch'"]:
@@ -199,9 +198,7 @@ def test_a_state_that_does_not_know_its_run_cannot_be_extended():
         PLAN.build(mlp(), steps=LONGER, resume=theirs.state_dict(), extend="hold")
     optimizer = PLAN.build(mlp(), steps=LONGER, resume=theirs.state_dict())
     assert optimizer.clock == 3
-    assert "goes on at step 3" in str(
-        PLAN.preview(mlp(), steps=LONGER, resume=theirs.state_dict())
-    )
+    assert "goes on at step 3" in str(PLAN.preview(mlp(), steps=LONGER, resume=theirs.state_dict()))
 
 
 # -------------------------------------------------------------------------- M17 and M18, by hand

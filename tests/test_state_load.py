@@ -42,17 +42,17 @@ def test_every_group_holds_what_loading_needs_in_plain_values():
 def test_a_newer_format_names_both_and_the_fix():
     state = copy.deepcopy(built()[1].state_dict())
     state["param_groups"][0]["format"] = 7
-    with pytest.raises(lm.StateError, match="format 7, but .* up to 1; upgrade lamina"):
+    with pytest.raises(lm.StateError, match=r"format 7, but .* up to 1; upgrade lamina"):
         built()[1].load_state_dict(state)
 
 
 def test_m10_a_state_from_before_these_keys_loads_and_the_keys_stay():
-    model, optimizer = trained()
+    _, optimizer = trained()
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         for key in ("format", "run", "planned", "optimizer", "param_shapes", "overrides"):
             del group[key]
-    twin, other = built()
+    _, other = built()
     keys = [set(group) for group in other.param_groups]
     other.load_state_dict(state)
     assert [set(group) for group in other.param_groups] == keys
@@ -239,7 +239,7 @@ def test_renames_that_fit_nothing_are_errors(renamed, words):
 
 
 def test_the_diff_prints_short_grouped_and_compares_equal():
-    model, optimizer = trained()
+    _, optimizer = trained()
     state = optimizer.state_dict()
     twins = [built(lm.Plan(lm.AdamW, lr=0.5, betas=(0.8, 0.9)))[1] for _ in range(2)]
     for other in twins:
@@ -292,11 +292,10 @@ def test_strict_refuses_every_unexpected_row_about_state():
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize(
     "plan",
-    [PLAN, lm.Plan(torch.optim.Adagrad, lr=0.1), lm.Plan(torch.optim.NAdam, lr=0.1)]
-    + [lm.Plan(lm.SGD, lr=0.1)],
+    [PLAN, *(lm.Plan(each, lr=0.1) for each in (lm.SGD, torch.optim.Adagrad, torch.optim.NAdam))],
 )
 def test_its_own_state_is_expected_in_every_row(plan, steps):
-    model, optimizer = trained(plan, steps)
+    _, optimizer = trained(plan, steps)
     before = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(optimizer.state_dict(), strict=True)
     report = optimizer.last_load
@@ -386,3 +385,45 @@ def test_a_guest_of_another_kind_begins_anew():
     assert len(report.restarted) == 4
     train(twin, other, 2, first=6)
     assert other.clock == 8
+
+
+def test_a_momentum_that_begins_with_an_override_is_not_missed():
+    model, optimizer = trained(lm.Plan(lm.SGD, lr=0.1), 2)
+    optimizer.override(momentum=0.9)
+    optimizer.load_state_dict(optimizer.state_dict(), strict=True)
+    later = lm.Plan(lm.SGD, lr=0.1, momentum=lm.linear(0.0, to=0.9))
+    model, optimizer = trained(later, 1)
+    optimizer.load_state_dict(optimizer.state_dict(), strict=True)
+    train(model, optimizer, 2, first=1)
+    assert optimizer.clock == 3
+
+
+@pytest.mark.parametrize("kind", [lm.LARS, lm.SGD, lm.RMSprop])
+@pytest.mark.parametrize(("before", "now"), [(0.0, 0.0), (0.0, 0.9), (0.9, 0.0), (0.9, 0.9)])
+def test_a_momentum_may_come_and_go_with_the_plan(kind, before, now):
+    model, optimizer = trained(lm.Plan(kind, lr=0.01, momentum=before), 2)
+    optimizer.load_state_dict(optimizer.state_dict(), strict=True)
+    twin, other, report = moved(optimizer, lm.Plan(kind, lr=0.01, momentum=now), strict=True)
+    assert len(report.kept) == 4
+    train(twin, other, 2, first=2)
+    assert all(float(entry["step"]) == 4 for entry in tensors(other).values())
+
+
+def test_the_declared_buffers_are_those_that_arise():
+    """Each algorithm is run with everything on; what it then keeps is what it declares."""
+    kinds = {
+        lm.SGD: {"momentum": 0.9},
+        lm.Adam: {"amsgrad": True},
+        lm.AdamW: {"amsgrad": True},
+        lm.RMSprop: {"centered": True, "momentum": 0.9},
+        lm.LARS: {"momentum": 0.9},
+        lm.LAMB: {},
+        lm.LayerAdaptiveAdam: {"amsgrad": True},
+        lm.Muon: {},
+    }
+    for kind, hyper in kinds.items():
+        model = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
+        optimizer = lm.Plan(kind, lr=0.01, **hyper).build(model)
+        train(model, optimizer, 2)
+        (entry,) = optimizer.state.values()
+        assert set(entry) == {"step", *kind.algorithm.buffers}, kind

@@ -77,9 +77,7 @@ def test_resume_in_every_stage_of_a_thaw_continues_bit_for_bit(straight, at):
 
 def test_the_run_goes_through_all_its_stages(straight):
     _, state, saved = straight
-    begun = [
-        sum(len(entry) > 1 for entry in its_state["state"].values()) for _, its_state in saved
-    ]
+    begun = [sum(len(entry) > 1 for entry in its_state["state"].values()) for _, its_state in saved]
     assert len(set(begun)) >= 6  # the head, four layers, the embeddings
     assert state["param_groups"][0]["feedback"]["plateau of plan"]["changes"]
 

@@ -243,3 +243,15 @@ def test_torchs_state_of_another_algorithm_is_not_kept():
         optimizer.load_state_dict(theirs.state_dict())
         assert len(optimizer.last_load.restarted) == 4
         assert all(set(entry) == {"step"} for entry in tensors(optimizer).values())
+
+
+def test_a_momentum_that_came_without_a_count_is_saved_again():
+    model = mlp()
+    theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, theirs, 2)
+    optimizer = lm.Plan(lm.SGD, lr=0.1, momentum=0.9).build(mlp())
+    optimizer.load_state_dict(theirs.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict(), strict=True)
+    assert equal(optimizer.state_dict(), before)
+    assert "momentum_buffer" in tensors(optimizer)["body.weight"]

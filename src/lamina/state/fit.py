@@ -17,6 +17,8 @@ from ..resolved import Cell
 from .form import Entry, number_of_steps
 
 _EMPTY = torch.empty(0)
+#: begins with the first update that has a momentum
+_MOMENTUM = "momentum_buffer"
 #: entries of L-BFGS that are as long as all its parameters together
 _FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
@@ -67,7 +69,7 @@ def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
 
 
 def own_entry(
-    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell, hyper: Mapping[str, Any]
+    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
@@ -82,6 +84,8 @@ def own_entry(
     steps = number_of_steps(info.name, saved.pop("step")) if "step" in saved else None
     fitted = begun(param, steps or 0)
     left = [key for key in saved if key not in algorithm.buffers]
+    if steps == 0 and not any(map(_filled, saved.values())):
+        return fitted, left  # never updated: at most room was made for its tensors
     for key in saved.keys() & set(algorithm.buffers):
         value = saved[key]
         floating = isinstance(value, torch.Tensor) and (
@@ -95,8 +99,10 @@ def own_entry(
             )
         check_shape(info, key, value.shape)
         fitted[key] = value.to(device=param.device, copy=True)
-    needed = algorithm.init(_EMPTY, algorithm.defaults).keys()
-    lost = [key for key in algorithm.init(_EMPTY, hyper) if key in needed and key not in fitted]
+    needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {_MOMENTUM}
+    if _has_momentum(entry, cell):
+        needed |= {_MOMENTUM} & set(algorithm.buffers)
+    lost = sorted(needed - fitted.keys())
     if steps and lost:
         raise StateError(
             f"the saved state of {info.name!r} counts {steps} updates but has no "
@@ -109,6 +115,16 @@ def own_entry(
             "correct its running means; nothing was loaded."
         )
     return fitted, left
+
+
+def _filled(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or bool(value.any())
+
+
+def _has_momentum(entry: Entry, cell: Cell) -> bool:
+    """Whether a momentum was, and is, the same at every step: then its buffer is always there."""
+    moves = "momentum" in dict(cell.moving) or entry.group.get("overrides")
+    return bool(entry.group.get("momentum") and cell.constants.get("momentum") and not moves)
 
 
 def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Saved:
 
     `names` are clean, in the order of `entries`; None if the state has none. `clock` is None if
     the state has none, as torch's. `run` is the length of the run that was saved, `planned` the
-    length that its schedules were settled for.
+    length that its schedules were settled for. `by_fqn`: names stand for the parameter numbers, as
+    torch.distributed.checkpoint writes them.
     """
 
     names: tuple[str, ...] | None
@@ -48,6 +49,7 @@ class Saved:
     clock: int | None
     run: Run | None
     planned: Run | None
+    by_fqn: bool = False
 
 
 def run_record(run: Run) -> dict[str, int | None]:
@@ -88,6 +90,7 @@ def read(saved: Any) -> Saved:
         _clock(groups),
         _run(groups, "run"),
         _run(groups, "planned"),
+        by_fqn=_by_fqn(keys),
     )
 
 
@@ -143,7 +146,7 @@ def _check_version(version: Any) -> None:
 
 def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
     """Clean names of all parameters; torch.distributed.checkpoint writes them in `params`."""
-    if keys and all(isinstance(key, str) for key in keys):
+    if _by_fqn(keys):
         given: list[Any] = keys
     else:
         named = [group for group in groups if group.get("param_names") is not None]
@@ -162,6 +165,10 @@ def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
     _refuse_doubles("the parameter", given)
     cleaned = clean_names(given)
     return tuple(cleaned[name] for name in given)
+
+
+def _by_fqn(keys: list[Any]) -> bool:
+    return bool(keys) and all(isinstance(key, str) for key in keys)
 
 
 def _shapes(groups: list[Group]) -> dict[str, tuple[int, ...]]:

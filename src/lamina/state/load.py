@@ -72,11 +72,13 @@ def prepare(
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
     fitting = _Fitting(dict(matched.entries), clock, lived)
+    if saved.by_fqn:
+        fitting.refuse_dropped(resolved, optimizer.param_groups)
     if is_whole_vector(resolved.cells[0].optimizer):
         fitting.whole(resolved, optimizer.param_groups)
     else:
         for index, group in enumerate(optimizer.param_groups):
-            fitting.cell(resolved.cells[index], group, values.hyper(index))
+            fitting.cell(resolved.cells[index], group)
     report = LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
@@ -127,7 +129,7 @@ class _Fitting:
         self._clock = clock
         self._feedback = feedback
 
-    def cell(self, cell: Cell, group: Mapping[str, Any], hyper: Mapping[str, Any]) -> None:
+    def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
         """Fit what was saved of the parameters of a cell."""
         own = cell.algorithm is not None
         for info, param in zip(cell.parameters, group["params"], strict=True):
@@ -140,24 +142,17 @@ class _Fitting:
             elif has_state(entry) and not belongs(entry, cell):
                 self.restarted.append(info.name)
             else:
-                self._keep(info, param, entry, cell, hyper)
+                self._keep(info, param, entry, cell)
                 if not own and cell.name not in self.groups:
                     self.groups[cell.name] = _carried(cell, group, entry)
 
-    def _keep(
-        self,
-        info: ParamInfo,
-        param: torch.Tensor,
-        entry: Entry,
-        cell: Cell,
-        hyper: Mapping[str, Any],
-    ) -> None:
+    def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
             self.state[param] = guest_entry(param, entry)
         else:
-            self.state[param], left = own_entry(info, param, entry, cell, hyper)
+            self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
         self.kept.append(info.name)
 
@@ -178,13 +173,32 @@ class _Fitting:
         self.kept = known
         self.new = [name for name in names if name not in saved]
 
-    def _has_begun(self, cell: Cell) -> bool:
+    def refuse_dropped(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise `StateError` if torch left state out because parts are frozen here, for now."""
+        names = [
+            info.name
+            for cell, group in zip(resolved.cells, groups, strict=True)
+            if self._has_begun(cell, self._clock - 1)
+            for info, param in zip(cell.parameters, group["params"], strict=True)
+            if not param.requires_grad
+            and info.name in self.entries
+            and self.entries[info.name].values is None
+        ]
+        if names:
+            raise StateError(
+                f"the state of {few(names)} is missing: torch.distributed.checkpoint leaves out "
+                "parameters that are frozen while it loads. Load inside "
+                "`with optimizer.receiving():`, or give its state to optimizer.load_state_dict."
+            )
+
+    def _has_begun(self, cell: Cell, clock: int | None = None) -> bool:
         """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
+        clock = self._clock if clock is None else clock
         begins = (
             self._feedback.opened(begin) if isinstance(begin, Trigger) else begin
             for begin, _ in cell.windows
         )
-        return any(begin <= self._clock for begin in begins)
+        return any(begin <= clock for begin in begins)
 
 
 def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
