@@ -401,7 +401,7 @@ def test_a_momentum_that_begins_with_an_override_is_not_missed():
 @pytest.mark.parametrize("kind", [lm.LARS, lm.SGD, lm.RMSprop])
 @pytest.mark.parametrize(("before", "now"), [(0.0, 0.0), (0.0, 0.9), (0.9, 0.0), (0.9, 0.9)])
 def test_a_momentum_may_come_and_go_with_the_plan(kind, before, now):
-    model, optimizer = trained(lm.Plan(kind, lr=0.01, momentum=before), 2)
+    _, optimizer = trained(lm.Plan(kind, lr=0.01, momentum=before), 2)
     optimizer.load_state_dict(optimizer.state_dict(), strict=True)
     twin, other, report = moved(optimizer, lm.Plan(kind, lr=0.01, momentum=now), strict=True)
     assert len(report.kept) == 4

@@ -82,6 +82,8 @@ def read(saved: Any) -> Saved:
         if values is not None and not isinstance(values, Mapping):
             called = f"parameter {key!r}" if names is None else repr(names[place])
             raise StateError(f"the saved state of {called} is {_short(values)}; expected a dict.")
+        if values and _by_fqn(keys):  # torch writes {} for what a flat state lacks
+            values = {name: value for name, value in values.items() if not _is_empty(value)}
         found.append(Entry(values, group, None if names is None else shapes.get(names[place])))
     return Saved(
         names,
@@ -169,6 +171,10 @@ def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
 
 def _by_fqn(keys: list[Any]) -> bool:
     return bool(keys) and all(isinstance(key, str) for key in keys)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
 
 
 def _shapes(groups: list[Group]) -> dict[str, tuple[int, ...]]:
