@@ -67,7 +67,8 @@ def read(saved: Any) -> Saved:
     entries = saved["state"]
     if not isinstance(entries, Mapping):
         raise StateError(f"the saved 'state' is {_short(entries)}; expected a dict by parameter.")
-    stray = [key for key in entries if key not in set(keys)]
+    known, by_fqn = set(keys), _by_fqn(keys)
+    stray = [key for key in entries if key not in known]
     if stray:
         raise StateError(
             f"the saved state has an entry {stray[0]!r}, which is no parameter of its groups "
@@ -82,7 +83,7 @@ def read(saved: Any) -> Saved:
         if values is not None and not isinstance(values, Mapping):
             called = f"parameter {key!r}" if names is None else repr(names[place])
             raise StateError(f"the saved state of {called} is {_short(values)}; expected a dict.")
-        if values and _by_fqn(keys):  # torch writes {} for what a flat state lacks
+        if values and by_fqn:  # torch writes {} for what a flat state lacks
             values = {name: value for name, value in values.items() if not _is_empty(value)}
         found.append(Entry(values, group, None if names is None else shapes.get(names[place])))
     return Saved(
@@ -92,7 +93,7 @@ def read(saved: Any) -> Saved:
         _clock(groups),
         _run(groups, "run"),
         _run(groups, "planned"),
-        by_fqn=_by_fqn(keys),
+        by_fqn=by_fqn,
     )
 
 
