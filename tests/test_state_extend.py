@@ -144,9 +144,14 @@ def test_a_held_run_resumes_as_it_was_held_and_can_be_held_again():
     other = PLAN.build(twin, steps=LONGER, resume=state)
     train(twin, other, 20, first=AT + 4)
     assert same(weights(model), weights(twin))
-    for extend, length in [("hold", LENGTH), ("stretch", 60)]:
-        again = PLAN.build(mlp(), steps=60, resume=state, extend=extend)
-        assert again.resolved.run.steps == 60
+    for extend, length, steps in [
+        ("hold", LENGTH, 60),
+        ("stretch", 60, 60),
+        ("hold", LENGTH, LONGER),
+        ("stretch", LONGER, LONGER),
+    ]:
+        again = PLAN.build(mlp(), steps=steps, resume=state, extend=extend)
+        assert again.resolved.run.steps == steps
         first = {name: group["lr"] for name, group in by_name(again).items()}
         assert first == {n: v["lr"] for n, v in planned(length, [AT + 4])[0].items()}
 

@@ -95,7 +95,8 @@ def jump(row: Changed, clock: int) -> str:
     """A value that jumps, in words."""
     times = ""
     if isinstance(row.saved, (int, float)) and isinstance(row.now, (int, float)) and row.saved:
-        times = f" (x{row.now / row.saved:.3g})"
+        ratio = f"{row.now / row.saved:.3g}"
+        times = "" if ratio == "1" else f" (x{ratio})"
     values = f"from {_text(row.saved)} to {_text(row.now)}"
     return f"{row.key} of {row.group!r} jumps {values} at step {clock}{times}"
 
