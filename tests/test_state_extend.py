@@ -281,6 +281,9 @@ def test_the_picture_shows_the_saved_run_then_the_new_one(extend):
     assert list(lines(ax)["_resumed"].get_xdata()) == [AT, AT]
     assert any("goes on at step 8" in text.get_text() for text in ax.texts)
     assert [preview.at(step)["default"]["lr"] for step in range(LONGER)] == before + after
+    for step in (AT - 1, AT):
+        shown = preview.explain("head.weight", step).lines
+        assert f"{(before + after)[step]:g}" in next(x.value for x in shown if x.key == "lr")
     text = str(preview)
     assert "goes on at step 8 of a saved run" in text
     jumps = [finding for finding in preview.findings if finding.code == "value-jumps"]

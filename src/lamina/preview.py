@@ -121,7 +121,9 @@ class Preview:
 
     def explain(self, name: str, step: int = 0) -> Explanation:
         """The chain of rules behind every number of a parameter at a step."""
-        return explain(self.resolved, name, step, self.feedback)
+        resumed = self.resumed
+        before = resumed.before if resumed is not None and step < resumed.clock else None
+        return explain(before or self.resolved, name, step, self.feedback)
 
     def plot(self, path: str | os.PathLike[str] | None = None, ax: Axes | None = None) -> Figure:
         """Draw the lr of every group over the run, and below it when each one trains.

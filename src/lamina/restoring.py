@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
 from .freezing import Freezer
@@ -167,4 +168,5 @@ class Restorable(Steerable):
         algorithm, entry = self.algorithm_for(group), self.state[param]
         self._ensure_state(algorithm, param, entry, group)
         if group.get("momentum") and entry.keys() == {"step"}:  # SGD's begins with a gradient
-            entry.update({key: torch.zeros_like(param) for key in algorithm.buffers})
+            dtype = begun_dtype(param, group)
+            entry.update({k: torch.zeros_like(param, dtype=dtype) for k in algorithm.buffers})
