@@ -1,6 +1,7 @@
 """A load that fails at any stage leaves everything as it was; a canary plants one that does not."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -64,8 +65,16 @@ def of_last(state):
     return next(e for e in reversed(list(state["state"].values())) if len(e) > 1)
 
 
-def first_seen(state):
-    return next(iter(state["param_groups"][0]["feedback"].values()))
+def seen(change):
+    """Change what the first reaction has seen, which is saved as a text."""
+
+    def apply(state):
+        group = state["param_groups"][0]
+        feedback = json.loads(group["feedback"])
+        change(next(iter(feedback.values())))
+        group["feedback"] = json.dumps(feedback)
+
+    return apply
 
 
 def every_clock(value):
@@ -100,13 +109,16 @@ STAGES = {
     "an unreadable format": lambda s: last(s).update(format="new"),
     "a newer format": lambda s: last(s).update(format=99),
     "a malformed run": lambda s: s["param_groups"][0].update(run=[1, 2]),
+    "overrides that cannot be read": lambda s: last(s).update(overrides="[[0"),
+    "feedback that cannot be read": lambda s: s["param_groups"][0].update(feedback="{x}"),
+    "feedback of a text": lambda s: s["param_groups"][0].update(feedback='"x"'),
     "overrides that are no list": lambda s: last(s).update(overrides=3),
     "an override without a step": lambda s: last(s).update(overrides=[{"lr": 1.0}]),
     "an override to a text": lambda s: last(s).update(overrides=[[0, {"lr": "high"}]]),
     "feedback that is no dict": lambda s: s["param_groups"][0].update(feedback=[1]),
-    "feedback with an unknown key": lambda s: first_seen(s).update(more=1),
-    "feedback that lacks a key": lambda s: first_seen(s).pop("bad"),
-    "feedback of a wrong type": lambda s: first_seen(s).update(bad="x"),
+    "feedback with an unknown key": seen(lambda f: f.update(more=1)),
+    "feedback that lacks a key": seen(lambda f: f.pop("bad")),
+    "feedback of a wrong type": seen(lambda f: f.update(bad="x")),
 }
 
 

@@ -131,6 +131,20 @@ def test_a_checkpoint_in_files(at, plan, tmp_path):
     assert_continues((model, optimizer), (twin, other), at)
 
 
+@pytest.mark.parametrize("at", STAGES)
+def test_a_full_state_with_overrides_and_reports_that_the_fresh_one_lacks(at):
+    model, optimizer = built(at=at)
+    optimizer.override(eps=1e-5)
+    full = StateDictOptions(full_state_dict=True)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=full))
+    twin, other = built()
+    with other.receiving():
+        set_optimizer_state_dict(twin, other, state, options=full)
+    for key in ("overrides", "feedback"):
+        assert other.param_groups[0][key] == optimizer.param_groups[0][key]
+    assert_continues((model, optimizer), (twin, other), at)
+
+
 def test_without_room_the_loss_is_an_error_and_changes_nothing():
     cases = [
         (PLAN, 6, False, "frozen while it loads"),

@@ -34,7 +34,8 @@ def test_every_group_holds_what_loading_needs_in_plain_values():
     for group in through_a_file(optimizer.state_dict())["param_groups"]:
         assert group["format"] == 1
         assert group["run"] == {"steps": 20, "steps_per_epoch": None}
-        assert group["planned"] is None
+        assert group["planned"] == group["run"]
+        assert (group["overrides"], group["feedback"]) == ("[]", "{}")
         assert group["optimizer"] == "AdamW"
         assert len(group["param_names"]) == len(group["param_shapes"]) == len(group["params"])
 

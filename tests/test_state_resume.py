@@ -1,6 +1,7 @@
 """A run that is stopped and goes on is the run itself: at every step, in every form of saving."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -79,7 +80,8 @@ def test_the_run_goes_through_all_its_stages(straight):
     _, state, saved = straight
     begun = [sum(len(entry) > 1 for entry in its_state["state"].values()) for _, its_state in saved]
     assert len(set(begun)) >= 6  # the head, four layers, the embeddings
-    assert state["param_groups"][0]["feedback"]["plateau of plan"]["changes"]
+    feedback = json.loads(state["param_groups"][0]["feedback"])
+    assert feedback["plateau of plan"]["changes"]
 
 
 def test_canary_a_lost_count_of_updates_is_seen(straight):

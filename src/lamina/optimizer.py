@@ -264,7 +264,7 @@ def _group(cell: Cell, by_name: Mapping[str, Owned], resolved: Resolved) -> dict
         "optimizer": optimizer_name(cell.optimizer),
         "format": FORMAT,
         "run": run_record(resolved.run),
-        "planned": resolved.planned and run_record(resolved.planned),
+        "planned": run_record(resolved.planned or resolved.run),
         "clock": 0,
         "overrides": [],
         "feedback": begin_all(resolved),

@@ -18,6 +18,7 @@ from .resolved import NEVER
 from .state import Loaded, LoadReport, prepare
 from .state.load import OURS
 from .state.report import few
+from .state.seen import KEYS, written
 from .steering import Steerable
 from .ties import Watched
 
@@ -31,6 +32,16 @@ class Restorable(Steerable):
     _freezer: Freezer
     _ties: Watched
     last_load: LoadReport | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's shape, with what a plan needs to go on in the groups.
+
+        Tensors and plain values only; the tensors are the live ones, not copies.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({key: written(group[key]) for key in KEYS if key in group})
+        return state
 
     def load_state_dict(
         self,

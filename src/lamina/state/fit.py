@@ -123,7 +123,7 @@ def _filled(value: Any) -> bool:
 
 def _has_momentum(entry: Entry, cell: Cell) -> bool:
     """Whether a momentum was, and is, the same at every step: then its buffer is always there."""
-    moves = "momentum" in dict(cell.moving) or entry.group.get("overrides")
+    moves = "momentum" in dict(cell.moving) or entry.group.get("overrides", "[]") not in ("[]", [])
     return bool(entry.group.get("momentum") and cell.constants.get("momentum") and not moves)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,28 @@ from ..reporting import begin_all
 from ..resolved import Cell, Resolved
 from .form import Group
 
+#: the keys of a group under which this is saved
+KEYS = ("overrides", "feedback")
 #: what each kind of reaction keeps
 _KEPT = [set(kind("metric").begin()) for kind in REACTIONS.values()]
+
+
+def written(value: Any) -> str:
+    """As one text: torch.distributed.checkpoint cannot load lists that are longer than those here.
+
+    Numbers keep all their digits.
+    """
+    return json.dumps(value)
+
+
+def _unwritten(group: Group, key: str, absent: Any) -> Any:
+    value = group.get(key, absent)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise StateError(f"the saved {key} are not readable ({error}): {value[:60]!r}.") from None
 
 
 def overrides_of(
@@ -24,7 +45,7 @@ def overrides_of(
     kept: dict[str, list[Any]] = {}
     left = []
     for group in groups:
-        history = _history(group.get("overrides", []))
+        history = _history(_unwritten(group, "overrides", []))
         if not history:
             continue
         name = group.get("name")
@@ -65,7 +86,8 @@ def feedback_of(
     groups: Sequence[Group], resolved: Resolved
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What the plan's reactions have seen, and in words what was seen for others."""
-    saved: Any = next((group["feedback"] for group in groups if "feedback" in group), {})
+    telling = next((group for group in groups if "feedback" in group), {})
+    saved = _unwritten(telling, "feedback", {})
     if not isinstance(saved, Mapping):
         raise StateError(f"the saved feedback is {saved!r}; expected a dict by reaction.")
     for key, seen in saved.items():
