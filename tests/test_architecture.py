@@ -48,12 +48,14 @@ LAYERS = [
     "manual",
     "freezing",
     "audit",
+    "received",
     "guests",
     "ownership",
     "overrides",
     "reporting",
     "state",
     "steering",
+    "restoring",
     "scheduler_view",
     "checks",
     "optimizer",
@@ -70,12 +72,10 @@ LAYERS = [
 # (module, layer above it): the reason. Holds inside functions and for the type checker only.
 LAZY_UPWARD = {
     ("lamina.plan", "toml"): "Plan.from_toml, Plan.to_toml",
-    ("lamina.plan", "resolve"): "Plan.preview begins with it",
     ("lamina.plan", "preview"): "Plan.preview",
     ("lamina.plan", "optimizer"): "Plan.build",
-    ("lamina.plan", "freezing"): "Plan.preview says how parts are frozen",
     ("lamina.preview", "report"): "a preview prints and draws itself",
-    ("lamina.state", "optimizer"): "type of an argument",
+    ("lamina.state.load", "optimizer"): "type of an argument",
     ("lamina.scheduler_view", "optimizer"): "type of an argument",
 }
 

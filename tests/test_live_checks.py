@@ -205,7 +205,7 @@ def test_state_that_began_anew_at_a_load_is_excused():
         group["clock"] = 50
     saved["state"] = {k: v for k, v in saved["state"].items() if k < 2}
     optimizer.load_state_dict(saved)
-    assert set(optimizer.last_load.missing) == {"unused.weight", "unused.bias"}
+    assert set(optimizer.last_load.new) == {"unused.weight", "unused.bias"}
     (finding,) = optimizer.check(model)
     assert "used.weight, used.bias" in finding.message
     assert "unused" not in finding.message

@@ -82,7 +82,7 @@ def _read(named: Mapping[str, torch.Tensor], folder: str, key: str) -> dict[str,
     nested: dict[Hashable, Any] = {}
     for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
         _put(nested, path[1:], flat[name])
-    return _completed(nested)
+    return {"state": nested.get("state", {}), "param_groups": nested["param_groups"]}
 
 
 def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -124,12 +124,3 @@ def _put(nested: Any, path: tuple[Any, ...], value: Any) -> None:
         nested.append(value)
     else:
         nested[last] = value
-
-
-def _completed(nested: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """A state dict again: the checkpoint has no place for empty dicts."""
-    groups = [
-        {**group, "overrides": [[*item, {}][:2] for item in group.get("overrides", ())]}
-        for group in nested["param_groups"]
-    ]
-    return {"state": nested.get("state", {}), "param_groups": groups}

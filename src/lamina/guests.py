@@ -20,6 +20,7 @@ class Guest(Algorithm):
     name: ClassVar[str] = "guest"
     defaults: ClassVar[dict[str, Any]] = {}
     limits: ClassVar[dict[str, tuple[float, float]]] = {}
+    buffers: ClassVar[tuple[str, ...]] = ()
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Nothing; guests make their state themselves."""

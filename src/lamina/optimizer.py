@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,6 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
-from .checks.received import Received
 from .engine import Closure
 from .errors import NonFiniteError, PlanError
 from .explain import Explanation, explain
@@ -25,14 +25,15 @@ from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
-from .parameters import observe, walk
+from .parameters import Owned, observe, walk
 from .plan import Plan
+from .received import Received
 from .reporting import begin_all
 from .resolve import resolve_owned
-from .resolved import Finding, Resolved
+from .resolved import Cell, Finding, Resolved
+from .restoring import Restorable
 from .scheduler_view import SchedulerView
-from .state import LoadReport, load_by_name
-from .steering import Steerable
+from .state import FORMAT, LoadReport, resume_from, run_record
 from .ties import Watched
 from .time import Run
 from .timeline import values_at
@@ -47,7 +48,7 @@ _OWN = (
 )
 
 
-class Optimizer(Steerable):
+class Optimizer(Restorable):
     """Carries out a plan on a model; made by `Plan.build`.
 
     `param_groups` are plain dicts whose values are those of the next step (lr is 0.0 while a
@@ -56,9 +57,19 @@ class Optimizer(Steerable):
     non-finite gradient.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, run: Run, audit: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        run: Run,
+        audit: bool = False,
+        resume: dict[str, Any] | None = None,
+        extend: str | None = None,
+    ) -> None:
         owned = walk(model)
-        resolved = resolve_owned(plan, owned, run, observe(model, owned))
+        settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
+        resumed = resume_from(settle, run, resume, extend)
+        resolved = resumed.resolved if resumed else settle(run)
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
         self._complete = False
@@ -74,25 +85,19 @@ class Optimizer(Steerable):
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
-        groups = [
-            {
-                "params": [by_name[info.name].tensor for info in cell.parameters],
-                "param_names": [info.name for info in cell.parameters],
-                "name": cell.name,
-                "optimizer": optimizer_name(cell.optimizer),
-                "clock": 0,
-                "overrides": [],
-                "feedback": begin_all(resolved),
-            }
-            for cell in resolved.cells
-        ]
-        super().__init__(groups, {})
+        super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         self._complete = True
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
                 self.state[param].update(self._begun(group, param))
         self._publish(0)
+        if resume is not None:
+            try:
+                self._restore(resume)
+            except BaseException:
+                self.release()
+                raise
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -244,22 +249,6 @@ class Optimizer(Steerable):
         self._audit.begin(self.param_groups, self._freezer.active)
         self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
 
-    def _drop_states(self, before: Sequence[bool | None]) -> None:
-        """Release the state of what froze now, or was loaded frozen, where the plan says so."""
-        rows = zip(
-            self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
-        )
-        for cell, group, was, now in rows:
-            if now or cell.frozen_state == "keep":
-                continue
-            # Loaded state may come from a plan that keeps it.
-            if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
-                self._drop_state(group)
-
-    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
-        # Guests make their state themselves, where they find an empty one.
-        return {} if group["name"] in self._guests else super()._begun(group, param)
-
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
         self._freezer.release(self.param_groups)
@@ -276,31 +265,22 @@ class Optimizer(Steerable):
             )
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a saved optimizer, by parameter name and shape.
-
-        The plan's values stay; clock, overrides and every parameter's state are loaded. What was
-        kept, missing or dropped is in `last_load`.
-
-        Raises:
-            StateError: if it does not fit; nothing was changed.
-        """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        loaded = load_by_name(self, state_dict)
-        self.state.update(loaded.state)
-        self.__dict__.pop("_batches", None)  # kept batches hold the old tensors
-        for group in self.param_groups:
-            group["overrides"] = loaded.overrides.get(group["name"], [])
-            group["feedback"] = loaded.feedback
-        self._ties.warn()
-        self._audit.forget()
-        self._received.begin(loaded.clock)
-        self._publish(loaded.clock)
-        self.last_load = loaded.report
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}
+
+
+def _group(cell: Cell, by_name: Mapping[str, Owned], resolved: Resolved) -> dict[str, Any]:
+    """A parameter group without its values; what it holds beside torch's keys is saved with it."""
+    return {
+        "params": [by_name[info.name].tensor for info in cell.parameters],
+        "param_names": [info.name for info in cell.parameters],
+        "param_shapes": [list(info.shape) for info in cell.parameters],
+        "name": cell.name,
+        "optimizer": optimizer_name(cell.optimizer),
+        "format": FORMAT,
+        "run": run_record(resolved.run),
+        "planned": run_record(resolved.planned or resolved.run),
+        "clock": 0,
+        "overrides": [],
+        "feedback": begin_all(resolved),
+    }

@@ -210,6 +210,8 @@ class Plan:
         steps_per_epoch: int | None = None,
         accumulate: int = 1,
         audit: bool = False,
+        resume: dict[str, Any] | None = None,
+        extend: str | None = None,
     ) -> Optimizer:
         """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
 
@@ -221,11 +223,21 @@ class Plan:
             accumulate: batches that make one optimizer step.
             audit: prove at every step that nothing moved what is frozen (`FrozenMovedError`
                 otherwise); reads all frozen weights twice a step.
+            resume: the saved state of an optimizer to go on from, loaded as by
+                `Optimizer.load_state_dict`.
+            extend: how a saved run of another length goes on: `"hold"` keeps its schedules and,
+                past their end, their last values; `"stretch"` fits the same shapes to the new
+                length, so that values may jump at the clock (see `optimizer.last_load`).
+
+        Raises:
+            PlanError: if the plan cannot be carried out on this model, or for such a length.
+            StateError: if the state does not fit, or its run had another length, values depend on
+                that, and `extend` does not say how.
         """
         from .optimizer import Optimizer
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        return Optimizer(self, model, run, audit)
+        return Optimizer(self, model, run, audit, resume, extend)
 
     def preview(
         self,
@@ -235,14 +247,14 @@ class Plan:
         epochs: float | None = None,
         steps_per_epoch: int | None = None,
         accumulate: int = 1,
+        resume: dict[str, Any] | None = None,
+        extend: str | None = None,
     ) -> Preview:
         """What will happen to every part of a model, before it does; arguments as in `build`."""
-        from .freezing import has_reducer
-        from .preview import Preview
-        from .resolve import resolve
+        from .preview import preview_of
 
-        resolved = resolve(self, model, time.run_of(steps, epochs, steps_per_epoch, accumulate))
-        return Preview(resolved, reducer=has_reducer(list(model.parameters())))
+        run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
+        return preview_of(self, model, run, resume, extend)
 
 
 def _argument_text(value: object) -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from .explain import Explanation, explain
+from .findings import listed
 from .freezing import has_reducer
+from .parameters import observe, walk
+from .plan import Plan
+from .resolve import resolve_owned
 from .resolved import Finding, Resolved
+from .state import Resumed, jump, resume_from
 from .time import Run
-from .timeline import NO_FEEDBACK, Feedback, Values, values_at
+from .timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +37,7 @@ class Preview:
         feedback: what happened in a run so far; nothing by default.
         reducer: whether gradients are reduced by DDP, which decides how parts are frozen; by
             default, whether torch.distributed is in use.
+        resumed: the saved run that goes on, whose values are shown up to its clock.
 
     Example:
         >>> from torch import nn
@@ -45,17 +52,29 @@ class Preview:
     """
 
     def __init__(
-        self, resolved: Resolved, feedback: Feedback = NO_FEEDBACK, *, reducer: bool | None = None
+        self,
+        resolved: Resolved,
+        feedback: Feedback = NO_FEEDBACK,
+        *,
+        reducer: bool | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         self.resolved = resolved
         self.feedback = feedback
+        self.resumed = resumed
         #: whether parts that thaw or freeze keep requires_grad on and have their gradients dropped
         self.drops_gradients = has_reducer(()) if reducer is None else reducer
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is legal in the plan but suspicious."""
-        return self.resolved.findings
+        if self.resumed is None or self.resumed.saved_run in (None, self.run):
+            return self.resolved.findings
+        told = [jump(row, self.resumed.clock) for row in self.resumed.changed if row.moves]
+        if not told:
+            return self.resolved.findings
+        fix = "If that is not meant, extend='hold' keeps the saved schedules."
+        return (*self.resolved.findings, Finding("value-jumps", f"{listed(told)}.", fix))
 
     @property
     def run(self) -> Run:
@@ -89,7 +108,11 @@ class Preview:
 
     def values(self, step: Any) -> Values:
         """Every value at a step or an array of steps: what `Optimizer.step` applies."""
-        return values_at(self.resolved, step, self.feedback)
+        after = values_at(self.resolved, step, self.feedback)
+        if self.resumed is None or self.resumed.before is None:
+            return after
+        before = values_at(self.resumed.before, step, self.feedback)
+        return spliced(before, after, step, self.resumed.clock)
 
     def at(self, step: int) -> dict[str, dict[str, Any]]:
         """The hyperparameters of every group at a step, in the form of `optimizer.applied`."""
@@ -98,7 +121,9 @@ class Preview:
 
     def explain(self, name: str, step: int = 0) -> Explanation:
         """The chain of rules behind every number of a parameter at a step."""
-        return explain(self.resolved, name, step, self.feedback)
+        resumed = self.resumed
+        before = resumed.before if resumed is not None and step < resumed.clock else None
+        return explain(before or self.resolved, name, step, self.feedback)
 
     def plot(self, path: str | os.PathLike[str] | None = None, ax: Axes | None = None) -> Figure:
         """Draw the lr of every group over the run, and below it when each one trains.
@@ -130,3 +155,20 @@ class Preview:
         from .report.table import rich_parts
 
         yield from rich_parts(self, options.max_width, unicode=not options.ascii_only)
+
+
+def preview_of(
+    plan: Plan,
+    model: nn.Module,
+    run: Run,
+    resume: dict[str, Any] | None = None,
+    extend: str | None = None,
+) -> Preview:
+    """The preview of a plan on a model; see `Plan.preview`."""
+    owned = walk(model)
+    settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
+    resumed = resume_from(settle, run, resume, extend)
+    reducer = has_reducer(list(model.parameters()))
+    if resumed is None:
+        return Preview(settle(run), reducer=reducer)
+    return Preview(resumed.resolved, resumed.feedback, reducer=reducer, resumed=resumed)

@@ -131,7 +131,8 @@ class Resolved:
     """A plan settled for one model and one run; every parameter is in exactly one cell.
 
     `reactions` are what watches metrics, each with the key of what it has seen;
-    `chains[name][setting]` remembers where each value came from.
+    `chains[name][setting]` remembers where each value came from. `planned` is the run that the
+    schedules were settled for, where that is not `run` (one that was made longer or shorter).
     """
 
     plan: Plan
@@ -141,6 +142,7 @@ class Resolved:
     reactions: tuple[tuple[str, Reaction], ...]
     findings: tuple[Finding, ...]
     chains: Mapping[str, Mapping[str, tuple[Link, ...]]] = field(repr=False)
+    planned: Run | None = None
 
     @cached_property
     def cell_of(self) -> dict[str, int]:

@@ -170,3 +170,43 @@ def values_at(resolved: Resolved, step: Any, feedback: Feedback = NO_FEEDBACK) -
     this returns; preview, explain and the logs show it.
     """
     return Values(resolved, step, feedback)
+
+
+class _Spliced(Values):
+    """The values of one settlement of a plan before a step, those of another from it on."""
+
+    def __init__(self, before: Values, after: Values, past: Any) -> None:
+        self._before, self._after, self._past = before, after, past
+
+    def hyper(self, index: int) -> dict[str, Any]:
+        """The hyperparameters of a cell."""
+        old, new = self._before.hyper(index), self._after.hyper(index)
+        return {key: self._pick(old[key], new[key]) for key in new}
+
+    def active(self, index: int) -> Any:
+        """Whether the cell of this index trains."""
+        return self._pick(self._before.active(index), self._after.active(index))
+
+    def operations(self, scope: int) -> list[tuple[Operation, Any]]:
+        """The gradient operations of a scope with their numbers."""
+        pairs = zip(self._before.operations(scope), self._after.operations(scope), strict=True)
+        return [(operation, self._pick(old, new)) for (_, old), (operation, new) in pairs]
+
+    def _pick(self, old: Any, new: Any) -> Any:
+        if isinstance(new, tuple):
+            return tuple(map(self._pick, old, new))
+        same = not isinstance(new, np.ndarray) and not isinstance(old, np.ndarray) and old == new
+        return new if same else np.where(self._past, old, new)
+
+
+def spliced(before: Values, after: Values, step: Any, clock: int) -> Values:
+    """The values of a run that was settled anew at a step: `before` it, and `after`.
+
+    Where the two settlements group the parameters differently, those of `after` alone.
+    """
+    one, other = before._resolved, after._resolved
+    if [cell.name for cell in one.cells] != [cell.name for cell in other.cells]:
+        return after
+    if np.ndim(step) == 0:
+        return before if step < clock else after
+    return _Spliced(before, after, np.asarray(step) < clock)

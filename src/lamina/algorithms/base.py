@@ -98,6 +98,10 @@ class Algorithm(Method, ABC):
     Every fast kernel is tested against the rule.
     """
 
+    #: the tensors that it may keep for a parameter under any settings, each as large as the
+    #: parameter; what `init` gives is among them
+    buffers: ClassVar[tuple[str, ...]]
+
     @abstractmethod
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """The state of a parameter that was never updated, without `step`.

@@ -50,6 +50,7 @@ class LAMB(Algorithm):
     }
     components: ClassVar[dict[str, int]] = {"betas": 2}
     options: ClassVar[tuple[str, ...]] = ("maximize",)
+    buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Zeros."""

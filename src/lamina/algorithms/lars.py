@@ -51,6 +51,7 @@ class LARS(Algorithm):
         "eps": (0.0, math.inf),
     }
     options: ClassVar[tuple[str, ...]] = ("maximize",)
+    buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Zeros; nothing without a momentum."""

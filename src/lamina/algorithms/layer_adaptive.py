@@ -42,6 +42,7 @@ class LayerAdaptiveAdam(Algorithm):
     limits: ClassVar[dict[str, tuple[float, float]]] = dict(Adam.limits)
     components: ClassVar[dict[str, int]] = {"betas": 2}
     options: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "decoupled_weight_decay")
+    buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Zeros."""

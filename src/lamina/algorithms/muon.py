@@ -59,6 +59,7 @@ class Muon(Algorithm):
     components: ClassVar[dict[str, int]] = {"ns_coefficients": 3}
     counts: ClassVar[tuple[str, ...]] = ("ns_steps",)
     options: ClassVar[tuple[str, ...]] = ("nesterov", "adjust_lr_fn")
+    buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "adjust_lr_fn": (None, "original", "match_rms_adamw")
     }

@@ -53,6 +53,7 @@ class RMSprop(Algorithm):
         "momentum": (0.0, math.inf),
     }
     options: ClassVar[tuple[str, ...]] = ("centered", "maximize")
+    buffers: ClassVar[tuple[str, ...]] = ("square_avg", "momentum_buffer", "grad_avg")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Zeros; a buffer only with a momentum."""

@@ -51,6 +51,7 @@ class SGD(Algorithm):
     }
     options: ClassVar[tuple[str, ...]] = ("nesterov", "maximize")
     sparse: ClassVar[bool] = True
+    buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def check(self, hyper: Hyper) -> None:
         """Ranges, and what Nesterov's form needs."""

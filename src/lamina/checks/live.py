@@ -12,10 +12,10 @@ from torch import nn
 from ..findings import listed, model_findings
 from ..optim.registry import is_whole_vector
 from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
+from ..received import Received
 from ..resolved import Cell, Finding, Resolved, Trigger
 from ..state import LoadReport
 from ..ties import broken, by_name, tie_again
-from .received import Received
 
 _REBUILD = (
     "Build the optimizer from the plan again, after the change to the model, and load this one's "
@@ -46,6 +46,7 @@ def examine(
     """
     owned = collect(model)
     live = by_name(owned)
+    anew = (*load.new, *load.restarted) if load else ()
     rows = list(_rows(resolved, groups))
     if not any(_is_there(info, param, live) for _, info, param in rows):
         return (
@@ -62,7 +63,7 @@ def examine(
         *_exchanged(rows, live),
         *_unknown(resolved, owned),
         *_overlapping(owned),
-        *_silent(rows, groups, state, after, load.missing if load else (), received or Received()),
+        *_silent(rows, groups, state, after, anew, received or Received()),
         *_turned_off(rows, groups),
         *model_findings(order, resolved.run, observe(model, owned)),
     )

@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import kernels
+from ..algorithms import ALGORITHMS
 from ..algorithms.base import Method, dtype_name
 from ..engine import Engine
 from ..errors import HyperparameterError, PlanError, StateError
@@ -215,10 +216,7 @@ def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -
 
 
 #: state that is as large as its parameter
-_SHAPED = (
-    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    *("square_avg", "grad_avg"),
-)
+_SHAPED = {key for algorithm in ALGORITHMS.values() for key in algorithm.buffers}
 
 
 def _fit(param: torch.Tensor, wanted: str | None, value: Any) -> Any:

@@ -9,6 +9,7 @@ from .rows import epochs, span
 
 if TYPE_CHECKING:
     from ..preview import Preview
+    from ..state import Resumed
 
 #: gradient operations that are nothing but the usual clipping
 PLAIN_NORM = r"clip_norm [^,(]+"
@@ -21,6 +22,8 @@ def header(preview: Preview) -> list[str]:
     common = [said[key] for key in ("weight_decay", "gradients") if said.get(key)]
     if common:
         lines.append(" · ".join(common))
+    if preview.resumed is not None:
+        lines.append(_resumed(preview, preview.resumed))
     if preview.run.steps is None:
         lines.append("Pass steps=, or epochs= and steps_per_epoch=, to see the whole run.")
     frozen = _freezing(preview)
@@ -63,6 +66,19 @@ def _length(preview: Preview) -> str:
         return text
     amount = epochs(run.steps, run.steps_per_epoch)
     return f"{text} ({amount} epoch{'s' if amount != '1' else ''} of {run.steps_per_epoch:,})"
+
+
+def _resumed(preview: Preview, resumed: Resumed) -> str:
+    """Where a saved run goes on, and what became of its schedules."""
+    text = f"goes on at step {resumed.clock:,} of a saved run"
+    if resumed.saved_run is None or resumed.saved_run.steps is None:
+        return f"{text} whose length is unknown"
+    if resumed.saved_run == preview.run:
+        return text
+    planned = preview.resolved.planned
+    if planned is None or planned.steps is None:
+        return f"{text} of {resumed.saved_run.steps:,} steps; schedules fit the new length"
+    return f"{text}; schedules are those of {planned.steps:,} steps, then hold their last values"
 
 
 def _groups(preview: Preview, said: dict[str, str]) -> list[str]:

@@ -91,6 +91,8 @@ def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any])
             if last < len(steps):
                 ax.plot(steps[last - 1], lr[last - 1], "o", color=colour, mfc="white", markersize=4)
     _scale(ax, found)
+    if preview.resumed is not None:
+        _clock(ax, preview.resumed.clock)
     ax.set_xlim(0, preview.run.steps)
     ax.set_ylabel("learning rate", color=_INK)
     ax.grid(True, color=_GRID, linewidth=0.8)
@@ -100,6 +102,15 @@ def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any])
         spine.set_visible(side == "left")
         spine.set_color(_GRID)
     _epochs(ax, preview)
+
+
+def _clock(ax: Axes, step: int) -> None:
+    """A line where a saved run goes on."""
+    ax.axvline(step, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="_resumed")
+    ax.annotate(
+        f"goes on at step {step:,}", (step, 1), (5, -4), xycoords=("data", "axes fraction"),
+        textcoords="offset points", va="top", fontsize=8.5, color=_INK,
+    )  # fmt: skip
 
 
 def _scale(ax: Axes, found: list[Course]) -> None:

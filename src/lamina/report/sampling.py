@@ -59,6 +59,8 @@ def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     joints = set().union(
         *(_joints(cell, each) for cell, each in zip(preview.resolved.cells, spans, strict=True))
     )
+    if preview.resumed is not None:
+        joints |= {preview.resumed.clock}
     marks |= {step for joint in joints for step in (joint - 1, joint) if 0 <= step < steps}
     evenly = np.linspace(0, steps - 1, max(2, SAMPLES - len(marks))).astype(np.int64)
     return np.union1d(evenly, np.array(sorted(marks), dtype=np.int64))

@@ -1,0 +1,202 @@
+"""State in and out of an optimizer under a plan: loading, torch's form, room for a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .algorithms.base import begun_dtype
+from .audit import Audit
+from .errors import StateError
+from .freezing import Freezer
+from .optim.registry import is_whole_vector, optimizer_name
+from .received import Received
+from .resolved import NEVER
+from .state import Loaded, LoadReport, prepare
+from .state.load import OURS
+from .state.report import few
+from .state.seen import KEYS, written
+from .steering import Steerable
+from .ties import Watched
+
+log = logging.getLogger("lamina")
+
+
+class Restorable(Steerable):
+    """An optimizer under a plan whose state can be saved and loaded."""
+
+    _audit: Audit
+    _received: Received
+    _freezer: Freezer
+    _ties: Watched
+    last_load: LoadReport | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's shape, with what a plan needs to go on in the groups.
+
+        Tensors and plain values only; the tensors are the live ones, not copies.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({key: written(group[key]) for key in KEYS if key in group})
+        return state
+
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        strict: bool = False,
+        renamed: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Take over the state of a saved optimizer, by parameter name and shape.
+
+        The plan's values stay; clock, overrides, feedback and every parameter's state are loaded.
+        `last_load` says what was kept, new, restarted or dropped, and which values differ. A state
+        without names (torch's) is matched by position, if number and shapes agree.
+
+        Args:
+            state_dict: from `state_dict()`, of torch's optimizer of the same name too.
+            strict: whether state that is missing, of another optimizer or left over is an error;
+                hyperparameters are the plan's and only reported.
+            renamed: from the saved name of a parameter or module to its name now, such as
+                `{"old.encoder": "encoder"}`; None leaves it out: `{"head.weight": None}`.
+
+        Raises:
+            StateError: if it does not fit; nothing was changed.
+        """
+        self._restore(state_dict, strict, renamed)
+        jumps = self.last_load.jumps if self.last_load else ()
+        if jumps:
+            log.warning(
+                "the state is of a run of another length, and the plan's values are used: %s. To "
+                "choose how the run goes on, build with resume=state and extend='hold' or "
+                "'stretch'.",
+                few(jumps),
+            )
+
+    def _restore(
+        self,
+        state_dict: Any,
+        strict: bool = False,
+        renamed: Mapping[str, str | None] | None = None,
+    ) -> None:
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)  # what a hook changes is not the caller's
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
+        self._ties.warn()
+        self._put(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _put(self, loaded: Loaded) -> None:
+        """Exchange the state; nothing in here can fail."""
+        self.state.update(loaded.state)
+        self.__dict__.pop("_batches", None)  # kept batches hold the old tensors
+        for group in self.param_groups:
+            group["overrides"] = loaded.overrides.get(group["name"], [])
+            group["feedback"] = loaded.feedback
+            group.update(loaded.groups.get(group["name"], {}))
+        self._audit.forget()
+        self._received.begin(loaded.clock)
+        self._publish(loaded.clock)
+        self.last_load = loaded.report
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state in the form that torch's optimizer of the same name loads.
+
+        Without what only a plan reads, and without entries for parameters that were never updated,
+        whose state torch allocates itself. torch matches by position: build its optimizer over
+        `[{"params": group["params"]} for group in optimizer.param_groups]`.
+
+        Raises:
+            StateError: if the plan uses several optimizers; torch's can be only one.
+        """
+        kinds = list(dict.fromkeys(cell.optimizer for cell in self._resolved.cells))
+        if len(kinds) > 1:
+            raise StateError(
+                f"the plan uses {' and '.join(map(optimizer_name, kinds))}; torch's optimizers are "
+                "of one kind, so that none can load this state."
+            )
+        state = self.state_dict()
+        ours = OURS - {"params", "param_names"}
+        groups = [
+            {key: value for key, value in group.items() if key not in ours}
+            for group in state["param_groups"]
+        ]
+        own: set[str] = set()
+        if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
+            own = {"step", "places"}
+            for group in groups:
+                limit = group["max_eval"]
+                group["max_eval"] = group["max_iter"] * 5 // 4 if limit is None else limit
+        entries = {
+            index: {key: value for key, value in entry.items() if key not in own}
+            for index, entry in state["state"].items()
+            if entry.keys() - {"step"}
+        }
+        return {"state": entries, "param_groups": groups}
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Make room for a state that torch.distributed.checkpoint loads in place.
+
+        It loads what is there already, and only for parameters with `requires_grad`. Inside, all
+        that the plan ever trains has both; at the end what was not loaded is as it was.
+
+        Example:
+            with optimizer.receiving():
+                state = get_optimizer_state_dict(model, optimizer)
+                torch.distributed.checkpoint.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(model, optimizer, state)
+        """
+        groups, active = self.param_groups, list(self._freezer.active)
+        given: list[tuple[int, torch.Tensor, bool]] = []
+        added: list[tuple[torch.Tensor, dict[str, Any], list[str]]] = []
+        for place, (cell, group) in enumerate(zip(self._resolved.cells, groups, strict=True)):
+            for param in group["params"] if cell.windows != NEVER else ():
+                given.append((place, param, param.requires_grad))
+                param.requires_grad_(True)
+                if cell.algorithm is not None:
+                    before = set(self.state[param])
+                    self._make_room(param, group)
+                    added.append((param, self.state[param], [*self.state[param].keys() - before]))
+        try:
+            yield
+        finally:
+            for place, param, flag in given:
+                if self._freezer.active[place] == active[place]:  # else the load has set it
+                    param.requires_grad_(flag)
+            for param, entry, keys in added:
+                if self.state[param] is entry:
+                    for key in keys:
+                        del entry[key]
+
+    def _make_room(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        algorithm, entry = self.algorithm_for(group), self.state[param]
+        self._ensure_state(algorithm, param, entry, group)
+        if group.get("momentum") and entry.keys() == {"step"}:  # SGD's begins with a gradient
+            dtype = begun_dtype(param, group)
+            entry.update({k: torch.zeros_like(param, dtype=dtype) for k in algorithm.buffers})
+
+    def _drop_states(self, before: Sequence[bool | None]) -> None:
+        """Release the state of what froze now, or was loaded frozen, where the plan says so."""
+        rows = zip(
+            self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
+        )
+        for cell, group, was, now in rows:
+            if now or cell.frozen_state == "keep":
+                continue
+            # Loaded state may come from a plan that keeps it.
+            if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
+                self._drop_state(group)
+
+    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        # Guests make their state themselves, where they find an empty one.
+        return {} if group["name"] in self._guests else super()._begun(group, param)

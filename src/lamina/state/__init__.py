@@ -1,0 +1,20 @@
+"""Saved optimizer state: its form, and how it is matched to a plan by name."""
+
+from __future__ import annotations
+
+from .extend import Resumed, resume_from
+from .form import FORMAT, run_record
+from .load import Loaded, prepare
+from .report import Changed, LoadReport, jump
+
+__all__ = [
+    "FORMAT",
+    "Changed",
+    "LoadReport",
+    "Loaded",
+    "Resumed",
+    "jump",
+    "prepare",
+    "resume_from",
+    "run_record",
+]

@@ -1,0 +1,188 @@
+"""A run that goes on from a saved state, longer or shorter than it was: hold or stretch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import PlanError, StateError, did_you_mean
+from ..resolved import Resolved
+from ..time import Run
+from ..timeline import Feedback, Values, values_at
+from .form import Saved, read
+from .load import clock_of, differences, in_order
+from .names import match
+from .report import Changed
+from .seen import feedback_of, overrides_of
+
+#: what may become of a plan when the length of its run changes
+WAYS = ("hold", "stretch")
+_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A plan settled for the rest of a run.
+
+    `before` is the plan as it was settled for the saved run (None if its length is unknown) and
+    `resolved` as it goes on from `clock`; `changed` are the values that differ there.
+    """
+
+    resolved: Resolved
+    before: Resolved | None
+    clock: int
+    feedback: Feedback
+    saved_run: Run | None
+    changed: tuple[Changed, ...]
+
+
+def resume_from(
+    settle: Callable[[Run], Resolved], run: Run, state_dict: Any, extend: str | None
+) -> Resumed | None:
+    """Settle a plan for a run that goes on from a saved state; None without a state.
+
+    Args:
+        settle: settles the plan for a run of a given length.
+        run: the length of the run from now on, its first part included.
+        state_dict: the saved state.
+        extend: "hold" keeps the schedules of the saved length, and their last values after it;
+            "stretch" fits the same shapes to the new length; None if nothing depends on it.
+
+    Raises:
+        PlanError: for an unknown word, or a word without a state.
+        StateError: if the length differs, values depend on it, and extend is None.
+    """
+    _check_way(extend, state_dict is not None)
+    if state_dict is None:
+        return None
+    saved = read(state_dict)
+    known = saved.run is not None and saved.run.steps is not None
+    if extend is not None and not known:
+        raise StateError(
+            f"extend={extend!r}, but the saved state does not know the length of its run; leave "
+            "extend out: the plan's values for the new length are used."
+        )
+    resolved, before = settled(settle, run, saved, extend)
+    clock = clock_of(saved)[0]
+    lived = Feedback(
+        overrides_of(saved.groups, resolved)[0], feedback_of(saved.groups, resolved)[0]
+    )
+    matched = match(saved, in_order(resolved), None)
+    changed = differences(resolved, matched.entries, values_at(resolved, clock, lived))
+    return Resumed(resolved, before, clock, lived, saved.run, changed)
+
+
+def settled(
+    settle: Callable[[Run], Resolved], run: Run, saved: Saved, extend: str | None
+) -> tuple[Resolved, Resolved | None]:
+    """The plan for the rest of the run, and as it was for the saved one."""
+    if saved.run is None or saved.run.steps is None:
+        return settle(run), None
+    planned = saved.planned or saved.run
+    before = settle(planned)
+    held = before if planned == run else replace(before, run=run, planned=planned)
+    if extend == "hold" or (extend is None and saved.run == run):
+        return held, before
+    stretched = settle(run)
+    if extend is None:
+        clock = clock_of(saved)[0]
+        lived = Feedback(
+            overrides_of(saved.groups, before)[0], feedback_of(saved.groups, before)[0]
+        )
+        difference = first_difference(before, stretched, clock, lived)
+        if difference:
+            raise StateError(
+                f"the saved run was planned for {_length(planned)}, this one has {_length(run)}, "
+                f"and the plan depends on that: {difference}. Pass extend='hold' (the saved "
+                "schedules, then their last values) or extend='stretch' (the same shapes over the "
+                "new length)."
+            )
+    return stretched, before
+
+
+def _check_way(extend: Any, resumed: bool) -> None:
+    """Raise `PlanError` unless `extend` is one of the words, and there is a state to resume."""
+    if extend is not None and extend not in WAYS:
+        near = did_you_mean(extend, WAYS) if isinstance(extend, str) else ""
+        raise PlanError(f"extend={extend!r}: expected 'hold' or 'stretch'.{near}")
+    if extend is not None and not resumed:
+        raise PlanError(
+            f"extend={extend!r} says how a saved run goes on; give its state, resume=state."
+        )
+
+
+def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedback) -> str:
+    """In words, a value that differs between two settlements from the clock on; "" if none."""
+    if (one.cells, one.scopes) == (other.cells, other.scopes):
+        return ""
+    last = max(2 * clock + 2, one.run.steps or 0, other.run.steps or 0)
+    edges = {
+        step + shift
+        for resolved in (one, other)
+        for cell in resolved.cells
+        for span in cell.windows
+        for step in span
+        if isinstance(step, int)
+        for shift in (-1, 0)
+    }
+    steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
+    inside = [step for step in edges if clock <= step <= last]
+    steps = np.union1d(steps, np.array(inside, dtype=np.int64))
+    pair = values_at(one, steps, feedback), values_at(other, steps, feedback)
+    seen = set()
+    for name, first in one.cell_of.items():
+        indices = first, other.cell_of[name]
+        if indices not in seen:
+            seen.add(indices)
+            found = _difference(pair, indices, steps)
+            if found:
+                return f"{found[0]} of {name!r} {found[1]}"
+    for scope in one.scopes:
+        found = _threshold(pair, one.scopes.index(scope), steps)
+        if found:
+            return f"{found[0]} of {scope.name!r} {found[1]}"
+    return ""
+
+
+def _difference(pair: tuple[Values, Values], indices: tuple[int, int], steps: Any) -> Any:
+    first, second = pair[0].hyper(indices[0]), pair[1].hyper(indices[1])
+    for key in first:
+        told = _apart(first[key], second[key], steps)
+        if told:
+            return key, told
+    active = pair[0].active(indices[0]), pair[1].active(indices[1])
+    return ("the window", "is another one") if not np.array_equal(*active) else None
+
+
+def _threshold(pair: tuple[Values, Values], scope: int, steps: Any) -> Any:
+    listed = zip(pair[0].operations(scope), pair[1].operations(scope), strict=True)
+    for (operation, one), (_, other) in listed:
+        told = _apart(one, other, steps)
+        if told:
+            return operation.spelling, told
+    return None
+
+
+def _apart(one: Any, other: Any, steps: Any) -> str:
+    """Where two values over the steps differ by more than rounding, in words."""
+    if isinstance(one, tuple):
+        parts = (_apart(a, b, steps) for a, b in zip(one, other, strict=True))
+        return next((part for part in parts if part), "")
+    if not isinstance(one, (int, float, np.ndarray)):
+        return "" if one == other else f"would be {other!r} instead of {one!r}"
+    first, second = (np.broadcast_to(np.asarray(v, dtype=float), steps.shape) for v in (one, other))
+    apart = ~np.isclose(first, second, rtol=1e-9, atol=0.0)
+    if not apart.any():
+        return ""
+    place = int(np.argmax(apart))
+    return f"at step {steps[place]} would be {second[place]:.6g} instead of {first[place]:.6g}"
+
+
+def _length(run: Run) -> str:
+    steps = math.nan if run.steps is None else run.steps
+    text = "an unknown length" if run.steps is None else f"{steps:,} steps"
+    return text + (f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else "")

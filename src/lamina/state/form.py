@@ -1,0 +1,223 @@
+"""The form of a saved state: read and checked before anything is made of it.
+
+Beside torch's keys, every group of a plan's optimizer holds `format`, `optimizer`, `param_names`,
+`param_shapes`, `clock`, `run`, `overrides` and `feedback`: torch.distributed.checkpoint keeps what
+lies in the groups and drops other keys at the top. All of it is plain values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import StateError
+from ..parameters import clean_names
+from ..time import Run
+
+#: the version that this lamina writes, and the newest that it reads
+FORMAT = 1
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a state holds of one parameter (None: nothing), and the group it was saved in."""
+
+    values: Mapping[str, Any] | None
+    group: Group
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved state, checked for its form alone.
+
+    `names` are clean, in the order of `entries`; None if the state has none. `clock` is None if
+    the state has none, as torch's. `run` is the length of the run that was saved, `planned` the
+    length that its schedules were settled for. `by_fqn`: names stand for the parameter numbers, as
+    torch.distributed.checkpoint writes them.
+    """
+
+    names: tuple[str, ...] | None
+    entries: tuple[Entry, ...]
+    groups: tuple[Group, ...]
+    clock: int | None
+    run: Run | None
+    planned: Run | None
+    by_fqn: bool = False
+
+
+def run_record(run: Run) -> dict[str, int | None]:
+    """A run as plain values."""
+    return {"steps": run.steps, "steps_per_epoch": run.steps_per_epoch}
+
+
+def read(saved: Any) -> Saved:
+    """Check the form of a state; raises `StateError` with the name of what is wrong."""
+    groups = _groups(saved)
+    for group in groups:
+        _check_version(group.get("format", FORMAT))
+    keys = [key for group in groups for key in group["params"]]
+    _refuse_doubles("parameter number", keys)
+    entries = saved["state"]
+    if not isinstance(entries, Mapping):
+        raise StateError(f"the saved 'state' is {_short(entries)}; expected a dict by parameter.")
+    known, by_fqn = set(keys), _by_fqn(keys)
+    stray = [key for key in entries if key not in known]
+    if stray:
+        raise StateError(
+            f"the saved state has an entry {stray[0]!r}, which is no parameter of its groups "
+            f"({len(keys)} parameters); nothing was loaded."
+        )
+    names = _names(groups, keys)
+    shapes = _shapes(groups)
+    found = []
+    rows = ((key, group) for group in groups for key in group["params"])
+    for place, (key, group) in enumerate(rows):
+        values = entries.get(key)
+        if values is not None and not isinstance(values, Mapping):
+            called = f"parameter {key!r}" if names is None else repr(names[place])
+            raise StateError(f"the saved state of {called} is {_short(values)}; expected a dict.")
+        if values and by_fqn:  # torch writes {} for what a flat state lacks
+            values = {name: value for name, value in values.items() if not _is_empty(value)}
+        found.append(Entry(values, group, None if names is None else shapes.get(names[place])))
+    return Saved(
+        names,
+        tuple(found),
+        tuple(groups),
+        _clock(groups),
+        _run(groups, "run"),
+        _run(groups, "planned"),
+        by_fqn=by_fqn,
+    )
+
+
+def number_of_steps(name: str, value: Any) -> int:
+    """How many updates a parameter received, as it was saved: an int, a float or a tensor."""
+    number = value
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise StateError(f"the saved step of {name!r} is {_short(value)}; expected a number.")
+    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise StateError(
+            f"the saved step of {name!r} is {number:g}; expected a whole number of updates."
+        )
+    return int(number)
+
+
+def _groups(saved: Any) -> list[Group]:
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
+        raise StateError(
+            "this is not an optimizer state: expected 'state' and 'param_groups', as "
+            "optimizer.state_dict() gives."
+        )
+    groups = saved["param_groups"]
+    if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):
+        raise StateError(f"the saved 'param_groups' is {_short(groups)}; expected a list.")
+    if not groups:
+        raise StateError("the saved state has no parameter groups.")
+    for place, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise StateError(
+                f"the saved parameter group {place} is {_short(group)}; expected a dict with a "
+                "list 'params'."
+            )
+        for key in group["params"]:
+            if isinstance(key, bool) or not isinstance(key, (int, str)):
+                raise StateError(
+                    f"the saved parameter group {place} lists {_short(key)} as a parameter; "
+                    "expected its number."
+                )
+    return list(groups)
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise StateError(f"the saved format is {_short(version)}; expected a number.")
+    if version > FORMAT:
+        raise StateError(
+            f"the state was saved in format {version}, but this lamina reads formats up to "
+            f"{FORMAT}; upgrade lamina (pip install -U lamina)."
+        )
+
+
+def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
+    """Clean names of all parameters; torch.distributed.checkpoint writes them in `params`."""
+    if _by_fqn(keys):
+        given: list[Any] = keys
+    else:
+        named = [group for group in groups if group.get("param_names") is not None]
+        if not named:
+            return None
+        for group in groups:
+            names = group.get("param_names") or ()
+            if len(names) != len(group["params"]):
+                raise StateError(
+                    f"a saved group has {len(names)} names for {len(group['params'])} parameters; "
+                    "expected one for each, in all groups or in none."
+                )
+        given = [name for group in groups for name in group["param_names"]]
+        if not all(isinstance(name, str) for name in given):
+            raise StateError("the saved 'param_names' are not all texts.")
+    _refuse_doubles("the parameter", given)
+    cleaned = clean_names(given)
+    return tuple(cleaned[name] for name in given)
+
+
+def _by_fqn(keys: list[Any]) -> bool:
+    return bool(keys) and all(isinstance(key, str) for key in keys)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
+
+
+def _shapes(groups: list[Group]) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters by clean name, as far as the groups tell."""
+    found: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        names, shapes = group.get("param_names") or (), group.get("param_shapes") or ()
+        if len(names) == len(shapes):
+            found.update(zip(names, map(tuple, shapes), strict=True))
+    return found
+
+
+def _refuse_doubles(what: str, given: list[Any]) -> None:
+    if len(set(given)) != len(given):
+        double = next(key for key in given if given.count(key) > 1)
+        raise StateError(f"the saved state lists {what} {double!r} twice; nothing was loaded.")
+
+
+def _clock(groups: list[Group]) -> int | None:
+    clocks = [group["clock"] for group in groups if "clock" in group]
+    for clock in clocks:
+        if not isinstance(clock, int) or isinstance(clock, bool) or clock < 0:
+            raise StateError(f"the saved clock is {_short(clock)}; expected a number of steps.")
+    if len(set(clocks)) > 1:
+        raise StateError(f"the saved groups have different clocks: {sorted(set(clocks))}.")
+    return clocks[0] if clocks else None
+
+
+def _run(groups: list[Group], key: str) -> Run | None:
+    """The length of a run; None if the state does not know it."""
+    record = next((group[key] for group in groups if group.get(key) is not None), None)
+    if record is None:
+        return None
+    fits = isinstance(record, Mapping) and set(record) == {"steps", "steps_per_epoch"}
+    lengths = list(record.values()) if fits else []
+    if not fits or not all(n is None or (type(n) is int and n > 0) for n in lengths):
+        raise StateError(
+            f"the saved {key} is {_short(record)}; expected its steps and steps_per_epoch."
+        )
+    return Run(record["steps"], record["steps_per_epoch"])
+
+
+def _short(value: Any) -> str:
+    text = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

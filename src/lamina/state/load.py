@@ -1,0 +1,269 @@
+"""A saved state matched to the optimizer of a plan: everything is prepared, nothing changed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import StateError
+from ..optim.registry import is_whole_vector
+from ..parameters import ParamInfo
+from ..resolved import ALWAYS, Cell, Resolved, Trigger
+from ..timeline import Feedback, Values, values_at
+from .fit import (
+    begun,
+    belongs,
+    check_shape,
+    copied,
+    guest_entry,
+    has_state,
+    own_entry,
+    whole_entry,
+)
+from .form import Entry, Saved, number_of_steps, read
+from .names import match
+from .report import Changed, LoadReport, few
+from .seen import feedback_of, overrides_of
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+#: what every group holds beside its hyperparameters; the rest is a guest's own
+OURS = frozenset(
+    [
+        *("params", "param_names", "param_shapes", "name", "optimizer", "format"),
+        *("run", "planned", "clock", "overrides", "feedback"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """State ready to be put in place; `groups` holds values that guests keep in their groups."""
+
+    state: dict[torch.Tensor, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
+    clock: int
+    overrides: dict[str, list[Any]]
+    feedback: dict[str, dict[str, Any]]
+    report: LoadReport
+
+
+def prepare(
+    optimizer: Optimizer,
+    state_dict: Any,
+    strict: bool = False,
+    renamed: Mapping[str, str | None] | None = None,
+) -> Loaded:
+    """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
+    resolved, saved = optimizer.resolved, read(state_dict)
+    matched = match(saved, in_order(resolved), renamed)
+    clock, clock_from = clock_of(saved)
+    overrides, lost_overrides = overrides_of(saved.groups, resolved)
+    feedback, lost_feedback = feedback_of(saved.groups, resolved)
+    lived = Feedback(overrides, feedback)
+    values = values_at(resolved, clock, lived)
+    for scope in range(len(resolved.scopes)):
+        values.operations(scope)  # a schedule that fails at the clock fails here
+    fitting = _Fitting(dict(matched.entries), clock, lived)
+    if saved.by_fqn:
+        fitting.refuse_dropped(resolved, optimizer.param_groups)
+    if is_whole_vector(resolved.cells[0].optimizer):
+        fitting.whole(resolved, optimizer.param_groups)
+    else:
+        for index, group in enumerate(optimizer.param_groups):
+            fitting.cell(resolved.cells[index], group)
+    report = LoadReport(
+        kept=tuple(fitting.kept),
+        new=tuple(fitting.new),
+        restarted=tuple(fitting.restarted),
+        renamed=tuple(matched.renamed),
+        dropped=(
+            *(*fitting.entries, *matched.asked),
+            *(*fitting.left, *lost_overrides, *lost_feedback),
+        ),
+        hyperparameters=differences(resolved, matched.entries, values),
+        clock=clock,
+        clock_from=clock_from,
+        saved_run=saved.run,
+        run=resolved.run,
+        matched_by=matched.by,
+    )
+    if strict:
+        _refuse_unexpected(report, matched.asked)
+    return Loaded(fitting.state, fitting.groups, clock, overrides, feedback, report)
+
+
+def in_order(resolved: Resolved) -> list[ParamInfo]:
+    """Every parameter once, in the order of the model."""
+    infos = {info.name: info for cell in resolved.cells for info in cell.parameters}
+    return [infos[name] for name in resolved.chains if name in infos]
+
+
+def clock_of(saved: Saved) -> tuple[int, str]:
+    """The steps taken, and what tells: the clock, or the most updates of any parameter."""
+    if saved.clock is not None:
+        return saved.clock, "clock"
+    entries = [entry.values or {} for entry in saved.entries]
+    steps = [number_of_steps("a parameter", each["step"]) for each in entries if "step" in each]
+    return (max(steps), "steps") if steps else (0, "nothing")
+
+
+class _Fitting:
+    """Takes the saved entries one by one; what is left in `entries` fits no parameter."""
+
+    def __init__(self, entries: dict[str, Entry], clock: int, feedback: Feedback) -> None:
+        self.entries = entries
+        self.state: dict[torch.Tensor, dict[str, Any]] = {}
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.kept: list[str] = []
+        self.new: list[str] = []
+        self.restarted: list[str] = []
+        self.left: list[str] = []
+        self._clock = clock
+        self._feedback = feedback
+
+    def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
+        """Fit what was saved of the parameters of a cell."""
+        own = cell.algorithm is not None
+        for info, param in zip(cell.parameters, group["params"], strict=True):
+            entry = self.entries.pop(info.name, None)
+            if own:
+                self.state[param] = begun(param)
+            if entry is None or (own and not entry.values):
+                if self._has_begun(cell):
+                    self.new.append(info.name)
+            elif has_state(entry) and not belongs(entry, cell):
+                self.restarted.append(info.name)
+            else:
+                self._keep(info, param, entry, cell)
+                if not own and cell.name not in self.groups:
+                    self.groups[cell.name] = _carried(cell, group, entry)
+
+    def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
+        if entry.shape is not None and has_state(entry):
+            check_shape(info, "state", entry.shape)
+        if cell.algorithm is None:
+            self.state[param] = guest_entry(param, entry)
+        else:
+            self.state[param], left = own_entry(info, param, entry, cell)
+            self.left += [f"{key} of {info.name}" for key in left]
+        self.kept.append(info.name)
+
+    def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Fit the memory of L-BFGS, which is of all parameters in one order."""
+        infos = [info for cell in resolved.cells for info in cell.parameters]
+        params = [param for group in groups for param in group["params"]]
+        self.state = {param: begun(param) for param in params}
+        names = [info.name for info in infos]
+        saved = {name: self.entries[name] for name in self.entries}
+        known = [name for name in names if self.entries.pop(name, None) is not None]
+        memory = next((e for e in saved.values() if e.values and len(e.values) > 1), None)
+        alike = list(saved) == names
+        if memory is not None and memory.values and alike and belongs(memory, resolved.cells[0]):
+            self.state[params[0]] = whole_entry(infos, params[0], memory.values)
+        elif any(map(has_state, saved.values())):
+            self.restarted, known = known, []
+        self.kept = known
+        self.new = [name for name in names if name not in saved]
+
+    def refuse_dropped(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise `StateError` if torch left state out because parts are frozen here, for now."""
+        names = [
+            info.name
+            for cell, group in zip(resolved.cells, groups, strict=True)
+            if self._has_begun(cell, self._clock - 1)
+            for info, param in zip(cell.parameters, group["params"], strict=True)
+            if not param.requires_grad
+            and info.name in self.entries
+            and self.entries[info.name].values is None
+        ]
+        if names:
+            raise StateError(
+                f"the state of {few(names)} is missing: torch.distributed.checkpoint leaves out "
+                "parameters that are frozen while it loads. Load with "
+                "lamina.load_distributed(optimizer, folder), or inside `with "
+                "optimizer.receiving():`, or give its state to optimizer.load_state_dict."
+            )
+
+    def _has_begun(self, cell: Cell, clock: int | None = None) -> bool:
+        """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
+        clock = self._clock if clock is None else clock
+        begins = (
+            self._feedback.opened(begin) if isinstance(begin, Trigger) else begin
+            for begin, _ in cell.windows
+        )
+        return any(begin <= clock for begin in begins)
+
+
+def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+    """What a guest keeps in its group: neither a setting of its constructor nor ours."""
+    settings = inspect.signature(cell.optimizer).parameters.keys()
+    keys = (group.keys() & entry.group.keys()) - OURS - settings - dict(cell.hyper).keys()
+    return {key: copied(entry.group[key], None) for key in keys}
+
+
+def differences(
+    resolved: Resolved, entries: Mapping[str, Entry], values: Values
+) -> tuple[Changed, ...]:
+    """The hyperparameters at the clock that are not the saved ones, by group."""
+    rows: Counter[Changed] = Counter()
+    for index, cell in enumerate(resolved.cells):
+        hyper = values.hyper(index)
+        sources: dict[int, tuple[Entry, int]] = {}
+        for info in cell.parameters:
+            entry = entries.get(info.name)
+            if entry is not None and belongs(entry, cell):
+                count = sources.get(id(entry.group), (entry, 0))[1]
+                sources[id(entry.group)] = (entry, count + 1)
+        timed = {key for key, _ in cell.moving}
+        if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
+            timed.add("lr")
+        for entry, count in sources.values():
+            for key in hyper.keys() & entry.group.keys():
+                saved, now = _plain(entry.group[key]), _plain(hyper[key])
+                if not close(saved, now):
+                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
+    found = [
+        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
+        for row, count in rows.items()
+    ]
+    order = {cell.name: place for place, cell in enumerate(resolved.cells)}
+    return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else tuple(value.reshape(-1).tolist())
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether two values are the same but for rounding."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(close, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-9)
+    return bool(a == b)
+
+
+def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:
+    """Raise `StateError` with every row about state that was not taken over as it was."""
+    asked = set(asked)
+    rows = [
+        ("not in the state", [name for name in report.new if name not in asked]),
+        ("of another optimizer", report.restarted),
+        ("not in the model or the plan", [name for name in report.dropped if name not in asked]),
+    ]
+    told = [f"{what}: {few(names, 10)}" for what, names in rows if names]
+    if told:
+        raise StateError(
+            f"strict=True, but the state does not match ({'; '.join(told)}); nothing was loaded. "
+            "Rename with renamed=, or load with strict=False and read optimizer.last_load."
+        )

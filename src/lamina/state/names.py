@@ -1,0 +1,138 @@
+"""Which saved entry is which parameter: by name, by a new name, or by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import StateError, did_you_mean
+from ..parameters import ParamInfo
+from .form import Entry, Saved
+
+
+@dataclass
+class Matched:
+    """Saved entries under the names of the live parameters.
+
+    `asked` are the saved names that the user asked to leave out.
+    """
+
+    entries: dict[str, Entry]
+    by: str = "names"
+    renamed: list[tuple[str, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+
+def match(
+    saved: Saved, infos: Sequence[ParamInfo], renamed: Mapping[str, str | None] | None
+) -> Matched:
+    """Give every saved entry the name of a live parameter, where it has one.
+
+    Args:
+        saved: the state.
+        infos: the live parameters in the order of the model.
+        renamed: from the saved name of a parameter or module to the present one; None: leave out.
+
+    Raises:
+        StateError: if the names or positions cannot be matched as asked.
+    """
+    if saved.names is None:
+        if renamed:
+            raise StateError("renamed= was given, but the saved state has no parameter names.")
+        return Matched(_by_position(saved, infos), "positions")
+    live = {name: info.name for info in infos for name in info.names}
+    matched = Matched({})
+    targets = _targets(saved.names, live, renamed or {})
+    origin: dict[str, str] = {}
+    for name, entry in zip(saved.names, saved.entries, strict=True):
+        target = targets.get(name, name)
+        if target is None:
+            matched.asked.append(name)
+            continue
+        target = live.get(target, target)
+        if target in origin:
+            raise StateError(
+                f"{origin[target]!r} and {name!r} of the saved state are both {target!r} here; "
+                f"leave one out with renamed={{{name!r}: None}}."
+            )
+        origin[target] = name
+        matched.entries[target] = entry
+        if name in targets:
+            matched.renamed.append((name, target))
+    return matched
+
+
+def _targets(
+    names: Sequence[str], live: Mapping[str, str], renamed: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """The new name of each saved name that `renamed` speaks of; the longest path wins."""
+    if not isinstance(renamed, Mapping) or not all(
+        isinstance(old, str) and (new is None or isinstance(new, str))
+        for old, new in renamed.items()
+    ):
+        raise StateError(
+            f"renamed={renamed!r}: expected a dict from saved to present names, such as "
+            "{'old.encoder': 'encoder', 'head.weight': None}."
+        )
+    found: dict[str, str | None] = {}
+    for old in sorted(renamed, key=len):
+        new = renamed[old]
+        hit = [name for name in names if name == old or name.startswith(f"{old}.")]
+        if not hit:
+            known = _paths(names)
+            raise StateError(
+                f"renamed: the saved state has no parameter or module {old!r}."
+                f"{did_you_mean(old, known)}"
+            )
+        moved = {name: None if new is None else new + name[len(old) :] for name in hit}
+        if new is not None and not any(target in live for target in moved.values()):
+            raise StateError(
+                f"renamed: the model has no parameter or module {new!r} that fits {old!r}."
+                f"{did_you_mean(new, _paths(live))}"
+            )
+        found |= moved
+    return found
+
+
+def _paths(names: Iterable[str]) -> list[str]:
+    """All names, and the modules that they lie in."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        found |= dict.fromkeys(".".join(parts[:size]) for size in range(1, len(parts) + 1))
+    return list(found)
+
+
+def _by_position(saved: Saved, infos: Sequence[ParamInfo]) -> dict[str, Entry]:
+    """Entries in the order of the model's parameters, if number and shapes agree."""
+    fix = (
+        "Save it with names (torch takes model.named_parameters()), or from an optimizer that "
+        "was built by a plan."
+    )
+    if len(saved.entries) != len(infos):
+        raise StateError(
+            f"the saved state has no parameter names, and {len(saved.entries)} parameters where "
+            f"the model has {len(infos)}; so it cannot be matched by position either. {fix}"
+        )
+    for place, (info, entry) in enumerate(zip(infos, saved.entries, strict=True)):
+        for key, value in (entry.values or {}).items():
+            if _misfits(key, value, info):
+                raise StateError(
+                    "the saved state has no parameter names, and by position number "
+                    f"{place} is {info.name!r} of shape {info.shape}, whose saved {key} has shape "
+                    f"{tuple(value.shape)}. {fix}"
+                )
+    return {info.name: entry for info, entry in zip(infos, saved.entries, strict=True)}
+
+
+def _misfits(key: str, value: Any, info: ParamInfo) -> bool:
+    single = isinstance(value, torch.Tensor) and value.ndim == 0
+    shaped = isinstance(value, torch.Tensor) and key != "step" and not single
+    return shaped and key not in _WHOLE and tuple(value.shape) != info.shape
+
+
+#: entries of L-BFGS, which are of all parameters
+_WHOLE = ("d", "prev_flat_grad")

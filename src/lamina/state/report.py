@@ -1,0 +1,124 @@
+"""What a load came to, as data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..time import Run
+
+#: rows of one kind that are printed
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A hyperparameter of a group whose value at the clock is not what was saved.
+
+    `moves`: it is given by a schedule, in the plan as it is now; `parameters` counts whose.
+    """
+
+    group: str
+    key: str
+    saved: Any
+    now: Any
+    parameters: int = 1
+    moves: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.group!r}: {_text(self.saved)} -> {_text(self.now)}"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The difference between a saved state and the optimizer that loaded it; prints as text.
+
+    Args:
+        kept: parameters whose state was taken over (or that never had any, being frozen).
+        new: parameters that train by now, of which the state knows nothing; they begin anew.
+        restarted: parameters whose state was another optimizer's; it was dropped, and they begin
+            anew, their `step` at 0.
+        renamed: pairs of the saved and the present name.
+        dropped: what is in the state and not in the model or the plan.
+        hyperparameters: values at the clock that are not the saved ones; the plan's stay.
+        clock: the steps taken.
+        clock_from: `"clock"`, or for a state without a clock `"steps"` (the most updates that any
+            parameter received) or `"nothing"` (then it is 0).
+        saved_run: the length of the run that was saved; None if the state does not know it.
+        run: the length of this run.
+        matched_by: `"names"`, or `"positions"` for a state without names.
+    """
+
+    kept: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    restarted: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[str, ...] = ()
+    hyperparameters: tuple[Changed, ...] = ()
+    clock: int = 0
+    clock_from: str = "clock"
+    saved_run: Run | None = None
+    run: Run | None = None
+    matched_by: str = "names"
+
+    @property
+    def jumps(self) -> tuple[str, ...]:
+        """In words, each value that a run of another length makes jump at the clock."""
+        if self.saved_run in (None, self.run):
+            return ()
+        return tuple(jump(row, self.clock) for row in self.hyperparameters if row.moves)
+
+    def __str__(self) -> str:
+        lines = [f"{_count(len(self.kept), 'parameter')} kept their state, at step {self.clock}"]
+        if self.clock_from == "steps":
+            lines.append("no clock in the state: taken from the updates of the parameters")
+        elif self.clock_from == "nothing":
+            lines.append("no clock in the state, nor any count of updates: it begins at 0")
+        if self.matched_by == "positions":
+            lines.append("matched by position: the state has no names")
+        if self.saved_run not in (None, self.run):
+            lines.append(f"run: saved with {_run(self.saved_run)}, now {_run(self.run)}")
+        named = [f"{old} -> {new}" for old, new in self.renamed]
+        rows = [
+            ("new", self.new),
+            ("restarted (another optimizer's state)", self.restarted),
+            ("renamed", named),
+            ("dropped", self.dropped),
+            ("the plan's value stays", [str(row) for row in self.hyperparameters]),
+        ]
+        lines += [f"{what}: {few(texts)}" for what, texts in rows if texts]
+        return "\n".join(lines)
+
+
+def jump(row: Changed, clock: int) -> str:
+    """A value that jumps, in words."""
+    times = ""
+    if isinstance(row.saved, (int, float)) and isinstance(row.now, (int, float)) and row.saved:
+        ratio = f"{row.now / row.saved:.3g}"
+        times = "" if ratio == "1" else f" (x{ratio})"
+    values = f"from {_text(row.saved)} to {_text(row.now)}"
+    return f"{row.key} of {row.group!r} jumps {values} at step {clock}{times}"
+
+
+def few(texts: Sequence[str], limit: int = _SHOWN) -> str:
+    """Some of many texts, and how many more there are."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _run(run: Run | None) -> str:
+    if run is None or run.steps is None:
+        return "an unknown length"
+    epoch = f" ({run.steps_per_epoch:,} in an epoch)" if run.steps_per_epoch else ""
+    return f"{run.steps:,} steps{epoch}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)

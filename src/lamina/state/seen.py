@@ -1,0 +1,129 @@
+"""What a run has lived through beside its tensors: overrides, and what reactions have seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import PlanError, StateError
+from ..feedback import REACTIONS
+from ..overrides import check_override
+from ..reporting import begin_all
+from ..resolved import Cell, Resolved
+from .form import Group
+
+#: the keys of a group under which this is saved
+KEYS = ("overrides", "feedback")
+#: what each kind of reaction keeps
+_KEPT = [set(kind("metric").begin()) for kind in REACTIONS.values()]
+
+
+def written(value: Any) -> str:
+    """As one text: torch.distributed.checkpoint cannot load lists that are longer than those here.
+
+    Numbers keep all their digits.
+    """
+    return json.dumps(value)
+
+
+def _unwritten(group: Group, key: str, absent: Any) -> Any:
+    value = group.get(key, absent)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise StateError(f"the saved {key} are not readable ({error}): {value[:60]!r}.") from None
+
+
+def overrides_of(
+    groups: Sequence[Group], resolved: Resolved
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """The saved overrides by group, and in words those that fit no group any more."""
+    cells = {cell.name: cell for cell in resolved.cells}
+    kept: dict[str, list[Any]] = {}
+    left = []
+    for group in groups:
+        history = _history(_unwritten(group, "overrides", []))
+        if not history:
+            continue
+        name = group.get("name")
+        if name in cells and _applies(cells[name], history):
+            kept[name] = history
+        else:
+            left.append(f"override of {name!r}")
+    return kept, left
+
+
+def _history(saved: Any) -> list[Any]:
+    """A list of `[step, {hyperparameter: number}]`, as new lists."""
+    history = []
+    for item in saved if isinstance(saved, (list, tuple)) else [saved]:
+        pair: Any = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, None)
+        begin, changed = pair
+        fits = type(begin) is int and begin >= 0 and isinstance(changed, Mapping)
+        if not fits or not all(isinstance(k, str) and _number(v) for k, v in changed.items()):
+            raise StateError(
+                f"a saved override is {item!r}; expected [step, {{hyperparameter: number}}]."
+            )
+        history.append([begin, dict(changed)])
+    return history
+
+
+def _applies(cell: Cell, history: Sequence[Any]) -> bool:
+    """Whether the overrides of a saved group still fit what the plan makes of it."""
+    try:
+        for _, changed in history:
+            if changed:
+                check_override(cell, changed)
+    except PlanError:
+        return False
+    return True
+
+
+def feedback_of(
+    groups: Sequence[Group], resolved: Resolved
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What the plan's reactions have seen, and in words what was seen for others."""
+    telling = next((group for group in groups if "feedback" in group), {})
+    saved = _unwritten(telling, "feedback", {})
+    if not isinstance(saved, Mapping):
+        raise StateError(f"the saved feedback is {saved!r}; expected a dict by reaction.")
+    for key, seen in saved.items():
+        _check_seen(key, seen)
+    found = begin_all(resolved)
+    left = []
+    for key, seen in saved.items():
+        if key in found and found[key].keys() == seen.keys():
+            found[key] = {k: _copied(v) for k, v in seen.items()}
+        else:
+            left.append(f"what {key!r} has seen")
+    return found, left
+
+
+def _check_seen(key: Any, seen: Any) -> None:
+    if not isinstance(seen, Mapping) or set(seen) not in _KEPT:
+        raise StateError(f"the saved feedback of {key!r} is {seen!r}, which no reaction keeps.")
+    for name, value in seen.items():
+        if name == "changes":
+            fits = isinstance(value, (list, tuple)) and all(map(_is_change, value))
+        elif name in ("best", "opened"):
+            fits = value is None or _number(value)
+        else:
+            fits = isinstance(value, bool) if name == "stop" else type(value) is int
+        if not fits:
+            raise StateError(f"the saved feedback of {key!r} has {name}={value!r}.")
+
+
+def _is_change(item: Any) -> bool:
+    pair = isinstance(item, (list, tuple)) and len(item) == 2
+    return pair and type(item[0]) is int and _number(item[1])
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _copied(value: Any) -> Any:
+    return [list(item) for item in value] if isinstance(value, (list, tuple)) else value
