@@ -108,9 +108,9 @@ def own_entry(
     if steps and lost:
         raise StateError(
             f"the saved state of {info.name!r} counts {steps} updates but has no "
-            f"{' and no '.join(lost)}: a part of the state was lost before it came here. With "
-            "torch.distributed.checkpoint, load with lamina.load_distributed(optimizer, folder), or "
-            "inside `with optimizer.receiving():`."
+            f"{' and no '.join(lost)}: a part of the state was lost before it came here. "
+            "With torch.distributed.checkpoint, load with lamina.load_distributed(optimizer, "
+            "folder), or inside `with optimizer.receiving():`."
         )
     if steps is None and needed & fitted.keys() and "exp_avg_sq" in needed:
         raise StateError(
