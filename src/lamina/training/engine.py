@@ -14,7 +14,7 @@ from ..time import TimeLike
 from .load import choose_plan, load_task, placed
 from .records import Listener
 from .result import Result
-from .resume import find, resumed_plan
+from .resume import Resumption, find, resumed_plan
 from .run_folder import check_free
 from .session import Session, end
 from .settings import Settings
@@ -61,18 +61,13 @@ def prepare(
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
-    if resume is None:
-        settings, start = Settings.of(task, **asked), None
+    start = None if resume is None else _found(resume, folder, task)
+    if start is None:
+        settings = Settings.of(task, **asked)
         if folder is not None:
             check_free(folder)
         chosen, place = choose_plan(task, plan)
     else:
-        if folder is not None:
-            raise LaminaError(
-                f"out={str(out)!r} and resume={str(resume)!r} both name the folder of the run; a "
-                "run goes on in its own folder. Leave out --out."
-            )
-        start = find(resume, task)
         settings = Settings.resumed(start.snapshot.settings, **asked)
         chosen, place = resumed_plan(start, task, plan)
     accelerator = settings.accelerator(cpu)
@@ -86,6 +81,15 @@ def prepare(
         if session is None:
             end(accelerator)
     return session
+
+
+def _found(resume: str | os.PathLike[str], out: Path | None, task: Task) -> Resumption:
+    if out is not None:
+        raise LaminaError(
+            f"out={str(out)!r} and resume={os.fspath(resume)!r} both name the folder of the run; a "
+            "run goes on in its own folder. Leave out --out."
+        )
+    return find(resume, task)
 
 
 def fit(

@@ -64,6 +64,7 @@ class Saver:
     def save(self, loop: Loop) -> None:
         """Write a checkpoint, then remove what is no longer kept."""
         session = self._session
+        loop.flush()
         loop.position = loop.position.settled(loop.randomness)
         states = [position_states(loop.position)]
         if session.accelerator.num_processes > 1:
