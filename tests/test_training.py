@@ -23,10 +23,10 @@ from lamina import (
     early_stop,
     plateau,
 )
+from lamina.files import atomic
 from lamina.training import Task, fit, prepare
 from lamina.training.display import Pace, PlainDisplay, lr_text
 from lamina.training.evaluate import batch_size
-from lamina.files import atomic
 from lamina.training.recorder import Recorder
 from lamina.training.records import StepRecord
 

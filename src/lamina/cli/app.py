@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..errors import LaminaError
 from ..preview import Preview
+from ..report.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
 from ..training.load import choose_plan, load_task, placed
@@ -157,6 +158,15 @@ def explain(
     """Show the chain of rules behind every number of a parameter at a step."""
     with spoken():
         print(_preview(task, plan, epochs, None, accumulate).explain(name, step))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+) -> None:
+    """Say what a saved file holds, without loading a model or a task."""
+    with spoken():
+        print(describe(path))
 
 
 @app.command()

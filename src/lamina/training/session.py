@@ -148,10 +148,10 @@ class Session:
         folder.resume(self.plan, self.preview, self._about(), **seen)
         for listener in listeners:
             listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", start.text))
-        confirmer = Confirmer(self.since)
-        for step, lr in recorded_lr(metrics, snapshot.recorded):
-            if step >= self.since:
-                confirmer.note(lr)
+        rows = [row for row in recorded_lr(metrics, snapshot.recorded) if row[0] >= self.since]
+        confirmer = Confirmer(rows[0][0] if rows else snapshot.clock)
+        for _, lr in rows:
+            confirmer.note(lr)
         return folder, confirmer
 
     def _run(self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver) -> str:
