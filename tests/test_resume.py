@@ -1,5 +1,6 @@
 """A run that was cut off and goes on ends with the same bits as one that was not."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -100,6 +101,28 @@ def test_a_run_cut_off_goes_on_with_the_same_bits(tmp_path, changes, settings, c
         assert_same(tmp_path / "whole", out)
         assert result.confirmation.agrees
         assert str(result.confirmation).startswith(f"applied as planned: {result.steps} steps")
+
+
+@pytest.mark.parametrize("lost", ["start", "before", "after"])
+def test_canary_each_of_the_three_states_is_needed(tmp_path, lost, monkeypatch):
+    from lamina.training import snapshot
+
+    data = workers if lost == "start" else resume_task.data
+    task = variant(data=data)
+    settings = {"epochs": 2, "cpu": True, "save_every": 1}
+    fit(task, out=tmp_path / "whole", **settings)
+    fit(cut(task, 4), out=tmp_path / "cut", **settings)
+    whole = snapshot.Snapshot.position
+
+    def without(self, process):
+        position = whole(self, process)
+        wrong = {**position.start, "torch": torch.Generator().manual_seed(1).get_state()}
+        return dataclasses.replace(position, **{lost: wrong})
+
+    monkeypatch.setattr(snapshot.Snapshot, "position", without)
+    fit(task, resume=tmp_path / "cut")
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_stream_read_by_the_dispatcher(tmp_path):

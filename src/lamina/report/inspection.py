@@ -87,12 +87,12 @@ def _run(content: Mapping[str, Any]) -> list[str]:
 
 
 def _tensors(parts: Mapping[str, Any]) -> list[str]:
-    """Count, elements and bytes of each part, and the largest tensors."""
+    """Count, elements and bytes of each part, and the largest tensors but those of randomness."""
     everything: list[tuple[str, torch.Tensor]] = []
     lines = ["tensors:"]
     for name, part in parts.items():
         found = list(_walk(part, str(name)))
-        everything += found
+        everything += found if name != "random" else []
         elements = sum(tensor.numel() for _, tensor in found)
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
         lines.append(f"  {name or 'all'}: {len(found)}, {elements:,} elements, {size:,} bytes")
