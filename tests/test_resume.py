@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -222,7 +223,6 @@ def test_early_stopping_goes_on_counting(tmp_path):
     settings = {"epochs": 9, "cpu": True}
     fit(training_task, plan, out=tmp_path / "whole", **settings)
     fit(cut(Task("training_task", training_task), 22), plan, out=tmp_path / "cut", **settings)
-    shutil.copytree(tmp_path / "cut", tmp_path / "again")
     fit(variant(training_task), resume=tmp_path / "cut", cpu=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
     assert rows(tmp_path / "cut")[-1]["event"] == "stop"
@@ -481,6 +481,22 @@ def test_a_record_that_was_changed(stopped):
     result = again(stopped)
     assert [row["step"] for row in rows(stopped) if row["kind"] == "step"] == list(range(9, 14))
     assert result.confirmation.agrees
+
+
+def test_two_processes_do_not_train_in_one_folder(stopped):
+    holder = (
+        "import fcntl, sys, time\nfile = open(sys.argv[1], 'a')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", holder, str(stopped / "metrics.jsonl")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(LaminaError, match="another process is still training"):
+                again(stopped)
+        finally:
+            other.kill()
+    again(stopped)
 
 
 def test_folders_that_are_not_runs(tmp_path, out):

@@ -94,10 +94,11 @@ class Saver:
     def _snapshot(self, loop: Loop, states: list[Any], recorded: int) -> Snapshot:
         session, position = self._session, loop.position
         scaler = session.accelerator.scaler
+        precision = session.accelerator.mixed_precision  # also where the launcher chose it
         return Snapshot(
             task=session.task.name,
             plan=plan_text(session.plan)[0],
-            settings=asdict(session.settings),
+            settings=asdict(session.settings) | {"mixed_precision": precision},
             data=session.data_form(),
             processes=session.accelerator.num_processes,
             clock=session.optimizer.clock,
