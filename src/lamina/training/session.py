@@ -119,9 +119,10 @@ class Session:
         if status == "finished":
             try:
                 baseline = self.task.baseline(self.data)
-                folder.end(status, baseline=baseline)
             except KeyboardInterrupt:
                 status = "interrupted"
+            finally:  # written once: a run that says so has nothing left to do
+                folder.end("finished", baseline=baseline, **self._found(loop))
         return replace(
             self._result(loop, began),
             folder=folder.path,
@@ -170,8 +171,9 @@ class Session:
             if status == "interrupted" and loop.consistent and self.accelerator.num_processes == 1:
                 saver.finish(loop)
             recorder.close()
-            with suppress(LaminaError) if status == "failed" else nullcontext():
-                folder.end(status, **self._found(loop))
+            if status != "finished":
+                with suppress(LaminaError) if status == "failed" else nullcontext():
+                    folder.end(status, **self._found(loop))
         return status
 
     def _result(self, loop: Loop, began: float) -> Result:
