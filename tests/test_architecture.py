@@ -19,6 +19,7 @@ MAX_FUNCTION = 60
 # In the order data visits them: a module may import what stands before it, never what comes after.
 LAYERS = [
     "errors",
+    "files",
     "time",
     "expressions",
     "sparkline",
@@ -60,6 +61,7 @@ LAYERS = [
     "checks",
     "optimizer",
     "distributed",
+    "checkpoint",
     "preview",
     "report",
     "training",

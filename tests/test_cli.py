@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import training_task
-from lamina import Plan, TaskError
+from lamina import Plan, TaskError, checkpoint
 from lamina.cli import main
 from lamina.cli.app import app
 
@@ -44,6 +44,11 @@ def check_one_paragraph(result, *parts):
     for part in parts:
         assert part in result.stderr
     assert not Path("runs").exists()
+
+
+def saved(folder):
+    """What the newest checkpoint of a run holds."""
+    return checkpoint.newest(Path(folder) / "checkpoints").content
 
 
 def plan_file(text):
@@ -77,7 +82,7 @@ def test_run_announces_trains_and_sums_up():
         )
     ]
     assert places[:5] == sorted(places[:5])
-    assert Path("made/checkpoint.pt").exists()
+    assert saved("made")["clock"] == 14
 
 
 def test_run_takes_its_options():
@@ -237,8 +242,8 @@ def test_ctrl_c_inside_the_loss():
     result = call("run", task_file(text), "--cpu", "--out", "made")
     assert result.exit_code == 130
     assert "interrupted after step 4" in result.stderr
-    assert "checkpoint.pt" in result.stderr
-    assert torch.load("made/checkpoint.pt", weights_only=True)["clock"] == 4
+    assert "lamina run --resume made" in result.stderr
+    assert saved("made")["clock"] == 4
     rows = [json.loads(line) for line in Path("made/metrics.jsonl").read_text().splitlines()]
     assert sum(row["kind"] == "step" for row in rows) == 4
 
@@ -280,12 +285,93 @@ def test_ctrl_c_from_outside_lets_the_step_finish():
     assert "Traceback" not in errors
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "step"]
-    saved = torch.load("made/checkpoint.pt", weights_only=True)
-    assert saved["clock"] == steps[-1] + 1 == len(steps)
+    assert saved("made")["clock"] == steps[-1] + 1 == len(steps)
     assert not list(Path("made").glob(".*"))
 
 
+# ----------------------------------------------------------------------------- resumed, inspected
+
+
+STOPPING = (
+    "from training_task import *\nimport training_task\ncalls = []\n"
+    "def loss(model, batch):\n    calls.append(1)\n    if len(calls) == 5:\n"
+    "        raise KeyboardInterrupt\n    return training_task.loss(model, batch)\n"
+)
+
+
+def test_a_run_goes_on_from_its_folder_alone():
+    call("run", task_file(STOPPING), "--cpu", "--out", "made", "--save-every", "2 steps")
+    task_file("from training_task import *\n")
+    result = call("run", "--resume", "made", "--cpu")
+    assert result.exit_code == 0, result.output
+    assert "step 4: resumed from step-00000004-" in result.stdout
+    assert "applied as planned: 14 steps" in result.stdout
+    about = json.loads(Path("made/run.json").read_text())
+    assert (about["status"], about["save_every"], about["resumed"][0]["step"]) == (
+        "finished",
+        "2 steps",
+        4,
+    )
+    check_one_paragraph(call("run", "--resume", "made", "--cpu"), "made", "the run is finished")
+    longer = call("run", "--resume", "made", "--cpu", "--epochs", 3)
+    assert longer.exit_code == 0, longer.output
+    assert saved("made")["clock"] == 21
+
+
+def test_inspect_says_what_a_run_holds():
+    call("run", TASK, "--cpu", "--out", "made")
+    result = call("inspect", "made")
+    assert result.exit_code == 0, result.output
+    for part in ("checksum: right", "'training_task'", "step 14 of 14", "model.layer.0.weight"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["inspect", "gone.pt"], ["gone.pt", "no such file"]),
+        (["inspect", TASK], [TASK, "not a torch file"]),
+        (["inspect", "."], ["no checkpoint here"]),
+        (["run", "--resume", "gone"], ["gone", "no such folder"]),
+        (["run", TASK, "--resume", "."], ["not the folder of a run", "run.json"]),
+        (["run", TASK, "--cpu", "--save-every", "often"], ["'often'", "500 steps"]),
+        (["run", TASK, "--cpu", "--keep", "0"], ["keep=0"]),
+    ],
+)
+def test_bad_folders_and_files(args, parts):
+    check_one_paragraph(call(*args), *parts)
+
+
 # ------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_same_bits():
+    from test_resume import assert_same
+
+    text = (
+        "from resume_task import *\nimport os, resume_task\ncalls = []\n"
+        "def loss(model, batch):\n    calls.append(1)\n"
+        "    if len(calls) == 11 and 'CUT' in os.environ:\n        os._exit(9)\n"
+        "    return resume_task.loss(model, batch)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def launch(*args, **environment):
+        command = [*launcher, "-m", "lamina", "run", *args, "--cpu"]
+        env = {**ENV, "PYTHONPATH": SEEN, **environment}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    task = task_file(text)
+    whole = launch(task, "--out", "whole", "--save-every", "3")
+    assert whole.returncode == 0, whole.stderr
+    assert launch(task, "--out", "cut", "--save-every", "3", CUT="1").returncode != 0
+    assert saved("cut")["clock"] < saved("whole")["clock"]
+    alone = call("run", "--resume", "cut", "--cpu")
+    check_one_paragraph(alone, "2 process(es) trained", "now there are 1", "--nproc-per-node=2")
+    done = launch("--resume", "cut")
+    assert done.returncode == 0, done.stderr
+    assert_same("whole", "cut")
 
 
 @pytest.mark.slow  # gloo's threads abort a process that ends under load, now and then
@@ -310,7 +396,7 @@ def test_two_processes_average_exactly():
     rows = [json.loads(line) for line in Path("made/metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["kind"] == "validation"][-1]
     model = training_task.model()
-    model.load_state_dict(torch.load("made/checkpoint.pt", weights_only=True)["model"])
+    model.load_state_dict(saved("made")["model"])
     batch = training_task.data()["validation"].dataset.tensors
     with torch.no_grad():
         right = training_task.metrics(model, batch)["accuracy"].double().mean().item()

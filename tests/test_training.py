@@ -19,13 +19,15 @@ from lamina import (
     Plan,
     Rule,
     TaskError,
+    checkpoint,
     early_stop,
     plateau,
 )
+from lamina.files import atomic
 from lamina.training import Task, fit, prepare
 from lamina.training.display import Pace, PlainDisplay, lr_text
 from lamina.training.evaluate import batch_size
-from lamina.training.recorder import Recorder, atomic
+from lamina.training.recorder import Recorder
 from lamina.training.records import StepRecord
 
 PLAN = Plan.from_toml(training_task.PLAN)
@@ -47,7 +49,7 @@ def lines(folder, kind):
 
 
 def load(folder):
-    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    return checkpoint.newest(Path(folder) / "checkpoints").content
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_a_raised_step_leaves_a_record_and_no_checkpoint(out):
         fit(variant(loss=loss), Plan(SGD, lr=0.1, clip_norm=1.0), out=out, cpu=True)
     assert len(lines(out, "step")) == 2
     assert json.loads((out / "run.json").read_text())["status"] == "failed"
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -280,8 +282,10 @@ def test_length_of_a_batch():
 @pytest.mark.usefixtures("drawn")
 def test_the_run_folder(out):
     result = fit(training_task, out=out, cpu=True)
-    names = {"plan.toml", "run.json", "metrics.jsonl", "lr.png", "checkpoint.pt"}
-    assert {path.name for path in out.iterdir()} == names == set(result.saved)
+    names = {"plan.toml", "run.json", "metrics.jsonl", "lr.png"}
+    assert {path.name for path in out.iterdir()} == {*names, "checkpoints"}
+    assert set(result.saved) == names
+    assert result.checkpoint.parent == out / "checkpoints"
     assert Plan.from_toml(out / "plan.toml") == PLAN
     about = json.loads((out / "run.json").read_text())
     assert (about["seed"], about["epochs"], about["status"]) == (3, 2, "finished")
@@ -372,8 +376,8 @@ def test_a_step_cut_in_the_middle_is_not_saved(out):
         session.optimizer.step = cut
         result = session.train()
     assert result.interrupted
-    assert "checkpoint.pt" not in result.saved
-    assert not (out / "checkpoint.pt").exists()
+    assert result.checkpoint is None
+    assert not (out / "checkpoints").exists()
 
 
 # ---------------------------------------------------------------------------------- wrong returns

@@ -1,4 +1,4 @@
-"""The command line: `lamina run`, `show`, `explain`, `tasks`."""
+"""The command line: `lamina run`, `show`, `explain`, `inspect`, `tasks`."""
 
 from __future__ import annotations
 

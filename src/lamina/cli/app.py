@@ -13,10 +13,13 @@ from rich.console import Console
 
 from ..errors import LaminaError
 from ..preview import Preview
+from ..report.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
-from ..training.engine import batches, prepare
+from ..training.engine import prepare
 from ..training.load import choose_plan, load_task, placed
+from ..training.resume import saved_task
 from ..training.run_folder import own_version
+from ..training.session import batches
 from ..training.settings import Settings
 from ..training.task import Task
 from .summary import summary
@@ -29,7 +32,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-TaskName = Annotated[str, typer.Argument(help="A Python file or the name of a built-in task.")]
+TaskName = Annotated[
+    str | None,
+    typer.Argument(help=f"A Python file or the name of a built-in task; by default {DEFAULT}."),
+]
 TaskOption = Annotated[
     str, typer.Option("--task", help="A Python file or the name of a built-in task.")
 ]
@@ -68,26 +74,39 @@ def _options(
 
 @app.command()
 def run(
-    task: TaskName = DEFAULT,
+    task: TaskName = None,
     plan: PlanFile = None,
     epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
     accumulate: Accumulate = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="The folder of a run to go on with.")] = None,
+    extend: Annotated[
+        str | None, typer.Option(help="Schedules of a resumed run of other length: hold, stretch.")
+    ] = None,
+    save_every: Annotated[
+        str | None, typer.Option(help="Such as '500 steps', '1 epochs' (the default) or '10%'.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints kept, beside the best; 2.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
 ) -> None:
     """Announce the plan, train by it, and show the result."""
     with spoken():
+        source = task or (DEFAULT if resume is None else saved_task(resume))
         session = prepare(
-            load_task(task, BUILTIN),
+            load_task(source, BUILTIN),
             plan,
             epochs=epochs,
             seed=seed,
             accumulate=accumulate,
             mixed_precision=mixed_precision,
+            save_every=save_every,
+            keep=keep,
             cpu=cpu,
             out=out,
+            resume=resume,
+            extend=extend,
         )
         with session:
             if not session.is_main:
@@ -99,7 +118,7 @@ def run(
                 _announce(console, session.preview)
                 steps = session.preview.run.steps or 0
                 passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
-                with display(console, passes, steps) as shown:
+                with display(console, passes, steps, session.earlier) as shown:
                     result = session.train([shown])
                 summary(console, result)
         if result.interrupted:
@@ -146,6 +165,15 @@ def explain(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+) -> None:
+    """Say what a saved file holds, without loading a model or a task."""
+    with spoken():
+        print(describe(path))
+
+
+@app.command()
 def tasks() -> None:
     """List the built-in tasks."""
     with spoken():
@@ -168,7 +196,7 @@ def _preview(
             f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."
         )
     task: Task = load_task(task_name, BUILTIN)
-    settings = Settings.of(task, epochs, None, accumulate)
+    settings = Settings.of(task, epochs=epochs, accumulate=accumulate)
     plan, place = choose_plan(task, plan_file)
     length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}
     loader = task.data(settings.seed).train

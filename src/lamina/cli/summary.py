@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint import step_of
 from ..training.result import Result
+from ..training.run_folder import CHECKPOINTS
 
 
 def summary(console: Console, result: Result) -> None:
@@ -25,6 +27,8 @@ def summary(console: Console, result: Result) -> None:
     if result.folder is not None:
         rows.append(("folder", str(result.folder)))
         rows.append(("files", ", ".join(sorted(result.saved))))
+    if result.checkpoint is not None:
+        rows.append(("checkpoint", f"{CHECKPOINTS}/{result.checkpoint.name}"))
     console.print()
     if not console.is_terminal:  # a log: nothing is folded
         width = max(len(name) for name, _ in rows)
@@ -41,13 +45,15 @@ def summary(console: Console, result: Result) -> None:
 
 def interruption(result: Result) -> str:
     """What is left of a run that was stopped."""
-    saved = "the weights and the optimizer's state after it are in checkpoint.pt"
-    if "checkpoint.pt" not in result.saved:
-        saved = "it was stopped in the middle of a step, so no checkpoint was saved"
-    return (
-        f"lamina: interrupted after step {result.steps}; {saved}. Saved in {result.folder}: "
-        f"{', '.join(sorted(result.saved))}."
-    )
+    if result.checkpoint is None:
+        kept = "no checkpoint was saved before"
+    else:
+        step = step_of(result.checkpoint)
+        kept = f"the state after step {step} is in {CHECKPOINTS}/{result.checkpoint.name}"
+        if step < result.steps:
+            kept += ", the last that was saved"
+        kept += f"; go on with: lamina run --resume {result.folder}"
+    return f"lamina: interrupted after step {result.steps}; {kept}"
 
 
 def _order(result: Result) -> list[tuple[str, float]]:

@@ -99,7 +99,7 @@ def settled(
                 f"the saved run was planned for {_length(planned)}, this one has {_length(run)}, "
                 f"and the plan depends on that: {difference}. Pass extend='hold' (the saved "
                 "schedules, then their last values) or extend='stretch' (the same shapes over the "
-                "new length)."
+                "new length); for lamina run, --extend."
             )
     return stretched, before
 

@@ -8,9 +8,10 @@ everything.
 
 from __future__ import annotations
 
-from .engine import Session, fit, prepare
+from .engine import fit, prepare
 from .load import load_task
 from .result import Result
+from .session import Session
 from .task import Data, Task
 
 __all__ = ["Data", "Result", "Session", "Task", "fit", "load_task", "prepare"]

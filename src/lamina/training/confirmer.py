@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 
 from ..optimizer import Optimizer
 from ..preview import Preview
@@ -12,13 +13,22 @@ from .records import Event, StepRecord, Validation
 
 
 class Confirmer:
-    """The lr of every group at every step, as eight bytes each."""
+    """The lr of every group at every step, as eight bytes each.
 
-    def __init__(self) -> None:
+    Args:
+        first: the step at which it begins.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
         self.lr: dict[str, array[float]] = {}
 
     def on_step(self, record: StepRecord) -> None:
-        for name, value in record.lr.items():
+        self.note(record.lr)
+
+    def note(self, lr: Mapping[str, float]) -> None:
+        """Keep the lr of the next step."""
+        for name, value in lr.items():
             self.lr.setdefault(name, array("d")).append(value)
 
     def on_event(self, event: Event) -> None:
@@ -32,4 +42,4 @@ class Confirmer:
         groups = optimizer.param_groups
         overrides = {group["name"]: group["overrides"] for group in groups if group["overrides"]}
         preview = Preview(optimizer.resolved, Feedback(overrides, groups[0]["feedback"]))
-        return confirm(preview, self.lr)
+        return confirm(preview, self.lr, first=self.first)

@@ -35,10 +35,14 @@ def lr_text(lr: Mapping[str, float]) -> str:
 
 
 class Pace:
-    """Examples per second over the last steps, so that a thaw shows at once."""
+    """Examples per second over the last steps, so that a thaw shows at once.
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
+    Args:
+        seconds: that were trained before.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
         self.rate = 0.0
 
     def note(self, record: StepRecord) -> None:
@@ -56,12 +60,12 @@ class Pace:
 class PlainDisplay:
     """One line for each epoch and event, for logs and pipes."""
 
-    def __init__(self, console: Console, epochs: int, steps: int) -> None:
+    def __init__(self, console: Console, epochs: int, steps: int, earlier: float = 0.0) -> None:
         self.console, self.epochs, self.steps = console, epochs, steps
         self._losses: list[float] = []
         self._examples = 0
         self._last: StepRecord | None = None
-        self._epoch_began = 0.0
+        self._epoch_began = earlier
 
     def __enter__(self) -> PlainDisplay:
         return self
@@ -109,8 +113,8 @@ class PlainDisplay:
 class LiveDisplay:
     """A progress bar with loss and lr below it; epochs and events scroll by above."""
 
-    def __init__(self, console: Console, epochs: int, steps: int) -> None:
-        self._plain = PlainDisplay(console, epochs, steps)
+    def __init__(self, console: Console, epochs: int, steps: int, earlier: float = 0.0) -> None:
+        self._plain = PlainDisplay(console, epochs, steps, earlier)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -121,7 +125,7 @@ class LiveDisplay:
             console=console,
         )
         self._bar = self._progress.add_task(f"epoch 1/{epochs} · step 0/{steps}", total=steps)
-        self._pace = Pace()
+        self._pace = Pace(earlier)
         self._live = Live(console=console, refresh_per_second=8, transient=True)
         self._live.update(self._content(""))
 
@@ -159,7 +163,9 @@ class LiveDisplay:
         return Group(self._progress, Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
-def display(console: Console, epochs: int, steps: int) -> LiveDisplay | PlainDisplay:
-    """The display that fits where the output goes."""
+def display(
+    console: Console, epochs: int, steps: int, earlier: float = 0.0
+) -> LiveDisplay | PlainDisplay:
+    """The display that fits where the output goes; `earlier`: seconds trained before."""
     kind = LiveDisplay if console.is_terminal else PlainDisplay
-    return kind(console, epochs, steps)
+    return kind(console, epochs, steps, earlier)

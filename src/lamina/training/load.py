@@ -15,7 +15,7 @@ from types import ModuleType
 
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
 from ..plan import Plan
-from .task import Task, spoken, where
+from .task import FROM_FILE, Task, spoken, where
 
 
 def load_task(
@@ -73,7 +73,7 @@ def placed(place: str) -> Iterator[None]:
 
 
 def _from_file(path: Path) -> ModuleType:
-    name = f"lamina_task_{_plain(path.stem)}"
+    name = f"{FROM_FILE}{_plain(path.stem)}"
     loader = SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..optimizer import Optimizer
 from ..reporting import changes
 from ..timeline import Feedback, values_at
 from .evaluate import batch_size, evaluate
+from .position import Position, Randomness
 from .records import Event, Listener, StepRecord, Validation
 from .task import Task
 
@@ -48,8 +50,13 @@ class Loop:
         train: batches of this process.
         validation: held-out batches of this process.
         accumulate: batches per step.
+        randomness: the random sources of this process.
         listeners: told of everything.
         interrupted: asked after each step; stops the run with `KeyboardInterrupt`.
+        at_rest: called between steps and after validations, when the run could be saved.
+        position: where the run begins.
+        earlier: seconds that were trained before.
+        last: the last validation before.
     """
 
     task: Task
@@ -60,14 +67,24 @@ class Loop:
     train: DataLoader[Any]
     validation: DataLoader[Any]
     accumulate: int
+    randomness: Randomness
     listeners: Sequence[Listener]
     interrupted: Callable[[], bool] = lambda: False
-    #: whether weights, state and clock belong to the same step: not in the middle of one
-    consistent: bool = True
+    at_rest: Callable[[Loop], None] = lambda _: None
+    position: Position = field(default_factory=Position)
+    earlier: float = 0.0
     last: Validation | None = None
+    #: whether weights, state, clock and position belong to the same step: not in the middle of one
+    consistent: bool = True
     _pending: _Taken | None = None
     _began: float = field(default_factory=time.perf_counter)
     _trains: list[bool] = field(default_factory=list)
+    _buffered: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time in which it rested."""
+        return self.earlier + time.perf_counter() - self._began
 
     def run(self) -> None:
         """Train to the end of the plan's run, validating after each epoch."""
@@ -76,31 +93,77 @@ class Loop:
         assert run.steps_per_epoch is not None
         total, per_epoch = run.steps, run.steps_per_epoch
         self._began, self._trains = time.perf_counter(), self._active()
-        for epoch in range(math.ceil(total / per_epoch)):
-            self._epoch(epoch, total - epoch * per_epoch)
+        self._buffered = any(True for _ in self.model.buffers())
+        if self.position.after is not None:
+            self.randomness.set(self.position.after)
+        if self.position.validated and self.optimizer.should_stop:
+            return
+        for epoch in range(self.position.epoch, math.ceil(total / per_epoch)):
+            if epoch > self.position.epoch:
+                self.position = Position(epoch)
+            most = total - epoch * per_epoch
+            if not self._is_over(most):
+                self._epoch(epoch, most)
+            elif self.position.validated:
+                continue
             self._validate(epoch)
+            self.at_rest(self)
             if self.optimizer.should_stop:
-                self._event(epoch, "stop", "early stopping: the metric stopped improving")
                 break
+
+    def _is_over(self, most: int) -> bool:
+        """Whether the epoch's batches are used, or as many as make `most` steps."""
+        batches = self.position.batches
+        return batches >= min(len(self.train), most * self.accumulate)
 
     def _epoch(self, epoch: int, most: int) -> None:
         """One pass over the data, or its first `most` steps."""
         self.model.train()
-        self.train.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader has it
         losses: list[torch.Tensor] = []
-        examples = attempted = 0
-        for index, batch in enumerate(self.train):
+        examples = 0
+        for position, batch in self._batches(epoch):
             with self.accelerator.accumulate(self.model):
-                losses.append(self._gradients(index, batch))
+                if self._buffered:  # which a forward pass may change
+                    self.consistent = False
+                losses.append(self._gradients(position.batches - 1, batch))
                 examples += batch_size(batch) or 0
                 self._step(epoch, losses, examples)
             if self.accelerator.sync_gradients:
-                losses, examples, attempted = [], 0, attempted + 1
+                losses, examples = [], 0
+                self.position, self.consistent = position, True
+                if not self._is_over(most):
+                    self.at_rest(self)
                 if self.interrupted():
                     raise KeyboardInterrupt
-                if attempted == most:
+                if self._is_over(most):
                     break
         self.flush()
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Position, Any]]:
+        """The batches of an epoch that are not used yet, each with the position after it."""
+        self.train.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader has it
+        random, used = self.randomness, self.position
+        if used.start is not None:
+            random.set(used.start)
+        start = used.start or random.now()
+        batches = iter(self.train)
+        for index in range(used.batches):  # read again, as they were
+            if index == used.batches - 1 and used.before is not None:
+                random.set(used.before)
+            next(batches, None)
+            if self.interrupted():
+                raise KeyboardInterrupt
+        if used.after is not None:
+            random.set(used.after)
+        for number in itertools.count(used.batches + 1):
+            before = random.now()
+            if self.position.after is None:
+                self.position = replace(self.position, after=before)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield Position(epoch, number, start=start, before=before), batch
 
     def _gradients(self, index: int, batch: Any) -> torch.Tensor:
         """Add the gradients of a batch; returns its loss."""
@@ -127,7 +190,6 @@ class Loop:
         before, skipped = optimizer.clock, optimizer.skipped
         self.consistent = False
         self.wrapped.step()
-        self.consistent = True
         self.wrapped.zero_grad()
         if optimizer.clock == before:
             known = optimizer.skipped > skipped
@@ -142,7 +204,7 @@ class Loop:
             lr={name: hyper["lr"] for name, hyper in optimizer.applied.items()},
             norms=dict(optimizer.norms),
             examples=examples * self.accelerator.num_processes,
-            seconds=time.perf_counter() - self._began,
+            seconds=self.seconds,
         )
         if optimizer.clock != optimizer.resolved.run.steps:
             self._tell_windows(epoch)
@@ -163,9 +225,11 @@ class Loop:
             listener.on_step(record)
 
     def _validate(self, epoch: int) -> None:
+        self.position = self.position.settled(self.randomness)
         began = time.perf_counter()
         averages, examples = evaluate(self.task, self.model, self.validation, self.accelerator)
         clock, seconds = self.optimizer.clock, time.perf_counter() - began
+        self.consistent = False
         self.last = Validation(clock, epoch, averages, examples, seconds)
         for listener in self.listeners:
             listener.on_validation(self.last)
@@ -174,6 +238,10 @@ class Loop:
             self.optimizer.report(**{f"val_{name}": value for name, value in averages.items()})
             for line in changes(seen, self.optimizer.param_groups[0]["feedback"]):
                 self._event(epoch, "feedback", line)
+        if self.optimizer.should_stop:
+            self._event(epoch, "stop", "early stopping: the metric stopped improving")
+        self.position = replace(self.position, validated=True, after=None)
+        self.consistent = True
 
     def _active(self) -> list[bool]:
         """Which groups train at the next step."""

@@ -1,18 +1,16 @@
-"""Writing what a run tells: lines flushed one by one, files that are whole or absent."""
+"""Writing what a run tells, line by line."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from ..errors import LaminaError
+from ..errors import LaminaError, StateError
+from ..files import atomic, told
 from .records import Event, StepRecord, Validation
 
 
@@ -26,6 +24,7 @@ class Recorder:
         self.path = path
         with told(path):
             self._file = path.open("a", encoding="utf-8")
+        claim(self._file, path)
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", asdict(record))
@@ -36,6 +35,12 @@ class Recorder:
 
     def on_validation(self, result: Validation) -> None:
         self._write("validation", asdict(result))
+
+    def sync(self) -> int:
+        """Make every line durable; returns the length of the file in bytes."""
+        with told(self.path):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def close(self) -> None:
         """Write no more."""
@@ -58,50 +63,58 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-@contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn a failing disk into an error that names the file."""
+def claim(file: IO[Any], path: Path) -> None:
+    """Hold a file that is open for writing until it is closed or the process ends, however.
+
+    A lock of POSIX: worker processes of a loader do not inherit it. Elsewhere there is none.
+
+    Raises:
+        LaminaError: if another process holds it.
+    """
     try:
-        yield
-    except OSError as error:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         raise LaminaError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space, or choose "
-            "another folder with --out."
+            f"{path.parent}: another process is still training in this folder. Wait for it, or "
+            "end it, before the run is resumed."
         ) from error
+    except OSError:  # a file system without locks
+        pass
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears complete or not at all: temporary file, fsync, rename."""
-    with told(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        sync_folder(path.parent)
+def cut_back(path: Path, length: int) -> None:
+    """Cut the record of a run back to where it stood, at once or not at all.
+
+    A record that was removed begins anew.
+
+    Raises:
+        StateError: if the file is shorter, or that place is within a line.
+    """
+    if not path.exists():
+        return
+    with told(path), path.open("r+b") as file:
+        claim(file, path)
+        kept = file.read(length)
+        more = file.read(1)
+    if len(kept) < length or (kept and not kept.endswith(b"\n")):
+        raise StateError(
+            f"{path}: the record of the run was changed since the checkpoint was saved: it has "
+            f"{len(kept):,} bytes, and at {length:,} a line should end. Put it back as it was, or "
+            "remove it to go on without the earlier lines."
+        )
+    if more:
+        with atomic(path) as new:
+            new.write(kept)
 
 
-def _umask() -> int:
-    """What is withheld from new files; mkstemp withholds more."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable, where folders can be opened (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def recorded_lr(path: Path, length: int) -> list[tuple[int, dict[str, float]]]:
+    """The step and the lr of each group in every step record of the first bytes of a record."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        rows = map(json.loads, file.read(length).splitlines())
+        return [(row["step"], row["lr"]) for row in rows if row["kind"] == "step"]

@@ -20,6 +20,8 @@ class Result:
     seconds: float
     folder: Path | None = None
     saved: tuple[str, ...] = ()
+    #: the newest one; None if the run ended before the first
+    checkpoint: Path | None = None
     baseline: dict[str, float] = field(default_factory=dict)
     confirmation: Confirmation | None = None
     interrupted: bool = False

@@ -4,7 +4,7 @@ plan.toml       the plan (plan.py.txt, its Python form, if TOML cannot hold it)
 run.json        seed, length, versions, and how the run ended
 metrics.jsonl   a line for each step, event and validation
 lr.png          the lr of every group over the run, as planned
-checkpoint.pt   model and optimizer state
+checkpoints/    the last states of model and optimizer and the best (see lamina.checkpoint)
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import LaminaError, PlanError
+from ..errors import LaminaError, PlanError, StateError
+from ..files import atomic, remove_leftovers, told
 from ..plan import Plan
 from ..preview import Preview
-from .recorder import atomic, told
 
-FORMAT = 1
+CHECKPOINTS = "checkpoints"
+PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
@@ -69,15 +68,40 @@ class RunFolder:
                     raise
         raise LaminaError(f"runs/{name}: a thousand runs began in this second; use --out.")
 
+    @classmethod
+    def again(cls, folder: Path) -> RunFolder:
+        """The folder of a run that goes on, cleared of files that it was killed while writing."""
+        made = cls.__new__(cls)
+        made.path, made.saved = folder, []
+        with told(folder):
+            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
+                remove_leftovers(folder / name)
+        return made
+
     def begin(self, plan: Plan, preview: Preview, about: dict[str, Any]) -> None:
         """Write what is known before the first step."""
         self._about = {**about, "versions": versions(), "started": _now(), "status": "running"}
-        try:
-            self._text("plan.toml", plan.to_toml())
-        except PlanError:  # functions, or an optimizer without a registered name
-            self._text("plan.py.txt", f"{plan!r}\n")
-        self._text("run.json", json.dumps(self._about, indent=1, ensure_ascii=False) + "\n")
+        self._write_plan(plan)
+        self._text(ABOUT, _json(self._about))
         self.picture(preview)
+
+    def resume(self, plan: Plan, preview: Preview, about: dict[str, Any], **seen: Any) -> None:
+        """Note that the run goes on, and from where."""
+        before = read_about(self.path)
+        for name in ("ended", "baseline"):
+            before.pop(name, None)
+        noted = [*before.get("resumed", []), {"at": _now(), **seen, "versions": versions()}]
+        self._about = {**before, **about, "status": "running", "resumed": noted}
+        self._write_plan(plan)
+        self._text(ABOUT, _json(self._about))
+        self.picture(preview)
+
+    def _write_plan(self, plan: Plan) -> None:
+        text, name = plan_text(plan)
+        other = self.path / (PLAN if name == PLAN_AS_PYTHON else PLAN_AS_PYTHON)
+        self._text(name, text)
+        with told(other):
+            other.unlink(missing_ok=True)
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""
@@ -91,22 +115,48 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
         self.saved.append("lr.png")
 
-    def checkpoint(self, **content: Any) -> None:
-        """Write tensors and plain values, for `torch.load(path, weights_only=True)`."""
-        with atomic(self.path / "checkpoint.pt") as file:
-            torch.save({"format": FORMAT, **content}, file)
-        self.saved.append("checkpoint.pt")
-
     def end(self, status: str, **found: Any) -> None:
         """Note how the run ended, and with what."""
         self._about |= {"status": status, "ended": _now(), **found}
-        self._text("run.json", json.dumps(self._about, indent=1, ensure_ascii=False) + "\n")
+        self._text(ABOUT, _json(self._about))
 
     def _text(self, name: str, text: str) -> None:
         with atomic(self.path / name) as file:
             file.write(text.encode())
         if name not in self.saved:
             self.saved.append(name)
+
+
+def plan_text(plan: Plan) -> tuple[str, str]:
+    """A plan as TOML, or as Python where TOML cannot hold it; and the name of its file."""
+    try:
+        return plan.to_toml(), PLAN
+    except PlanError:  # functions, or an optimizer without a registered name
+        return f"{plan!r}\n", PLAN_AS_PYTHON
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        StateError: if the folder is not that of a run.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "there is no such folder"
+        raise StateError(f"{folder}: {what}; give the folder of a run, such as runs/reviews-....")
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{folder}: this is not the folder of a run: its {ABOUT} cannot be read ({error})."
+        ) from error
+    if not isinstance(about, dict):
+        raise StateError(f"{folder}: this is not the folder of a run: {ABOUT} holds no object.")
+    return about
+
+
+def _json(about: dict[str, Any]) -> str:
+    return json.dumps(about, indent=1, ensure_ascii=False) + "\n"
 
 
 def versions() -> dict[str, str]:

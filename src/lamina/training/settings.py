@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
-from ..errors import LaminaError, TimeUnitError, did_you_mean
+from .. import time
+from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
+from ..time import Run, TimeLike
 from .task import Task
 
 PRECISIONS = ("no", "fp16", "bf16")
+#: with another one of these a run would not go on as it began
+EXACT = ("seed", "accumulate", "mixed_precision")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Checked; `mixed_precision` is None for whatever `accelerate launch` was told."""
 
-    epochs: float
-    seed: int
-    accumulate: int
-    mixed_precision: str | None
+    epochs: float = 1
+    seed: int = 0
+    accumulate: int = 1
+    mixed_precision: str | None = None
+    save_every: TimeLike = "1 epochs"
+    keep: int = 2
 
     @classmethod
-    def of(
-        cls,
-        task: Task,
-        epochs: float | None = None,
-        seed: int | None = None,
-        accumulate: int | None = None,
-        mixed_precision: str | None = None,
-    ) -> Settings:
-        """What was asked for, else the task's defaults, else one epoch with seed 0."""
-        own = task.defaults
-        given = cls(
-            epochs if epochs is not None else own.get("epochs", 1),
-            seed if seed is not None else own.get("seed", 0),
-            accumulate if accumulate is not None else own.get("accumulate", 1),
-            mixed_precision if mixed_precision is not None else own.get("mixed_precision"),
-        )
-        given.check()
-        return given
+    def of(cls, task: Task, **given: Any) -> Settings:
+        """What was asked for (None: nothing), else the task's defaults, else those of the class."""
+        own = {key: value for key, value in task.defaults.items() if key in _NAMES}
+        settings = cls(**{**own, **_asked(given)})
+        settings.check()
+        return settings
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
+        """Those of a checkpoint, but for what was asked for and may differ.
+
+        Raises:
+            StateError: if the run could not go on as it began.
+        """
+        asked = _asked(given)
+        for name in EXACT:
+            if name in asked and asked[name] != saved.get(name):
+                raise StateError(
+                    f"{name}={asked[name]!r} was given, but the run to resume has {name}="
+                    f"{saved.get(name)!r}, and would not go on as it began. Leave it out, or begin "
+                    "a new run."
+                )
+        known = {name: value for name, value in saved.items() if name in _NAMES}
+        settings = cls(**{**known, **asked})
+        settings.check()
+        return settings
 
     def check(self) -> None:
         """Raise for what cannot be meant."""
@@ -56,6 +72,18 @@ class Settings:
                 f"mixed_precision={self.mixed_precision!r}: expected one of "
                 f"{', '.join(PRECISIONS)}.{did_you_mean(str(self.mixed_precision), PRECISIONS)}"
             )
+
+        if time.parse(self.save_every).amount == 0:
+            raise TimeUnitError(
+                f"save_every={self.save_every!r}: expected a time above 0, such as '500 steps', "
+                "'1 epochs' or '10%'."
+            )
+        if not isinstance(self.keep, int) or self.keep < 1:
+            raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
+
+    def save_interval(self, run: Run) -> Fraction:
+        """The steps from one save to the next, not rounded."""
+        return time.parse(self.save_every).in_steps(run)
 
     def accelerator(self, cpu: bool) -> Any:
         """Accelerate's accelerator, with every seed set."""
@@ -88,6 +116,13 @@ class Settings:
             ) from error
         set_seed(self.seed)
         return accelerator
+
+
+_NAMES = frozenset(asdict(Settings()))
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _is_number(value: object) -> bool:

@@ -20,6 +20,8 @@ from ..plan import Plan
 
 NEEDED = ("model", "data", "loss")
 OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")
+#: how the modules of tasks begin that were loaded from a file
+FROM_FILE = "lamina_task_"
 DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision")
 
 
@@ -67,6 +69,12 @@ class Task:
     def place(self) -> str:
         """The file, for messages."""
         return getattr(self.module, "__file__", None) or self.name
+
+    @property
+    def file(self) -> str | None:
+        """The file that was named to load it; None for a module or a built-in task."""
+        named = self.module.__name__.startswith(FROM_FILE)
+        return os.path.abspath(self.place) if named else None
 
     @property
     def about(self) -> str:

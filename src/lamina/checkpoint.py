@@ -1,0 +1,234 @@
+"""Checkpoints: files that verify themselves, and the folder that holds the last ones and the best.
+
+    step-00000123-0123456789abcdef.pt     the state after step 123
+    best-00000100-fedcba9876543210.pt     the best so far: another name of the same bytes
+
+The name ends in the first 16 digits of the content's SHA-256, as torch.hub names its files, so that
+a file needs no manifest to be checked, and a name never stands for two contents. A file appears
+when it is whole, under a name that was not there before; older ones go only after that.
+
+Plans are code; checkpoints hold only state: plain values and tensors, which
+`torch.load(path, weights_only=True)` reads without running anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from .errors import StateError
+from .files import atomic, digest_of, remove_leftovers, sync_folder, told
+
+#: grows when older versions of lamina could no longer read what is written
+FORMAT = 1
+_NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt", re.ASCII)
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that is whole, what it holds, and damaged ones that are newer."""
+
+    path: Path
+    content: dict[str, Any]
+    damaged: tuple[Path, ...] = ()
+
+
+def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) -> Path:
+    """Write a checkpoint, durable when this returns.
+
+    Args:
+        folder: where; it is made if its parent exists.
+        step: optimizer steps taken, for the name.
+        content: plain values, tensors, and dicts, lists and tuples of them.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        LaminaError: if the disk does not take it; other checkpoints are as they were.
+        StateError: if something in it could not be read back safely.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> path = save(folder, 7, {"clock": 7})
+        >>> newest(folder).content["clock"]
+        7
+    """
+    _check_plain(dict(content), "content")
+    home = Path(folder)
+    with told(home):
+        if not home.is_dir():
+            home.mkdir()
+            sync_folder(home.parent)
+    final = ""
+
+    def named(digest: str) -> str:
+        nonlocal final
+        final = f"step-{step:08d}-{digest[:16]}.pt"
+        return final
+
+    with atomic(home / "saving", named) as file:
+        torch.save({"format": FORMAT, **content}, cast("IO[bytes]", file))
+    return home / final
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, with its tensors on the CPU.
+
+    Raises:
+        StateError: if it is damaged, holds more than state, or is of a newer format.
+    """
+    path = Path(path)
+    if is_whole(path) is False:
+        raise StateError(
+            f"{path}: the checkpoint is damaged: its content does not have the checksum in its "
+            "name. Use another one, or copy it again from where it came from."
+        )
+    content = load_safely(path)
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise StateError(
+            f"{path}: this is a torch file, but not a checkpoint of lamina (it has no format "
+            "number); `lamina inspect` says what it holds."
+        )
+    if version > FORMAT:
+        raise StateError(
+            f"{path}: the checkpoint has format {version}, and this version of lamina reads up to "
+            f"{FORMAT}; install the version that wrote it, or a newer one."
+        )
+    return dict(content)
+
+
+def load_safely(path: Path) -> Any:
+    """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # whatever a foreign or malicious file brings about
+        raise StateError(
+            f"{path}: this is no checkpoint: it is not a torch file, or holds more than tensors "
+            "and plain values, which could run code and is therefore not opened."
+        ) from error
+
+
+def is_whole(path: Path) -> bool | None:
+    """Whether the content has the checksum in the name; None if the name holds none."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return None
+    try:
+        return digest_of(path).startswith(match[3])
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def candidates(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a folder by their names, the newest first; other files are left out."""
+    found: dict[str, tuple[int, int, str, Path]] = {}
+    home = Path(folder)
+    for path in home.iterdir() if home.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            order = (int(match[2]), path.stat().st_mtime_ns, match[1], path)
+            key = f"{match[2]}-{match[3]}"
+            found[key] = max(order, found.get(key, order))  # "step" before "best"
+    return [order[-1] for order in sorted(found.values(), reverse=True)]
+
+
+def newest(folder: str | os.PathLike[str]) -> Found:
+    """Read the newest checkpoint of a folder whose checksum is right.
+
+    Raises:
+        StateError: if there is none, naming those that are damaged.
+    """
+    damaged: list[Path] = []
+    for path in candidates(folder):
+        if is_whole(path):
+            return Found(path, read(path), tuple(damaged))
+        damaged.append(path)
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise StateError(
+            f"{folder}: no checkpoint is whole; the content of {names} does not have the checksum "
+            "in its name. Copy them again from where they came from, or begin a new run."
+        )
+    raise StateError(f"{folder}: there is no checkpoint here (step-...-....pt).")
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise StateError(f"{path}: not the name of a checkpoint (step-...-....pt).")
+    return int(match[2])
+
+
+def mark_best(path: Path) -> None:
+    """Give a checkpoint its second name; the best until now goes after that."""
+    target = path.with_name(path.name.replace("step-", "best-", 1))
+    with told(target):
+        if not target.exists():
+            try:
+                os.link(path, target)
+            except OSError:  # a file system without hard links
+                with atomic(target) as copy, path.open("rb") as original:
+                    shutil.copyfileobj(original, copy)
+        sync_folder(path.parent)
+        for other in path.parent.glob("best-*.pt"):
+            if _NAME.fullmatch(other.name) and other != target:
+                other.unlink()
+
+
+def prune(folder: Path, keep: int, newest: Path) -> None:
+    """Remove all but the last checkpoints and the best.
+
+    Args:
+        folder: that of the checkpoints.
+        keep: how many to keep, `newest` among them.
+        newest: the one that was just saved.
+    """
+    names = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    names.sort(key=lambda path: (path == newest, step_of(path), path.stat().st_mtime_ns))
+    with told(folder):
+        for old in names[:-keep]:
+            old.unlink()
+
+
+def tidy(folder: Path, damaged: Sequence[Path]) -> None:
+    """Before going on in a folder: damaged files step aside, unfinished ones are removed."""
+    with told(folder):
+        for path in damaged:
+            for name in {path.name, path.name.replace("step-", "best-", 1)}:
+                each = path.with_name(name)
+                if each.exists() and not is_whole(each):
+                    each.rename(each.with_name(f"{each.name}.damaged"))
+        for name in ("saving", "best-*"):
+            remove_leftovers(folder / name)
+
+
+def _check_plain(value: Any, place: str) -> None:
+    """Raise for what `weights_only=True` would refuse to read back."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise StateError(f"{place} has the key {key!r}; expected text or whole numbers.")
+            _check_plain(item, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple, torch.Size):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{place}[{index}]")
+    elif type(value) not in (*_PLAIN, torch.Tensor, torch.nn.Parameter):
+        raise StateError(
+            f"{place} is of type {type(value).__name__}, which a checkpoint cannot hold, since "
+            "reading it back could run code; save plain values and tensors."
+        )

@@ -1,0 +1,167 @@
+"""Going on with a run: what its folder holds, and whether it can go on as it began.
+
+Everything is read and checked before anything is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import checkpoint
+from ..errors import StateError, TaskError
+from ..plan import Plan
+from .load import choose_plan
+from .position import Position
+from .run_folder import CHECKPOINTS, PLAN, plan_text, read_about
+from .snapshot import Snapshot, check_model
+from .task import Task
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on.
+
+    Args:
+        folder: that of the run.
+        path: the checkpoint.
+        snapshot: what it holds.
+        damaged: newer checkpoints whose checksum is wrong.
+        status: how the run ended, as `run.json` says.
+    """
+
+    folder: Path
+    path: Path
+    snapshot: Snapshot
+    damaged: tuple[Path, ...]
+    status: str
+
+    @property
+    def text(self) -> str:
+        """For people: what is resumed, and what was passed over."""
+        text = f"resumed from {self.path.name}"
+        if self.damaged:
+            names = ", ".join(path.name for path in self.damaged)
+            text += f"; passed over, since the checksum is wrong: {names}"
+        return text
+
+
+def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
+    """The newest checkpoint of a run that is whole.
+
+    Raises:
+        StateError: if there is none, or it is of another task.
+    """
+    home = Path(folder)
+    about = read_about(home)
+    if not checkpoint.candidates(home / CHECKPOINTS):
+        raise StateError(
+            f"{home}: the run ended before its first checkpoint was saved, so there is nothing to "
+            "resume; begin it again with another --out (and --save-every, to save more often)."
+        )
+    found = checkpoint.newest(home / CHECKPOINTS)
+    snapshot = Snapshot.of(found.content, found.path)
+    if snapshot.task != task.name:
+        raise StateError(
+            f"{found.path}: the checkpoint is of the task {snapshot.task!r}, but {task.name!r} was "
+            f"given. Resume it with its own task."
+        )
+    return Resumption(home, found.path, snapshot, found.damaged, str(about.get("status")))
+
+
+def saved_task(folder: str | os.PathLike[str]) -> str:
+    """The task that a run was begun with, as `load_task` takes it.
+
+    A file inside the run's folder is refused: resuming runs code, so that it must be one's own.
+    """
+    home = Path(folder)
+    about = read_about(home)
+    source = about.get("task_file") or about.get("task")
+    if not isinstance(source, str):
+        raise StateError(f"{home}: run.json does not name the task; name it before --resume.")
+    if about.get("task_file") and home.resolve() in Path(source).resolve().parents:
+        raise TaskError(
+            f"{home}: the task file {source} lies in the folder of the run; name it on the command "
+            "line, before --resume, if you trust it."
+        )
+    return source
+
+
+def resumed_plan(
+    found: Resumption, task: Task, given: Plan | str | os.PathLike[str] | None
+) -> tuple[Plan, str]:
+    """The plan given, else the one the run began with; and where it is written."""
+    if given is not None:
+        return choose_plan(task, given)
+    path = found.folder / PLAN
+    if path.exists():
+        return Plan.from_toml(path), str(path)
+    plan, place = choose_plan(task, None)
+    if plan_text(plan)[0] != found.snapshot.plan:
+        raise StateError(
+            f"{found.folder}: the plan of the run cannot be written as TOML, and the task's own is "
+            "another one now. Give the plan again, as it was or as it shall be."
+        )
+    return plan, place
+
+
+def check_fits(found: Resumption, session: Session) -> None:
+    """Raise `StateError` for what would not go on as it began."""
+    snapshot, processes = found.snapshot, session.accelerator.num_processes
+    if snapshot.processes != processes:
+        raise StateError(
+            f"{found.path}: {snapshot.processes} process(es) trained when the checkpoint was "
+            f"saved, and now there are {processes}; the data would be dealt out otherwise. Resume "
+            f"with {snapshot.processes}, such as torchrun --nproc-per-node={snapshot.processes}."
+        )
+    for name, now in session.data_form().items():
+        then = snapshot.data.get(name)
+        if now != then:
+            raise StateError(
+                f"{found.path}: the training data had {then} {name.replace('_', ' ')} when the "
+                f"checkpoint was saved, and has {now} now, so the run cannot go on where it stood. "
+                "Resume with the data and batch size as they were."
+            )
+    check_model(session.model, snapshot.model, found.path)
+
+
+def _check_unfinished(found: Resumption, session: Session) -> None:
+    """Raise if nothing is left to do; a run killed after its last save is not finished yet."""
+    snapshot, run = found.snapshot, session.optimizer.resolved.run
+    done, total = session.progress(snapshot.position(0)), run.steps or 0
+    closed = found.status == "finished" or total != snapshot.steps
+    if done > total or (done == total and snapshot.validated and closed):
+        raise StateError(
+            f"{found.folder}: the run is finished: it is at step {done} of {total}. To train "
+            f"longer, give more --epochs than {session.settings.epochs:g}."
+        )
+    if session.optimizer.should_stop and snapshot.validated and closed:
+        raise StateError(
+            f"{found.folder}: the run is finished: it stopped early at step {done} of {total}. To "
+            "train longer, give a plan without stop."
+        )
+
+
+def restore(found: Resumption, session: Session) -> Position:
+    """Put what is saved beside the optimizer's state into a session, if something is left to do."""
+    _check_unfinished(found, session)
+    snapshot, scaler = found.snapshot, session.accelerator.scaler
+    if (scaler is None) != (snapshot.scaler is None):
+        raise StateError(
+            f"{found.path}: the checkpoint is of a run {_with(snapshot.scaler)} fp16, and this one "
+            f"is {_with(scaler)}; resume on the kind of device that it began on."
+        )
+    session.optimizer.skipped = snapshot.skipped
+    session.model.load_state_dict(snapshot.model)
+    if scaler is not None:
+        scaler.load_state_dict(snapshot.scaler)
+    return snapshot.position(session.accelerator.process_index)
+
+
+def _with(scaler: Any) -> str:
+    return "without" if scaler is None else "with"

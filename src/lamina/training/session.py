@@ -1,0 +1,275 @@
+"""A run that is ready to start, and its life."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import tidy
+from ..errors import LaminaError, TaskError
+from ..plan import Plan
+from .confirmer import Confirmer
+from .evaluate import shard
+from .interrupts import patient
+from .loop import Loop
+from .position import Position, Randomness
+from .recorder import Recorder, cut_back, recorded_lr
+from .records import Event, Listener
+from .result import Result
+from .resume import Resumption, check_fits, restore
+from .run_folder import METRICS, RunFolder, plan_text
+from .saver import Saver
+from .settings import Settings
+from .task import Data, Task
+
+
+@dataclass
+class Session:
+    """A run that is ready to start; made by `prepare`, closed by `with` or `close`."""
+
+    task: Task
+    settings: Settings
+    accelerator: Any
+    model: nn.Module
+    plan: Plan
+    data: Data
+    out: Path | None
+    start: Resumption | None = None
+    extend: str | None = None
+    train_loader: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        accelerator, seed = self.accelerator, self.settings.seed
+        self.train_loader = accelerator.prepare(self.data.train)
+        self.validation_loader = shard(accelerator, self.data.validation, seed)
+        if self.start is not None:
+            check_fits(self.start, self)
+        model = self.model.to(accelerator.device)
+        length: dict[str, Any] = {
+            "epochs": self.settings.epochs,
+            "steps_per_epoch": batches(self.task, self.train_loader),
+            "accumulate": self.settings.accumulate,
+            "resume": None if self.start is None else self.start.snapshot.optimizer,
+            "extend": self.extend,
+        }
+        self.preview = self.plan.preview(model, **length)
+        self.optimizer = self.plan.build(model, **length)
+        self.begins = Position() if self.start is None else restore(self.start, self)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def earlier(self) -> float:
+        """Seconds that were trained before this session."""
+        return 0.0 if self.start is None else self.start.snapshot.seconds
+
+    @property
+    def since(self) -> int:
+        """The step from which on the run has followed this plan over this length."""
+        if self.start is None:
+            return 0
+        snapshot = self.start.snapshot
+        same = snapshot.steps == self.optimizer.resolved.run.steps
+        same &= snapshot.plan == plan_text(self.plan)[0]
+        return snapshot.since if same else snapshot.clock
+
+    def progress(self, position: Position) -> int:
+        """Steps that were taken or skipped up to a position."""
+        of_epoch = -(-position.batches // self.settings.accumulate)
+        return position.epoch * (self.optimizer.resolved.run.steps_per_epoch or 0) + of_epoch
+
+    def data_form(self) -> dict[str, Any]:
+        """What the training data must be alike in to go on in the middle of it."""
+        loader, data = self.data.train, self.data.train.dataset
+        examples = len(data) if hasattr(data, "__len__") else None
+        return {
+            "batches": len(self.train_loader),
+            "examples_in_a_batch": loader.batch_size,
+            "examples": examples,
+        }
+
+    def train(self, listeners: Sequence[Listener] = ()) -> Result:
+        """Train; a run that is interrupted saves its last whole step and says so.
+
+        Args:
+            listeners: told of every step, event and validation, on the main process.
+        """
+        began = time.perf_counter() - self.earlier
+        if self.start is not None:  # no process may still read what this one tidies
+            self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            saver = Saver(self)
+            loop = self._loop([], lambda: False, saver)
+            loop.run()
+            saver.finish(loop)
+            return self._result(loop, began)
+        folder, confirmer = self._folder(listeners)
+        recorder = Recorder(folder.path / METRICS)
+        folder.saved.append(METRICS)
+        saver = Saver(self, folder.path, recorder)
+        with patient(self.accelerator.num_processes == 1) as pressed:
+            loop = self._loop([recorder, confirmer, *listeners], pressed, saver)
+            status = self._run(loop, folder, recorder, saver)
+        baseline: dict[str, float] = {}
+        if status == "finished":
+            try:
+                baseline = self.task.baseline(self.data)
+            except KeyboardInterrupt:
+                status = "interrupted"
+            finally:  # written once: a run that says so has nothing left to do
+                folder.end("finished", baseline=baseline, **self._found(loop))
+        return replace(
+            self._result(loop, began),
+            folder=folder.path,
+            saved=tuple(folder.saved),
+            checkpoint=saver.newest,
+            baseline=baseline,
+            confirmation=confirmer.confirm(self.optimizer),
+            interrupted=status == "interrupted",
+        )
+
+    def _folder(self, listeners: Sequence[Listener]) -> tuple[RunFolder, Confirmer]:
+        """The folder of the run, ready to be written to, and what it has recorded so far."""
+        start = self.start
+        if start is None:
+            folder = RunFolder(self.out, self.task.name)
+            folder.begin(self.plan, self.preview, self._about())
+            return folder, Confirmer(0)
+        snapshot, metrics = start.snapshot, start.folder / METRICS
+        cut_back(metrics, snapshot.recorded)
+        tidy(start.path.parent, start.damaged)
+        folder = RunFolder.again(start.folder)
+        passed = [path.name for path in start.damaged]
+        seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
+        folder.resume(self.plan, self.preview, self._about(), **seen)
+        for listener in listeners:
+            listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", start.text))
+        rows = [row for row in recorded_lr(metrics, snapshot.recorded) if row[0] >= self.since]
+        confirmer = Confirmer(rows[0][0] if rows else snapshot.clock)
+        for _, lr in rows:
+            confirmer.note(lr)
+        return folder, confirmer
+
+    def _run(self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver) -> str:
+        """Train, and write what came of it however it ends."""
+        status = "failed"
+        try:
+            loop.run()
+            saver.finish(loop)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        finally:
+            with suppress(RuntimeError):  # an error of the device, which is told already
+                loop.flush(alone=True)
+            # Several processes would have to tell each other their random states.
+            if status == "interrupted" and loop.consistent and self.accelerator.num_processes == 1:
+                saver.finish(loop)
+            recorder.close()
+            if status != "finished":
+                with suppress(LaminaError) if status == "failed" else nullcontext():
+                    folder.end(status, **self._found(loop))
+        return status
+
+    def _result(self, loop: Loop, began: float) -> Result:
+        last = loop.last
+        return Result(
+            self.task,
+            metrics=last.averages if last else {},
+            examples=last.examples if last else 0,
+            steps=self.optimizer.clock,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _loop(self, heard: Sequence[Listener], pressed: Callable[[], bool], saver: Saver) -> Loop:
+        from accelerate.utils import set_seed
+
+        model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
+        # Processes must draw different dropout masks, now that all have the same model.
+        set_seed(self.settings.seed, device_specific=True)
+        device = self.accelerator.device
+        return Loop(
+            self.task,
+            self.accelerator,
+            model,
+            self.optimizer,
+            wrapped,
+            self.train_loader,
+            self.validation_loader,
+            self.settings.accumulate,
+            Randomness(device, self.train_loader, self.validation_loader),
+            heard,
+            pressed,
+            saver.at_rest,
+            self.begins,
+            self.earlier,
+            None if self.start is None else self.start.snapshot.last,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        run = self.optimizer.resolved.run
+        return {
+            "task": self.task.name,
+            "task_file": self.task.file,
+            **asdict(self.settings),
+            "steps": run.steps,
+            "steps_per_epoch": run.steps_per_epoch,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+        }
+
+    def _found(self, loop: Loop) -> dict[str, Any]:
+        found: dict[str, Any] = {"steps_taken": self.optimizer.clock}
+        if loop.last is not None:
+            found["validation"] = asdict(loop.last)
+        return found
+
+    def close(self) -> None:
+        """End what Accelerate began, so that another run may follow in this process."""
+        end(self.accelerator)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:  # no process may end its group while another still talks to it
+            self.accelerator.wait_for_everyone()
+        self.close()
+
+
+def batches(task: Task, loader: Any) -> int:
+    """The batches of an epoch."""
+    try:
+        number = len(loader)
+    except TypeError as error:
+        raise TaskError(
+            f"{task.place}: the training loader has no length ({error}), so that "
+            "neither epochs nor shares of the run can be counted; give its data set a __len__."
+        ) from error
+    if number == 0:
+        raise TaskError(f"{task.place}: the training loader has no batches; give it examples.")
+    return number
+
+
+def end(accelerator: Any) -> None:
+    """End the processes' group and forget the settings, which Accelerate keeps as globals."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,171 @@
+"""What a checkpoint of a run holds, as a checked value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import StateError
+from .position import Position, State
+from .records import Validation
+
+_MORE = 3  # names shown of a list
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after a whole step.
+
+    Args:
+        task: its name.
+        plan: the plan as TOML, or else as Python shows it; to be read by people only.
+        settings: those of `Settings`.
+        data: what the data must be alike in: batches of an epoch, size of a batch, examples.
+        processes: how many trained.
+        clock: optimizer steps taken.
+        skipped: steps that were not taken because of a gradient.
+        since: the step from which on it followed this plan over this length.
+        steps: the length of the run in optimizer steps.
+        epoch: counted from 0.
+        batches: those of the epoch that were used.
+        validated: whether the model was measured after them.
+        seconds: of training.
+        recorded: bytes of `metrics.jsonl`.
+        validation: the last one, as a dict.
+        best: the best value so far of the metric that is watched, and its step.
+        random: for each process its three random states (see `lamina.training.position`).
+        scaler: that of fp16.
+        versions: of what ran.
+        model: `model.state_dict()`.
+        optimizer: `optimizer.state_dict()`, which holds clock, overrides and feedback.
+    """
+
+    task: str
+    plan: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    processes: int
+    clock: int
+    skipped: int
+    since: int
+    steps: int
+    epoch: int
+    batches: int
+    validated: bool
+    seconds: float
+    recorded: int
+    validation: dict[str, Any] | None
+    best: dict[str, Any] | None
+    random: list[dict[str, State]]
+    scaler: dict[str, Any] | None
+    versions: dict[str, str]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    def content(self) -> dict[str, Any]:
+        """For `lamina.checkpoint.save`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: Path) -> Snapshot:
+        """Check what a file held.
+
+        Raises:
+            StateError: if something is missing or not what it should be.
+        """
+        for name, kinds in _KINDS.items():
+            value: Any = content.get(name)
+            good = isinstance(value, kinds) and not (isinstance(value, bool) and kinds is int)
+            if not good or (kinds is int and value < 0):
+                given = "nothing" if name not in content else _shown(value)
+                raise StateError(
+                    f"{path}: the checkpoint is not one of a run: its {name!r} is {given}. Use "
+                    "one that `lamina run` wrote."
+                )
+        snapshot = cls(**{name: content[name] for name in _KINDS})
+        groups = snapshot.optimizer.get("param_groups")
+        if not groups or not all(isinstance(group, dict) for group in groups):
+            raise StateError(f"{path}: the state of the optimizer has no groups. Use another.")
+        places = [set(states) for states in snapshot.random if isinstance(states, dict)]
+        if places != [{"start", "before", "after"}] * snapshot.processes:
+            raise StateError(
+                f"{path}: the checkpoint does not have the random states of the "
+                f"{snapshot.processes} process(es) that trained; it was changed by hand. Use "
+                "another."
+            )
+        return snapshot
+
+    def position(self, process: int) -> Position:
+        """Where a process stands."""
+        states = self.random[process]
+        return Position(self.epoch, self.batches, self.validated, **states)
+
+    @property
+    def last(self) -> Validation | None:
+        """The last validation."""
+        return None if self.validation is None else Validation(**self.validation)
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "plan"), str),
+    **dict.fromkeys(("settings", "data", "versions", "model", "optimizer"), dict),
+    **dict.fromkeys(("processes", "clock", "skipped", "steps", "epoch", "batches"), int),
+    **dict.fromkeys(("since", "recorded"), int),
+    "validated": bool,
+    "seconds": float,
+    "random": list,
+    **dict.fromkeys(("validation", "best", "scaler"), (dict, type(None))),
+}
+
+
+def position_states(position: Position) -> dict[str, State | None]:
+    """The random states of a position that has settled."""
+    return {"start": position.start, "before": position.before, "after": position.after}
+
+
+def as_plain(validation: Validation | None) -> dict[str, Any] | None:
+    """A validation as a dict."""
+    return None if validation is None else asdict(validation)
+
+
+def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
+    """Raise `StateError` if a saved model is not this one, name by name; changes nothing."""
+    live = model.state_dict()
+    clauses = []
+    if missing := [name for name in live if name not in saved]:
+        clauses.append(f"the model has {_first(missing)}, which the checkpoint has not")
+    if extra := [str(name) for name in saved if name not in live]:
+        clauses.append(f"the checkpoint has {_first(extra)}, which the model has not")
+    other = [
+        f"{name} ({_form(saved[name])} in the checkpoint, {_form(value)} in the model)"
+        for name, value in live.items()
+        if name in saved and _form(saved[name]) != _form(value)
+    ]
+    if other:
+        clauses.append(f"these differ: {_first(other)}")
+    if clauses:
+        raise StateError(
+            f"{path}: the checkpoint is of another model: {'; '.join(clauses)}. Resume with the "
+            "task as it was when the run began. Nothing was changed."
+        )
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _first(names: Sequence[str]) -> str:
+    more = len(names) - _MORE
+    return ", ".join(names[:_MORE]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,195 @@
+"""Files that verify themselves, and reading that runs nothing."""
+
+import errno
+import os
+import pickle
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lamina import LaminaError, StateError, checkpoint, files
+
+CONTENT = {"clock": 3, "w": torch.arange(4.0), "deep": [1, (2.5, None), {"a": True, 0: "x"}]}
+
+
+def saved(folder, step=3, **content):
+    return checkpoint.save(folder / "c", step, {**CONTENT, **content})
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "c").iterdir())
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = saved(tmp_path)
+    content = checkpoint.read(path)
+    assert content.pop("format") == checkpoint.FORMAT
+    assert torch.equal(content.pop("w"), CONTENT["w"])
+    assert content == {key: CONTENT[key] for key in ("clock", "deep")}
+    assert path.name.startswith("step-00000003-")
+    assert files.digest_of(path).startswith(path.stem.rpartition("-")[2])
+
+
+def test_every_damaged_byte_is_found(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert checkpoint.is_whole(path) is False
+    for length in (0, 1, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StateError, match="is damaged"):
+            checkpoint.read(path)
+    path.write_bytes(whole)
+    assert checkpoint.is_whole(path)
+
+
+def test_the_newest_whole_one_is_found(tmp_path):
+    good, bad = saved(tmp_path, 3), saved(tmp_path, 20)
+    checkpoint.mark_best(bad)
+    damage(bad)
+    (tmp_path / "c" / "step-00000099.pt").write_text("not ours")
+    (tmp_path / "c" / "notes.txt").write_text("not ours")
+    found = checkpoint.newest(tmp_path / "c")
+    assert found.path == good
+    assert found.damaged == (bad,)
+    checkpoint.tidy(tmp_path / "c", found.damaged)
+    assert bad.with_name(f"{bad.name}.damaged").exists()
+    assert checkpoint.candidates(tmp_path / "c") == [good]
+
+
+def test_the_best_remains_when_its_first_name_goes(tmp_path):
+    best = saved(tmp_path, 1)
+    checkpoint.mark_best(best)
+    for step in (2, 3, 4):
+        checkpoint.prune(tmp_path / "c", 2, saved(tmp_path, step))
+    assert [name[:13] for name in names(tmp_path)] == [
+        "best-00000001",
+        "step-00000003",
+        "step-00000004",
+    ]
+    for path in checkpoint.candidates(tmp_path / "c")[:2]:
+        damage(path)
+    assert checkpoint.newest(tmp_path / "c").path.name == best.name.replace("step", "best")
+
+
+def test_the_best_without_hard_links_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    old, new = saved(tmp_path, 1), saved(tmp_path, 2)
+    checkpoint.mark_best(old)
+    checkpoint.mark_best(new)
+    assert names(tmp_path) == sorted([old.name, new.name, new.name.replace("step", "best")])
+    assert checkpoint.is_whole(new.with_name(new.name.replace("step", "best")))
+
+
+def test_the_one_just_saved_is_kept_whatever_its_number(tmp_path):
+    paths = [saved(tmp_path, step) for step in (5, 6, 2)]
+    checkpoint.prune(tmp_path / "c", 2, paths[-1])
+    assert names(tmp_path) == sorted(path.name for path in paths[1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.float64(1.0), r"content\['x'\] is of type float64"),
+        ([{"y": object()}], r"content\['x'\]\[0\]\['y'\] is of type object"),
+        ({(1, 2): 3}, r"has the key \(1, 2\)"),
+        (defaultdict(int), "of type defaultdict"),
+        (print, "builtin_function"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_saved(tmp_path, value, message):
+    with pytest.raises(StateError, match=message):
+        saved(tmp_path, x=value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_plain_is_read_back_by_torch_itself(tmp_path):
+    path = saved(
+        tmp_path, a=OrderedDict(b=torch.Size([1, 2])), c=b"bytes", d=torch.nn.Linear(1, 1).weight
+    )
+    assert torch.load(path, weights_only=True)["a"] == {"b": torch.Size([1, 2])}
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def under_its_checksum(folder, write):
+    """A file whose name is right, whatever it holds."""
+    raw = folder / "raw"
+    write(raw)
+    path = folder / f"step-00000001-{files.digest_of(raw)[:16]}.pt"
+    return raw.rename(path)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_nothing_in_a_file_is_run(tmp_path, form):
+    mark = tmp_path / "it-ran"
+    content = {"format": 1, "model": Malicious(mark)}
+    if form == "torch":
+        path = under_its_checksum(tmp_path, lambda raw: torch.save(content, raw))
+    else:
+        path = under_its_checksum(tmp_path, lambda raw: raw.write_bytes(pickle.dumps(content)))
+    with pytest.raises(StateError, match="which could run code and is therefore not opened"):
+        checkpoint.newest(tmp_path)
+    assert not mark.exists()
+    if form == "torch":  # a canary: the file does what it is feared for
+        torch.load(path, weights_only=False)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda raw: raw.write_text("hello"), "not a torch file"),
+        (lambda raw: raw.write_bytes(b""), "not a torch file"),
+        (lambda raw: torch.save([1], raw), "not a checkpoint of lamina"),
+        (lambda raw: torch.save({"format": 2}, raw), "has format 2, and this version .* up to 1"),
+        (lambda raw: torch.save({"format": "x"}, raw), "no format number"),
+    ],
+)
+def test_foreign_files(tmp_path, write, message):
+    with pytest.raises(StateError, match=message):
+        checkpoint.read(under_its_checksum(tmp_path, write))
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(StateError, match="cannot be read"):
+        checkpoint.read(tmp_path / "step-00000001-0123456789abcdef.pt")
+    with pytest.raises(StateError, match="there is no checkpoint here"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_disk_that_really_is_full(tmp_path):
+    """The kernel refuses to write beyond a limit, in the middle of the tensors."""
+    import resource
+
+    old = saved(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(LaminaError, match="cannot be written"):
+            saved(tmp_path, 4, big=torch.zeros(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == [old.name]
+    assert checkpoint.is_whole(old)

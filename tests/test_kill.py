@@ -1,0 +1,90 @@
+"""A run that is killed at any moment goes on from its last save, and ends with the same bits."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kill_driver
+from test_resume import assert_same
+
+#: a point of each kind: within a file, before it is durable, before and after it has its name,
+#: before the best is marked, and before an old one goes
+FEW = [
+    ("write", 130, "before"),
+    ("fsync", 14, "before"),
+    ("replace", 5, "before"),
+    ("replace", 5, "after"),
+    ("link", 1, "before"),
+    ("unlink", 2, "before"),
+]
+
+
+def drive(folder, jobs, **environment):
+    """The exit status of each job."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    seen = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, kill_driver.__file__, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": seen, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(path.with_suffix(".statuses").read_text())
+
+
+def job(out, kill=None):
+    return {"out": str(out), "kill": kill}
+
+
+def check_points(folder, points, **environment):
+    """Each point in a run of its own, which is then resumed to its end."""
+    jobs = [job(folder / "whole")]
+    for number, point in enumerate(points):
+        out = folder / f"killed-{number}"
+        jobs += [job(out, point), job(out)]
+    statuses = drive(folder, jobs, **environment)
+    assert statuses[0] == 0
+    killed, ended = statuses[1::2], statuses[2::2]
+    assert [p for p, status in zip(points, killed, strict=True) if status != -9] == []
+    assert [p for p, status in zip(points, ended, strict=True) if status != 0] == []
+    for number, point in enumerate(points):
+        out = folder / f"killed-{number}"
+        assert_same(folder / "whole", out)
+        left = [path.name for path in out.rglob(".*")]
+        assert left == [], point
+        assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_killed_while_writing(tmp_path):
+    check_points(tmp_path, [list(point) for point in FEW])
+
+
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path):
+    assert drive(tmp_path, [job(tmp_path / "counted")]) == [0]
+    calls = json.loads((tmp_path / "counted.calls").read_text())
+    points = [
+        [name, number, when]
+        for name, count in calls.items()
+        for number in range(1, count + 1, 7 if name == "write" else 1)
+        for when in ("before", "after")
+    ]
+    assert {point[0] for point in points} == {"write", "fsync", "replace", "link", "unlink"}
+    check_points(tmp_path, points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_at_random_moments(tmp_path, workers):
+    moments = random.Random(int(workers))
+    points = [moments.uniform(0.1, 2.2) for _ in range(20)]
+    check_points(tmp_path, points, RESUME_SLEEP="0.1", RESUME_WORKERS=workers)
