@@ -313,7 +313,9 @@ def test_a_run_goes_on_from_its_folder_alone():
         4,
     )
     check_one_paragraph(call("run", "--resume", "made", "--cpu"), "made", "the run is finished")
-    longer = call("run", "--resume", "made", "--cpu", "--epochs", 3)
+    longer = ("run", "--resume", "made", "--cpu", "--epochs", 3)
+    check_one_paragraph(call(*longer), "planned for 14 steps", "--extend")
+    longer = call(*longer, "--extend", "stretch")
     assert longer.exit_code == 0, longer.output
     assert saved("made")["clock"] == 21
 
