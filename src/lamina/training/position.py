@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..errors import StateError
+
 #: what `Randomness.now` gives: plain values and tensors, by source
 State = Mapping[str, Any]
 
@@ -81,6 +83,19 @@ class Randomness:
         for key, own in self._generators().items():
             if key in state["generators"]:
                 own.set_state(state["generators"][key])
+
+    def check(self, state: State) -> None:
+        """Raise `StateError` unless a state can be set; every source stays as it is."""
+        now = self.now()
+        try:
+            self.set(state)
+        except Exception as error:  # whatever a source says of what is not its state
+            raise StateError(
+                f"a random state cannot be set ({error!r}); it was changed by hand, or saved by "
+                "another version of Python, NumPy or torch."
+            ) from error
+        finally:
+            self.set(now)
 
     def _generators(self) -> dict[str, torch.Generator]:
         """The generators of the loaders and of what they are made of, by place."""

@@ -156,11 +156,20 @@ def restore(found: Resumption, session: Session) -> Position:
             f"{found.path}: the checkpoint is of a run {_with(snapshot.scaler)} fp16, and this one "
             f"is {_with(scaler)}; resume on the kind of device that it began on."
         )
+    position = snapshot.position(session.accelerator.process_index)
+    for state in (position.start, position.before, position.after):
+        if state is not None:
+            session.randomness.check(state)
+    if snapshot.clock != session.optimizer.clock:
+        raise StateError(
+            f"{found.path}: the checkpoint says step {snapshot.clock}, and the optimizer's state "
+            f"in it step {session.optimizer.clock}; it was changed by hand. Use another."
+        )
     session.optimizer.skipped = snapshot.skipped
     session.model.load_state_dict(snapshot.model)
     if scaler is not None:
         scaler.load_state_dict(snapshot.scaler)
-    return snapshot.position(session.accelerator.process_index)
+    return position
 
 
 def _with(scaler: Any) -> str:

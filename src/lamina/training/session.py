@@ -49,6 +49,7 @@ class Session:
         accelerator, seed = self.accelerator, self.settings.seed
         self.train_loader = accelerator.prepare(self.data.train)
         self.validation_loader = shard(accelerator, self.data.validation, seed)
+        self.randomness = Randomness(accelerator.device, self.train_loader, self.validation_loader)
         if self.start is not None:
             check_fits(self.start, self)
         model = self.model.to(accelerator.device)
@@ -197,7 +198,6 @@ class Session:
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
         # Processes must draw different dropout masks, now that all have the same model.
         set_seed(self.settings.seed, device_specific=True)
-        device = self.accelerator.device
         return Loop(
             self.task,
             self.accelerator,
@@ -207,7 +207,7 @@ class Session:
             self.train_loader,
             self.validation_loader,
             self.settings.accumulate,
-            Randomness(device, self.train_loader, self.validation_loader),
+            self.randomness,
             heard,
             pressed,
             saver.at_rest,

@@ -78,14 +78,15 @@ class Snapshot:
         Raises:
             StateError: if something is missing or not what it should be.
         """
-        for name, kinds in _KINDS.items():
-            value: Any = content.get(name)
-            good = isinstance(value, kinds) and not (isinstance(value, bool) and kinds is int)
-            if not good or (kinds is int and value < 0):
-                given = "nothing" if name not in content else _shown(value)
+        _check_fields(content, _KINDS, path, "")
+        for name, kinds in (("validation", _VALIDATION), ("best", _BEST)):
+            if content[name] is not None:
+                _check_fields(content[name], kinds, path, f"{name}.")
+        for states in content["random"]:
+            if not isinstance(states, Mapping) or states.keys() != _STATES:
                 raise StateError(
-                    f"{path}: the checkpoint is not one of a run: its {name!r} is {given}. Use "
-                    "one that `lamina run` wrote."
+                    f"{path}: the checkpoint is not one of a run: a random state is "
+                    f"{_shown(states)}. Use one that `lamina run` wrote."
                 )
         snapshot = cls(**{name: content[name] for name in _KINDS})
         groups = snapshot.optimizer.get("param_groups")
@@ -108,7 +109,8 @@ class Snapshot:
     @property
     def last(self) -> Validation | None:
         """The last validation."""
-        return None if self.validation is None else Validation(**self.validation)
+        found = self.validation
+        return None if found is None else Validation(**{name: found[name] for name in _VALIDATION})
 
 
 _KINDS: dict[str, Any] = {
@@ -121,6 +123,33 @@ _KINDS: dict[str, Any] = {
     "random": list,
     **dict.fromkeys(("validation", "best", "scaler"), (dict, type(None))),
 }
+
+
+_VALIDATION: dict[str, Any] = {
+    "step": int,
+    "epoch": int,
+    "averages": dict,
+    "examples": int,
+    "seconds": float,
+}
+_BEST: dict[str, Any] = {"metric": str, "value": float, "step": int}
+_STATES = {"start", "before", "after"}
+
+
+def _check_fields(
+    content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, within: str
+) -> None:
+    """Raise `StateError` for a value that is missing or of another kind, or a negative number."""
+    for name, kind in kinds.items():
+        value: Any = content.get(name)
+        good = name in content and isinstance(value, kind)
+        good &= not (isinstance(value, bool) and kind is int)
+        if not good or (kind is int and value < 0):
+            given = "nothing" if name not in content else _shown(value)
+            raise StateError(
+                f"{path}: the checkpoint is not one of a run: its {within + name!r} is {given}. "
+                "Use one that `lamina run` wrote."
+            )
 
 
 def position_states(position: Position) -> dict[str, State | None]:
