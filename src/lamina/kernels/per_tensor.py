@@ -11,8 +11,8 @@ from ..algorithms.base import Batch, begun_dtype, number, trust_ratio
 from ..algorithms.muon import lr_ratio, orthogonalized
 from .base import missing
 
-#: elements that all passes of a rule find in the cache: a few arrays of half a megabyte
-BLOCK = 131_072
+#: elements that all passes of a rule find in the cache: a few arrays of a megabyte
+BLOCK = 262_144
 
 
 def lars(batch: Batch, grads: Any) -> None:
