@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from lamina.errors import TaskError
+from lamina.files import sync_folder
 from lamina.tasks.archive import extract
 from lamina.tasks.download import pip_download
 
@@ -156,7 +157,7 @@ def unpack(archive: Path, package: Package, content: Path) -> Path:
         json.dump(sizes, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(content)
+    sync_folder(content)
     return content
 
 
@@ -172,7 +173,7 @@ def publish(content: Path, home: Path, package: Package) -> None:
                 raise
             _move_away(home, content.parent)
         else:
-            _sync_folder(home.parent)
+            sync_folder(home.parent)
             return
     raise TaskError(
         f"{package.what} ({package.pin}) cannot be put in place at {home}, because another process "
@@ -183,13 +184,3 @@ def publish(content: Path, home: Path, package: Package) -> None:
 def _move_away(home: Path, folder: Path) -> None:
     with suppress(FileNotFoundError):  # another process did
         home.rename(Path(tempfile.mkdtemp(dir=folder)) / "damaged")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where folders can be opened (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
