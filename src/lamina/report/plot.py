@@ -122,7 +122,8 @@ def _scale(ax: Axes, found: list[Course]) -> None:
         return
     if max(peaks) < _LOG_RATIO * min(peaks):
         ax.set_ylim(0, 1.06 * max(peaks))
-        ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
+        # Whole numbers on each tick: a common power of ten would lie over the title.
+        ax.yaxis.set_major_formatter(lambda lr, _: f"{lr:.4g}")
         return
     positive = min(float(lr[lr > 0].min()) for lr in trained if lr.max() > 0)
     ax.set_yscale("log", nonpositive="clip")
