@@ -37,7 +37,9 @@ def drive(folder, jobs, **environment):
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    # Python's own thread that hands tensors from workers may find one of them gone, and says so.
+    told = done.stderr.split("Traceback (most recent call last)")[1:]
+    assert [text for text in told if "resource_sharer.py" not in text] == []
     return json.loads(path.with_suffix(".statuses").read_text())
 
 
