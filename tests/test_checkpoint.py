@@ -193,3 +193,15 @@ def test_a_disk_that_really_is_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == [old.name]
     assert checkpoint.is_whole(old)
+
+
+def test_what_save_and_prune_cannot_mean(tmp_path):
+    (tmp_path / "c").mkdir()
+    with pytest.raises(StateError, match=r"given step=-1; expected"):
+        saved(tmp_path, -1)
+    with pytest.raises(StateError, match=r"given the key 'format'"):
+        saved(tmp_path, format="mine")
+    path = saved(tmp_path)
+    with pytest.raises(StateError, match=r"given keep=0; expected at least 1"):
+        checkpoint.prune(path.parent, 0, path)
+    assert names(tmp_path) == [path.name]

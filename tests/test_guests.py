@@ -146,3 +146,22 @@ def test_a_guest_that_refuses_its_settings_is_named():
 def test_what_is_not_an_optimizer_is_refused(wrong):
     with pytest.raises(lm.PlanError, match=r"expected a class such as lamina\.AdamW"):
         lm.Plan(wrong, lr=0.1)
+
+
+@pytest.mark.parametrize("schedule", [None, lm.cosine(to=0.1)])
+def test_a_guest_that_moves_a_value_of_the_plan_is_named(schedule):
+    class Willful(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["momentum"] *= 0.5
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = lm.Plan(Willful, lr=0.1, momentum=0.8, schedule=schedule).build(model, steps=9)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(
+        lm.OwnershipError, match=r"guest optimizer Willful set momentum=0\.4 .*0\.8"
+    ):
+        optimizer.step()
+    assert optimizer.clock == 1
+    assert optimizer.param_groups[0]["momentum"] == (0.4 if schedule is None else 0.8)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lamina as lm
 from lamina import optim
 from lamina.algorithms.lbfgs import Memory
 from lamina.algorithms.line_search import Point, strong_wolfe
@@ -333,3 +334,64 @@ def test_the_best_point_is_returned_when_evaluations_run_out():
     assert point.loss == -point.t < -0.1
     start, count = search(lambda t: t, lambda t: -1.0, 1.0, max_evals=0)
     assert (count, start.t) == (1, 0.0)
+
+
+# ------------------------------------------------------------------------------------ under a plan
+
+
+def layers(rules):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    return net, lm.Plan(lm.LBFGS, lr=0.1, max_iter=2, rules=rules)
+
+
+def go(net, optimizer, steps):
+    for step in steps:
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            if loss.requires_grad:
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_plan_resumes_in_every_stage_of_a_thaw(at):
+    rules = [lm.Rule("{depth}.*", thaw=lm.top_down(every=2, start=0))]
+    net, plan = layers(rules)
+    optimizer = plan.build(net, steps=8)
+    go(net, optimizer, range(at))
+    twin = copy.deepcopy(net)
+    other = plan.build(twin, steps=8, resume=copy.deepcopy(optimizer.state_dict()))
+    go(net, optimizer, range(at, 8))
+    go(twin, other, range(at, 8))
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_another_part_of_the_same_size_begins_without_the_pairs_of_the_first():
+    net, plan = layers([lm.Rule("0", freeze=2), lm.Rule("1", thaw=2), lm.Rule("2", frozen=True)])
+    optimizer = plan.build(net, steps=6)
+    go(net, optimizer, range(2))
+    fresh = copy.deepcopy(net)
+    for param in [*fresh[0].parameters(), *fresh[2].parameters()]:
+        param.requires_grad_(False)
+    fresh[1].requires_grad_(True)
+    theirs = torch.optim.LBFGS(fresh[1].parameters(), lr=0.1, max_iter=2)
+    go(net, optimizer, range(2, 5))
+    go(fresh, theirs, range(2, 5))
+    for one, other in zip(net.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_nothing_trains_yet():
+    net, plan = layers([lm.Rule("*", thaw=2)])
+    optimizer = plan.build(net, steps=6)
+    before = [param.detach().clone() for param in net.parameters()]
+    go(net, optimizer, range(2))
+    assert all(map(torch.equal, net.parameters(), before))
+    go(net, optimizer, range(2, 4))
+    assert not any(map(torch.equal, net.parameters(), before))

@@ -365,3 +365,38 @@ def test_state_dtype_that_is_none(wrong):
 def test_state_dtype_of_an_optimizer_that_has_none(optimizer):
     with pytest.raises(lm.LaminaError, match="no hyperparameter 'state_dtype'"):
         lm.Plan(optimizer, lr=1e-3, state_dtype="float32").build(torch.nn.Linear(2, 2))
+
+
+def test_what_was_applied_is_the_readers_own():
+    model = torch.nn.Linear(2, 2)
+    optimizer = lm.Plan(lm.SGD, lr=0.1).build(model)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.applied["default"]["lr"] = 5.0
+    optimizer.step()
+    assert optimizer.applied == {"default": optimizer.applied["default"]}
+    assert optimizer.applied["default"]["lr"] == 0.1
+
+
+def test_a_build_that_cannot_resume_leaves_the_model_alone():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)
+    )
+    plan = lm.Plan(lm.AdamW, lr=0.1, rules=[lm.Rule("0 | 1", frozen=True)])
+    optimizer = plan.build(model, steps=5)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["clock"] = "x"
+    with pytest.raises(lm.StateError):
+        plan.build(model, steps=5, resume=state)
+    assert not model[0].weight.requires_grad
+    model.train()
+    assert not model[1].training
+
+
+def test_a_saved_state_shares_no_list_with_the_live_groups():
+    optimizer = lm.Plan(lm.SGD, lr=0.1).build(torch.nn.Linear(2, 2), steps=5)
+    group = optimizer.state_dict()["param_groups"][0]
+    group["run"]["steps"] = 99
+    group["param_names"].clear()
+    assert optimizer.state_dict()["param_groups"][0]["run"]["steps"] == 5
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]

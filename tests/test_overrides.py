@@ -4,6 +4,7 @@ import copy
 import logging
 
 import pytest
+from torch import nn
 
 import lamina as lm
 from models import mlp, same, train, weights
@@ -112,3 +113,14 @@ def test_a_frozen_group_stays_frozen():
     before = weights(model)["head.bias"]
     train(model, optimizer, 2)
     assert same({"": weights(model)["head.bias"]}, {"": before})
+
+
+def test_a_rule_whose_groups_differ_in_a_value_is_overridden_whole():
+    values = {"a.weight": 1.0, "b.weight": 2.0}
+    model = nn.ModuleDict({key: nn.Linear(2, 2, bias=False) for key in "ab"})
+    rule = lm.Rule("*.weight", lr=lambda info: values[info.name])
+    optimizer = lm.Plan(lm.SGD, lr=0.1, rules=[rule]).build(model)
+    optimizer.override(lr=9.0, rule="*.weight")
+    assert [group["lr"] for group in optimizer.param_groups] == [9.0, 9.0]
+    optimizer.override(lr=3.0, rule="*.weight #2")
+    assert [group["lr"] for group in optimizer.param_groups] == [9.0, 3.0]

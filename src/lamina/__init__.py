@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import optim
+from . import checkpoint, optim
 from .distributed import load_distributed
 from .errors import (
     FrozenMovedError,
@@ -67,6 +67,7 @@ from .schedules import (
     wsd,
 )
 from .settings import by_depth, times, top_down
+from .state import LoadReport
 from .ties import Tie, tie, ties, untie
 from .timeline import Feedback, values_at
 
@@ -87,6 +88,7 @@ __all__ = [
     "LaminaError",
     "LaminaWarning",
     "LayerAdaptiveAdam",
+    "LoadReport",
     "MissingExtraError",
     "Muon",
     "NonFiniteError",
@@ -110,6 +112,7 @@ __all__ = [
     "Trainable",
     "agc",
     "by_depth",
+    "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_norm",

@@ -27,6 +27,8 @@ import torch
 from .errors import StateError
 from .files import atomic, digest_of, remove_leftovers, sync_folder, told
 
+#: where a run keeps its checkpoints
+FOLDER = "checkpoints"
 #: grows when older versions of lamina could no longer read what is written
 FORMAT = 1
 _NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt", re.ASCII)
@@ -64,6 +66,12 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
         >>> newest(folder).content["clock"]
         7
     """
+    if step < 0 or "format" in content:
+        given = f"step={step}" if step < 0 else "the key 'format'"
+        raise StateError(
+            f"checkpoint.save was given {given}; expected a step of at least 0, and content "
+            "without 'format', which is lamina's own key."
+        )
     _check_plain(dict(content), "content")
     home = Path(folder)
     with told(home):
@@ -94,6 +102,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: the checkpoint is damaged: its content does not have the checksum in its "
             "name. Use another one, or copy it again from where it came from."
         )
+    return _opened(path)
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint whose checksum was compared, or that has none in its name."""
     content = load_safely(path)
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int):
@@ -155,7 +168,7 @@ def newest(folder: str | os.PathLike[str]) -> Found:
     damaged: list[Path] = []
     for path in candidates(folder):
         if is_whole(path):
-            return Found(path, read(path), tuple(damaged))
+            return Found(path, _opened(path), tuple(damaged))
         damaged.append(path)
     if damaged:
         names = ", ".join(path.name for path in damaged)
@@ -198,6 +211,8 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
         keep: how many to keep, `newest` among them.
         newest: the one that was just saved.
     """
+    if keep < 1:
+        raise StateError(f"checkpoint.prune was given keep={keep}; expected at least 1.")
     names = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
     names.sort(key=lambda path: (path == newest, step_of(path), path.stat().st_mtime_ns))
     with told(folder):

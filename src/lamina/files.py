@@ -22,7 +22,7 @@ def told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise LaminaError(
             f"{path}: cannot be written ({error.strerror or error}). Free some space, or choose "
-            "another folder with --out."
+            "another folder (for lamina run, with --out)."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -136,6 +136,20 @@ class Guests:
                 param.grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
         for guest in called.values():
             guest.step()
+
+    def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
+        """In words, a value of the plan that a guest has replaced; "" if none did."""
+        for guest in dict.fromkeys(self._of.values()):
+            for group in guest.param_groups:
+                for key, value in published[group["name"]].items():
+                    if group[key] is not value and group[key] != value:
+                        return (
+                            f"the guest optimizer {type(guest).__name__} set {key}={group[key]!r} "
+                            f"in group {group['name']!r}, where the plan has {value!r}. A value "
+                            "that an optimizer moves by itself cannot be the plan's too: use the "
+                            "optimizer without a plan, or another one."
+                        )
+        return ""
 
 
 def _same(cell: Cell, key: str, value: Any) -> bool:

@@ -18,7 +18,7 @@ from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
 from .engine import Closure
-from .errors import NonFiniteError, PlanError
+from .errors import NonFiniteError, OwnershipError, PlanError
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
@@ -44,7 +44,7 @@ _NOTHING: Mapping[str, dict[str, Any]] = MappingProxyType({})
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
     *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties", "_received"),
-    *("applied", "norms", "skipped", "last_load"),
+    *("_applied", "norms", "skipped", "last_load"),
 )
 
 
@@ -73,7 +73,7 @@ class Optimizer(Restorable):
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
         self._complete = False
-        self.applied: dict[str, dict[str, Any]] = {}
+        self._applied: dict[str, dict[str, Any]] = {}
         self.norms: dict[str, torch.Tensor] = {}
         self.skipped = 0
         self.last_load: LoadReport | None = None
@@ -91,13 +91,10 @@ class Optimizer(Restorable):
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
                 self.state[param].update(self._begun(group, param))
-        self._publish(0)
-        if resume is not None:
-            try:
-                self._restore(resume)
-            except BaseException:
-                self.release()
-                raise
+        if resume is None:
+            self._publish(0)
+        else:  # which may fail, so it comes before anything is set on the model
+            self._restore(resume)
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -110,6 +107,11 @@ class Optimizer(Restorable):
     def resolved(self) -> Resolved:
         """What the plan means for this model."""
         return self._resolved
+
+    @property
+    def applied(self) -> dict[str, dict[str, Any]]:
+        """The hyperparameters of every group in the step just done, by name; empty before it."""
+        return {name: dict(hyper) for name, hyper in self._applied.items()}
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -151,18 +153,20 @@ class Optimizer(Restorable):
     def _step(self, closure: Closure | None) -> Any:
         if not self._whole_vector:
             return super()._step(closure)
-        # A method over all parameters at once evaluates the loss itself, several times.
-        groups = self._begin()
+        # A method over all parameters at once evaluates the loss itself, several times. It is given
+        # all groups, so that it knows parameters by their place among all, and leaves out what has
+        # no gradient.
+        self._begin()
 
         def evaluate() -> Any:
             loss = closure() if closure is not None else None
             self._drop_frozen()
-            self._received.note(groups)
+            self._received.note(self.param_groups)
             return loss
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
         try:
-            loss = lbfgs_step(closure and evaluate, groups, state)
+            loss = lbfgs_step(closure and evaluate, self.param_groups, state)
         except NonFiniteError as error:
             self._skip(error)
             return None
@@ -183,7 +187,7 @@ class Optimizer(Restorable):
                 drop_gradients(group["params"])
 
     def _advance(self) -> None:
-        self.applied = self._published
+        self._applied = self._published
         self._publish(self.clock + 1, self._published)
 
     def _skip(self, error: NonFiniteError) -> None:
@@ -208,7 +212,10 @@ class Optimizer(Restorable):
         kernels.apply([batch for batch in batches if batch.hyper["name"] not in self._guests])
         self._keep_grown(batches)
         self._guests.step(batches)
+        wrote = self._guests.own_writes(self._published)
         self._advance()
+        if wrote:
+            raise OwnershipError(f"{wrote} The step was taken.")
 
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .errors import PatternError, PlanError, did_you_mean
@@ -15,7 +16,9 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
     cells = resolved.cells
     if rule is None:
         return list(range(len(cells)))
-    exact = [index for index, cell in enumerate(cells) if cell.name == rule]
+    # Groups of one rule that differ in a value are called "rule", "rule #2" and so on.
+    exact = [i for i, cell in enumerate(cells) if re.sub(r" #\d+$", "", cell.name) == rule]
+    exact = exact or [i for i, cell in enumerate(cells) if cell.name == rule]
     if exact:
         return exact
     pattern = compile_pattern(rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Restorable(Steerable):
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
+            for key in ("param_names", "param_shapes", "run", "planned"):
+                group[key] = deepcopy(group[key])
         return state
 
     def load_state_dict(

@@ -12,8 +12,6 @@ from .. import checkpoint
 from ..errors import StateError
 
 _LARGEST = 5
-#: where a run keeps its checkpoints
-_FOLDER = "checkpoints"
 _CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
 
 
@@ -27,15 +25,17 @@ def inspect(path: Path) -> str:
         StateError: if it cannot be read, or holds more than state.
     """
     lines = []
+    whole: bool | None
     if path.is_dir():
-        inner = path / _FOLDER
+        inner = path / checkpoint.FOLDER
         found = checkpoint.newest(inner if inner.is_dir() else path)
         lines = [f"{each.name}: checksum {_CHECKED[False]}" for each in found.damaged]
-        path = found.path
-    if not path.exists():
-        raise StateError(f"{path}: there is no such file; check the path.")
-    whole = checkpoint.is_whole(path)
-    content = checkpoint.load_safely(path) if whole is None else checkpoint.read(path)
+        path, content, whole = found.path, found.content, True
+    else:
+        if not path.exists():
+            raise StateError(f"{path}: there is no such file; check the path.")
+        whole = checkpoint.is_whole(path)
+        content = checkpoint.load_safely(path) if whole is None else checkpoint.read(path)
     lines.append(str(path))
     lines.append(f"checksum: {_CHECKED[whole]}")
     try:
@@ -58,7 +58,11 @@ def _described(content: Any) -> list[str]:
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
         return ["the state of a model, without an optimizer", *_tensors({"model": content})]
     keys = ", ".join(map(str, list(content)[:10])) or "nothing"
-    return [f"a torch file that holds: {keys}", *_tensors(content)]
+    lines = [f"a torch file that holds: {keys}", *_tensors(content)]
+    for value in content.values():
+        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value):
+            lines += _groups(value)
+    return lines
 
 
 def _run(content: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,6 @@ from ..files import atomic, remove_leftovers, told
 from ..plan import Plan
 from ..preview import Preview
 
-CHECKPOINTS = "checkpoints"
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
 
 
