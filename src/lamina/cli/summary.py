@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint import step_of
+from ..checkpoint import FOLDER, step_of
 from ..training.result import Result
-from ..training.run_folder import CHECKPOINTS
 
 
 def summary(console: Console, result: Result) -> None:
@@ -28,7 +27,7 @@ def summary(console: Console, result: Result) -> None:
         rows.append(("folder", str(result.folder)))
         rows.append(("files", ", ".join(sorted(result.saved))))
     if result.checkpoint is not None:
-        rows.append(("checkpoint", f"{CHECKPOINTS}/{result.checkpoint.name}"))
+        rows.append(("checkpoint", f"{FOLDER}/{result.checkpoint.name}"))
     console.print()
     if not console.is_terminal:  # a log: nothing is folded
         width = max(len(name) for name, _ in rows)
@@ -49,7 +48,7 @@ def interruption(result: Result) -> str:
         kept = "no checkpoint was saved before"
     else:
         step = step_of(result.checkpoint)
-        kept = f"the state after step {step} is in {CHECKPOINTS}/{result.checkpoint.name}"
+        kept = f"the state after step {step} is in {FOLDER}/{result.checkpoint.name}"
         if step < result.steps:
             kept += ", the last that was saved"
         kept += f"; go on with: lamina run --resume {result.folder}"

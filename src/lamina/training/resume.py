@@ -15,7 +15,7 @@ from ..errors import StateError, TaskError
 from ..plan import Plan
 from .load import choose_plan
 from .position import Position
-from .run_folder import CHECKPOINTS, PLAN, plan_text, read_about
+from .run_folder import PLAN, plan_text, read_about
 from .snapshot import Snapshot, check_model
 from .task import Task
 
@@ -59,12 +59,12 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
     """
     home = Path(folder)
     about = read_about(home)
-    if not checkpoint.candidates(home / CHECKPOINTS):
+    if not checkpoint.candidates(home / checkpoint.FOLDER):
         raise StateError(
             f"{home}: the run ended before its first checkpoint was saved, so there is nothing to "
             "resume; begin it again with another --out (and --save-every, to save more often)."
         )
-    found = checkpoint.newest(home / CHECKPOINTS)
+    found = checkpoint.newest(home / checkpoint.FOLDER)
     snapshot = Snapshot.of(found.content, found.path)
     if snapshot.task != task.name:
         raise StateError(

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import mark_best, prune, save
+from ..checkpoint import FOLDER, mark_best, prune, save
 from .recorder import Recorder
-from .run_folder import CHECKPOINTS, plan_text, versions
+from .run_folder import plan_text, versions
 from .snapshot import Snapshot, as_plain, position_states
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Saver:
         self, session: Session, folder: Path | None = None, recorder: Recorder | None = None
     ) -> None:
         self._session, self._recorder = session, recorder
-        self._folder = None if folder is None else folder / CHECKPOINTS
+        self._folder = None if folder is None else folder / FOLDER
         self._every = session.settings.save_interval(session.optimizer.resolved.run)
         self._keep = session.settings.keep
         stop = session.plan.stop
