@@ -96,6 +96,18 @@ def test_every_module_has_a_layer():
     assert gates.unlisted_modules(gates.read_tree(PACKAGE), LAYERS) == []
 
 
+def undescribed(page: str) -> list[str]:
+    """The modules that the table of the architecture page does not name."""
+    listed = (name for name in LAYERS if not name.startswith("__"))
+    return [name for name in listed if f"`{name}.py`" not in page and f"`{name}/`" not in page]
+
+
+def test_the_architecture_page_names_every_module():
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    assert undescribed(page) == []
+    assert undescribed(page.replace("`time.py`", "")) == ["time"]
+
+
 def test_imports_go_down():
     assert gates.upward_imports(gates.read_tree(PACKAGE), LAYERS, LAZY_UPWARD) == []
 
