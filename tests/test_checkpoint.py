@@ -205,3 +205,16 @@ def test_what_save_and_prune_cannot_mean(tmp_path):
     with pytest.raises(StateError, match=r"given keep=0; expected at least 1"):
         checkpoint.prune(path.parent, 0, path)
     assert names(tmp_path) == [path.name]
+
+
+def test_a_whole_best_stands_in_for_its_damaged_twin(tmp_path):
+    """Copied without hard links, the two names are two files."""
+    path = saved(tmp_path)
+    checkpoint.mark_best(path)
+    data = path.read_bytes()
+    best = path.with_name(path.name.replace("step-", "best-"))
+    best.unlink()
+    best.write_bytes(data)
+    damage(path)
+    found = checkpoint.newest(path.parent)
+    assert (found.path, found.damaged) == (best, (path,))

@@ -236,7 +236,7 @@ def test_an_infinite_loss_is_not_an_improvement():
     optimizer = lm.Plan(lm.SGD, lr=0.1, feedback=lm.plateau("loss", patience=0)).build(small())
     optimizer.report(loss=math.inf)
     optimizer.report(loss=1.0)
-    assert optimizer.param_groups[0]["feedback"]["plateau of plan"]["best"] == 1.0
+    assert optimizer.param_groups[0]["feedback"]["plateau of plan (loss, min)"]["best"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -270,3 +270,47 @@ def test_reactions_are_pure():
     seen = reaction.begin()
     reaction.observe(seen, 1.0, 0, Run())
     assert seen == reaction.begin()
+
+
+def test_a_plateau_of_shorter_patience_does_not_keep_a_run_from_stopping():
+    plan = lm.Plan(
+        lm.SGD,
+        lr=1e-3,
+        stop=lm.early_stop("loss", patience=6),
+        feedback=lm.plateau("loss", patience=2, factor=0.5),
+    )
+    model = small()
+    optimizer = plan.build(model)
+    for loss in [0.5, *[1.0] * 8]:
+        advance(model, optimizer)
+        optimizer.report(loss=loss)
+    assert not optimizer.should_stop  # lowered at the third bad report, which had its chance of six
+    advance(model, optimizer)
+    optimizer.report(loss=1.0)
+    assert optimizer.should_stop
+
+
+@pytest.mark.parametrize("other", [("accuracy", "max"), ("loss", "max")])
+def test_what_was_seen_of_one_metric_is_not_taken_for_another(other):
+    def plan(metric, mode):
+        return lm.Plan(
+            lm.SGD,
+            lr=0.1,
+            stop=lm.early_stop(metric, mode=mode),
+            feedback=lm.plateau(metric, mode=mode, patience=0),
+        )
+
+    optimizer = plan("loss", "min").build(small(), steps=9)
+    for loss in (3.0, 4.0):
+        optimizer.report(loss=loss)
+    resumed = plan(*other).build(small(), steps=9, resume=optimizer.state_dict())
+    assert resumed.param_groups[0]["lr"] == 0.1
+    assert [row for row in resumed.last_load.dropped if "loss, min" in row]
+    resumed.report(**{other[0]: 0.5})
+    assert resumed.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("key", ["schedule", "lr", "rewarm"])
+def test_a_plateau_in_another_place_says_where_it_belongs(key):
+    with pytest.raises(lm.PlanError, match="give it as feedback="):
+        lm.Plan(lm.SGD, **{"lr": 0.1, key: lm.plateau("loss")})

@@ -165,3 +165,8 @@ def test_a_guest_that_moves_a_value_of_the_plan_is_named(schedule):
         optimizer.step()
     assert optimizer.clock == 1
     assert optimizer.param_groups[0]["momentum"] == (0.4 if schedule is None else 0.8)
+
+
+def test_a_guest_that_needs_a_closure_is_refused():
+    with pytest.raises(lm.PlanError, match=r"LBFGS evaluates the loss by itself.*lamina\.LBFGS"):
+        lm.Plan(torch.optim.LBFGS, lr=0.5).build(torch.nn.Linear(3, 1))

@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tmp_path):
 
 
 def test_no_checkpoint_is_whole(stopped):
-    bad = checkpoint.candidates(stopped / "checkpoints")
+    bad = list((stopped / "checkpoints").glob("step-*"))
     for path in bad:
         damage(path)
     with pytest.raises(StateError, match="no checkpoint is whole") as error:
@@ -483,7 +483,7 @@ def test_a_plan_that_toml_cannot_hold_comes_from_the_task(tmp_path):
     task = variant(training_task, PLAN=plan)
     fit(task, out=tmp_path / "whole", cpu=True)
     fit(cut(task, 12), out=tmp_path / "cut", cpu=True)
-    with pytest.raises(StateError, match="cannot be written as TOML"):
+    with pytest.raises(StateError, match="could not be written as TOML"):
         fit(variant(training_task), resume=tmp_path / "cut", cpu=True)
     fit(task, resume=tmp_path / "cut", cpu=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
@@ -522,7 +522,7 @@ def test_folders_that_are_not_runs(tmp_path, out):
     with pytest.raises(StateError, match=r"run.json cannot be read"):
         again(tmp_path)
     fit(cut(Task("training_task", training_task), 0), PLAN, out=out, cpu=True)
-    with pytest.raises(StateError, match="ended before its first checkpoint"):
+    with pytest.raises(StateError, match="has no checkpoint"):
         again(out)
 
 

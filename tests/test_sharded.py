@@ -384,7 +384,7 @@ def test_a_run_of_two_processes_resumes_on_one(both, alone):
     optimizer = PLAN.build(model, steps=STEPS)
     report = lm.load_distributed(optimizer, both[1] / "by-two")
     assert (optimizer.clock, report.new, report.dropped) == (SAVED, (), ())
-    seen = optimizer.param_groups[0]["feedback"]["plateau of plan"]
+    seen = optimizer.param_groups[0]["feedback"]["plateau of plan (loss, min)"]
     assert seen["changes"] == [[4, 0.5]]
     go(model, optimizer, range(SAVED, STEPS))
     assert_near(numbers(model), alone[0])

@@ -81,7 +81,7 @@ def test_the_run_goes_through_all_its_stages(straight):
     begun = [sum(len(entry) > 1 for entry in its_state["state"].values()) for _, its_state in saved]
     assert len(set(begun)) >= 6  # the head, four layers, the embeddings
     feedback = json.loads(state["param_groups"][0]["feedback"])
-    assert feedback["plateau of plan"]["changes"]
+    assert feedback["plateau of plan (loss, min)"]["changes"]
 
 
 def test_canary_a_lost_count_of_updates_is_seen(straight):

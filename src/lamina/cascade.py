@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import HyperparameterError, PatternError, PlanError
 from .expressions import spell
-from .feedback import Plateau
+from .feedback import Plateau, key_of
 from .forms import WINDOW
 from .gradients.operations import ClipNorm, Operation
 from .optim.registry import hyperparameters, known_hyperparameter, optimizer_name
@@ -138,7 +138,7 @@ def _apply(
             setattr(draft, key, value)
             draft.note(rule, key, value, value)
         elif key == "feedback":
-            draft.feedback = None if value is None else (f"plateau of {rule}", value)
+            draft.feedback = None if value is None else (key_of(f"plateau of {rule}", value), value)
             draft.note(rule, key, value, value)
         elif key in ("clip_norm", "gradients"):
             operations = (ClipNorm(value),) if key == "clip_norm" and value is not None else value

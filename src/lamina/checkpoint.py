@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,9 @@ def _opened(path: Path) -> dict[str, Any]:
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what a foreign file is, which the error says
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StateError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # whatever a foreign or malicious file brings about
@@ -147,16 +150,18 @@ def is_whole(path: Path) -> bool | None:
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a folder by their names, the newest first; other files are left out."""
-    found: dict[str, tuple[int, int, str, Path]] = {}
+    """The checkpoints of a folder by their names, the newest first; other files are left out.
+
+    The best has two names, of which "step" comes first: copied apart, one may be whole and the
+    other not.
+    """
+    found: list[tuple[int, int, str, Path]] = []
     home = Path(folder)
     for path in home.iterdir() if home.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match is not None:
-            order = (int(match[2]), path.stat().st_mtime_ns, match[1], path)
-            key = f"{match[2]}-{match[3]}"
-            found[key] = max(order, found.get(key, order))  # "step" before "best"
-    return [order[-1] for order in sorted(found.values(), reverse=True)]
+            found.append((int(match[2]), path.stat().st_mtime_ns, match[1], path))
+    return [order[-1] for order in sorted(found, reverse=True)]
 
 
 def newest(folder: str | os.PathLike[str]) -> Found:
@@ -167,6 +172,8 @@ def newest(folder: str | os.PathLike[str]) -> Found:
     """
     damaged: list[Path] = []
     for path in candidates(folder):
+        if any(path.samefile(other) for other in damaged):
+            continue  # the best is another name of it
         if is_whole(path):
             return Found(path, _opened(path), tuple(damaged))
         damaged.append(path)

@@ -50,6 +50,16 @@ class Reaction(Spelled, ABC):
                 )
 
 
+def key_of(kind: str, reaction: Any) -> str:
+    """What a reaction's memory is kept under: what was seen of one metric says nothing of another.
+
+    Example:
+        >>> key_of("early stop", early_stop("accuracy", mode="max"))
+        'early stop (accuracy, max)'
+    """
+    return f"{kind} ({reaction.metric}, {reaction.mode})"
+
+
 def better(value: float, best: float | None, mode: str, threshold: float) -> bool:
     """Whether a metric improved by more than a share of the best so far.
 
@@ -140,8 +150,9 @@ class Plateau(Reaction):
 class EarlyStop(Reaction):
     """Set `optimizer.should_stop` when a metric no longer improves.
 
-    While a thaw is still to come, and whenever a plateau has just lowered lr or a part has just
-    thawed, patience starts again: the change deserves its chance.
+    While a thaw is still to come, and when a part has just thawed or a plateau has just lowered lr,
+    patience starts again: the change deserves its chance. Of several reductions without an
+    improvement between them only the first does so, or the run would never stop.
 
     Args:
         metric: its name in `optimizer.report(...)`.
@@ -167,10 +178,16 @@ class EarlyStop(Reaction):
 
     def begin(self) -> dict[str, Any]:
         """What it has seen before any report."""
-        return {"best": None, "bad": 0, "since": 0, "stop": False, "opened": 0}
+        return {"best": None, "bad": 0, "since": 0, "stop": False, "opened": 0, "waited": False}
 
-    def observe(self, seen: Seen, value: float, step: int, run: Run, hope: bool) -> dict[str, Any]:
-        """What it has seen after a report; `hope`: something was or will be changed."""
+    def observe(
+        self, seen: Seen, value: float, step: int, run: Run, thaw: bool, lowered: bool
+    ) -> dict[str, Any]:
+        """What it has seen after a report.
+
+        `thaw`: a part has just thawed or will; `lowered`: a plateau has just lowered lr; `waited`
+        remembers that a reduction had its chance since the best.
+        """
         new = dict(seen)
         best = seen["best"]
         worst = math.inf if self.mode == "min" else -math.inf
@@ -178,11 +195,11 @@ class EarlyStop(Reaction):
         gain = reference - value if self.mode == "min" else value - reference
         improved = gain > self.min_delta
         if improved:
-            new.update(best=value, bad=0, since=step)
+            new.update(best=value, bad=0, since=step, waited=False)
         else:
             new["bad"] = seen["bad"] + 1
-        if hope:
-            new.update(bad=0, since=step)
+        if thaw or (lowered and not new["waited"]):
+            new.update(bad=0, since=step, waited=new["waited"] or lowered)
         new["stop"] = seen["stop"] or waited(self.patience, new, step, run) >= 0
         return new
 

@@ -151,6 +151,11 @@ def _time(value: Any, place: str) -> time.TimeLike:
 
 
 def _factor(value: Any, place: str) -> Schedule | None:
+    if isinstance(value, Plateau):
+        raise PlanError(
+            f"{place}={value!r}: a plateau is not a function of the step; give it as feedback=, "
+            "and it multiplies whatever the schedule gives."
+        )
     if value is not None and not isinstance(value, Schedule):
         if not callable(value):
             raise PlanError(
@@ -214,6 +219,8 @@ def _hyperparameter(value: Any, place: str) -> Any:
             )
             for index, item in enumerate(value)
         )
+    if isinstance(value, Plateau):
+        raise PlanError(f"{place}={value!r}: a plateau multiplies lr; give it as feedback=.")
     if isinstance(value, (TopDown, Reaction, str)):
         raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):

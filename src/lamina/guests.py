@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
@@ -54,6 +55,13 @@ def admit(
         PlanError: if the guest cannot be built as the plan says.
     """
     name = optimizer_name(optimizer)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PlanError(
+            f"the guest optimizer {name} evaluates the loss by itself (its step needs a closure), "
+            "which the gradients of a plan are not made for; use lamina.LBFGS, as the plan's only "
+            "optimizer."
+        )
     common = {k: v for k, v in cells[0].constants.items() if all(_same(c, k, v) for c in cells)}
     own = [{"params": group["params"]} for group in groups]
     for cell, group in zip(cells, own, strict=True):

@@ -58,9 +58,9 @@ def observe_all(
         if isinstance(reaction, EarlyStop) and reaction.metric in numbers:
             opened = _opened(resolved, new, step)
             lowered = any(new[other].get("changes") != seen[other].get("changes") for other in seen)
-            hope = lowered or opened > seen[key]["opened"] or _thaw_pending(resolved, new, step)
+            thaw = opened > seen[key]["opened"] or _thaw_pending(resolved, new, step)
             value = numbers[reaction.metric]
-            new[key] = reaction.observe(seen[key], value, step, resolved.run, hope)
+            new[key] = reaction.observe(seen[key], value, step, resolved.run, thaw, lowered)
             new[key]["opened"] = opened
     return new
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .cascade import Draft, cascade
 from .errors import PlanError, ScheduleError
-from .feedback import Reaction
+from .feedback import Reaction, key_of
 from .findings import find
 from .optim.registry import (
     algorithm_of,
@@ -75,7 +75,7 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
             if isinstance(begin, Trigger):
                 found[begin.key] = begin.reaction
     if plan.stop is not None:
-        found["early stop"] = plan.stop
+        found[key_of("early stop", plan.stop)] = plan.stop
     return tuple(found.items())
 
 

@@ -82,8 +82,7 @@ class Steerable(Engine):
     @property
     def should_stop(self) -> bool:
         """Whether early stopping has asked to stop."""
-        seen = self.param_groups[0]["feedback"].get("early stop", {})
-        return bool(seen.get("stop", False))
+        return any(seen.get("stop") for seen in self.param_groups[0]["feedback"].values())
 
     def train(self) -> None:
         """Put guests that have modes (schedule-free optimizers) into training mode."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import time
 from .errors import PlanError
-from .feedback import OnPlateau
+from .feedback import OnPlateau, key_of
 from .parameters import ParamInfo
 from .resolved import ALWAYS, NEVER, Trigger, Windows
 from .settings import TopDown
@@ -47,7 +47,7 @@ def settle(
         return NEVER if settings["frozen"] else ALWAYS
     thaw, freeze = settings.get("thaw"), settings.get("freeze")
     if isinstance(thaw, OnPlateau):
-        trigger = Trigger(f"thaw of {where.removeprefix('rule ')}", thaw)
+        trigger = Trigger(key_of(f"thaw of {where.removeprefix('rule ')}", thaw), thaw)
         return ((trigger, None),)
     if isinstance(thaw, TopDown):
         if info.rank is None and freeze is None:

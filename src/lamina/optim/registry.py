@@ -45,7 +45,10 @@ def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
         return OPTIMIZERS[given]
     if isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
         return given
-    what = f"an object of type {type(given).__name__}; pass the class, not an instance"
+    if isinstance(given, type):
+        what = f"the class {given.__name__}, which is no torch.optim.Optimizer"
+    else:
+        what = f"an object of type {type(given).__name__}; pass the class, not an instance"
     raise PlanError(f"the plan's optimizer is {what}: expected a class such as lamina.AdamW.")
 
 
@@ -92,6 +95,8 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
 
 def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
     """Raise `HyperparameterError` if the optimizer does not have this hyperparameter."""
+    if key in _SETTINGS:
+        raise HyperparameterError(f"{where}, which is a setting of the plan, not a hyperparameter.")
     known = hyperparameters(optimizer)
     own = _OWN if algorithm_of(optimizer) is not None else ()
     if key not in (*known, *own):

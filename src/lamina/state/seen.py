@@ -111,7 +111,7 @@ def _check_seen(key: Any, seen: Any) -> None:
         elif name in ("best", "opened"):
             fits = value is None or _number(value)
         else:
-            fits = isinstance(value, bool) if name == "stop" else type(value) is int
+            fits = isinstance(value, bool) if name in ("stop", "waited") else type(value) is int
         if not fits:
             raise StateError(f"the saved feedback of {key!r} has {name}={value!r}.")
 

@@ -61,8 +61,9 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
     about = read_about(home)
     if not checkpoint.candidates(home / checkpoint.FOLDER):
         raise StateError(
-            f"{home}: the run ended before its first checkpoint was saved, so there is nothing to "
-            "resume; begin it again with another --out (and --save-every, to save more often)."
+            f"{home}: the run has no checkpoint, so there is nothing to resume: it ended before it "
+            "saved one, or still runs. Begin another with --out (and --save-every, to save more "
+            "often)."
         )
     found = checkpoint.newest(home / checkpoint.FOLDER)
     snapshot = Snapshot.of(found.content, found.path)
@@ -70,6 +71,11 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
         raise StateError(
             f"{found.path}: the checkpoint is of the task {snapshot.task!r}, but {task.name!r} was "
             f"given. Resume it with its own task."
+        )
+    if checkpoint.step_of(found.path) != snapshot.clock:
+        raise StateError(
+            f"{found.path}: the checkpoint is of step {snapshot.clock}; it was renamed. Give it "
+            "back its name, or remove it."
         )
     return Resumption(home, found.path, snapshot, found.damaged, str(about.get("status")))
 
@@ -104,8 +110,9 @@ def resumed_plan(
     plan, place = choose_plan(task, None)
     if plan_text(plan)[0] != found.snapshot.plan:
         raise StateError(
-            f"{found.folder}: the plan of the run cannot be written as TOML, and the task's own is "
-            "another one now. Give the plan again, as it was or as it shall be."
+            f"{found.folder}: there is no {PLAN} (it was removed, or the plan could not be written "
+            "as TOML), and the task's own plan is another one now. Give the plan again, as it was "
+            "or as it shall be."
         )
     return plan, place
 
