@@ -562,3 +562,25 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_are(stopped, function, monke
     monkeypatch.undo()
     assert before == {path: path.read_bytes() for path in (stopped / "checkpoints").iterdir()}
     assert list(stopped.rglob(".*")) == []
+
+
+def test_what_another_plan_leaves_behind_is_said(stopped):
+    events = []
+
+    class Heard:
+        def on_event(self, event):
+            events.append(event.text)
+
+        on_step = on_validation = lambda *_: None
+
+    again(stopped, plan=Plan(SGD, lr=0.5), listeners=[Heard()])
+    assert "restarted (another optimizer's state): " in events[0]
+    noted = json.loads((stopped / "run.json").read_text())["resumed"]
+    assert noted[0]["changed"][0].startswith("restarted")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(stopped):
+    path = newest(stopped)
+    path.rename(path.with_name(path.name.replace("step-00000009", "step-00000090")))
+    with pytest.raises(StateError, match=r"step-00000090.*is of step 9; it was renamed"):
+        again(stopped)

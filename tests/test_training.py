@@ -490,3 +490,11 @@ def test_live_display_shows_epoch_step_and_lr(out):
     text = console.file.getvalue()
     for part in ("epoch 2/2", "step 14/14", "layer.1.* trains from", "held-out accuracy", "ETA"):
         assert part in text
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "vall_loss"])
+def test_a_metric_that_no_validation_reports_is_named_before_training(metric, tmp_path):
+    plan = Plan(SGD, lr=0.1, stop=early_stop(metric))
+    with pytest.raises(TaskError, match=rf"watches '{metric}', but .* reports val_loss, val_accur"):
+        fit(training_task, plan, out=tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run").exists()

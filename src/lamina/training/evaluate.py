@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import TaskError
+from ..errors import TaskError, did_you_mean
 from .task import Task
 
 
@@ -67,6 +67,29 @@ def evaluate(
                 counts["loss"] += size
             counts[""] += next(iter(rows.values())).numel() if size is None else size
     return _averages(sums, counts, accelerator)
+
+
+def check_watched(
+    task: Task, watched: Iterable[str], model: nn.Module, loader: Iterable[Any], device: Any
+) -> None:
+    """Raise `TaskError` if a plan watches what no validation will report; one batch is measured.
+
+    `loader` is the task's own: Accelerate's would count as in use, left after one batch.
+    """
+    from accelerate.utils import send_to_device
+
+    trains = model.training
+    model.eval()
+    with torch.no_grad():
+        rows = task.metrics(model, send_to_device(next(iter(loader)), device))
+    model.train(trains)
+    reported = [f"val_{name}" for name in dict.fromkeys(["loss", *rows])]
+    for name in watched:
+        if name not in reported:
+            raise TaskError(
+                f"the plan watches {name!r}, but the validation of {task.name!r} reports "
+                f"{', '.join(reported)}.{did_you_mean(name, reported)}"
+            )
 
 
 def _averages(

@@ -16,7 +16,7 @@ from ..checkpoint import tidy
 from ..errors import LaminaError, TaskError
 from ..plan import Plan
 from .confirmer import Confirmer
-from .evaluate import shard
+from .evaluate import check_watched, shard
 from .interrupts import patient
 from .loop import Loop
 from .position import Position, Randomness
@@ -63,6 +63,15 @@ class Session:
         self.preview = self.plan.preview(model, **length)
         self.optimizer = self.plan.build(model, **length)
         self.begins = Position() if self.start is None else restore(self.start, self)
+        self._check_watched()
+
+    def _check_watched(self) -> None:
+        watched = [reaction.metric for _, reaction in self.optimizer.resolved.reactions]
+        if watched:
+            now = self.randomness.now()  # which reading a batch would move on
+            loader, device = self.data.validation, self.accelerator.device
+            check_watched(self.task, watched, self.model, loader, device)
+            self.randomness.set(now)
 
     @property
     def is_main(self) -> bool:
@@ -151,10 +160,12 @@ class Session:
         tidy(start.path.parent, start.damaged)
         folder = RunFolder.again(start.folder)
         passed = [path.name for path in start.damaged]
+        changed = str(self.optimizer.last_load).splitlines()[1:]
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
-        folder.resume(self.plan, self.preview, self._about(), **seen)
+        folder.resume(self.plan, self.preview, self._about(), **seen, changed=changed)
+        text = "; ".join([start.text, *changed])
         for listener in listeners:
-            listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", start.text))
+            listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", text))
         rows = [row for row in recorded_lr(metrics, snapshot.recorded) if row[0] >= self.since]
         confirmer = Confirmer(rows[0][0] if rows else snapshot.clock)
         for _, lr in rows:
