@@ -91,7 +91,7 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return _frozen_state(value, place)
     if key in ("thaw", "freeze"):
         return _moments(key, value, place)
-    if isinstance(value, str):
+    if isinstance(value, str) and not (key in ("frozen", "hold") and value not in WORDS):
         value = parse(value, NAMES, place)
     if key in ("frozen", "hold"):
         if not isinstance(value, bool):
