@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint's state dicts, in one process: nothing is lost, nothing steps."""
 
+import contextlib
 import copy
-import warnings
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import lamina as lm
-from models import equal, mlp, same, train, weights
+from models import backward, equal, mlp, same, train, weights
 from test_state import tensors
 
 PLAN = lm.Plan(
@@ -44,6 +44,10 @@ def built(plan=PLAN, at=0):
 
 def options(flat):
     return StateDictOptions(flatten_optimizer_state_dict=flat)
+
+
+#: torch says so of what is meant here
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -118,15 +122,8 @@ def test_model_and_optimizer_together(at):
 @pytest.mark.parametrize("at", STAGES)
 def test_a_checkpoint_in_files(at, plan, tmp_path):
     model, optimizer = built(plan, at)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch's: it assumes a single process
-        dcp.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
-        twin, other = built(plan)
-        with other.receiving():
-            state = get_optimizer_state_dict(twin, other)
-            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-            dcp.load({"o": state}, checkpoint_id=tmp_path, planner=planner)
-            set_optimizer_state_dict(twin, other, state)
+    twin, other = built(plan)
+    through_files((model, optimizer), (twin, other), tmp_path)
     assert other.clock == at
     assert_continues((model, optimizer), (twin, other), at)
 
@@ -227,3 +224,141 @@ def test_room_is_taken_back_where_nothing_was_loaded():
     assert equal(optimizer.state_dict(), before)
     train(model, optimizer, 1, first=2)
     assert optimizer.clock == 3
+
+
+MOVING = {
+    "SGD": lm.Plan(lm.SGD, lr=0.05, momentum=lm.linear(0.0, 0.9), dampening=0.5),
+    "RMSprop": lm.Plan(lm.RMSprop, lr=0.01, momentum=lm.linear(0.0, 0.9)),
+    "LARS": lm.Plan(lm.LARS, lr=0.05, momentum=lm.linear(0.0, 0.9)),
+    "overridden": lm.Plan(lm.SGD, lr=0.05, dampening=0.5),
+}
+KEEP_NO_STATE = lm.Plan(torch.optim.SGD, lr=0.05)
+GUESTS = {
+    "NAdam": lm.Plan(torch.optim.NAdam, lr=0.05),
+    "a later NAdam": lm.Plan(
+        lm.AdamW, lr=0.05, rules=[lm.Rule("body", thaw=2, optimizer=torch.optim.NAdam, lr=0.05)]
+    ),
+    "SGD, momentum": lm.Plan(torch.optim.SGD, lr=0.05, momentum=lm.linear(0.0, 0.9)),
+}
+
+
+def through_files(source, target, folder, receiving=True):
+    """What a trainer does: save, read in place, set."""
+    (model, optimizer), (twin, other) = source, target
+    dcp.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    with other.receiving() if receiving else contextlib.nullcontext():
+        state = get_optimizer_state_dict(twin, other)
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load({"o": state}, checkpoint_id=folder, planner=planner)
+        set_optimizer_state_dict(twin, other, state)
+
+
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_a_momentum_that_begins_at_zero_comes_back(name, at, tmp_path):
+    model, optimizer = built(MOVING[name], at)
+    if name == "overridden" and at > 1:
+        optimizer.override(momentum=0.9)
+        train(model, optimizer, 1, first=at)
+        at += 1
+    twin, other = built(MOVING[name])
+    through_files((model, optimizer), (twin, other), tmp_path)
+    assert equal(tensors(other), tensors(optimizer))
+    assert any("momentum_buffer" in entry for entry in tensors(other).values()) == (at > 1) or (
+        name == "RMSprop"
+    )
+    assert_continues((model, optimizer), (twin, other), at)
+
+
+@pytest.mark.parametrize("receiving", [True, False])
+@pytest.mark.parametrize("name", GUESTS)
+def test_the_state_of_a_guest_is_not_lost_in_silence(name, receiving, tmp_path):
+    source, (twin, other) = built(GUESTS[name], 6), built(GUESTS[name])
+    words = "empty after 6 steps|frozen while it loads" if not receiving else "empty after 6 steps"
+    with pytest.raises(lm.StateError, match=f"({words}).*load_distributed"):
+        through_files(source, (twin, other), tmp_path, receiving)
+    assert (other.clock, other.last_load) == (0, None)  # dcp.load itself wrote into its tensors
+    lm.load_distributed(other, tmp_path, "o")
+    assert_continues(source, (twin, other), 6)
+
+
+def test_the_memory_of_lbfgs_is_not_lost_in_silence(tmp_path):
+    plan = lm.Plan(lm.LBFGS, lr=0.5, max_iter=3)
+    model, optimizer = built(plan)
+    optimizer.step(lambda: closure(model, optimizer))
+    twin, other = built(plan)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(lm.StateError, match=r"empty after 1 steps.*load_distributed"):
+        through_files((model, optimizer), (twin, other), tmp_path)
+    assert equal(other.state_dict(), before)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    del state["state"]["body.weight"]["d"]
+    with pytest.raises(lm.StateError, match="empty after 1 steps"):
+        other.load_state_dict(state)
+    lm.load_distributed(other, tmp_path, "o")
+    assert equal(other.state_dict(), optimizer.state_dict())
+    converged = lm.Plan(lm.LBFGS, tolerance_grad=1e9)
+    model, optimizer = built(converged)
+    optimizer.step(lambda: closure(model, optimizer))
+    built(converged)[1].load_state_dict(get_optimizer_state_dict(model, optimizer))
+
+
+def closure(model, optimizer):
+    optimizer.zero_grad()
+    return backward(model, 0)
+
+
+@pytest.mark.parametrize("receiving", [True, False])
+@pytest.mark.parametrize(
+    ("plan", "at"),
+    [
+        (KEEP_NO_STATE, 6),
+        (GUESTS["SGD, momentum"], 1),  # the only step so far had none
+        (GUESTS["NAdam"], 0),
+        (
+            lm.Plan(torch.optim.NAdam, lr=0.05, rules=[lm.Rule("body", thaw=8)]),
+            0,
+        ),
+        (
+            lm.Plan(
+                lm.SGD,
+                lr=0.05,
+                rules=[
+                    lm.Rule(
+                        "body",
+                        optimizer=torch.optim.NAdam,
+                        lr=0.05,
+                        thaw=1,
+                        freeze=3,
+                        frozen_state="drop",
+                    )
+                ],
+            ),
+            4,
+        ),
+    ],
+)
+def test_what_has_no_state_by_right_still_loads(plan, at, receiving, tmp_path):
+    source, target = built(plan, at), built(plan)
+    through_files(source, target, tmp_path, receiving)
+    assert target[1].clock == at
+    assert equal(tensors(target[1]), tensors(source[1]))
+    assert_continues(source, target, at)
+
+
+def test_a_parameter_without_gradients_beside_others_has_no_state_by_right():
+    model, optimizer = built(GUESTS["NAdam"])
+    for step in range(3):
+        backward(model, step)
+        model.head.bias.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    twin, other = built(GUESTS["NAdam"])
+    set_optimizer_state_dict(twin, other, get_optimizer_state_dict(model, optimizer))
+    assert equal(tensors(other), tensors(optimizer))
+
+
+def test_canary_room_that_was_not_read_is_told_from_a_momentum(monkeypatch, tmp_path):
+    monkeypatch.setattr("lamina.state.form._unread", lambda key, value: False)
+    with pytest.raises(AssertionError, match="assert False"):
+        test_a_momentum_that_begins_at_zero_comes_back("SGD", 1, tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import checkpoint, optim
-from .distributed import load_distributed
+from .distributed import load_distributed, read_distributed
 from .errors import (
     FrozenMovedError,
     HyperparameterError,
@@ -137,6 +137,7 @@ __all__ = [
     "optim",
     "plateau",
     "polynomial",
+    "read_distributed",
     "register_optimizer",
     "register_schedule",
     "repeat",

@@ -6,36 +6,48 @@ import os
 import warnings
 from collections.abc import Hashable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import StateError
+from .optimizer import Optimizer
+from .parameters import clean_names, collect
 from .state import LoadReport
+from .state.names import check_renamed, renamed_to
 
-if TYPE_CHECKING:
-    from .optimizer import Optimizer
+Path = tuple[Any, ...]
 
 
 def load_distributed(
-    optimizer: Optimizer, checkpoint_id: str | os.PathLike[str], key: str = "optimizer"
+    optimizer: Optimizer,
+    checkpoint_id: str | os.PathLike[str],
+    key: str = "optimizer",
+    *,
+    strict: bool = False,
+    renamed: Mapping[str, str | None] | None = None,
 ) -> LoadReport:
     """Take over the state of an optimizer that `torch.distributed.checkpoint` saved to a folder.
 
     Saved by any number of processes, loaded by any other, by parameter name as in
     `load_state_dict`. Torch's own way back, `set_optimizer_state_dict`, reads only into tensors
     that exist already and leaves out what is frozen at that moment; after a thaw, that loses state.
+    For a run of another length, build with `resume=read_distributed(...)` and `extend=`.
 
     Args:
         optimizer: built from a plan, on the model that it trains; call it on every process.
-        checkpoint_id: the folder.
+        checkpoint_id: the folder; torch reads its metadata with pickle, so it must be trusted.
         key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
+        strict: as in `load_state_dict`.
+        renamed: as in `load_state_dict`.
 
     Returns:
-        What was kept, missing and dropped; the same as `optimizer.last_load`.
+        What was kept, new, restarted and dropped; the same as `optimizer.last_load`.
 
     Raises:
-        StateError: if there is no such state in the folder, or it does not fit; nothing changed.
+        StateError: if the folder cannot be read, there is no such state in it, or the state does
+            not fit; nothing changed.
 
     Example:
         >>> from torch.distributed.checkpoint import save
@@ -44,13 +56,81 @@ def load_distributed(
         >>> save(state, checkpoint_id="step-100")  # doctest: +SKIP
         >>> load_distributed(optimizer, "step-100")  # doctest: +SKIP
     """
-    optimizer.load_state_dict(_read(_by_name(optimizer), os.fspath(checkpoint_id), key))
+    if not isinstance(optimizer, Optimizer):
+        raise StateError(
+            f"load_distributed was given a {type(optimizer).__name__}; it needs an optimizer that "
+            "plan.build made, which knows the names of its parameters."
+        )
+    check_renamed(renamed or {})
+    state = _read(_by_name(optimizer), os.fspath(checkpoint_id), key, renamed or {})
+    optimizer.load_state_dict(state, strict=strict, renamed=renamed)
     assert optimizer.last_load is not None
     return optimizer.last_load
 
 
-def _read(named: Mapping[str, torch.Tensor], folder: str, key: str) -> dict[str, Any]:
+def read_distributed(
+    model: nn.Module, checkpoint_id: str | os.PathLike[str], key: str = "optimizer"
+) -> dict[str, Any]:
+    """The state of an optimizer that `torch.distributed.checkpoint` saved, to go on from.
+
+    As `optimizer.state_dict()` gave it, for `plan.build(model, resume=..., extend=...)`, and for
+    `plan.preview`.
+
+    Args:
+        model: the model to train, sharded as it will be; call it on every process.
+        checkpoint_id: the folder; torch reads its metadata with pickle, so it must be trusted.
+        key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
+
+    Returns:
+        The state, its tensors sharded as the parameters of the same names.
+
+    Raises:
+        StateError: if the folder cannot be read, or there is no such state in it.
+
+    Example:
+        >>> state = read_distributed(model, "step-100")  # doctest: +SKIP
+        >>> plan.build(model, steps=200, resume=state, extend="hold")  # doctest: +SKIP
+    """
+    named = {name: item.tensor for item in collect(model) for name in item.info.names}
+    return _read(named, os.fspath(checkpoint_id), key, {})
+
+
+def _read(
+    named: Mapping[str, torch.Tensor],
+    folder: str,
+    key: str,
+    renamed: Mapping[str, str | None],
+) -> dict[str, Any]:
     """The state dict in a folder, its tensors sharded as the parameters of these names are."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        return _numbered(_nested(named, folder, key, renamed))
+    except StateError:
+        raise
+    except CheckpointException as error:  # no Exception, and nobody's KeyboardInterrupt
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, Exception):
+            raise first from None
+        raise _unreadable(folder, first) from error
+    except Exception as error:  # pickle raises whatever the damage looks like
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: str, error: Exception) -> StateError:
+    lines = str(error).splitlines() or [""]
+    return StateError(
+        f"{folder}: cannot be read ({type(error).__name__}: {lines[0]}); use another checkpoint."
+    )
+
+
+def _nested(
+    named: Mapping[str, torch.Tensor],
+    folder: str,
+    key: str,
+    renamed: Mapping[str, str | None],
+) -> dict[Hashable, Any]:
+    """What was saved under the key."""
     # Imported here: it costs a second, and only those who save this way need it.
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -62,17 +142,12 @@ def _read(named: Mapping[str, torch.Tensor], folder: str, key: str) -> dict[str,
         raise StateError(
             f"{folder}: there is no checkpoint of torch.distributed.checkpoint; check the path."
         ) from None
-    places: dict[str, tuple[Any, ...]] = metadata.planner_data or {}
-    paths = {name: path for name, path in places.items() if path[0] == key}
-    if not any(path[1:2] == ("param_groups",) for path in paths.values()):
-        found = ", ".join(sorted({str(path[0]) for path in places.values()}))
-        raise StateError(
-            f"{folder}: there is no optimizer state under {key!r}, only {found}; pass key=, the "
-            "name under which what get_optimizer_state_dict gave was saved."
-        )
+    paths = _paths(metadata.planner_data or {}, folder, key)
     flat: dict[str, Any] = {}
+    saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
+    owners = _owners([*saved], named, renamed)
     for name, path in paths.items():
-        owner = named.get(path[2]) if path[1] == "state" else None
+        owner = owners.get(path[2]) if _of_state(path) else None
         flat[name] = _room(metadata.state_dict_metadata[name], owner)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     with warnings.catch_warnings():
@@ -82,7 +157,52 @@ def _read(named: Mapping[str, torch.Tensor], folder: str, key: str) -> dict[str,
     nested: dict[Hashable, Any] = {}
     for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
         _put(nested, path[1:], flat[name])
-    return {"state": nested.get("state", {}), "param_groups": nested["param_groups"]}
+    return nested
+
+
+def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]:
+    """Where each saved value lies, of those under the key."""
+    paths = {name: path for name, path in places.items() if path[0] == key}
+    if not any(path[1:2] == ("param_groups",) for path in paths.values()):
+        found = ", ".join(sorted({str(path[0]) for path in places.values()})) or "nothing"
+        raise StateError(
+            f"{folder}: there is no optimizer state under {key!r}, only {found}; pass key=, the "
+            "name under which what get_optimizer_state_dict gave was saved."
+        )
+    return paths
+
+
+def _of_state(path: Path) -> bool:
+    """Whether a place is in the state of a parameter, whose name or number is the third part."""
+    return len(path) > 3 and path[1] == "state"
+
+
+def _owners(
+    saved: list[str], named: Mapping[str, torch.Tensor], renamed: Mapping[str, str | None]
+) -> dict[str, torch.Tensor]:
+    """The parameter of each saved name, by its name now."""
+    now = {name: renamed_to(clean, renamed) for name, clean in clean_names(saved).items()}
+    return {name: named[target] for name, target in now.items() if target and target in named}
+
+
+def _numbered(nested: Mapping[Hashable, Any]) -> dict[str, Any]:
+    """The form of `optimizer.state_dict()`: numbers for the parameters, names in the groups.
+
+    What a folder has no entry for was not lost on the way: it was saved so.
+    """
+    left = dict(nested.get("state", {}))
+    state: dict[Any, Any] = {}
+    groups = []
+    count = 0
+    for group in nested["param_groups"]:
+        keys = group["params"]
+        numbers = list(range(count, count + len(keys)))
+        count += len(keys)
+        names = {"param_names": keys} if all(isinstance(key, str) for key in keys) else {}
+        groups.append({**group, **names, "params": numbers})
+        pairs = zip(numbers, map(str, keys), strict=True)
+        state |= {number: left.pop(key) for number, key in pairs if key in left}
+    return {"state": state | left, "param_groups": groups}
 
 
 def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:

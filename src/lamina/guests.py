@@ -160,5 +160,27 @@ class Guests:
         return ""
 
 
+def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> bool:
+    """Whether an update of a guest leaves state, tried on a small tensor of its own.
+
+    Args:
+        cell: a cell of the guest.
+        hyper: its values in that update.
+        like: a parameter, for the number of dimensions and the dtype.
+
+    Returns:
+        True also where the guest cannot be tried.
+    """
+    param = torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype))
+    param.grad = torch.ones_like(param)
+    try:
+        guest = cell.optimizer([param], **cell.constants)
+        guest.param_groups[0].update(hyper)
+        guest.step()
+    except Exception:
+        return True
+    return bool(guest.state.get(param))
+
+
 def _same(cell: Cell, key: str, value: Any) -> bool:
     return key in cell.constants and bool(cell.constants[key] == value)

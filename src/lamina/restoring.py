@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,6 +19,7 @@ from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
 from .state import Loaded, LoadReport, prepare
+from .state.form import MOMENTUM
 from .state.load import OURS
 from .state.report import few
 from .state.seen import KEYS, written
@@ -184,9 +186,9 @@ class Restorable(Steerable):
     def _make_room(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         algorithm, entry = self.algorithm_for(group), self.state[param]
         self._ensure_state(algorithm, param, entry, group)
-        if group.get("momentum") and entry.keys() == {"step"}:  # SGD's begins with a gradient
-            dtype = begun_dtype(param, group)
-            entry.update({k: torch.zeros_like(param, dtype=dtype) for k in algorithm.buffers})
+        # Whatever the momentum is now: a schedule or an override may have given it another value.
+        if MOMENTUM in algorithm.buffers and MOMENTUM not in entry:
+            entry[MOMENTUM] = torch.full_like(param, math.nan, dtype=begun_dtype(param, group))
 
     def _drop_states(self, before: Sequence[bool | None]) -> None:
         """Release the state of what froze now, or was loaded frozen, where the plan says so."""

@@ -14,11 +14,9 @@ from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
 from ..parameters import ParamInfo
 from ..resolved import Cell
-from .form import Entry, number_of_steps
+from .form import MOMENTUM, Entry, number_of_steps
 
 _EMPTY = torch.empty(0)
-#: begins with the first update that has a momentum
-_MOMENTUM = "momentum_buffer"
 #: entries of L-BFGS that are as long as all its parameters together
 _FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
@@ -101,9 +99,9 @@ def own_entry(
             )
         check_shape(info, key, value.shape)
         fitted[key] = value.to(device=param.device, copy=True)
-    needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {_MOMENTUM}
+    needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
-        needed |= {_MOMENTUM} & set(algorithm.buffers)
+        needed |= {MOMENTUM} & set(algorithm.buffers)
     lost = sorted(needed - fitted.keys())
     if steps and lost:
         raise StateError(

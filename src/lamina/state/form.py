@@ -20,6 +20,9 @@ from ..time import Run
 
 #: the version that this lamina writes, and the newest that it reads
 FORMAT = 1
+#: begins with the first update that has a momentum; the room that is made for it holds NaN, since
+#: zeros would be a buffer, to which dampening applies where it would not to a first gradient
+MOMENTUM = "momentum_buffer"
 
 Group = Mapping[str, Any]
 
@@ -83,8 +86,8 @@ def read(saved: Any) -> Saved:
         if values is not None and not isinstance(values, Mapping):
             called = f"parameter {key!r}" if names is None else repr(names[place])
             raise StateError(f"the saved state of {called} is {_short(values)}; expected a dict.")
-        if values and by_fqn:  # torch writes {} for what a flat state lacks
-            values = {name: value for name, value in values.items() if not _is_empty(value)}
+        if values and by_fqn:
+            values = {name: value for name, value in values.items() if not _unread(name, value)}
         found.append(Entry(values, group, None if names is None else shapes.get(names[place])))
     return Saved(
         names,
@@ -174,7 +177,10 @@ def _by_fqn(keys: list[Any]) -> bool:
     return bool(keys) and all(isinstance(key, str) for key in keys)
 
 
-def _is_empty(value: Any) -> bool:
+def _unread(key: str, value: Any) -> bool:
+    """Whether a value was not in the checkpoint: {} in torch's flat states, or room as it was."""
+    if key == MOMENTUM and isinstance(value, torch.Tensor):
+        return bool(value.isnan().all())
     return isinstance(value, Mapping) and not value
 
 

@@ -14,7 +14,7 @@ import torch
 from ..errors import StateError
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
-from ..resolved import ALWAYS, Cell, Resolved, Trigger
+from ..resolved import ALWAYS, Cell, Resolved
 from ..timeline import Feedback, Values, values_at
 from .fit import (
     begun,
@@ -27,6 +27,7 @@ from .fit import (
     whole_entry,
 )
 from .form import Entry, Saved, number_of_steps, read
+from .lost import has_begun, refuse_lost
 from .names import match
 from .report import Changed, LoadReport, few
 from .seen import feedback_of, overrides_of
@@ -73,7 +74,7 @@ def prepare(
         values.operations(scope)  # a schedule that fails at the clock fails here
     fitting = _Fitting(dict(matched.entries), clock, lived)
     if saved.by_fqn:
-        fitting.refuse_dropped(resolved, optimizer.param_groups)
+        refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
     if is_whole_vector(resolved.cells[0].optimizer):
         fitting.whole(resolved, optimizer.param_groups)
     else:
@@ -173,33 +174,8 @@ class _Fitting:
         self.kept = known
         self.new = [name for name in names if name not in saved]
 
-    def refuse_dropped(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Raise `StateError` if torch left state out because parts are frozen here, for now."""
-        names = [
-            info.name
-            for cell, group in zip(resolved.cells, groups, strict=True)
-            if self._has_begun(cell, self._clock - 1)
-            for info, param in zip(cell.parameters, group["params"], strict=True)
-            if not param.requires_grad
-            and info.name in self.entries
-            and self.entries[info.name].values is None
-        ]
-        if names:
-            raise StateError(
-                f"the state of {few(names)} is missing: torch.distributed.checkpoint leaves out "
-                "parameters that are frozen while it loads. Load with "
-                "lamina.load_distributed(optimizer, folder), or inside `with "
-                "optimizer.receiving():`, or give its state to optimizer.load_state_dict."
-            )
-
-    def _has_begun(self, cell: Cell, clock: int | None = None) -> bool:
-        """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
-        clock = self._clock if clock is None else clock
-        begins = (
-            self._feedback.opened(begin) if isinstance(begin, Trigger) else begin
-            for begin, _ in cell.windows
-        )
-        return any(begin <= clock for begin in begins)
+    def _has_begun(self, cell: Cell) -> bool:
+        return has_begun(cell, self._clock, self._feedback)
 
 
 def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:

@@ -65,10 +65,8 @@ def match(
     return matched
 
 
-def _targets(
-    names: Sequence[str], live: Mapping[str, str], renamed: Mapping[str, str | None]
-) -> dict[str, str | None]:
-    """The new name of each saved name that `renamed` speaks of; the longest path wins."""
+def check_renamed(renamed: Any) -> None:
+    """Raise `StateError` unless it is a dict from saved to present names."""
     if not isinstance(renamed, Mapping) or not all(
         isinstance(old, str) and (new is None or isinstance(new, str))
         for old, new in renamed.items()
@@ -77,6 +75,23 @@ def _targets(
             f"renamed={renamed!r}: expected a dict from saved to present names, such as "
             "{'old.encoder': 'encoder', 'head.weight': None}."
         )
+
+
+def renamed_to(name: str, renamed: Mapping[str, str | None]) -> str | None:
+    """The present name of a saved one, None if it is left out; the longest path wins."""
+    hit = [old for old in renamed if name == old or name.startswith(f"{old}.")]
+    if not hit:
+        return name
+    old = max(hit, key=len)
+    new = renamed[old]
+    return None if new is None else new + name[len(old) :]
+
+
+def _targets(
+    names: Sequence[str], live: Mapping[str, str], renamed: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """The new name of each saved name that `renamed` speaks of; the longest path wins."""
+    check_renamed(renamed)
     found: dict[str, str | None] = {}
     for old in sorted(renamed, key=len):
         new = renamed[old]
@@ -87,7 +102,7 @@ def _targets(
                 f"renamed: the saved state has no parameter or module {old!r}."
                 f"{did_you_mean(old, known)}"
             )
-        moved = {name: None if new is None else new + name[len(old) :] for name in hit}
+        moved = {name: renamed_to(name, {old: new}) for name in hit}
         if new is not None and not any(target in live for target in moved.values()):
             raise StateError(
                 f"renamed: the model has no parameter or module {new!r} that fits {old!r}."
