@@ -17,7 +17,7 @@ from .parameters import observe, walk
 from .plan import Plan
 from .resolve import resolve_owned
 from .resolved import Finding, Resolved
-from .state import Resumed, jump, resume_from
+from .state import Resumed, resume_from
 from .time import Run
 from .timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 
@@ -68,9 +68,7 @@ class Preview:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is legal in the plan but suspicious."""
-        if self.resumed is None or self.resumed.saved_run in (None, self.run):
-            return self.resolved.findings
-        told = [jump(row, self.resumed.clock) for row in self.resumed.changed if row.moves]
+        told = self.resumed.jumps if self.resumed is not None else ()
         if not told:
             return self.resolved.findings
         fix = "If that is not meant, extend='hold' keeps the saved schedules."

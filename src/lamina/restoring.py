@@ -72,7 +72,7 @@ class Restorable(Steerable):
         jumps = self.last_load.jumps if self.last_load else ()
         if jumps:
             log.warning(
-                "the state is of a run of another length, and the plan's values are used: %s. To "
+                "the state's schedules fit a run of another length, and the plan's are used: %s. To "
                 "choose how the run goes on, build with resume=state and extend='hold' or "
                 "'stretch'.",
                 few(jumps),

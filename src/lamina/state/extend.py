@@ -16,7 +16,7 @@ from ..timeline import Feedback, Values, values_at
 from .form import Saved, read
 from .load import clock_of, differences, in_order
 from .names import match
-from .report import Changed
+from .report import Changed, jumps, settled_anew
 from .seen import feedback_of, overrides_of
 
 #: what may become of a plan when the length of its run changes
@@ -29,7 +29,8 @@ class Resumed:
     """A plan settled for the rest of a run.
 
     `before` is the plan as it was settled for the saved run (None if its length is unknown) and
-    `resolved` as it goes on from `clock`; `changed` are the values that differ there.
+    `resolved` as it goes on from `clock`; `changed` are the values that differ there. The saved
+    schedules fitted `saved_planned`, which is not `saved_run` where that was held.
     """
 
     resolved: Resolved
@@ -37,7 +38,18 @@ class Resumed:
     clock: int
     feedback: Feedback
     saved_run: Run | None
+    saved_planned: Run | None
     changed: tuple[Changed, ...]
+
+    @property
+    def settled_anew(self) -> bool:
+        """Whether its schedules fit another length from the clock on."""
+        return settled_anew(self.saved_planned, self.resolved.settled_for)
+
+    @property
+    def jumps(self) -> tuple[str, ...]:
+        """In words, each value that jumps at the clock because of that."""
+        return jumps(self.changed, self.clock, self.saved_planned, self.resolved.settled_for)
 
 
 def resume_from(
@@ -73,7 +85,7 @@ def resume_from(
     )
     matched = match(saved, in_order(resolved), None)
     changed = differences(resolved, matched.entries, values_at(resolved, clock, lived))
-    return Resumed(resolved, before, clock, lived, saved.run, changed)
+    return Resumed(resolved, before, clock, lived, saved.run, saved.settled_for, changed)
 
 
 def settled(

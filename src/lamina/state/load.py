@@ -93,6 +93,8 @@ def prepare(
         clock_from=clock_from,
         saved_run=saved.run,
         run=resolved.run,
+        saved_planned=saved.settled_for,
+        planned=resolved.settled_for,
         matched_by=matched.by,
     )
     if strict:
