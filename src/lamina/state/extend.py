@@ -17,7 +17,7 @@ from .form import Saved, read
 from .load import clock_of, differences, in_order
 from .names import match
 from .report import Changed, jumps, settled_anew
-from .seen import feedback_of, overrides_of
+from .seen import lived_of
 
 #: what may become of a plan when the length of its run changes
 WAYS = ("hold", "stretch")
@@ -29,7 +29,8 @@ class Resumed:
     """A plan settled for the rest of a run.
 
     `before` is the plan as it was settled for the saved run (None if its length is unknown) and
-    `resolved` as it goes on from `clock`; `changed` are the values that differ there. The saved
+    `resolved` as it goes on from `clock`; `changed` are the values that differ there. `past` and
+    `feedback` are what happened so far, by the groups of `before` and of `resolved`. The saved
     schedules fitted `saved_planned`, which is not `saved_run` where that was held.
     """
 
@@ -37,6 +38,7 @@ class Resumed:
     before: Resolved | None
     clock: int
     feedback: Feedback
+    past: Feedback
     saved_run: Run | None
     saved_planned: Run | None
     changed: tuple[Changed, ...]
@@ -80,12 +82,11 @@ def resume_from(
         )
     resolved, before = settled(settle, run, saved, extend)
     clock = clock_of(saved)[0]
-    lived = Feedback(
-        overrides_of(saved.groups, resolved)[0], feedback_of(saved.groups, resolved)[0]
-    )
     matched = match(saved, in_order(resolved), None)
+    lived = lived_of(saved, matched, resolved)[0]
+    past = lived if before is None else lived_of(saved, matched, before)[0]
     changed = differences(resolved, matched.entries, values_at(resolved, clock, lived))
-    return Resumed(resolved, before, clock, lived, saved.run, saved.settled_for, changed)
+    return Resumed(resolved, before, clock, lived, past, saved.run, saved.settled_for, changed)
 
 
 def settled(
@@ -101,11 +102,9 @@ def settled(
         return held, before
     stretched = settle(run)
     if extend is None:
-        clock = clock_of(saved)[0]
-        lived = Feedback(
-            overrides_of(saved.groups, before)[0], feedback_of(saved.groups, before)[0]
-        )
-        difference = first_difference(before, stretched, clock, lived)
+        matched = match(saved, in_order(before), None)
+        lived = [lived_of(saved, matched, each)[0] for each in (before, stretched)]
+        difference = first_difference(before, stretched, clock_of(saved)[0], *lived)
         if difference:
             raise StateError(
                 f"the saved run was planned for {_length(planned)}, this one has {_length(run)}, "
@@ -127,7 +126,9 @@ def _check_way(extend: Any, resumed: bool) -> None:
         )
 
 
-def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedback) -> str:
+def first_difference(
+    one: Resolved, other: Resolved, clock: int, lived: Feedback, lived_other: Feedback
+) -> str:
     """In words, a value that differs between two settlements from the clock on; "" if none."""
     if (one.cells, one.scopes) == (other.cells, other.scopes):
         return ""
@@ -144,7 +145,7 @@ def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedb
     steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
     inside = [step for step in edges if clock <= step <= last]
     steps = np.union1d(steps, np.array(inside, dtype=np.int64))
-    pair = values_at(one, steps, feedback), values_at(other, steps, feedback)
+    pair = values_at(one, steps, lived), values_at(other, steps, lived_other)
     seen = set()
     for name, first in one.cell_of.items():
         indices = first, other.cell_of[name]

@@ -29,7 +29,7 @@ from .fit import (
 from .form import Entry, Saved, number_of_steps, read
 from .names import match
 from .report import Changed, LoadReport, few
-from .seen import feedback_of, overrides_of
+from .seen import lived_of
 
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
@@ -45,13 +45,17 @@ OURS = frozenset(
 
 @dataclass(frozen=True)
 class Loaded:
-    """State ready to be put in place; `groups` holds values that guests keep in their groups."""
+    """State ready to be put in place; `groups` holds values that guests keep in their groups.
+
+    `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
+    nothing any more.
+    """
 
     state: dict[torch.Tensor, dict[str, Any]]
     groups: dict[str, dict[str, Any]]
     clock: int
-    overrides: dict[str, list[Any]]
-    feedback: dict[str, dict[str, Any]]
+    lived: Feedback
+    lost: tuple[str, ...]
     report: LoadReport
 
 
@@ -65,9 +69,7 @@ def prepare(
     resolved, saved = optimizer.resolved, read(state_dict)
     matched = match(saved, in_order(resolved), renamed)
     clock, clock_from = clock_of(saved)
-    overrides, lost_overrides = overrides_of(saved.groups, resolved)
-    feedback, lost_feedback = feedback_of(saved.groups, resolved)
-    lived = Feedback(overrides, feedback)
+    lived, lost = lived_of(saved, matched, resolved)
     values = values_at(resolved, clock, lived)
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
@@ -84,10 +86,7 @@ def prepare(
         new=tuple(fitting.new),
         restarted=tuple(fitting.restarted),
         renamed=tuple(matched.renamed),
-        dropped=(
-            *(*fitting.entries, *matched.asked),
-            *(*fitting.left, *lost_overrides, *lost_feedback),
-        ),
+        dropped=(*fitting.entries, *matched.asked, *fitting.left, *lost),
         hyperparameters=differences(resolved, matched.entries, values),
         clock=clock,
         clock_from=clock_from,
@@ -99,7 +98,7 @@ def prepare(
     )
     if strict:
         _refuse_unexpected(report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, clock, overrides, feedback, report)
+    return Loaded(fitting.state, fitting.groups, clock, lived, lost, report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
