@@ -49,18 +49,19 @@ def observe_all(
     resolved: Resolved, seen: AllSeen, numbers: Mapping[str, float], step: int
 ) -> dict[str, dict[str, Any]]:
     """What the reactions have seen after a report at a step; pure."""
+    run = resolved.settled_for  # whose patience, as all times
     new = {key: dict(value) for key, value in seen.items()}
     for key, reaction in resolved.reactions:
         if isinstance(reaction, (Plateau, OnPlateau)) and reaction.metric in numbers:
             value = numbers[reaction.metric]
-            new[key] = reaction.observe(seen[key], value, step, resolved.run)
+            new[key] = reaction.observe(seen[key], value, step, run)
     for key, reaction in resolved.reactions:  # after the others, whose changes give hope
         if isinstance(reaction, EarlyStop) and reaction.metric in numbers:
             opened = _opened(resolved, new, step)
             lowered = any(new[other].get("changes") != seen[other].get("changes") for other in seen)
             hope = lowered or opened > seen[key]["opened"] or _thaw_pending(resolved, new, step)
             value = numbers[reaction.metric]
-            new[key] = reaction.observe(seen[key], value, step, resolved.run, hope)
+            new[key] = reaction.observe(seen[key], value, step, run, hope)
             new[key]["opened"] = opened
     return new
 

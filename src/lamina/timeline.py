@@ -177,15 +177,20 @@ class _Spliced(Values):
 
     def __init__(self, before: Values, after: Values, past: Any) -> None:
         self._before, self._after, self._past = before, after, past
+        cells, known = after._resolved.cells, before._resolved.cell_of
+        # By parameter, as equal names need not be equal groups. A group whose parameters were in
+        # several shows the past of the first; `Preview.at` and `explain` know that of each.
+        self._earlier = [known[cell.parameters[0].name] for cell in cells]
 
     def hyper(self, index: int) -> dict[str, Any]:
         """The hyperparameters of a cell."""
-        old, new = self._before.hyper(index), self._after.hyper(index)
+        old, new = self._before.hyper(self._earlier[index]), self._after.hyper(index)
         return {key: self._pick(old[key], new[key]) for key in new}
 
     def active(self, index: int) -> Any:
         """Whether the cell of this index trains."""
-        return self._pick(self._before.active(index), self._after.active(index))
+        earlier = self._earlier[index]
+        return self._pick(self._before.active(earlier), self._after.active(index))
 
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """The gradient operations of a scope with their numbers."""
@@ -195,18 +200,12 @@ class _Spliced(Values):
     def _pick(self, old: Any, new: Any) -> Any:
         if isinstance(new, tuple):
             return tuple(map(self._pick, old, new))
+        if np.ndim(self._past) == 0:
+            return old if self._past else new
         same = not isinstance(new, np.ndarray) and not isinstance(old, np.ndarray) and old == new
         return new if same else np.where(self._past, old, new)
 
 
 def spliced(before: Values, after: Values, step: Any, clock: int) -> Values:
-    """The values of a run that was settled anew at a step: `before` it, and `after`.
-
-    Where the two settlements group the parameters differently, those of `after` alone.
-    """
-    one, other = before._resolved, after._resolved
-    if [cell.name for cell in one.cells] != [cell.name for cell in other.cells]:
-        return after
-    if np.ndim(step) == 0:
-        return before if step < clock else after
+    """The values of a run that was settled anew at a step: `before` it, and `after`."""
     return _Spliced(before, after, np.asarray(step) < clock)

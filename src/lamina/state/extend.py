@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import PlanError, StateError, did_you_mean
+from ..errors import PlanError, StateError, TimeUnitError, did_you_mean
 from ..resolved import Resolved
-from ..time import Run
+from ..time import Run, parse
 from ..timeline import Feedback, Values, values_at
+from .compare import differences
 from .form import Saved, read
-from .load import clock_of, differences, in_order
+from .load import clock_of, in_order
 from .names import match
 from .report import Changed, jumps, settled_anew
 from .seen import lived_of
@@ -55,12 +56,13 @@ class Resumed:
 
 
 def resume_from(
-    settle: Callable[[Run], Resolved], run: Run, state_dict: Any, extend: str | None
+    settle: Callable[..., Resolved], run: Run, state_dict: Any, extend: str | None
 ) -> Resumed | None:
     """Settle a plan for a run that goes on from a saved state; None without a state.
 
     Args:
-        settle: settles the plan for a run of a given length.
+        settle: settles the plan for a run of a given length; `planned=`, with the schedules of
+            another one.
         run: the length of the run from now on, its first part included.
         state_dict: the saved state.
         extend: "hold" keeps the schedules of the saved length, and their last values after it;
@@ -85,21 +87,20 @@ def resume_from(
     matched = match(saved, in_order(resolved), None)
     lived = lived_of(saved, matched, resolved)[0]
     past = lived if before is None else lived_of(saved, matched, before)[0]
-    changed = differences(resolved, matched.entries, values_at(resolved, clock, lived))
+    changed = differences(saved, matched, resolved, clock, values_at(resolved, clock, lived))
     return Resumed(resolved, before, clock, lived, past, saved.run, saved.settled_for, changed)
 
 
 def settled(
-    settle: Callable[[Run], Resolved], run: Run, saved: Saved, extend: str | None
+    settle: Callable[..., Resolved], run: Run, saved: Saved, extend: str | None
 ) -> tuple[Resolved, Resolved | None]:
     """The plan for the rest of the run, and as it was for the saved one."""
     if saved.run is None or saved.run.steps is None:
         return settle(run), None
     planned = saved.planned or saved.run
     before = settle(planned)
-    held = before if planned == run else replace(before, run=run, planned=planned)
     if extend == "hold" or (extend is None and saved.run == run):
-        return held, before
+        return before if planned == run else settle(run, planned=planned), before
     stretched = settle(run)
     if extend is None:
         matched = match(saved, in_order(before), None)
@@ -130,8 +131,9 @@ def first_difference(
     one: Resolved, other: Resolved, clock: int, lived: Feedback, lived_other: Feedback
 ) -> str:
     """In words, a value that differs between two settlements from the clock on; "" if none."""
-    if (one.cells, one.scopes) == (other.cells, other.scopes):
-        return ""
+    impatient = _patience(one, other)
+    if impatient or (one.cells, one.scopes) == (other.cells, other.scopes):
+        return impatient
     last = max(2 * clock + 2, one.run.steps or 0, other.run.steps or 0)
     edges = {
         step + shift
@@ -158,6 +160,20 @@ def first_difference(
         found = _threshold(pair, one.scopes.index(scope), steps)
         if found:
             return f"{found[0]} of {scope.name!r} {found[1]}"
+    return ""
+
+
+def _patience(one: Resolved, other: Resolved) -> str:
+    """In words, a reaction whose patience is another number of steps; "" if there is none."""
+    for key, reaction in one.reactions:
+        try:
+            first, second = (
+                parse(reaction.patience).in_steps(each.settled_for) for each in (one, other)
+            )
+        except TimeUnitError:
+            continue  # the length of an epoch is unknown: no report can be made
+        if first != second:
+            return f"the patience of {key} would be {float(second):g} steps, not {float(first):g}"
     return ""
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +12,9 @@ import torch
 from ..errors import StateError
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
-from ..resolved import ALWAYS, Cell, Resolved, Trigger
-from ..timeline import Feedback, Values, values_at
+from ..resolved import Cell, Resolved, Trigger
+from ..timeline import Feedback, values_at
+from .compare import differences
 from .fit import (
     begun,
     belongs,
@@ -28,7 +27,7 @@ from .fit import (
 )
 from .form import Entry, Saved, number_of_steps, read
 from .names import match
-from .report import Changed, LoadReport, few
+from .report import LoadReport, few
 from .seen import lived_of
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def prepare(
         restarted=tuple(fitting.restarted),
         renamed=tuple(matched.renamed),
         dropped=(*fitting.entries, *matched.asked, *fitting.left, *lost),
-        hyperparameters=differences(resolved, matched.entries, values),
+        hyperparameters=differences(saved, matched, resolved, clock, values),
         clock=clock,
         clock_from=clock_from,
         saved_run=saved.run,
@@ -208,50 +207,6 @@ def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, An
     settings = inspect.signature(cell.optimizer).parameters.keys()
     keys = (group.keys() & entry.group.keys()) - OURS - settings - dict(cell.hyper).keys()
     return {key: copied(entry.group[key], None) for key in keys}
-
-
-def differences(
-    resolved: Resolved, entries: Mapping[str, Entry], values: Values
-) -> tuple[Changed, ...]:
-    """The hyperparameters at the clock that are not the saved ones, by group."""
-    rows: Counter[Changed] = Counter()
-    for index, cell in enumerate(resolved.cells):
-        hyper = values.hyper(index)
-        sources: dict[int, tuple[Entry, int]] = {}
-        for info in cell.parameters:
-            entry = entries.get(info.name)
-            if entry is not None and belongs(entry, cell):
-                count = sources.get(id(entry.group), (entry, 0))[1]
-                sources[id(entry.group)] = (entry, count + 1)
-        timed = {key for key, _ in cell.moving}
-        if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
-            timed.add("lr")
-        for entry, count in sources.values():
-            for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(entry.group[key]), _plain(hyper[key])
-                if not close(saved, now):
-                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
-    found = [
-        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
-        for row, count in rows.items()
-    ]
-    order = {cell.name: place for place, cell in enumerate(resolved.cells)}
-    return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else tuple(value.reshape(-1).tolist())
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
-
-
-def close(a: Any, b: Any) -> bool:
-    """Whether two values are the same but for rounding."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(close, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return bool(a == b)
 
 
 def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:

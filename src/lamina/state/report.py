@@ -14,7 +14,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Changed:
-    """A hyperparameter of a group whose value at the clock is not what was saved.
+    """A hyperparameter of a group, or a threshold of a rule, that is not what was saved.
 
     `moves`: it is given by a schedule, in the plan as it is now; `parameters` counts whose.
     """
