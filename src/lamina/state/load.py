@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StateError
+from ..guests import Guests
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
 from ..resolved import Cell, Resolved, Trigger
@@ -72,7 +73,7 @@ def prepare(
     values = values_at(resolved, clock, lived)
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
-    fitting = _Fitting(dict(matched.entries), clock, lived)
+    fitting = _Fitting(dict(matched.entries), clock, lived, optimizer._guests)
     if saved.by_fqn:
         fitting.refuse_dropped(resolved, optimizer.param_groups)
     if is_whole_vector(resolved.cells[0].optimizer):
@@ -118,7 +119,9 @@ def clock_of(saved: Saved) -> tuple[int, str]:
 class _Fitting:
     """Takes the saved entries one by one; what is left in `entries` fits no parameter."""
 
-    def __init__(self, entries: dict[str, Entry], clock: int, feedback: Feedback) -> None:
+    def __init__(
+        self, entries: dict[str, Entry], clock: int, feedback: Feedback, guests: Guests
+    ) -> None:
         self.entries = entries
         self.state: dict[torch.Tensor, dict[str, Any]] = {}
         self.groups: dict[str, dict[str, Any]] = {}
@@ -128,14 +131,14 @@ class _Fitting:
         self.left: list[str] = []
         self._clock = clock
         self._feedback = feedback
+        self._guests = guests
 
     def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
         """Fit what was saved of the parameters of a cell."""
         own = cell.algorithm is not None
         for info, param in zip(cell.parameters, group["params"], strict=True):
             entry = self.entries.pop(info.name, None)
-            if own:
-                self.state[param] = begun(param)
+            self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
                 if self._has_begun(cell):
                     self.new.append(info.name)
@@ -144,13 +147,21 @@ class _Fitting:
             else:
                 self._keep(info, param, entry, cell)
                 if not own and cell.name not in self.groups:
-                    self.groups[cell.name] = _carried(cell, group, entry)
+                    self.groups[cell.name] = _carried(cell, group, entry.group)
+        if not own:  # what nothing was saved of begins anew
+            first = _carried(cell, group, self._guests.begun_groups[cell.name])
+            self.groups[cell.name] = first | self.groups.get(cell.name, {})
+
+    def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
+        """The state of a guest's parameter as it was when the guest was built: mostly empty."""
+        values = self._guests.begun.get(info.name, {})
+        return {key: copied(value, None) for key, value in values.items()}
 
     def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
-            self.state[param] = guest_entry(param, entry)
+            self.state[param] = guest_entry(param, entry) or self._guest_begun(info)
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
@@ -202,11 +213,11 @@ class _Fitting:
         return any(begin <= clock for begin in begins)
 
 
-def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a guest keeps in its group: neither a setting of its constructor nor ours."""
     settings = inspect.signature(cell.optimizer).parameters.keys()
-    keys = (group.keys() & entry.group.keys()) - OURS - settings - dict(cell.hyper).keys()
-    return {key: copied(entry.group[key], None) for key in keys}
+    keys = (group.keys() & saved.keys()) - OURS - settings - dict(cell.hyper).keys()
+    return {key: copied(saved[key], None) for key in keys}
 
 
 def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:
