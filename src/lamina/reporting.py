@@ -10,7 +10,8 @@ import torch
 
 from .errors import PlanError, did_you_mean
 from .feedback import EarlyStop, OnPlateau, Plateau
-from .resolved import Resolved, Trigger
+from .resolved import Resolved
+from .timeline import Feedback
 
 #: what all reactions of a plan have seen, by their key; plain numbers, saved with the state
 AllSeen = Mapping[str, Mapping[str, Any]]
@@ -92,12 +93,8 @@ def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _begins(resolved: Resolved, seen: AllSeen) -> list[float]:
     """The steps of all thaws, infinite for those that wait for a metric."""
-    begins = []
-    for cell in resolved.cells:
-        for begin, _ in cell.windows:
-            step = seen[begin.key]["opened"] if isinstance(begin, Trigger) else begin
-            begins.append(math.inf if step is None else float(step))
-    return begins
+    lived = Feedback(seen=seen)
+    return [begin for cell in resolved.cells for begin, _ in lived.windows(cell)]
 
 
 def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:
@@ -106,9 +103,4 @@ def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:
 
 def _thaw_pending(resolved: Resolved, seen: AllSeen, step: int) -> bool:
     end = math.inf if resolved.run.steps is None else resolved.run.steps
-    waiting = any(
-        isinstance(begin, Trigger) and seen[begin.key]["opened"] is None
-        for cell in resolved.cells
-        for begin, _ in cell.windows
-    )
-    return waiting or any(step < begin < end for begin in _begins(resolved, seen))
+    return any(begin == math.inf or step < begin < end for begin in _begins(resolved, seen))

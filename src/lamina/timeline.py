@@ -34,6 +34,16 @@ class Feedback:
         step = self.seen.get(trigger.key, {}).get("opened")
         return math.inf if step is None else float(step)
 
+    def windows(self, cell: Cell) -> list[tuple[float, float]]:
+        """The windows of a cell in numbers; one that waits for a metric begins at infinity."""
+        return [
+            (
+                self.opened(begin) if isinstance(begin, Trigger) else float(begin),
+                math.inf if end is None else float(end),
+            )
+            for begin, end in cell.windows
+        ]
+
 
 NO_FEEDBACK = Feedback()
 
@@ -79,20 +89,10 @@ class Values:
     def inside(self, cell: Cell) -> Any:
         """Whether a cell trains."""
         inside: Any = False if self._scalar else np.zeros(self._steps.shape, dtype=bool)
-        for begin, end in self._windows(cell):
+        for begin, end in self._feedback.windows(cell):
             step = self._step if self._scalar else self._steps
             inside = inside | ((step >= begin) & (step < end))
         return inside
-
-    def _windows(self, cell: Cell) -> list[tuple[float, float]]:
-        """The windows of a cell in numbers, thaws that wait for a metric included."""
-        return [
-            (
-                self._feedback.opened(begin) if isinstance(begin, Trigger) else float(begin),
-                math.inf if end is None else float(end),
-            )
-            for begin, end in cell.windows
-        ]
 
     def _since(self, begin: float, now: Any, before: Any) -> Any:
         """`now` from a step on, `before` until then."""
@@ -137,7 +137,7 @@ class Values:
         """The factor after a thaw; a part that trains from step 0 has no thaw."""
         assert cell.rewarm is not None
         factor = np.ones_like(self._steps)
-        for begin, _ in self._windows(cell):
+        for begin, _ in self._feedback.windows(cell):
             since = self._steps - begin
             if begin > 0 and (since >= 0).any():
                 factor = np.where(since >= 0, cell.rewarm.at(np.maximum(since, 0.0)), factor)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..resolved import Cell, Trigger
+from ..resolved import Cell
 from ..schedules import Schedule
 from ..schedules.base import Product, phases_of
 from ..time import Run
@@ -70,10 +70,9 @@ def windows(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
     """The windows of a cell that open within the run, those cut off at its end with None."""
     total = math.inf if preview.run.steps is None else preview.run.steps
     found: list[tuple[int, int | None]] = []
-    for begin, end in cell.windows:
-        start = preview.feedback.opened(begin) if isinstance(begin, Trigger) else float(begin)
-        if start < total and (end is None or start < end):
-            found.append((math.ceil(start), None if end is None or end >= total else end))
+    for start, end in preview.feedback.windows(cell):
+        if start < min(total, end):
+            found.append((math.ceil(start), None if end >= total else int(end)))
     return found
 
 

@@ -20,6 +20,9 @@ from .form import Entry, Saved
 from .names import Matched
 from .report import Changed, settled_anew
 
+#: two values are one if they differ by no more than this part of them: by rounding
+TOLERANCE = 1e-9
+
 
 def differences(
     saved: Saved, matched: Matched, resolved: Resolved, clock: int, values: Values
@@ -95,5 +98,5 @@ def close(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(close, a, b))
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9)
+        return math.isclose(a, b, rel_tol=TOLERANCE)
     return bool(a == b)

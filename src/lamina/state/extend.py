@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from ..errors import PlanError, StateError, TimeUnitError, did_you_mean
 from ..resolved import Resolved
 from ..time import Run, parse
 from ..timeline import Feedback, Values, values_at
-from .compare import differences
+from .compare import TOLERANCE, differences
 from .form import Saved, read
 from .load import clock_of, in_order
 from .names import match
-from .report import Changed, jumps, settled_anew
+from .report import Changed, jumps, length_of, settled_anew
 from .seen import lived_of
 
 #: what may become of a plan when the length of its run changes
@@ -108,10 +107,10 @@ def settled(
         difference = first_difference(before, stretched, clock_of(saved)[0], *lived)
         if difference:
             raise StateError(
-                f"the saved run was planned for {_length(planned)}, this one has {_length(run)}, "
-                f"and the plan depends on that: {difference}. Pass extend='hold' (the saved "
-                "schedules, then their last values) or extend='stretch' (the same shapes over the "
-                "new length); for lamina run, --extend."
+                f"the saved run was planned for {length_of(planned)}, this one has "
+                f"{length_of(run)}, and the plan depends on that: {difference}. Pass extend='hold' "
+                "(the saved schedules, then their last values) or extend='stretch' (the same "
+                "shapes over the new length); for lamina run, --extend."
             )
     return stretched, before
 
@@ -204,14 +203,8 @@ def _apart(one: Any, other: Any, steps: Any) -> str:
     if not isinstance(one, (int, float, np.ndarray)):
         return "" if one == other else f"would be {other!r} instead of {one!r}"
     first, second = (np.broadcast_to(np.asarray(v, dtype=float), steps.shape) for v in (one, other))
-    apart = ~np.isclose(first, second, rtol=1e-9, atol=0.0)
+    apart = ~np.isclose(first, second, rtol=TOLERANCE, atol=0.0)
     if not apart.any():
         return ""
     place = int(np.argmax(apart))
     return f"at step {steps[place]} would be {second[place]:.6g} instead of {first[place]:.6g}"
-
-
-def _length(run: Run) -> str:
-    steps = math.nan if run.steps is None else run.steps
-    text = "an unknown length" if run.steps is None else f"{steps:,} steps"
-    return text + (f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else "")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..engine import begun
 from ..errors import StateError
 from ..guests import Guests
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
-from ..resolved import Cell, Resolved, Trigger
+from ..resolved import Cell, Resolved
 from ..timeline import Feedback, values_at
 from .compare import differences
 from .fit import (
-    begun,
     belongs,
     check_shape,
     copied,
@@ -206,11 +206,7 @@ class _Fitting:
     def _has_begun(self, cell: Cell, clock: int | None = None) -> bool:
         """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
         clock = self._clock if clock is None else clock
-        begins = (
-            self._feedback.opened(begin) if isinstance(begin, Trigger) else begin
-            for begin, _ in cell.windows
-        )
-        return any(begin <= clock for begin in begins)
+        return any(begin <= clock for begin, _ in self._feedback.windows(cell))
 
 
 def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,11 +80,13 @@ class LoadReport:
         if self.matched_by == "positions":
             lines.append("matched by position: the state has no names")
         if self.saved_run not in (None, self.run):
-            lines.append(f"run: saved with {_run(self.saved_run)}, now {_run(self.run)}")
+            lines.append(f"run: saved with {length_of(self.saved_run)}, now {length_of(self.run)}")
         if (self.saved_planned, self.planned) != (self.saved_run, self.run) and settled_anew(
             self.saved_planned, self.planned
         ):
-            lines.append(f"schedules: of {_run(self.saved_planned)}, now of {_run(self.planned)}")
+            lines.append(
+                f"schedules: of {length_of(self.saved_planned)}, now of {length_of(self.planned)}"
+            )
         named = [f"{old} -> {new}" for old, new in self.renamed]
         rows = [
             ("new", self.new),
@@ -136,10 +138,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _run(run: Run | None) -> str:
+def length_of(run: Run | None) -> str:
+    """The length of a run in words."""
     if run is None or run.steps is None:
         return "an unknown length"
-    epoch = f" ({run.steps_per_epoch:,} in an epoch)" if run.steps_per_epoch else ""
+    epoch = f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else ""
     return f"{run.steps:,} steps{epoch}"
 
 
