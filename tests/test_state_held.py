@@ -196,3 +196,21 @@ def test_thresholds_that_jump_are_told():
     held = plan.build(mlp(), steps=40, resume=state, extend="hold")
     assert held.last_load.jumps == ()
     assert held.last_load.hyperparameters == ()
+
+
+def test_a_long_past_is_sampled_where_it_thawed():
+    plan = lm.Plan("SGD", lr=0.1, rules=[lm.Rule("body", thaw="20%")])
+    _, state = lived(plan, 3335, 1)
+    for group in state["param_groups"]:
+        group["clock"] = 1000
+    preview = plan.preview(mlp(), steps=20_000, resume=state, extend="stretch")
+    assert {666, 667, 999, 1000, 3999, 4000} <= set(preview.steps.tolist())
+
+
+def test_groups_that_go_on_alike_have_the_peaks_of_their_own_past():
+    rules = [lm.Rule("body", thaw="20%"), lm.Rule("head", thaw=8, weight_decay=0)]
+    plan = lm.Plan("AdamW", lr=0.05, schedule=lm.cosine(), rules=rules)
+    rows, state = lived(plan, 20, 6)
+    preview = plan.preview(mlp(), steps=40, resume=state, extend="stretch")
+    (body, at), (_, other) = preview.peaks
+    assert (body, at, other) == (rows[4]["body.bias"]["lr"], 4, 8)

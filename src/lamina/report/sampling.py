@@ -44,21 +44,24 @@ def _lr_key(preview: Preview, cell: Cell) -> Any:
     """Equal for two groups only if their lr is the same at every step."""
     overridden = cell.name if cell.name in preview.feedback.overrides else None
     lr = dict(cell.hyper).get("lr")
-    return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden
+    before = preview.resumed.before if preview.resumed is not None else None
+    past = None if before is None else before.cell_of[cell.parameters[0].name]
+    return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden, past
 
 
 def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     """The steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
-    spans = [windows(preview, cell) for cell in preview.resolved.cells]
+    cells = list(preview.resolved.cells)
+    if preview.resumed is not None and preview.resumed.before is not None:
+        cells += preview.resumed.before.cells  # whose joints are those of the past
+    spans = [windows(preview, cell) for cell in cells]
     if steps is None:
         return np.array(sorted({0, *(begin for each in spans for begin, _ in each)}))
     if steps <= SAMPLES:
         return np.arange(steps)
     marks = {0, steps - 1, *(step for _, step in preview.peaks)}
-    joints = set().union(
-        *(_joints(cell, each) for cell, each in zip(preview.resolved.cells, spans, strict=True))
-    )
+    joints = set().union(*(_joints(cell, each) for cell, each in zip(cells, spans, strict=True)))
     if preview.resumed is not None:
         joints |= {preview.resumed.clock}
     marks |= {step for joint in joints for step in (joint - 1, joint) if 0 <= step < steps}
