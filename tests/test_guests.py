@@ -170,3 +170,58 @@ def test_a_guest_that_moves_a_value_of_the_plan_is_named(schedule):
 def test_a_guest_that_needs_a_closure_is_refused():
     with pytest.raises(lm.PlanError, match=r"LBFGS evaluates the loss by itself.*lamina\.LBFGS"):
         lm.Plan(torch.optim.LBFGS, lr=0.5).build(torch.nn.Linear(3, 1))
+
+
+class Eager(torch.optim.Optimizer):
+    """A guest that begins its state when it is built, with a count in its group, as some do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "count": 0})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["seen"] = torch.zeros_like(param)
+
+    def step(self):
+        for group in self.param_groups:
+            group["count"] += 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param]["seen"] += param.grad.abs()
+                    param.data -= group["lr"] * param.grad
+
+
+def mixed(guest, **rule):
+    return lm.Plan(lm.SGD, lr=0.1, rules=[lm.Rule("2.*", optimizer=guest, lr=0.1, **rule)])
+
+
+def lacking(optimizer, lacks):
+    """A state in which nothing is for the guest, and what to load it with."""
+    state = copy.deepcopy(optimizer.state_dict())
+    if lacks == "dropped":
+        return state, {"renamed": {"2": None}}
+    if lacks == "new":
+        return lm.Plan(lm.SGD, lr=0.1).build(small()[:2]).state_dict(), {}
+    if lacks == "empty":
+        return state | {"state": {n: e if n < 2 else {} for n, e in state["state"].items()}}, {}
+    other = mixed(torch.optim.RMSprop).build(twin := small())
+    train(twin, other, 3)
+    return other.state_dict(), {}
+
+
+@pytest.mark.parametrize("guest", [Eager, torch.optim.Adagrad, torch.optim.NAdam])
+@pytest.mark.parametrize("lacks", ["dropped", "new", "empty", "restarted"])
+def test_a_guest_begins_anew_where_a_load_brings_nothing(guest, lacks):
+    model, fresh = small(), small()
+    optimizer, built = mixed(guest).build(model), mixed(guest).build(fresh)
+    train(model, optimizer, 3)
+    state, how = lacking(optimizer, lacks)
+    for _ in range(2):  # what it begins with is not moved by the steps
+        optimizer.load_state_dict(state, **how)
+        for mine, theirs in zip(model[2].parameters(), fresh[2].parameters(), strict=True):
+            found, expected = optimizer.state[mine], built.state[theirs]
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value))
+        if guest is Eager and lacks != "empty":
+            assert optimizer.param_groups[-1]["count"] == 0
+        train(model, optimizer, 2)

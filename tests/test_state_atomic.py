@@ -153,7 +153,7 @@ def fails(*_, **__):
     raise RuntimeError("planted")
 
 
-@pytest.mark.parametrize("part", ["match", "overrides_of", "feedback_of", "values_at"])
+@pytest.mark.parametrize("part", ["match", "lived_of", "values_at"])
 def test_a_failure_inside_changes_nothing(part, monkeypatch):
     _, other = running(8)
     model, optimizer = running()

@@ -149,7 +149,7 @@ def test_several_windows_in_one_rule_are_true():
 
 def test_canary_a_rewarmup_that_does_not_restart_is_found(monkeypatch):
     def from_the_first_thaw(self, cell):
-        return float(cell.rewarm(max(0.0, self._step - self._windows(cell)[0][0])))
+        return float(cell.rewarm(max(0.0, self._step - self._feedback.windows(cell)[0][0])))
 
     monkeypatch.setattr("lamina.timeline.Values._rewarm", from_the_first_thaw)
     with pytest.raises(AssertionError):

@@ -105,7 +105,7 @@ class Engine(torch.optim.Optimizer):
 
     def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         """The state of a parameter before its first update."""
-        return {"step": new_step(param)}
+        return begun(param)
 
     @staticmethod
     def _unchanged(
@@ -182,6 +182,11 @@ class Engine(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
+    """The state of a parameter before any tensor is needed: the count of its updates."""
+    return {"step": new_step(param).fill_(steps)}
 
 
 def new_step(param: torch.Tensor) -> torch.Tensor:

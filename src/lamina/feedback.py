@@ -28,6 +28,11 @@ class Reaction(Spelled, ABC):
     spelling: ClassVar[str] = ""
     metric: str
 
+    @property
+    @abstractmethod
+    def patience(self) -> TimeLike:
+        """How long it waits: reports, or a time with a unit."""
+
     @abstractmethod
     def begin(self) -> dict[str, Any]:
         """What it has seen before any report."""

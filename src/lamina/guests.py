@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, ClassVar, final
 
 import torch
@@ -103,15 +104,27 @@ class Guests:
 
     def __init__(self, cells: Sequence[Cell], groups: Sequence[dict[str, Any]], state: Any) -> None:
         self._of: dict[str, torch.optim.Optimizer] = {}
+        #: what guests made when they were built, by parameter and by group: where they begin anew
+        self.begun: dict[str, dict[str, Any]] = {}
+        self.begun_groups: dict[str, dict[str, Any]] = {}
         guests = (cell.optimizer for cell in cells if method_of(cell.optimizer) is None)
         for optimizer in dict.fromkeys(guests):
             chosen = [i for i, cell in enumerate(cells) if cell.optimizer is optimizer]
             own = [groups[i] for i in chosen]
             guest = admit(optimizer, [cells[i] for i in chosen], own, state)
             self._of |= {group["name"]: guest for group in own}
+            self._remember(own, state)
 
     def __contains__(self, group: str) -> bool:
         return group in self._of
+
+    def _remember(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
+        for group in groups:
+            rest = {key: value for key, value in group.items() if key != "params"}
+            self.begun_groups[group["name"]] = deepcopy(rest)
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if state.get(param):  # most guests begin their state in their first step
+                    self.begun[name] = deepcopy(dict(state[param]))
 
     def set_mode(self, mode: str) -> None:
         """Call `train()` or `eval()` on the guests that have it (schedule-free ones do)."""

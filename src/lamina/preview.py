@@ -17,7 +17,7 @@ from .parameters import observe, walk
 from .plan import Plan
 from .resolve import resolve_owned
 from .resolved import Finding, Resolved
-from .state import Resumed, jump, resume_from
+from .state import Resumed, resume_from
 from .time import Run
 from .timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 
@@ -68,9 +68,7 @@ class Preview:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is legal in the plan but suspicious."""
-        if self.resumed is None or self.resumed.saved_run in (None, self.run):
-            return self.resolved.findings
-        told = [jump(row, self.resumed.clock) for row in self.resumed.changed if row.moves]
+        told = self.resumed.jumps if self.resumed is not None else ()
         if not told:
             return self.resolved.findings
         fix = "If that is not meant, extend='hold' keeps the saved schedules."
@@ -107,23 +105,33 @@ class Preview:
         return rows(self)
 
     def values(self, step: Any) -> Values:
-        """Every value at a step or an array of steps: what `Optimizer.step` applies."""
+        """Every value at a step or an array of steps, by the groups of the run as it goes on."""
         after = values_at(self.resolved, step, self.feedback)
         if self.resumed is None or self.resumed.before is None:
             return after
-        before = values_at(self.resumed.before, step, self.feedback)
+        before = values_at(self.resumed.before, step, self.resumed.past)
         return spliced(before, after, step, self.resumed.clock)
 
+    def _lived(self, step: int) -> tuple[Resolved, Feedback]:
+        """What the plan was settled to at a step: before its clock, a resumed run was another."""
+        resumed = self.resumed
+        if resumed is None or resumed.before is None or step >= resumed.clock:
+            return self.resolved, self.feedback
+        return resumed.before, resumed.past
+
     def at(self, step: int) -> dict[str, dict[str, Any]]:
-        """The hyperparameters of every group at a step, in the form of `optimizer.applied`."""
-        values = self.values(step)
-        return {cell.name: values.hyper(i) for i, cell in enumerate(self.resolved.cells)}
+        """The hyperparameters of every group at a step, in the form of `optimizer.applied`.
+
+        Before the clock of a resumed run these are its groups as they were.
+        """
+        resolved, feedback = self._lived(step)
+        values = values_at(resolved, step, feedback)
+        return {cell.name: values.hyper(i) for i, cell in enumerate(resolved.cells)}
 
     def explain(self, name: str, step: int = 0) -> Explanation:
         """The chain of rules behind every number of a parameter at a step."""
-        resumed = self.resumed
-        before = resumed.before if resumed is not None and step < resumed.clock else None
-        return explain(before or self.resolved, name, step, self.feedback)
+        resolved, feedback = self._lived(step)
+        return explain(resolved, name, step, feedback)
 
     def plot(self, path: str | os.PathLike[str] | None = None, ax: Axes | None = None) -> Figure:
         """Draw the lr of every group over the run, and below it when each one trains.

@@ -10,7 +10,8 @@ import torch
 
 from .errors import PlanError, did_you_mean
 from .feedback import EarlyStop, OnPlateau, Plateau
-from .resolved import Resolved, Trigger
+from .resolved import Resolved
+from .timeline import Feedback
 
 #: what all reactions of a plan have seen, by their key; plain numbers, saved with the state
 AllSeen = Mapping[str, Mapping[str, Any]]
@@ -49,18 +50,19 @@ def observe_all(
     resolved: Resolved, seen: AllSeen, numbers: Mapping[str, float], step: int
 ) -> dict[str, dict[str, Any]]:
     """What the reactions have seen after a report at a step; pure."""
+    run = resolved.settled_for  # whose patience, as all times
     new = {key: dict(value) for key, value in seen.items()}
     for key, reaction in resolved.reactions:
         if isinstance(reaction, (Plateau, OnPlateau)) and reaction.metric in numbers:
             value = numbers[reaction.metric]
-            new[key] = reaction.observe(seen[key], value, step, resolved.run)
+            new[key] = reaction.observe(seen[key], value, step, run)
     for key, reaction in resolved.reactions:  # after the others, whose changes give hope
         if isinstance(reaction, EarlyStop) and reaction.metric in numbers:
             opened = _opened(resolved, new, step)
             lowered = any(new[other].get("changes") != seen[other].get("changes") for other in seen)
             thaw = opened > seen[key]["opened"] or _thaw_pending(resolved, new, step)
             value = numbers[reaction.metric]
-            new[key] = reaction.observe(seen[key], value, step, resolved.run, thaw, lowered)
+            new[key] = reaction.observe(seen[key], value, step, run, thaw, lowered)
             new[key]["opened"] = opened
     return new
 
@@ -91,12 +93,8 @@ def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _begins(resolved: Resolved, seen: AllSeen) -> list[float]:
     """The steps of all thaws, infinite for those that wait for a metric."""
-    begins = []
-    for cell in resolved.cells:
-        for begin, _ in cell.windows:
-            step = seen[begin.key]["opened"] if isinstance(begin, Trigger) else begin
-            begins.append(math.inf if step is None else float(step))
-    return begins
+    lived = Feedback(seen=seen)
+    return [begin for cell in resolved.cells for begin, _ in lived.windows(cell)]
 
 
 def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:
@@ -105,9 +103,4 @@ def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:
 
 def _thaw_pending(resolved: Resolved, seen: AllSeen, step: int) -> bool:
     end = math.inf if resolved.run.steps is None else resolved.run.steps
-    waiting = any(
-        isinstance(begin, Trigger) and seen[begin.key]["opened"] is None
-        for cell in resolved.cells
-        for begin, _ in cell.windows
-    )
-    return waiting or any(step < begin < end for begin in _begins(resolved, seen))
+    return any(begin == math.inf or step < begin < end for begin in _begins(resolved, seen))

@@ -36,11 +36,24 @@ def resolve(plan: Plan, model: nn.Module, run: Run | None = None) -> Resolved:
 
 
 def resolve_owned(
-    plan: Plan, owned: tuple[Owned, ...], run: Run, seen: Observed | None = None
+    plan: Plan,
+    owned: tuple[Owned, ...],
+    run: Run,
+    seen: Observed | None = None,
+    planned: Run | None = None,
 ) -> Resolved:
-    """`resolve` for a model that was already walked and observed."""
-    drafts = cascade(plan, [item.info for item in owned], run)
-    binder = _Binder(run)
+    """`resolve` for a model that was already walked and observed.
+
+    Args:
+        plan: the plan.
+        owned: the model's parameters.
+        run: the length of the run.
+        seen: what else of the model matters.
+        planned: the length that schedules and windows are settled for, if not `run`.
+    """
+    planned = planned or run
+    drafts = cascade(plan, [item.info for item in owned], planned)
+    binder = _Binder(planned, run)
     scopes = _scopes(plan, drafts, binder)
     place = {scope.rule: index for index, scope in enumerate(scopes)}
     merged: dict[Any, list[Draft]] = {}
@@ -61,7 +74,8 @@ def resolve_owned(
         for name in draft.info.names
     }
     findings = find(plan, drafts, cells, run, seen)
-    return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains)
+    held = None if planned == run else planned
+    return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains, held)
 
 
 def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], ...]:
@@ -122,10 +136,10 @@ def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:
 
 
 class _Binder:
-    """Settles and judges schedules for a run, each distinct one once."""
+    """Settles schedules for one run, judges them over another; each distinct one once."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, planned: Run, run: Run) -> None:
+        self.run = planned
         self.steps = np.arange(run.steps or _HORIZON, dtype=np.float64)
         self.known: dict[Schedule, Schedule] = {}
         self.judged: set[Schedule] = set()

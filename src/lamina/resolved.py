@@ -144,6 +144,11 @@ class Resolved:
     chains: Mapping[str, Mapping[str, tuple[Link, ...]]] = field(repr=False)
     planned: Run | None = None
 
+    @property
+    def settled_for(self) -> Run:
+        """The run whose length the schedules, windows and patiences fit."""
+        return self.planned or self.run
+
     @cached_property
     def cell_of(self) -> dict[str, int]:
         """The index of the cell of each name (all names of tied parameters)."""

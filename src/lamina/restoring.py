@@ -77,8 +77,8 @@ class Restorable(Steerable):
         jumps = self.last_load.jumps if self.last_load else ()
         if jumps:
             log.warning(
-                "the state is of a run of another length, and the plan's values are used: %s. To "
-                "choose how the run goes on, build with resume=state and extend='hold' or "
+                "the state's schedules fit a run of another length, and the plan's are used: "
+                "%s. To choose how the run goes on, build with resume=state and extend='hold' or "
                 "'stretch'.",
                 few(jumps),
             )
@@ -97,6 +97,12 @@ class Restorable(Steerable):
         loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
         self._ties.warn()
         self._put(loaded)
+        if loaded.lost:
+            log.warning(
+                "the state holds what fits no group or rule of the plan any more, and it is lost: "
+                "%s. Call override again where it is still meant.",
+                few(loaded.lost),
+            )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -105,8 +111,8 @@ class Restorable(Steerable):
         self.state.update(loaded.state)
         self.__dict__.pop("_batches", None)  # kept batches hold the old tensors
         for group in self.param_groups:
-            group["overrides"] = loaded.overrides.get(group["name"], [])
-            group["feedback"] = loaded.feedback
+            group["overrides"] = loaded.lived.overrides.get(group["name"], [])
+            group["feedback"] = loaded.lived.seen
             group.update(loaded.groups.get(group["name"], {}))
         self._audit.forget()
         self._received.begin(loaded.clock)

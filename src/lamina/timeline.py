@@ -34,6 +34,16 @@ class Feedback:
         step = self.seen.get(trigger.key, {}).get("opened")
         return math.inf if step is None else float(step)
 
+    def windows(self, cell: Cell) -> list[tuple[float, float]]:
+        """The windows of a cell in numbers; one that waits for a metric begins at infinity."""
+        return [
+            (
+                self.opened(begin) if isinstance(begin, Trigger) else float(begin),
+                math.inf if end is None else float(end),
+            )
+            for begin, end in cell.windows
+        ]
+
 
 NO_FEEDBACK = Feedback()
 
@@ -79,20 +89,10 @@ class Values:
     def inside(self, cell: Cell) -> Any:
         """Whether a cell trains."""
         inside: Any = False if self._scalar else np.zeros(self._steps.shape, dtype=bool)
-        for begin, end in self._windows(cell):
+        for begin, end in self._feedback.windows(cell):
             step = self._step if self._scalar else self._steps
             inside = inside | ((step >= begin) & (step < end))
         return inside
-
-    def _windows(self, cell: Cell) -> list[tuple[float, float]]:
-        """The windows of a cell in numbers, thaws that wait for a metric included."""
-        return [
-            (
-                self._feedback.opened(begin) if isinstance(begin, Trigger) else float(begin),
-                math.inf if end is None else float(end),
-            )
-            for begin, end in cell.windows
-        ]
 
     def _since(self, begin: float, now: Any, before: Any) -> Any:
         """`now` from a step on, `before` until then."""
@@ -137,7 +137,7 @@ class Values:
         """The factor after a thaw; a part that trains from step 0 has no thaw."""
         assert cell.rewarm is not None
         factor = np.ones_like(self._steps)
-        for begin, _ in self._windows(cell):
+        for begin, _ in self._feedback.windows(cell):
             since = self._steps - begin
             if begin > 0 and (since >= 0).any():
                 factor = np.where(since >= 0, cell.rewarm.at(np.maximum(since, 0.0)), factor)
@@ -177,15 +177,20 @@ class _Spliced(Values):
 
     def __init__(self, before: Values, after: Values, past: Any) -> None:
         self._before, self._after, self._past = before, after, past
+        cells, known = after._resolved.cells, before._resolved.cell_of
+        # By parameter, as equal names need not be equal groups. A group whose parameters were in
+        # several shows the past of the first; `Preview.at` and `explain` know that of each.
+        self._earlier = [known[cell.parameters[0].name] for cell in cells]
 
     def hyper(self, index: int) -> dict[str, Any]:
         """The hyperparameters of a cell."""
-        old, new = self._before.hyper(index), self._after.hyper(index)
+        old, new = self._before.hyper(self._earlier[index]), self._after.hyper(index)
         return {key: self._pick(old[key], new[key]) for key in new}
 
     def active(self, index: int) -> Any:
         """Whether the cell of this index trains."""
-        return self._pick(self._before.active(index), self._after.active(index))
+        earlier = self._earlier[index]
+        return self._pick(self._before.active(earlier), self._after.active(index))
 
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """The gradient operations of a scope with their numbers."""
@@ -195,18 +200,12 @@ class _Spliced(Values):
     def _pick(self, old: Any, new: Any) -> Any:
         if isinstance(new, tuple):
             return tuple(map(self._pick, old, new))
+        if np.ndim(self._past) == 0:
+            return old if self._past else new
         same = not isinstance(new, np.ndarray) and not isinstance(old, np.ndarray) and old == new
         return new if same else np.where(self._past, old, new)
 
 
 def spliced(before: Values, after: Values, step: Any, clock: int) -> Values:
-    """The values of a run that was settled anew at a step: `before` it, and `after`.
-
-    Where the two settlements group the parameters differently, those of `after` alone.
-    """
-    one, other = before._resolved, after._resolved
-    if [cell.name for cell in one.cells] != [cell.name for cell in other.cells]:
-        return after
-    if np.ndim(step) == 0:
-        return before if step < clock else after
+    """The values of a run that was settled anew at a step: `before` it, and `after`."""
     return _Spliced(before, after, np.asarray(step) < clock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ from ..findings import listed, model_findings
 from ..optim.registry import is_whole_vector
 from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
 from ..received import Received
-from ..resolved import Cell, Finding, Resolved, Trigger
+from ..resolved import Cell, Finding, Resolved
 from ..state import LoadReport
 from ..ties import broken, by_name, tie_again
+from ..timeline import Feedback
 
 _REBUILD = (
     "Build the optimizer from the plan again, after the change to the model, and load this one's "
@@ -180,18 +180,10 @@ def _silent(
     ]
 
 
-def _spans(cell: Cell, seen: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
-    """The windows of a cell that have begun or will, in numbers."""
-    for begin, end in cell.windows:
-        start = seen[begin.key]["opened"] if isinstance(begin, Trigger) else begin
-        if start is not None:
-            yield start, math.inf if end is None else end
-
-
 def _steps_trained(
     cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]], since: float = 0
 ) -> float:
-    spans = _spans(cell, seen)
+    spans = Feedback(seen=seen).windows(cell)
     return sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
 
 
@@ -199,7 +191,7 @@ def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) 
     """The step from which the updates of a cell's parameters are counted."""
     if cell.frozen_state == "keep":
         return 0
-    spans = _spans(cell, seen)
+    spans = Feedback(seen=seen).windows(cell)
     return next((start for start, end in spans if start <= clock < end), clock)
 
 

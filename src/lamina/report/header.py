@@ -73,11 +73,11 @@ def _resumed(preview: Preview, resumed: Resumed) -> str:
     text = f"goes on at step {resumed.clock:,} of a saved run"
     if resumed.saved_run is None or resumed.saved_run.steps is None:
         return f"{text} whose length is unknown"
-    if resumed.saved_run == preview.run:
-        return text
     planned = preview.resolved.planned
-    if planned is None or planned.steps is None:
+    if resumed.settled_anew:
         return f"{text} of {resumed.saved_run.steps:,} steps; schedules fit the new length"
+    if planned is None or planned.steps is None:
+        return text
     return f"{text}; schedules are those of {planned.steps:,} steps, then hold their last values"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..resolved import Cell, Trigger
+from ..resolved import Cell
 from ..schedules import Schedule
 from ..schedules.base import Product, phases_of
 from ..time import Run
@@ -44,21 +44,24 @@ def _lr_key(preview: Preview, cell: Cell) -> Any:
     """Equal for two groups only if their lr is the same at every step."""
     overridden = cell.name if cell.name in preview.feedback.overrides else None
     lr = dict(cell.hyper).get("lr")
-    return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden
+    before = preview.resumed.before if preview.resumed is not None else None
+    past = None if before is None else before.cell_of[cell.parameters[0].name]
+    return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden, past
 
 
 def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     """The steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
-    spans = [windows(preview, cell) for cell in preview.resolved.cells]
+    cells = list(preview.resolved.cells)
+    if preview.resumed is not None and preview.resumed.before is not None:
+        cells += preview.resumed.before.cells  # whose joints are those of the past
+    spans = [windows(preview, cell) for cell in cells]
     if steps is None:
         return np.array(sorted({0, *(begin for each in spans for begin, _ in each)}))
     if steps <= SAMPLES:
         return np.arange(steps)
     marks = {0, steps - 1, *(step for _, step in preview.peaks)}
-    joints = set().union(
-        *(_joints(cell, each) for cell, each in zip(preview.resolved.cells, spans, strict=True))
-    )
+    joints = set().union(*(_joints(cell, each) for cell, each in zip(cells, spans, strict=True)))
     if preview.resumed is not None:
         joints |= {preview.resumed.clock}
     marks |= {step for joint in joints for step in (joint - 1, joint) if 0 <= step < steps}
@@ -70,10 +73,9 @@ def windows(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
     """The windows of a cell that open within the run, those cut off at its end with None."""
     total = math.inf if preview.run.steps is None else preview.run.steps
     found: list[tuple[int, int | None]] = []
-    for begin, end in cell.windows:
-        start = preview.feedback.opened(begin) if isinstance(begin, Trigger) else float(begin)
-        if start < total and (end is None or start < end):
-            found.append((math.ceil(start), None if end is None or end >= total else end))
+    for start, end in preview.feedback.windows(cell):
+        if start < min(total, end):
+            found.append((math.ceil(start), None if end >= total else int(end)))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .extend import Resumed, resume_from
 from .form import FORMAT, run_record
 from .load import Loaded, prepare
-from .report import Changed, LoadReport, jump
+from .report import Changed, LoadReport
 
 __all__ = [
     "FORMAT",
@@ -13,7 +13,6 @@ __all__ = [
     "LoadReport",
     "Loaded",
     "Resumed",
-    "jump",
     "prepare",
     "resume_from",
     "run_record",

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import PlanError, StateError, did_you_mean
+from ..errors import PlanError, StateError, TimeUnitError, did_you_mean
 from ..resolved import Resolved
-from ..time import Run
+from ..time import Run, parse
 from ..timeline import Feedback, Values, values_at
+from .compare import TOLERANCE, differences
 from .form import Saved, read
-from .load import clock_of, differences, in_order
+from .load import clock_of, in_order
 from .names import match
-from .report import Changed
-from .seen import feedback_of, overrides_of
+from .report import Changed, jumps, length_of, settled_anew
+from .seen import lived_of
 
 #: what may become of a plan when the length of its run changes
 WAYS = ("hold", "stretch")
@@ -29,24 +29,39 @@ class Resumed:
     """A plan settled for the rest of a run.
 
     `before` is the plan as it was settled for the saved run (None if its length is unknown) and
-    `resolved` as it goes on from `clock`; `changed` are the values that differ there.
+    `resolved` as it goes on from `clock`; `changed` are the values that differ there. `past` and
+    `feedback` are what happened so far, by the groups of `before` and of `resolved`. The saved
+    schedules fitted `saved_planned`, which is not `saved_run` where that was held.
     """
 
     resolved: Resolved
     before: Resolved | None
     clock: int
     feedback: Feedback
+    past: Feedback
     saved_run: Run | None
+    saved_planned: Run | None
     changed: tuple[Changed, ...]
+
+    @property
+    def settled_anew(self) -> bool:
+        """Whether its schedules fit another length from the clock on."""
+        return settled_anew(self.saved_planned, self.resolved.settled_for)
+
+    @property
+    def jumps(self) -> tuple[str, ...]:
+        """In words, each value that jumps at the clock because of that."""
+        return jumps(self.changed, self.clock, self.saved_planned, self.resolved.settled_for)
 
 
 def resume_from(
-    settle: Callable[[Run], Resolved], run: Run, state_dict: Any, extend: str | None
+    settle: Callable[..., Resolved], run: Run, state_dict: Any, extend: str | None
 ) -> Resumed | None:
     """Settle a plan for a run that goes on from a saved state; None without a state.
 
     Args:
-        settle: settles the plan for a run of a given length.
+        settle: settles the plan for a run of a given length; `planned=`, with the schedules of
+            another one.
         run: the length of the run from now on, its first part included.
         state_dict: the saved state.
         extend: "hold" keeps the schedules of the saved length, and their last values after it;
@@ -68,38 +83,34 @@ def resume_from(
         )
     resolved, before = settled(settle, run, saved, extend)
     clock = clock_of(saved)[0]
-    lived = Feedback(
-        overrides_of(saved.groups, resolved)[0], feedback_of(saved.groups, resolved)[0]
-    )
     matched = match(saved, in_order(resolved), None)
-    changed = differences(resolved, matched.entries, values_at(resolved, clock, lived))
-    return Resumed(resolved, before, clock, lived, saved.run, changed)
+    lived = lived_of(saved, matched, resolved)[0]
+    past = lived if before is None else lived_of(saved, matched, before)[0]
+    changed = differences(saved, matched, resolved, clock, values_at(resolved, clock, lived))
+    return Resumed(resolved, before, clock, lived, past, saved.run, saved.settled_for, changed)
 
 
 def settled(
-    settle: Callable[[Run], Resolved], run: Run, saved: Saved, extend: str | None
+    settle: Callable[..., Resolved], run: Run, saved: Saved, extend: str | None
 ) -> tuple[Resolved, Resolved | None]:
     """The plan for the rest of the run, and as it was for the saved one."""
     if saved.run is None or saved.run.steps is None:
         return settle(run), None
     planned = saved.planned or saved.run
     before = settle(planned)
-    held = before if planned == run else replace(before, run=run, planned=planned)
     if extend == "hold" or (extend is None and saved.run == run):
-        return held, before
+        return before if planned == run else settle(run, planned=planned), before
     stretched = settle(run)
     if extend is None:
-        clock = clock_of(saved)[0]
-        lived = Feedback(
-            overrides_of(saved.groups, before)[0], feedback_of(saved.groups, before)[0]
-        )
-        difference = first_difference(before, stretched, clock, lived)
+        matched = match(saved, in_order(before), None)
+        lived = [lived_of(saved, matched, each)[0] for each in (before, stretched)]
+        difference = first_difference(before, stretched, clock_of(saved)[0], *lived)
         if difference:
             raise StateError(
-                f"the saved run was planned for {_length(planned)}, this one has {_length(run)}, "
-                f"and the plan depends on that: {difference}. Pass extend='hold' (the saved "
-                "schedules, then their last values) or extend='stretch' (the same shapes over the "
-                "new length); for lamina run, --extend."
+                f"the saved run was planned for {length_of(planned)}, this one has "
+                f"{length_of(run)}, and the plan depends on that: {difference}. Pass extend='hold' "
+                "(the saved schedules, then their last values) or extend='stretch' (the same "
+                "shapes over the new length); for lamina run, --extend."
             )
     return stretched, before
 
@@ -115,10 +126,13 @@ def _check_way(extend: Any, resumed: bool) -> None:
         )
 
 
-def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedback) -> str:
+def first_difference(
+    one: Resolved, other: Resolved, clock: int, lived: Feedback, lived_other: Feedback
+) -> str:
     """In words, a value that differs between two settlements from the clock on; "" if none."""
-    if (one.cells, one.scopes) == (other.cells, other.scopes):
-        return ""
+    impatient = _patience(one, other)
+    if impatient or (one.cells, one.scopes) == (other.cells, other.scopes):
+        return impatient
     last = max(2 * clock + 2, one.run.steps or 0, other.run.steps or 0)
     edges = {
         step + shift
@@ -132,7 +146,7 @@ def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedb
     steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
     inside = [step for step in edges if clock <= step <= last]
     steps = np.union1d(steps, np.array(inside, dtype=np.int64))
-    pair = values_at(one, steps, feedback), values_at(other, steps, feedback)
+    pair = values_at(one, steps, lived), values_at(other, steps, lived_other)
     seen = set()
     for name, first in one.cell_of.items():
         indices = first, other.cell_of[name]
@@ -145,6 +159,20 @@ def first_difference(one: Resolved, other: Resolved, clock: int, feedback: Feedb
         found = _threshold(pair, one.scopes.index(scope), steps)
         if found:
             return f"{found[0]} of {scope.name!r} {found[1]}"
+    return ""
+
+
+def _patience(one: Resolved, other: Resolved) -> str:
+    """In words, a reaction whose patience is another number of steps; "" if there is none."""
+    for key, reaction in one.reactions:
+        try:
+            first, second = (
+                parse(reaction.patience).in_steps(each.settled_for) for each in (one, other)
+            )
+        except TimeUnitError:
+            continue  # the length of an epoch is unknown: no report can be made
+        if first != second:
+            return f"the patience of {key} would be {float(second):g} steps, not {float(first):g}"
     return ""
 
 
@@ -175,14 +203,8 @@ def _apart(one: Any, other: Any, steps: Any) -> str:
     if not isinstance(one, (int, float, np.ndarray)):
         return "" if one == other else f"would be {other!r} instead of {one!r}"
     first, second = (np.broadcast_to(np.asarray(v, dtype=float), steps.shape) for v in (one, other))
-    apart = ~np.isclose(first, second, rtol=1e-9, atol=0.0)
+    apart = ~np.isclose(first, second, rtol=TOLERANCE, atol=0.0)
     if not apart.any():
         return ""
     place = int(np.argmax(apart))
     return f"at step {steps[place]} would be {second[place]:.6g} instead of {first[place]:.6g}"
-
-
-def _length(run: Run) -> str:
-    steps = math.nan if run.steps is None else run.steps
-    text = "an unknown length" if run.steps is None else f"{steps:,} steps"
-    return text + (f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..algorithms.base import Algorithm
-from ..engine import new_step
+from ..engine import begun
 from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
 from ..parameters import ParamInfo
@@ -126,11 +126,6 @@ def _has_momentum(entry: Entry, cell: Cell) -> bool:
     """Whether a momentum was, and is, the same at every step: then its buffer is always there."""
     moves = "momentum" in dict(cell.moving) or entry.group.get("overrides", "[]") not in ("[]", [])
     return bool(entry.group.get("momentum") and cell.constants.get("momentum") and not moves)
-
-
-def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
-    """The state of a parameter before any tensor is needed: the count of its updates."""
-    return {"step": new_step(param).fill_(steps)}
 
 
 def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:

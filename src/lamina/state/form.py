@@ -54,6 +54,11 @@ class Saved:
     planned: Run | None
     by_fqn: bool = False
 
+    @property
+    def settled_for(self) -> Run | None:
+        """The run whose length the saved schedules fitted; None if the state does not know it."""
+        return self.planned or self.run
+
 
 def run_record(run: Run) -> dict[str, int | None]:
     """A run as plain values."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..engine import begun
 from ..errors import StateError
+from ..guests import Guests
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
-from ..resolved import ALWAYS, Cell, Resolved
-from ..timeline import Feedback, Values, values_at
+from ..resolved import Cell, Resolved
+from ..timeline import Feedback, values_at
+from .compare import differences
 from .fit import (
-    begun,
     belongs,
     check_shape,
     copied,
@@ -29,8 +29,8 @@ from .fit import (
 from .form import Entry, Saved, number_of_steps, read
 from .lost import has_begun, refuse_lost
 from .names import match
-from .report import Changed, LoadReport, few
-from .seen import feedback_of, overrides_of
+from .report import LoadReport, few
+from .seen import lived_of
 
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
@@ -46,13 +46,17 @@ OURS = frozenset(
 
 @dataclass(frozen=True)
 class Loaded:
-    """State ready to be put in place; `groups` holds values that guests keep in their groups."""
+    """State ready to be put in place; `groups` holds values that guests keep in their groups.
+
+    `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
+    nothing any more.
+    """
 
     state: dict[torch.Tensor, dict[str, Any]]
     groups: dict[str, dict[str, Any]]
     clock: int
-    overrides: dict[str, list[Any]]
-    feedback: dict[str, dict[str, Any]]
+    lived: Feedback
+    lost: tuple[str, ...]
     report: LoadReport
 
 
@@ -66,13 +70,11 @@ def prepare(
     resolved, saved = optimizer.resolved, read(state_dict)
     matched = match(saved, in_order(resolved), renamed)
     clock, clock_from = clock_of(saved)
-    overrides, lost_overrides = overrides_of(saved.groups, resolved)
-    feedback, lost_feedback = feedback_of(saved.groups, resolved)
-    lived = Feedback(overrides, feedback)
+    lived, lost = lived_of(saved, matched, resolved)
     values = values_at(resolved, clock, lived)
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
-    fitting = _Fitting(dict(matched.entries), clock, lived)
+    fitting = _Fitting(dict(matched.entries), clock, lived, optimizer._guests)
     if saved.by_fqn:
         refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
     if is_whole_vector(resolved.cells[0].optimizer):
@@ -85,20 +87,19 @@ def prepare(
         new=tuple(fitting.new),
         restarted=tuple(fitting.restarted),
         renamed=tuple(matched.renamed),
-        dropped=(
-            *(*fitting.entries, *matched.asked),
-            *(*fitting.left, *lost_overrides, *lost_feedback),
-        ),
-        hyperparameters=differences(resolved, matched.entries, values),
+        dropped=(*fitting.entries, *matched.asked, *fitting.left, *lost),
+        hyperparameters=differences(saved, matched, resolved, clock, values),
         clock=clock,
         clock_from=clock_from,
         saved_run=saved.run,
         run=resolved.run,
+        saved_planned=saved.settled_for,
+        planned=resolved.settled_for,
         matched_by=matched.by,
     )
     if strict:
         _refuse_unexpected(report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, clock, overrides, feedback, report)
+    return Loaded(fitting.state, fitting.groups, clock, lived, lost, report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
@@ -119,7 +120,9 @@ def clock_of(saved: Saved) -> tuple[int, str]:
 class _Fitting:
     """Takes the saved entries one by one; what is left in `entries` fits no parameter."""
 
-    def __init__(self, entries: dict[str, Entry], clock: int, feedback: Feedback) -> None:
+    def __init__(
+        self, entries: dict[str, Entry], clock: int, feedback: Feedback, guests: Guests
+    ) -> None:
         self.entries = entries
         self.state: dict[torch.Tensor, dict[str, Any]] = {}
         self.groups: dict[str, dict[str, Any]] = {}
@@ -129,14 +132,14 @@ class _Fitting:
         self.left: list[str] = []
         self._clock = clock
         self._feedback = feedback
+        self._guests = guests
 
     def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
         """Fit what was saved of the parameters of a cell."""
         own = cell.algorithm is not None
         for info, param in zip(cell.parameters, group["params"], strict=True):
             entry = self.entries.pop(info.name, None)
-            if own:
-                self.state[param] = begun(param)
+            self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
                 if self._has_begun(cell):
                     self.new.append(info.name)
@@ -145,13 +148,21 @@ class _Fitting:
             else:
                 self._keep(info, param, entry, cell)
                 if not own and cell.name not in self.groups:
-                    self.groups[cell.name] = _carried(cell, group, entry)
+                    self.groups[cell.name] = _carried(cell, group, entry.group)
+        if not own:  # what nothing was saved of begins anew
+            first = _carried(cell, group, self._guests.begun_groups[cell.name])
+            self.groups[cell.name] = first | self.groups.get(cell.name, {})
+
+    def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
+        """The state of a guest's parameter as it was when the guest was built: mostly empty."""
+        values = self._guests.begun.get(info.name, {})
+        return {key: copied(value, None) for key, value in values.items()}
 
     def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
-            self.state[param] = guest_entry(param, entry)
+            self.state[param] = guest_entry(param, entry) or self._guest_begun(info)
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
@@ -178,55 +189,11 @@ class _Fitting:
         return has_begun(cell, self._clock, self._feedback)
 
 
-def _carried(cell: Cell, group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a guest keeps in its group: neither a setting of its constructor nor ours."""
     settings = inspect.signature(cell.optimizer).parameters.keys()
-    keys = (group.keys() & entry.group.keys()) - OURS - settings - dict(cell.hyper).keys()
-    return {key: copied(entry.group[key], None) for key in keys}
-
-
-def differences(
-    resolved: Resolved, entries: Mapping[str, Entry], values: Values
-) -> tuple[Changed, ...]:
-    """The hyperparameters at the clock that are not the saved ones, by group."""
-    rows: Counter[Changed] = Counter()
-    for index, cell in enumerate(resolved.cells):
-        hyper = values.hyper(index)
-        sources: dict[int, tuple[Entry, int]] = {}
-        for info in cell.parameters:
-            entry = entries.get(info.name)
-            if entry is not None and belongs(entry, cell):
-                count = sources.get(id(entry.group), (entry, 0))[1]
-                sources[id(entry.group)] = (entry, count + 1)
-        timed = {key for key, _ in cell.moving}
-        if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
-            timed.add("lr")
-        for entry, count in sources.values():
-            for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(entry.group[key]), _plain(hyper[key])
-                if not close(saved, now):
-                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
-    found = [
-        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
-        for row, count in rows.items()
-    ]
-    order = {cell.name: place for place, cell in enumerate(resolved.cells)}
-    return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else tuple(value.reshape(-1).tolist())
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
-
-
-def close(a: Any, b: Any) -> bool:
-    """Whether two values are the same but for rounding."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(close, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return bool(a == b)
+    keys = (group.keys() & saved.keys()) - OURS - settings - dict(cell.hyper).keys()
+    return {key: copied(saved[key], None) for key in keys}
 
 
 def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:

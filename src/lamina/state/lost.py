@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import StateError
 from ..guests import keeps_state
 from ..optim.registry import is_whole_vector
-from ..resolved import Cell, Resolved, Trigger
+from ..resolved import Cell, Resolved
 from ..timeline import Feedback, values_at
 from .fit import belongs, has_state
 from .form import Entry
@@ -78,7 +78,4 @@ def _without_memory(resolved: Resolved, entries: Mapping[str, Entry]) -> list[st
 
 def has_begun(cell: Cell, clock: int, feedback: Feedback) -> bool:
     """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
-    begins = (
-        feedback.opened(begin) if isinstance(begin, Trigger) else begin for begin, _ in cell.windows
-    )
-    return any(begin <= clock for begin in begins)
+    return any(begin <= clock for begin, _ in feedback.windows(cell))

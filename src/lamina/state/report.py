@@ -14,7 +14,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Changed:
-    """A hyperparameter of a group whose value at the clock is not what was saved.
+    """A hyperparameter of a group, or a threshold of a rule, that is not what was saved.
 
     `moves`: it is given by a schedule, in the plan as it is now; `parameters` counts whose.
     """
@@ -47,6 +47,8 @@ class LoadReport:
             parameter received) or `"nothing"` (then it is 0).
         saved_run: the length of the run that was saved; None if the state does not know it.
         run: the length of this run.
+        saved_planned: the length that its schedules fitted: not `saved_run` if it was held.
+        planned: the length that the schedules fit now.
         matched_by: `"names"`, or `"positions"` for a state without names.
     """
 
@@ -60,14 +62,14 @@ class LoadReport:
     clock_from: str = "clock"
     saved_run: Run | None = None
     run: Run | None = None
+    saved_planned: Run | None = None
+    planned: Run | None = None
     matched_by: str = "names"
 
     @property
     def jumps(self) -> tuple[str, ...]:
-        """In words, each value that a run of another length makes jump at the clock."""
-        if self.saved_run in (None, self.run):
-            return ()
-        return tuple(jump(row, self.clock) for row in self.hyperparameters if row.moves)
+        """In words, each value that schedules of another length make jump at the clock."""
+        return jumps(self.hyperparameters, self.clock, self.saved_planned, self.planned)
 
     def __str__(self) -> str:
         lines = [f"{_count(len(self.kept), 'parameter')} kept their state, at step {self.clock}"]
@@ -78,7 +80,13 @@ class LoadReport:
         if self.matched_by == "positions":
             lines.append("matched by position: the state has no names")
         if self.saved_run not in (None, self.run):
-            lines.append(f"run: saved with {_run(self.saved_run)}, now {_run(self.run)}")
+            lines.append(f"run: saved with {length_of(self.saved_run)}, now {length_of(self.run)}")
+        if (self.saved_planned, self.planned) != (self.saved_run, self.run) and settled_anew(
+            self.saved_planned, self.planned
+        ):
+            lines.append(
+                f"schedules: of {length_of(self.saved_planned)}, now of {length_of(self.planned)}"
+            )
         named = [f"{old} -> {new}" for old, new in self.renamed]
         rows = [
             ("new", self.new),
@@ -91,7 +99,26 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def jump(row: Changed, clock: int) -> str:
+def settled_anew(saved: Run | None, now: Run | None) -> bool:
+    """Whether the schedules fit another length than the saved ones did, as far as that is known.
+
+    Args:
+        saved: the run that the saved schedules fitted, which need not be the one that was saved.
+        now: the run that they fit now.
+    """
+    return saved is not None and saved != now
+
+
+def jumps(
+    changed: Sequence[Changed], clock: int, saved: Run | None, now: Run | None
+) -> tuple[str, ...]:
+    """In words, each value that jumps because the schedules fit another length."""
+    if not settled_anew(saved, now):
+        return ()
+    return tuple(_jump(row, clock) for row in changed if row.moves)
+
+
+def _jump(row: Changed, clock: int) -> str:
     """A value that jumps, in words."""
     times = ""
     if isinstance(row.saved, (int, float)) and isinstance(row.now, (int, float)) and row.saved:
@@ -111,10 +138,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _run(run: Run | None) -> str:
+def length_of(run: Run | None) -> str:
+    """The length of a run in words."""
     if run is None or run.steps is None:
         return "an unknown length"
-    epoch = f" ({run.steps_per_epoch:,} in an epoch)" if run.steps_per_epoch else ""
+    epoch = f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else ""
     return f"{run.steps:,} steps{epoch}"
 
 

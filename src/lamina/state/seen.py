@@ -11,7 +11,9 @@ from ..feedback import REACTIONS
 from ..overrides import check_override
 from ..reporting import begin_all
 from ..resolved import Cell, Resolved
-from .form import Group
+from ..timeline import Feedback
+from .form import Entry, Group, Saved
+from .names import Matched
 
 #: the keys of a group under which this is saved
 KEYS = ("overrides", "feedback")
@@ -37,23 +39,52 @@ def _unwritten(group: Group, key: str, absent: Any) -> Any:
         raise StateError(f"the saved {key} are not readable ({error}): {value[:60]!r}.") from None
 
 
-def overrides_of(
-    groups: Sequence[Group], resolved: Resolved
+def lived_of(
+    saved: Saved, matched: Matched, resolved: Resolved
+) -> tuple[Feedback, tuple[str, ...]]:
+    """What a saved run has lived through, by the present groups, and in words what is lost of it.
+
+    Args:
+        saved: the state.
+        matched: whose entries are under the names of the present parameters.
+        resolved: the plan as it is now.
+    """
+    overrides, lost_overrides = _overrides_of(saved, matched, resolved)
+    seen, lost_seen = _feedback_of(saved.groups, resolved)
+    return Feedback(overrides, seen), (*lost_overrides, *lost_seen)
+
+
+def _overrides_of(
+    saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """The saved overrides by group, and in words those that fit no group any more."""
-    cells = {cell.name: cell for cell in resolved.cells}
+    """The overrides of each group: those that all its parameters were saved with."""
+    histories = {id(g): _history(_unwritten(g, "overrides", [])) for g in saved.groups}
+    lost = {id(entry.group) for entry in _not_asked(saved, matched)}
+    taken: set[int] = set()
+    left: set[int] = set()
     kept: dict[str, list[Any]] = {}
-    left = []
-    for group in groups:
-        history = _history(_unwritten(group, "overrides", []))
-        if not history:
-            continue
-        name = group.get("name")
-        if name in cells and _applies(cells[name], history):
-            kept[name] = history
+    for cell in resolved.cells:
+        entries = [matched.entries.get(info.name) for info in cell.parameters]
+        sources = list(dict.fromkeys(id(entry.group) for entry in entries if entry is not None))
+        found = [histories[source] for source in sources]
+        if any(found) and found.count(found[0]) == len(found) and _applies(cell, found[0]):
+            kept[cell.name] = found[0]
+            taken.update(sources)
         else:
-            left.append(f"override of {name!r}")
-    return kept, left
+            left.update(sources)
+    lost = (lost - taken) | left
+    return kept, [
+        f"override of {group.get('name')!r}"
+        for group in saved.groups
+        if histories[id(group)] and id(group) in lost
+    ]
+
+
+def _not_asked(saved: Saved, matched: Matched) -> list[Entry]:
+    """The saved entries that the user did not ask to leave out."""
+    asked = set(matched.asked)
+    names = saved.names or [""] * len(saved.entries)
+    return [entry for name, entry in zip(names, saved.entries, strict=True) if name not in asked]
 
 
 def _history(saved: Any) -> list[Any]:
@@ -82,7 +113,7 @@ def _applies(cell: Cell, history: Sequence[Any]) -> bool:
     return True
 
 
-def feedback_of(
+def _feedback_of(
     groups: Sequence[Group], resolved: Resolved
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What the plan's reactions have seen, and in words what was seen for others."""

@@ -1,0 +1,102 @@
+"""Values at the clock of a saved run, compared with those that were saved."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..errors import TimeUnitError
+from ..resolved import ALWAYS, Resolved
+from ..schedules import Schedule
+from ..time import Run
+from ..timeline import Values
+from .fit import belongs
+from .form import Entry, Saved
+from .names import Matched
+from .report import Changed, settled_anew
+
+#: two values are one if they differ by no more than this part of them: by rounding
+TOLERANCE = 1e-9
+
+
+def differences(
+    saved: Saved, matched: Matched, resolved: Resolved, clock: int, values: Values
+) -> tuple[Changed, ...]:
+    """What is not as it was saved at the clock: hyperparameters by group, then thresholds.
+
+    Args:
+        saved: the state.
+        matched: its entries under the names of the present parameters.
+        resolved: the plan as it is now.
+        clock: the steps taken.
+        values: those of the plan at the clock.
+    """
+    planned = saved.settled_for
+    held = planned is None or not settled_anew(planned, resolved.settled_for)
+    operations = () if planned is None or held else _operations(resolved, planned, clock, values)
+    return (*_hyperparameters(resolved, matched.entries, values), *operations)
+
+
+def _operations(resolved: Resolved, planned: Run, clock: int, values: Values) -> Iterator[Changed]:
+    """Thresholds at the clock that this plan gives otherwise for the length that was saved.
+
+    They are not in a state, which therefore cannot tell whether the plan itself is another.
+    """
+    for index, scope in enumerate(resolved.scopes):
+        count = sum(len(cell.parameters) for cell in resolved.cells if cell.scope == index)
+        for operation, now in values.operations(index):
+            if not isinstance(operation.amount, Schedule):
+                continue
+            with suppress(TimeUnitError):  # epochs of an unknown length
+                before = float(operation.amount.bind(planned)(clock))
+                if not close(before, now):
+                    kind = operation.spelling
+                    yield Changed(scope.name, kind, before, now, count, moves=True)
+
+
+def _hyperparameters(
+    resolved: Resolved, entries: Mapping[str, Entry], values: Values
+) -> tuple[Changed, ...]:
+    rows: Counter[Changed] = Counter()
+    for index, cell in enumerate(resolved.cells):
+        hyper = values.hyper(index)
+        sources: dict[int, tuple[Entry, int]] = {}
+        for info in cell.parameters:
+            entry = entries.get(info.name)
+            if entry is not None and belongs(entry, cell):
+                count = sources.get(id(entry.group), (entry, 0))[1]
+                sources[id(entry.group)] = (entry, count + 1)
+        timed = {key for key, _ in cell.moving}
+        if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
+            timed.add("lr")
+        for entry, count in sources.values():
+            for key in hyper.keys() & entry.group.keys():
+                saved, now = _plain(entry.group[key]), _plain(hyper[key])
+                if not close(saved, now):
+                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
+    found = [
+        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
+        for row, count in rows.items()
+    ]
+    order = {cell.name: place for place, cell in enumerate(resolved.cells)}
+    return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else tuple(value.reshape(-1).tolist())
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether two values are the same but for rounding."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(close, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=TOLERANCE)
+    return bool(a == b)
