@@ -416,8 +416,8 @@ def test_a_state_that_is_not_lamina_s_is_refused_and_the_folder_left_alone(stopp
         ({"accumulate": 2}, "accumulate=2"),
         ({"mixed_precision": "bf16"}, "mixed_precision='bf16'"),
         ({"out": "elsewhere"}, "out='elsewhere' and resume="),
-        ({"epochs": 1}, r"planned for 14 steps.*this one has 7.*--extend"),
-        ({"epochs": 1, "extend": "hold"}, "the run is finished: it is at step 9 of 7"),
+        ({"epochs": 1}, r"at step 9, and this one is to end after 7 steps; give it more"),
+        ({"epochs": 1.5}, r"planned for 14 steps.*this one has 11.*--extend"),
         ({"extend": "hole"}, r"extend='hole': expected 'hold' or 'stretch'.*Did you mean 'hold'"),
     ],
 )

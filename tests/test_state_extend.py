@@ -307,3 +307,45 @@ def test_a_long_resumed_run_is_sampled_at_its_clock():
     preview = PLAN.preview(mlp(), steps=50_000, resume=state, extend="stretch")
     assert {AT - 1, AT} <= set(preview.steps.tolist())
     assert "goes on at step 8" in str(preview)
+
+
+def ended_at_zero(at=4, length=10):
+    plan = lm.Plan(lm.SGD, lr=0.1, schedule=lm.linear(to=0.0))
+    model = mlp()
+    optimizer = plan.build(model, steps=length)
+    train(model, optimizer, at)
+    return plan, model, optimizer.state_dict()
+
+
+def test_a_held_run_that_learns_nothing_more_is_a_finding():
+    plan, model, state = ended_at_zero()
+    held = plan.preview(model, steps=20, resume=state, extend="hold")
+    assert "held-at-zero: every lr is 0 from step 10 on" in str(held)
+    stretched = plan.preview(model, steps=20, resume=state, extend="stretch")
+    assert "held-at-zero" not in str(stretched)
+
+
+@pytest.mark.parametrize("extend", [None, "hold", "stretch"])
+def test_a_run_that_is_further_than_its_new_length_is_refused(extend):
+    plan, model, state = ended_at_zero()
+    with pytest.raises(lm.StateError, match="at step 4, and this one is to end after 3 steps"):
+        plan.build(model, steps=3, resume=state, extend=extend)
+
+
+def test_renamed_parts_of_a_longer_run():
+    plan, model, state = ended_at_zero()
+    other = torch.nn.ModuleDict({"trunk": model.body, "head": model.head})
+    renamed = {"body": "trunk"}
+    optimizer = plan.build(other, steps=20, resume=state, extend="hold", renamed=renamed)
+    assert optimizer.last_load.renamed
+    assert optimizer.last_load.new == optimizer.last_load.dropped == ()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.06)
+    assert plan.preview(other, steps=20, resume=state, extend="hold", renamed=renamed).at(4)
+    with pytest.raises(lm.PlanError, match=r"renamed=.*give the state, resume=state"):
+        plan.build(other, steps=20, renamed=renamed)
+
+
+def test_the_state_inside_of_a_checkpoint_is_pointed_at():
+    plan, model, state = ended_at_zero()
+    with pytest.raises(lm.StateError, match=r"under 'optimizer' is: pass state\['optimizer'\]"):
+        plan.build(model, steps=10, resume={"model": {}, "optimizer": state})

@@ -65,10 +65,11 @@ class Optimizer(Restorable):
         audit: bool = False,
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
+        renamed: Mapping[str, str | None] | None = None,
     ) -> None:
         owned = walk(model)
         settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
-        resumed = resume_from(settle, run, resume, extend)
+        resumed = resume_from(settle, run, resume, extend, renamed)
         resolved = resumed.resolved if resumed else settle(run)
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
@@ -94,7 +95,7 @@ class Optimizer(Restorable):
         if resume is None:
             self._publish(0)
         else:  # which may fail, so it comes before anything is set on the model
-            self._restore(resume)
+            self._restore(resume, renamed=renamed)
 
     # --- what a user reads ---------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +212,7 @@ class Plan:
         audit: bool = False,
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
+        renamed: Mapping[str, str | None] | None = None,
     ) -> Optimizer:
         """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
 
@@ -228,6 +229,8 @@ class Plan:
             extend: how a saved run of another length goes on: `"hold"` keeps its schedules and,
                 past their end, their last values; `"stretch"` fits the same shapes to the new
                 length, so that values may jump at the clock (see `optimizer.last_load`).
+            renamed: from saved names of parameters or modules to those of now, as in
+                `Optimizer.load_state_dict`.
 
         Raises:
             PlanError: if the plan cannot be carried out on this model, or for such a length.
@@ -237,7 +240,7 @@ class Plan:
         from .optimizer import Optimizer
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        return Optimizer(self, model, run, audit, resume, extend)
+        return Optimizer(self, model, run, audit, resume, extend, renamed)
 
     def preview(
         self,
@@ -249,12 +252,13 @@ class Plan:
         accumulate: int = 1,
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
+        renamed: Mapping[str, str | None] | None = None,
     ) -> Preview:
         """What will happen to every part of a model, before it does; arguments as in `build`."""
         from .preview import preview_of
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        return preview_of(self, model, run, resume, extend)
+        return preview_of(self, model, run, resume, extend, renamed)
 
 
 def _argument_text(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,27 @@ class Preview:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is legal in the plan but suspicious."""
-        told = self.resumed.jumps if self.resumed is not None else ()
-        if not told:
-            return self.resolved.findings
-        fix = "If that is not meant, extend='hold' keeps the saved schedules."
-        return (*self.resolved.findings, Finding("value-jumps", f"{listed(told)}.", fix))
+        found = list(self.resolved.findings)
+        if self.resumed is not None and self.resumed.jumps:
+            fix = "If that is not meant, extend='hold' keeps the saved schedules."
+            found.append(Finding("value-jumps", f"{listed(self.resumed.jumps)}.", fix))
+        return (*found, *self._held_at_zero())
+
+    def _held_at_zero(self) -> list[Finding]:
+        """A held run that learns nothing more, because its schedules end at 0."""
+        end, last = self.resolved.settled_for.steps, self.run.steps
+        if self.resumed is None or end is None or last is None or last <= end:
+            return []
+        values = self.values(np.arange(end, last))
+        if any(np.any(values.lr(index)) for index in range(len(self.resolved.cells))):
+            return []
+        return [
+            Finding(
+                "held-at-zero",
+                f"every lr is 0 from step {end} on, where the saved schedules end.",
+                "Use extend='stretch', or a schedule that ends above 0.",
+            )
+        ]
 
     @property
     def run(self) -> Run:
@@ -171,11 +188,12 @@ def preview_of(
     run: Run,
     resume: dict[str, Any] | None = None,
     extend: str | None = None,
+    renamed: Mapping[str, str | None] | None = None,
 ) -> Preview:
     """The preview of a plan on a model; see `Plan.preview`."""
     owned = walk(model)
     settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
-    resumed = resume_from(settle, run, resume, extend)
+    resumed = resume_from(settle, run, resume, extend, renamed)
     reducer = has_reducer(list(model.parameters()))
     if resumed is None:
         return Preview(settle(run), reducer=reducer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,11 @@ class Resumed:
 
 
 def resume_from(
-    settle: Callable[..., Resolved], run: Run, state_dict: Any, extend: str | None
+    settle: Callable[..., Resolved],
+    run: Run,
+    state_dict: Any,
+    extend: str | None,
+    renamed: Mapping[str, str | None] | None = None,
 ) -> Resumed | None:
     """Settle a plan for a run that goes on from a saved state; None without a state.
 
@@ -66,12 +70,14 @@ def resume_from(
         state_dict: the saved state.
         extend: "hold" keeps the schedules of the saved length, and their last values after it;
             "stretch" fits the same shapes to the new length; None if nothing depends on it.
+        renamed: from saved names to those of now.
 
     Raises:
         PlanError: for an unknown word, or a word without a state.
-        StateError: if the length differs, values depend on it, and extend is None.
+        StateError: if the run is further than its new length, or if that differs, values depend on
+            it, and extend is None.
     """
-    _check_way(extend, state_dict is not None)
+    _check_way(extend, renamed, state_dict is not None)
     if state_dict is None:
         return None
     saved = read(state_dict)
@@ -81,9 +87,14 @@ def resume_from(
             f"extend={extend!r}, but the saved state does not know the length of its run; leave "
             "extend out: the plan's values for the new length are used."
         )
-    resolved, before = settled(settle, run, saved, extend)
     clock = clock_of(saved)[0]
-    matched = match(saved, in_order(resolved), None)
+    if run.steps is not None and clock > run.steps:
+        raise StateError(
+            f"the saved run is at step {clock:,}, and this one is to end after {run.steps:,} "
+            "steps; give it more steps or epochs than that."
+        )
+    resolved, before = settled(settle, run, saved, extend, renamed)
+    matched = match(saved, in_order(resolved), renamed)
     lived = lived_of(saved, matched, resolved)[0]
     past = lived if before is None else lived_of(saved, matched, before)[0]
     changed = differences(saved, matched, resolved, clock, values_at(resolved, clock, lived))
@@ -91,7 +102,11 @@ def resume_from(
 
 
 def settled(
-    settle: Callable[..., Resolved], run: Run, saved: Saved, extend: str | None
+    settle: Callable[..., Resolved],
+    run: Run,
+    saved: Saved,
+    extend: str | None,
+    renamed: Mapping[str, str | None] | None,
 ) -> tuple[Resolved, Resolved | None]:
     """The plan for the rest of the run, and as it was for the saved one."""
     if saved.run is None or saved.run.steps is None:
@@ -102,7 +117,7 @@ def settled(
         return before if planned == run else settle(run, planned=planned), before
     stretched = settle(run)
     if extend is None:
-        matched = match(saved, in_order(before), None)
+        matched = match(saved, in_order(before), renamed)
         lived = [lived_of(saved, matched, each)[0] for each in (before, stretched)]
         difference = first_difference(before, stretched, clock_of(saved)[0], *lived)
         if difference:
@@ -115,8 +130,13 @@ def settled(
     return stretched, before
 
 
-def _check_way(extend: Any, resumed: bool) -> None:
+def _check_way(extend: Any, renamed: Any, resumed: bool) -> None:
     """Raise `PlanError` unless `extend` is one of the words, and there is a state to resume."""
+    if renamed is not None and not resumed:
+        raise PlanError(
+            f"renamed={dict(renamed)!r} says what the names in a saved state are now; give the "
+            "state, resume=state."
+        )
     if extend is not None and extend not in WAYS:
         near = did_you_mean(extend, WAYS) if isinstance(extend, str) else ""
         raise PlanError(f"extend={extend!r}: expected 'hold' or 'stretch'.{near}")

@@ -121,9 +121,14 @@ def number_of_steps(name: str, value: Any) -> int:
 
 def _groups(saved: Any) -> list[Group]:
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
+        parts = saved.items() if isinstance(saved, Mapping) else ()
+        inside = [
+            key for key, part in parts if isinstance(part, Mapping) and "param_groups" in part
+        ]
+        hint = f" The one under {inside[0]!r} is: pass state[{inside[0]!r}]." if inside else ""
         raise StateError(
             "this is not an optimizer state: expected 'state' and 'param_groups', as "
-            "optimizer.state_dict() gives."
+            f"optimizer.state_dict() gives.{hint}"
         )
     groups = saved["param_groups"]
     if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):
