@@ -88,5 +88,6 @@ def test_killed_at_every_write(tmp_path):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_killed_at_random_moments(tmp_path, workers):
     moments = random.Random(int(workers))
-    points = [moments.uniform(0.1, 2.2) for _ in range(20)]
+    # A run sleeps 2.1 seconds (21 batches of 0.1) and is not over before.
+    points = [moments.uniform(0.1, 1.9) for _ in range(20)]
     check_points(tmp_path, points, RESUME_SLEEP="0.1", RESUME_WORKERS=workers)
