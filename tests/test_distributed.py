@@ -110,14 +110,21 @@ def test_a_state_of_another_shape_changes_nothing(tmp_path):
     assert equal(other.state_dict(), before)
 
 
-def test_what_torch_reads_into_a_new_optimizer_is_refused(tmp_path):
+def saved_raw(folder):
+    """A trained optimizer whose `state_dict()` was saved as it is, and one that was just built."""
     from torch.distributed import checkpoint
 
     model = mlp()
     optimizer = PLANS["AdamW"].build(model, steps=9)
     train(model, optimizer, 3)
-    checkpoint.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path)
-    other = PLANS["AdamW"].build(copy.deepcopy(model), steps=9)
+    checkpoint.save({"optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    return optimizer, PLANS["AdamW"].build(copy.deepcopy(model), steps=9)
+
+
+def test_what_torch_reads_into_a_new_optimizer_is_refused(tmp_path):
+    from torch.distributed import checkpoint
+
+    _, other = saved_raw(tmp_path)
     hollow = {"optimizer": other.state_dict()}
     checkpoint.load(hollow, checkpoint_id=tmp_path)
     with pytest.raises(
@@ -186,13 +193,7 @@ def test_a_run_goes_on_from_a_folder_with_another_length(tmp_path, extend):
 
 
 def test_a_raw_state_dict_can_be_read_too(tmp_path):
-    from torch.distributed import checkpoint
-
-    model = mlp()
-    optimizer = PLANS["AdamW"].build(model, steps=9)
-    train(model, optimizer, 3)
-    checkpoint.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path)
-    other = PLANS["AdamW"].build(copy.deepcopy(model), steps=9)
+    optimizer, other = saved_raw(tmp_path)
     lm.load_distributed(other, tmp_path, strict=True)
     assert equal(other.state_dict(), optimizer.state_dict())
 

@@ -400,3 +400,13 @@ def test_a_saved_state_shares_no_list_with_the_live_groups():
     group["param_names"].clear()
     assert optimizer.state_dict()["param_groups"][0]["run"]["steps"] == 5
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_active_says_which_groups_train_next():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    plan = lm.Plan(lm.SGD, lr=0.1, rules=[lm.Rule("0", thaw=1), lm.Rule("1.bias", frozen=True)])
+    optimizer = plan.build(model, steps=5)
+    assert optimizer.active == {"0": False, "default": True, "1.bias": False}
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.active == {"0": True, "default": True, "1.bias": False}

@@ -134,7 +134,8 @@ def load_safely(path: Path) -> Any:
     except Exception as error:  # whatever a foreign or malicious file brings about
         raise StateError(
             f"{path}: this is no checkpoint: it is not a torch file, or holds more than tensors "
-            "and plain values, which could run code and is therefore not opened."
+            "and plain values, which could run code and is therefore not opened. Check the path, "
+            "or save state_dict()s only."
         ) from error
 
 

@@ -14,7 +14,6 @@ import torch
 from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
-from .freezing import Freezer
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
@@ -34,7 +33,6 @@ class Restorable(Steerable):
 
     _audit: Audit
     _received: Received
-    _freezer: Freezer
     _ties: Watched
     last_load: LoadReport | None
 

@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 
 from .engine import Engine
+from .freezing import Freezer
 from .guests import Guests
 from .overrides import check_override, select_groups
 from .reporting import changes, check_report, from_rank_zero, observe_all
@@ -19,12 +20,19 @@ class Steerable(Engine):
     """An optimizer under a plan whose values can be changed the sanctioned way."""
 
     _resolved: Resolved
+    _freezer: Freezer
     _guests: Guests
 
     @property
     def clock(self) -> int:
         """How many steps were taken; the step that comes next, counted from 0."""
         return int(self.param_groups[0]["clock"])
+
+    @property
+    def active(self) -> dict[str, bool]:
+        """Whether each group trains in the next step, by name."""
+        names = (group["name"] for group in self.param_groups)
+        return dict(zip(names, map(bool, self._freezer.active), strict=True))
 
     @property
     def _feedback(self) -> Feedback:

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from ..errors import TaskError
 from ..optimizer import Optimizer
 from ..reporting import changes
-from ..timeline import Feedback, values_at
 from .evaluate import batch_size, evaluate
 from .position import Position, Randomness
 from .records import Event, Listener, StepRecord, Validation
@@ -78,7 +77,7 @@ class Loop:
     consistent: bool = True
     _pending: _Taken | None = None
     _began: float = field(default_factory=time.perf_counter)
-    _trains: list[bool] = field(default_factory=list)
+    _trains: dict[str, bool] = field(default_factory=dict)
     _buffered: bool = False
 
     @property
@@ -92,7 +91,7 @@ class Loop:
         assert run.steps is not None
         assert run.steps_per_epoch is not None
         total, per_epoch = run.steps, run.steps_per_epoch
-        self._began, self._trains = time.perf_counter(), self._active()
+        self._began, self._trains = time.perf_counter(), self.optimizer.active
         self._buffered = any(True for _ in self.model.buffers())
         if self.position.after is not None:
             self.randomness.set(self.position.after)
@@ -175,7 +174,7 @@ class Loop:
             self.accelerator.backward(
                 loss if members == self.accumulate else loss * (self.accumulate / members)
             )
-        elif any(self._trains):
+        elif any(self._trains.values()):
             raise TaskError(
                 f"{self.task.place}: loss(model, batch) gives a tensor without gradient, so that "
                 "nothing would train; compute it from the model's output without detach() or "
@@ -243,22 +242,13 @@ class Loop:
         self.position = replace(self.position, validated=True, after=None)
         self.consistent = True
 
-    def _active(self) -> list[bool]:
-        """Which groups train at the next step."""
-        optimizer = self.optimizer
-        feedback = Feedback(seen=optimizer.param_groups[0]["feedback"])
-        values = values_at(optimizer.resolved, optimizer.clock, feedback)
-        return [bool(values.active(index)) for index in range(len(optimizer.param_groups))]
-
     def _tell_windows(self, epoch: int) -> None:
-        old, self._trains = self._trains, self._active()
+        old, self._trains = self._trains, self.optimizer.active
         for kind, becomes in (("thaw", True), ("freeze", False)):
             names = tuple(
-                group["name"]
-                for group, was, now in zip(
-                    self.optimizer.param_groups, old, self._trains, strict=True
-                )
-                if now is becomes and was is not becomes
+                name
+                for name, now in self._trains.items()
+                if now is becomes and old[name] is not becomes
             )
             if names:
                 verb = "trains" if becomes else "is frozen"
