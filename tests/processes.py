@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 def run_processes(work: Callable[[int, str], None], folder: Path, count: int = 2, limit: int = 120):
     """Call `work(rank, folder)` in `count` new processes; fails after `limit` seconds."""
     context = torch.multiprocessing.start_processes(
-        work, args=(str(folder),), nprocs=count, join=False, start_method="spawn"
+        _work_and_end, args=(work, str(folder)), nprocs=count, join=False, start_method="spawn"
     )
     end = time.monotonic() + limit
     try:
@@ -23,6 +25,19 @@ def run_processes(work: Callable[[int, str], None], folder: Path, count: int = 2
         for process in context.processes:
             if process.is_alive():
                 process.kill()
+
+
+def _work_and_end(rank: int, work: Callable[[int, str], None], folder: str) -> None:
+    """Do the work, then end at once; an exception goes to the process that started this one.
+
+    The interpreter is not taken down: a thread of gloo that lets go of its last tensor
+    meanwhile asks for the lock of an interpreter that is gone, and torch aborts
+    (pytorch issue 190489), seldom and after all work is done.
+    """
+    work(rank, folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def join_group(rank: int, folder: str, count: int = 2, limit: int = 60) -> None:
