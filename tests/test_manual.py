@@ -151,6 +151,25 @@ def test_a_plan_takes_what_was_frozen_by_hand_for_frozen():
     assert [finding.code for finding in optimizer.findings] == ["frozen-by-model"]
 
 
+@pytest.mark.parametrize("rule", [{"thaw": 2}, {"frozen": False}])
+def test_what_was_frozen_by_hand_is_thawed_by_a_plan_before_ddp_wraps_it(rule, tmp_path):
+    model = mlp()
+    freeze(model, "body")
+    meet = f"file://{tmp_path / 'meet'}"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    try:
+        plan = lm.Plan("SGD", lr=0.1, rules=[lm.Rule("body", **rule)])
+        optimizer = plan.build(model, steps=9)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        before = weights(model)
+        train(wrapped, optimizer, 2)
+        assert torch.equal(before["body.weight"], model.body.weight) is ("thaw" in rule)
+        train(wrapped, optimizer, 1, first=2)
+        assert not torch.equal(before["body.weight"], model.body.weight)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_by_hand_overrides_the_mark_of_a_plan():
     model = mlp()
     rules = [lm.Rule("body", frozen=True)]
