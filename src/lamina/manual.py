@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import PatternError, did_you_mean
@@ -181,6 +183,7 @@ def _choose(
 ) -> tuple[tuple[Owned, ...], list[Owned]]:
     owned = collect(model)
     refuse_wrapped(model, action)
+    _refuse_objects(model, match, action)
     if isinstance(match, str) or callable(match):
         pattern = compile_pattern(match)
         chosen = [item for item in owned if pattern.matches(item.info)]
@@ -193,6 +196,38 @@ def _choose(
             )
         return owned, chosen
     return owned, _exactly(owned, list(match), action)
+
+
+def _refuse_objects(model: nn.Module, match: Any, action: str) -> None:
+    """Raise `PatternError` for what is not a selection, with the name of a module or parameter."""
+    listed = isinstance(match, (list, tuple, set, frozenset))
+    for item in match if listed else [match]:
+        if isinstance(item, str) or (not listed and _is_selection(item)):
+            continue
+        everything = [*model.named_modules(), *model.named_parameters()]
+        name = next((name for name, each in everything if each is item), None)
+        if name is None:
+            fix = "."
+        elif name:
+            fix = f"; this one is {name!r} in the model."
+        else:
+            fix = "; for the whole model, write '*'."
+        raise PatternError(
+            f"{action} was given {'a list with ' if listed else ''}{_described(item)}; expected a "
+            f"pattern such as 'cnn.*', or a list of exact names of parameters or modules{fix}"
+        )
+
+
+def _is_selection(item: Any) -> bool:
+    if isinstance(item, (nn.Module, torch.Tensor, type)):  # some of them can be called
+        return False
+    return callable(item) or isinstance(item, Iterable)
+
+
+def _described(item: Any) -> str:
+    if isinstance(item, (nn.Module, torch.Tensor)):
+        return f"a {type(item).__name__}"
+    return f"{item!r}"
 
 
 def _exactly(owned: Sequence[Owned], wanted: list[str], action: str) -> list[Owned]:
