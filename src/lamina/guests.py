@@ -85,6 +85,7 @@ def admit(
             f"{name} takes {', '.join(fixed)} only for all parameters and for good (it is not a "
             "group setting there); give it one constant value in the plan."
         )
+    _refuse_unlike(name, cells, groups[0]["params"][0])
     for mine, theirs in zip(groups, guest.param_groups, strict=True):
         for key, value in theirs.items():
             mine.setdefault(key, value)
@@ -210,15 +211,47 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     Returns:
         True also where the guest cannot be tried.
     """
-    param = torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype))
-    param.grad = torch.ones_like(param)
     try:
-        guest = cell.optimizer([param], **cell.constants)
-        guest.param_groups[0].update(hyper)
-        guest.step()
+        guest = _tried(cell, [hyper], like)
     except Exception:
         return True
-    return bool(guest.state.get(param))
+    return any(guest.state.values())
+
+
+def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
+    """A guest of its own after one step of a small tensor for each of some groups' values."""
+    params = [torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype)) for _ in hypers]
+    guest = cell.optimizer([{"params": [param]} for param in params], **cell.constants)
+    for param, group, hyper in zip(params, guest.param_groups, hypers, strict=True):
+        param.grad = torch.ones_like(param)
+        group.update(hyper)
+    if callable(getattr(guest, "train", None)):
+        guest.train()
+    guest.step()
+    return guest
+
+
+def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None:
+    """Raise `PlanError` if the plan's groups come to differ in lr and the guest refuses that."""
+    courses = [
+        (dict(c.hyper)["lr"], c.schedule, c.feedback, c.rewarm, c.rewarm and c.windows)
+        for c in cells
+        if c.windows and "lr" in c.constants
+    ]
+    if all(course == courses[0] for course in courses):
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.5}], like)
+    except Exception:  # it cannot be tried
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.25}], like)
+    except Exception as error:
+        raise PlanError(
+            f"the guest optimizer {name} refuses groups whose learning rates differ "
+            f"({type(error).__name__}: {error}). Give all its parameters the same lr, schedule "
+            "and plateau, and no rewarm= where windows differ."
+        ) from error
 
 
 def _same(cell: Cell, key: str, value: Any) -> bool:
