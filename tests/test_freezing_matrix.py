@@ -6,6 +6,7 @@ rest; the frozen tensors must be bit-identical, the others equal within 1e-6 (re
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lamina as lm
+from models import equal
 
 STEPS = 6
 ALGORITHMS = {
@@ -220,3 +222,75 @@ def test_state_is_allocated_at_the_thaw():
         loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def off_by_hand(model: Net) -> None:
+    for param in model.body.parameters():
+        param.requires_grad_(False)
+
+
+def off_by_lamina(model: Net) -> None:
+    lm.freeze(model, "body")
+
+
+@pytest.mark.parametrize("freeze", [off_by_hand, off_by_lamina])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_m6_what_is_frozen_by_hand_after_the_build_does_not_move(name, freeze):
+    """Against the same run without those gradients: they count in no norm, and in no state."""
+    models = [make("plain", name) for _ in range(2)]
+    runs = []
+    optimizer, _, hyper = ALGORITHMS[name]
+    for model in models:
+        rules = [lm.Rule("ndim<2", optimizer=lm.SGD, lr=0.05)] if name == "Muon" else []
+        clip = {} if name == "LBFGS" else {"clip_norm": 0.1}
+        runs.append(lm.Plan(optimizer, rules=rules, **hyper, **clip).build(model))
+    for step in range(5):
+        if step == 2:
+            off_by_lamina(models[0])
+            freeze(models[1])
+            at_freeze = copy.deepcopy(models[1].body.state_dict())
+            at = [copy.deepcopy(runs[1].state[param]) for param in models[1].body.parameters()]
+        for left_over, (model, run) in enumerate(zip(models, runs, strict=True)):
+
+            def closure(model=model, step=step, give=left_over and step >= 2):
+                for param in model.parameters():
+                    param.grad = None
+                loss = loss_of(model, step)
+                loss.backward()
+                if give:
+                    leave_gradients(model, "left over")
+                return loss
+
+            run.step(closure)
+    assert all(torch.equal(value, at_freeze[k]) for k, value in models[1].body.state_dict().items())
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert runs[0].norms == runs[1].norms
+    if name == "LBFGS":
+        return  # one state for all
+    for param, before in zip(models[1].body.parameters(), at, strict=True):
+        assert equal(runs[1].state[param], before)
+        assert param.grad is None
+
+
+def test_what_is_frozen_by_hand_trains_again_once_it_is_thawed_by_hand():
+    model = make("plain")
+    optimizer = lm.Plan(lm.SGD, lr=0.1).build(model)
+    for step, moves in enumerate([True, False, True]):
+        {1: lm.freeze, 2: lm.thaw}.get(step, lambda *_: None)(model, "body")
+        before = model.body[0].weight.detach().clone()
+        loss_of(model, step).backward()
+        leave_gradients(model, "left over")
+        optimizer.step()
+        assert torch.equal(before, model.body[0].weight) is not moves
+
+
+def test_the_drop_in_tier_does_as_torch_with_a_left_over_gradient():
+    models = [make("plain") for _ in range(2)]
+    for model, kind in zip(models, (lm.SGD, torch.optim.SGD), strict=True):
+        optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        off_by_hand(model)
+        leave_gradients(model, "left over")
+        optimizer.step()
+    before = make("plain").body[0].weight
+    assert not torch.equal(models[0].body[0].weight, before)
+    assert torch.equal(models[0].body[0].weight, models[1].body[0].weight)

@@ -225,3 +225,29 @@ def test_a_guest_begins_anew_where_a_load_brings_nothing(guest, lacks):
         if guest is Eager and lacks != "empty":
             assert optimizer.param_groups[-1]["count"] == 0
         train(model, optimizer, 2)
+
+
+UNLIKE = [
+    {"lr": 0.5},
+    {"thaw": 3, "rewarm": lm.warmup(3)},
+    {"schedule": lm.cosine()},
+]
+
+
+@pytest.mark.parametrize("rule", UNLIKE)
+def test_a_guest_that_wants_one_learning_rate_is_refused_others_at_build(rule):
+    prodigy = pytest.importorskip("prodigyopt").Prodigy
+    plan = lm.Plan(prodigy, lr=1.0, rules=[lm.Rule("2.*", **rule)])
+    with pytest.raises(lm.PlanError, match=r"Prodigy refuses groups whose learning rates differ"):
+        plan.build(small(), steps=9)
+    for kind in (torch.optim.NAdam, pytest.importorskip("schedulefree").SGDScheduleFree):
+        lm.Plan(kind, lr=1.0, rules=[lm.Rule("2.*", **rule)]).build(small(), steps=9)
+
+
+@pytest.mark.parametrize("rule", [{"thaw": 3}, {"freeze": 3}, {"frozen": True, "lr": 0.5}])
+def test_a_guest_that_wants_one_learning_rate_takes_windows(rule):
+    prodigy = pytest.importorskip("prodigyopt").Prodigy
+    model = small()
+    optimizer = lm.Plan(prodigy, lr=1.0, rules=[lm.Rule("2.*", **rule)]).build(model, steps=9)
+    train(model, optimizer, 9)
+    assert optimizer.clock == 9

@@ -78,6 +78,34 @@ def test_what_does_not_exist_is_refused_and_nothing_changed(match, message):
     assert len(on(model)) == 15
 
 
+@pytest.mark.parametrize(
+    ("match", "message"),
+    [
+        (lambda m: m.cnn, r"given a Sequential; expected a pattern.*this one is 'cnn' in the"),
+        (lambda m: m, r"given a Net; .*for the whole model, write '\*'"),
+        (lambda m: nn.Linear(2, 2), r"given a Linear; expected .* of parameters or modules\.$"),
+        (lambda m: [m.cnn[0]], r"given a list with a Sequential; .*'cnn\.0' in the model"),
+        (lambda m: list(m.head.parameters()), r"given a list with a Parameter; .*'head\.weight'"),
+        (lambda m: m.head.bias, r"given a Parameter; .*this one is 'head\.bias'"),
+        (lambda m: nn.Linear, r"given <class .*Linear'>; expected a pattern"),
+        (lambda m: ["cnn", 3], r"given a list with 3; expected"),
+        (lambda m: 5, r"given 5; expected a pattern such as 'cnn\.\*', or a list of exact names"),
+        (lambda m: None, "given None; expected"),
+    ],
+)
+def test_what_is_no_selection_is_refused_and_named(match, message):
+    model = net()
+    for call in (freeze, thaw):
+        with pytest.raises(PatternError, match=f"^{call.__name__} was {message}"):
+            call(model, match(model))
+    assert len(on(model)) == len(list(model.parameters()))
+
+
+def test_names_may_come_in_any_collection():
+    for match in (["cnn"], ("cnn",), {"cnn"}, (name for name in ["cnn"]), {"cnn": 1}):
+        assert len(freeze(net(), match)) == 8
+
+
 def test_m6_a_left_over_gradient_does_not_move_what_was_frozen():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -149,6 +177,25 @@ def test_a_plan_takes_what_was_frozen_by_hand_for_frozen():
     train(model, optimizer, 2)
     assert torch.equal(before["body.weight"], weights(model)["body.weight"])
     assert [finding.code for finding in optimizer.findings] == ["frozen-by-model"]
+
+
+@pytest.mark.parametrize("rule", [{"thaw": 2}, {"frozen": False}])
+def test_what_was_frozen_by_hand_is_thawed_by_a_plan_before_ddp_wraps_it(rule, tmp_path):
+    model = mlp()
+    freeze(model, "body")
+    meet = f"file://{tmp_path / 'meet'}"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    try:
+        plan = lm.Plan("SGD", lr=0.1, rules=[lm.Rule("body", **rule)])
+        optimizer = plan.build(model, steps=9)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        before = weights(model)
+        train(wrapped, optimizer, 2)
+        assert torch.equal(before["body.weight"], model.body.weight) is ("thaw" in rule)
+        train(wrapped, optimizer, 1, first=2)
+        assert not torch.equal(before["body.weight"], model.body.weight)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_by_hand_overrides_the_mark_of_a_plan():

@@ -1,6 +1,7 @@
 """Patterns: what they select, what they capture, and how mistakes in them are told."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,3 +127,16 @@ def test_layer_numbers_compare_as_numbers():
     lrs = {name: values[resolved.cells[cell].name]["lr"] for name, cell in resolved.cell_of.items()}
     assert lrs["encoder.layer.10.dense.weight"] == 1.0
     assert lrs["encoder.layer.2.dense.weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (torch.nn.Linear(2, 2), "a Linear is not a pattern"),
+        (torch.nn.Parameter(torch.ones(2)), "a Parameter is not a pattern"),
+        (torch.nn.Linear, "Linear'> is not a pattern"),
+    ],
+)
+def test_a_module_or_a_tensor_is_not_a_pattern(wrong, said):
+    with pytest.raises(lm.PatternError, match=said):
+        lm.Plan("SGD", lr=0.1, rules=[lm.Rule(wrong, frozen=True)]).build(torch.nn.Linear(2, 2))

@@ -75,12 +75,7 @@ class Engine(torch.optim.Optimizer):
         return [batch for batch in batches if batch is not None]
 
     def _batch(self, group: dict[str, Any]) -> Batch | None:
-        params: list[torch.Tensor] = []
-        grads: list[torch.Tensor] = []
-        for param in group["params"]:
-            if param.grad is not None:
-                params.append(param)
-                grads.append(param.grad)
+        params, grads = self._gather(group)
         if not params:
             return None
         state = self.state
@@ -95,6 +90,21 @@ class Engine(torch.optim.Optimizer):
         batch = self._new_batch(group, params, grads, entries)
         cache[id(group)] = (entries, batch)
         return batch
+
+    def _gather(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The parameters of a group that have a gradient, and the gradients."""
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None and (param.requires_grad or self._is_due(param)):
+                params.append(param)
+                grads.append(grad)
+        return params, grads
+
+    def _is_due(self, param: torch.Tensor) -> bool:
+        """Whether a gradient counts that a parameter with requires_grad=False has, as in torch."""
+        return True
 
     def _drop_state(self, group: dict[str, Any]) -> None:
         """Release the state tensors of a group; its parameters begin again as at build."""

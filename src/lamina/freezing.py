@@ -30,6 +30,7 @@ class Freezer:
         self.active: list[bool | None] = [None] * len(cells)
         wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
         self.toggles = [not reducer or not (cell.windows or wrapped) for cell in cells]
+        self._keeps_on = reducer and not wrapped  # the flag, where it is not used
         self._cells = cells
         self._places = [[by_name[info.name].places for info in cell.parameters] for cell in cells]
         self._holder = Holder(model, owned)
@@ -41,8 +42,7 @@ class Freezer:
             self._set(index, groups[index]["params"], active[index])
         self.active = list(active)
         if changed:
-            rest = [c for c, now in zip(self._cells, active, strict=True) if c.hold and not now]
-            self._holder.set(info.name for cell in rest for info in cell.parameters)
+            self._hold(groups)
 
     def release(self, groups: Groups) -> None:
         """Give every parameter back the `requires_grad` it had before the plan, and its module."""
@@ -50,12 +50,26 @@ class Freezer:
             for info, held_by, param in zip(cell.parameters, places, group["params"], strict=True):
                 param.requires_grad_(info.requires_grad)
                 mark_frozen(held_by, False)
-        self._holder.set(())
+        self._holder.release()
+
+    def _hold(self, groups: Groups) -> None:
+        rest: list[str] = []
+        by_hand: list[str] = []  # since the build, which set the flag of all that trains
+        for cell, group, now in zip(self._cells, groups, self.active, strict=True):
+            if not now:
+                rest += [info.name for info in cell.parameters if cell.hold]
+                continue
+            pairs = zip(cell.parameters, group["params"], strict=True)
+            by_hand += [info.name for info, param in pairs if not param.requires_grad]
+        self._holder.follow(rest, by_hand)
 
     def _set(self, index: int, params: Sequence[torch.Tensor], active: bool) -> None:
         if not active:
             drop_gradients(params)
         if not self.toggles[index]:
+            if self._keeps_on and (active or self.active[index] is None):
+                for param in params:  # off before the build, or by hand since
+                    param.requires_grad_(True)
             return
         rows = zip(self._cells[index].parameters, self._places[index], params, strict=True)
         for info, places, param in rows:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar, final
 
@@ -84,6 +85,7 @@ def admit(
             f"{name} takes {', '.join(fixed)} only for all parameters and for good (it is not a "
             "group setting there); give it one constant value in the plan."
         )
+    _refuse_unlike(name, cells, groups[0]["params"][0])
     for mine, theirs in zip(groups, guest.param_groups, strict=True):
         for key, value in theirs.items():
             mine.setdefault(key, value)
@@ -126,36 +128,46 @@ class Guests:
                 if state.get(param):  # most guests begin their state in their first step
                     self.begun[name] = deepcopy(dict(state[param]))
 
-    def set_mode(self, mode: str) -> None:
-        """Call `train()` or `eval()` on the guests that have it (schedule-free ones do)."""
-        for guest in {id(guest): guest for guest in self._of.values()}.values():
+    def set_mode(self, mode: str, names: Collection[str]) -> None:
+        """Call `train()` or `eval()` on the guests that have it, for these groups alone.
+
+        Schedule-free guests then move the weights, which what is frozen must not. It freezes at the
+        end of a step, so in training mode, and takes no part in a change of modes until it thaws.
+        """
+        for guest in dict.fromkeys(self._of.values()):
             switch = getattr(guest, mode, None)
-            if callable(switch):
-                switch()
+            chosen = [group for group in guest.param_groups if group["name"] in names]
+            if callable(switch) and chosen:
+                with _alone(guest, chosen):
+                    switch()
 
     @staticmethod
-    def batch(group: dict[str, Any]) -> Batch | None:
+    def batch(
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        names: list[str],
+    ) -> Batch | None:
         """The gradients of a guest's group, for the gradient operations."""
-        named = zip(group["params"], group["param_names"], strict=True)
-        found = [(param, name) for param, name in named if param.grad is not None]
-        if not found:
-            return None
-        params = [param for param, _ in found]
-        grads = [param.grad for param in params if param.grad is not None]
-        return Batch(GUEST, params, grads, {}, [], group, names=[name for _, name in found])
+        return Batch(GUEST, params, grads, {}, [], group, names=names) if params else None
 
     def step(self, batches: Sequence[Batch]) -> None:
         """Hand the guests their gradients, as the operations left them, and let them step."""
-        called: dict[int, torch.optim.Optimizer] = {}
+        called: dict[torch.optim.Optimizer, set[str]] = {}
         for batch in batches:
             guest = self._of.get(batch.hyper["name"])
             if guest is None:
                 continue
-            called[id(guest)] = guest
+            called.setdefault(guest, set()).add(batch.hyper["name"])
             scale = batch.scale
             for param, grad in zip(batch.params, batch.grads, strict=True):
                 param.grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
-        for guest in called.values():
+        place = {name: index for index, name in enumerate(self._of)}
+        for guest, names in called.items():
+            # Those that train first: schedule-free guests read their mode from the first group.
+            own = sorted(guest.param_groups, key=lambda group: place[group["name"]])
+            first = [group for group in own if group["name"] in names]
+            guest.param_groups = first + [group for group in own if group["name"] not in names]
             guest.step()
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
@@ -173,6 +185,21 @@ class Guests:
         return ""
 
 
+@contextmanager
+def _alone(guest: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Let a guest see these groups only, without what was frozen by hand since the build."""
+    every, params = guest.param_groups, [group["params"] for group in groups]
+    guest.param_groups = groups
+    try:
+        for group in groups:
+            group["params"] = [param for param in group["params"] if param.requires_grad]
+        yield
+    finally:
+        guest.param_groups = every
+        for group, its in zip(groups, params, strict=True):
+            group["params"] = its
+
+
 def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> bool:
     """Whether an update of a guest leaves state, tried on a small tensor of its own.
 
@@ -184,15 +211,47 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     Returns:
         True also where the guest cannot be tried.
     """
-    param = torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype))
-    param.grad = torch.ones_like(param)
     try:
-        guest = cell.optimizer([param], **cell.constants)
-        guest.param_groups[0].update(hyper)
-        guest.step()
+        guest = _tried(cell, [hyper], like)
     except Exception:
         return True
-    return bool(guest.state.get(param))
+    return any(guest.state.values())
+
+
+def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
+    """A guest of its own after one step of a small tensor for each of some groups' values."""
+    params = [torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype)) for _ in hypers]
+    guest = cell.optimizer([{"params": [param]} for param in params], **cell.constants)
+    for param, group, hyper in zip(params, guest.param_groups, hypers, strict=True):
+        param.grad = torch.ones_like(param)
+        group.update(hyper)
+    if callable(getattr(guest, "train", None)):
+        guest.train()
+    guest.step()
+    return guest
+
+
+def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None:
+    """Raise `PlanError` if the plan's groups come to differ in lr and the guest refuses that."""
+    courses = [
+        (dict(c.hyper)["lr"], c.schedule, c.feedback, c.rewarm, c.rewarm and c.windows)
+        for c in cells
+        if c.windows and "lr" in c.constants
+    ]
+    if all(course == courses[0] for course in courses):
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.5}], like)
+    except Exception:  # it cannot be tried
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.25}], like)
+    except Exception as error:
+        raise PlanError(
+            f"the guest optimizer {name} refuses groups whose learning rates differ "
+            f"({type(error).__name__}: {error}). Give all its parameters the same lr, schedule "
+            "and plateau, and no rewarm= where windows differ."
+        ) from error
 
 
 def _same(cell: Cell, key: str, value: Any) -> bool:

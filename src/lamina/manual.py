@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import PatternError, did_you_mean
 from .findings import stray_findings
-from .holding import Held, let_go
 from .holding import hold as hold_module
-from .parameters import MARK, Owned, collect, mark_frozen, observe, subtrees
+from .holding import let_go, needs
+from .parameters import MARK, Owned, collect, mark_frozen, observe
 from .patterns import PatternLike, compile_pattern
 from .suggestions import closest
 from .ties import refuse_wrapped
@@ -51,7 +53,10 @@ def freeze(model: nn.Module, match: Selection = "*", *, hold: bool = True) -> tu
         mark_frozen(item.places, False)  # by hand from now on, whatever a plan did
     if hold:
         touched = {item.info.name for item in chosen}
-        _hold_frozen([part for part in subtrees(model, owned) if part[2] & touched], owned)
+        frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
+        for module, need in needs(model, owned):
+            if need & touched and need <= frozen:
+                hold_module(module)
     return changed
 
 
@@ -83,12 +88,9 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
         item.tensor.requires_grad_(True)
         mark_frozen(item.places, False)
     touched = {item.info.name for item in chosen}
-    parts = subtrees(model, owned)
-    released = [part for part in parts if part[2] & touched and _is_held(part[1])]
-    for _, module, _ in released:
-        let_go(module)
-    inside = {id(part) for _, module, _ in released for part in module.modules()}
-    _hold_frozen([part for part in parts if id(part[1]) in inside], owned)
+    for module, need in needs(model, owned):
+        if need & touched:
+            let_go(module)
     return changed
 
 
@@ -181,6 +183,7 @@ def _choose(
 ) -> tuple[tuple[Owned, ...], list[Owned]]:
     owned = collect(model)
     refuse_wrapped(model, action)
+    _refuse_objects(model, match, action)
     if isinstance(match, str) or callable(match):
         pattern = compile_pattern(match)
         chosen = [item for item in owned if pattern.matches(item.info)]
@@ -193,6 +196,38 @@ def _choose(
             )
         return owned, chosen
     return owned, _exactly(owned, list(match), action)
+
+
+def _refuse_objects(model: nn.Module, match: Any, action: str) -> None:
+    """Raise `PatternError` for what is not a selection, with the name of a module or parameter."""
+    listed = isinstance(match, (list, tuple, set, frozenset))
+    for item in match if listed else [match]:
+        if isinstance(item, str) or (not listed and _is_selection(item)):
+            continue
+        everything = [*model.named_modules(), *model.named_parameters()]
+        name = next((name for name, each in everything if each is item), None)
+        if name is None:
+            fix = "."
+        elif name:
+            fix = f"; this one is {name!r} in the model."
+        else:
+            fix = "; for the whole model, write '*'."
+        raise PatternError(
+            f"{action} was given {'a list with ' if listed else ''}{_described(item)}; expected a "
+            f"pattern such as 'cnn.*', or a list of exact names of parameters or modules{fix}"
+        )
+
+
+def _is_selection(item: Any) -> bool:
+    if isinstance(item, (nn.Module, torch.Tensor, type)):  # some of them can be called
+        return False
+    return callable(item) or isinstance(item, Iterable)
+
+
+def _described(item: Any) -> str:
+    if isinstance(item, (nn.Module, torch.Tensor)):
+        return f"a {type(item).__name__}"
+    return f"{item!r}"
 
 
 def _exactly(owned: Sequence[Owned], wanted: list[str], action: str) -> list[Owned]:
@@ -210,19 +245,3 @@ def _exactly(owned: Sequence[Owned], wanted: list[str], action: str) -> list[Own
             )
     ids = {id(item.tensor) for name in wanted for item in known[name]}
     return [item for item in owned if id(item.tensor) in ids]
-
-
-def _is_held(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("train"), Held)
-
-
-def _hold_frozen(
-    parts: Sequence[tuple[str, nn.Module, frozenset[str]]], owned: Sequence[Owned]
-) -> None:
-    """Hold the outermost of some modules all of whose parameters are frozen."""
-    frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
-    inside: set[int] = set()
-    for _, module, below in parts:
-        if below <= frozen and id(module) not in inside:
-            hold_module(module)
-            inside.update(id(part) for part in module.modules())

@@ -188,8 +188,12 @@ class Optimizer(Restorable):
                 drop_gradients(group["params"])
 
     def _advance(self) -> None:
+        was = self._freezer.active
         self._applied = self._published
         self._publish(self.clock + 1, self._published)
+        if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
+            rows = zip(self.param_groups, was, self._freezer.active, strict=True)
+            self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.plan.nonfinite == "raise":
@@ -198,10 +202,11 @@ class Optimizer(Restorable):
         log.warning("step %d skipped: %s", self.clock, error)
 
     def _batch(self, group: dict[str, Any]) -> Batch | None:
-        if group["name"] in self._guests:
-            self._received.note([group])
-            return self._guests.batch(group)
-        return super()._batch(group)
+        if group["name"] not in self._guests:
+            return super()._batch(group)
+        params, grads = self._gather(group)
+        self._received.note([group])
+        return self._guests.batch(group, params, grads, self._names(group, params))
 
     def _update(self) -> None:
         batches = self._collect(self._begin())

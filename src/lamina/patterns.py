@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
 
+import torch
+from torch import nn
+
 from .errors import PatternError
 from .parameters import ParamInfo
 
@@ -162,10 +165,13 @@ def compile_pattern(pattern: PatternLike) -> Pattern:
     """Read a pattern; raises `PatternError` with the place of the mistake."""
     if isinstance(pattern, str):
         return _parse(pattern)
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, (nn.Module, type)):
         return Test(pattern)
+    given = repr(pattern)
+    if isinstance(pattern, (nn.Module, torch.Tensor)):
+        given = f"a {type(pattern).__name__}"
     raise PatternError(
-        f"{pattern!r} is not a pattern; expected a string such as 'encoder.*', "
+        f"{given} is not a pattern; expected a string such as 'encoder.*', "
         "or a function (ParamInfo) -> bool."
     )
 

@@ -1,9 +1,11 @@
-"""What may change a run while it goes: overrides, reports of metrics, modes of guests."""
+"""What may change a run while it goes: overrides, reports, modes of guests, freezing by hand."""
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+
+import torch
 
 from .engine import Engine
 from .freezing import Freezer
@@ -93,9 +95,23 @@ class Steerable(Engine):
         return any(seen.get("stop") for seen in self.param_groups[0]["feedback"].values())
 
     def train(self) -> None:
-        """Put guests that have modes (schedule-free optimizers) into training mode."""
-        self._guests.set_mode("train")
+        """Put guests that have modes (schedule-free optimizers) into training mode.
+
+        What is frozen stays as it is.
+        """
+        self._set_mode("train")
 
     def eval(self) -> None:
-        """Put guests that have modes (schedule-free optimizers) into evaluation mode."""
-        self._guests.set_mode("eval")
+        """Put guests that have modes (schedule-free optimizers) into evaluation mode.
+
+        What is frozen stays as it is.
+        """
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        self._guests.set_mode(mode, [name for name, trains in self.active.items() if trains])
+
+    def _is_due(self, param: torch.Tensor) -> bool:
+        # Frozen by hand since the build: dropped, as the left-over gradients of all that is frozen.
+        param.grad = None
+        return False
