@@ -147,6 +147,49 @@ def test_the_modes_a_user_set_come_back(end, when):
     assert resting(model) == {"0.1.0"}
 
 
+def validate(model):
+    """As Lightning does: eval mode, and then for each module the flag it had, by assignment."""
+    flags = modes(model)
+    model.eval()
+    for name, module in model.named_modules():
+        module.training = flags[name]
+
+
+@pytest.mark.parametrize("end", [thawed_by_the_plan, released, thawed_by_hand])
+@pytest.mark.parametrize("own", [set(), {"0.1.0"}])
+def test_a_validation_that_assigns_the_flags_does_not_leave_eval_mode_behind(end, own):
+    model = net()
+    for name in own:
+        model.get_submodule(name).eval()
+    optimizer = plan(thaw=3).build(model, steps=9)
+    for _ in range(2):
+        validate(model)
+        assert resting(model) == BODY
+        assert model.training
+    model, optimizer = copy.deepcopy((model, optimizer))
+    end(model, optimizer)
+    assert resting(model) == own
+
+
+def test_eval_mode_of_the_whole_model_stays_where_it_does_not_train_again():
+    model = net()
+    optimizer = plan(thaw=3).build(model, steps=9)
+    validate(model)
+    model.eval()
+    optimizer.release()
+    assert resting(model) == {"", *BODY, "1"}
+
+
+def test_a_copy_of_a_held_part_is_not_a_copy_of_the_model():
+    model = net()
+    plan(frozen=True).build(model)
+    part = copy.deepcopy(model[0])
+    assert part.train.model is None
+    part.eval()
+    lm.thaw(part)
+    assert not part.training
+
+
 def test_eval_while_held_is_remembered():
     model = net()
     optimizer = plan(thaw=3).build(model, steps=9)

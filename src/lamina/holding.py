@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ class Held:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.asked = module.training
+        #: the mode asked for before the whole model was put in eval mode, else None
+        self.earlier: bool | None = None
+        self.model: weakref.ref[nn.Module] | None = None
         #: a `train` of the instance's own, as users patch it
         self.before: Callable[[bool], Any] | None = module.__dict__.get("train")
         self.on = True
@@ -34,19 +38,33 @@ class Held:
         """
         if not self.on:  # called from within, or kept by somebody after the end
             return self._own(mode)
+        earlier = self.asked if self.earlier is None else self.earlier
         self.on, self.module.training = False, self.asked
         try:
             return self._own(mode)
         finally:
             self.on, self.asked, self.module.training = True, self.module.training, False
+            model = self.model and self.model()
+            whole = not mode and isinstance(model, nn.Module) and not asked_to_train(model)
+            self.earlier = earlier if whole else None
 
-    def end(self) -> None:
-        """Take the mode that was asked for last, and `train` as it was."""
+    def end(self, model: nn.Module) -> None:
+        """Take the mode that was asked for last, and `train` as it was.
+
+        Some loops validate in eval mode and then assign each module the flag it had before, which
+        of a held module is no news. So if the model trains again, what its eval mode brought along
+        is over here as well.
+        """
+        if self.earlier is not None and asked_to_train(model):
+            self.asked = self.earlier
         self.on, self.module.training = False, self.asked
         if self.before is None:
             del self.module.__dict__["train"]
         else:
             self.module.__dict__["train"] = self.before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}  # a copy of a part does not copy the whole
 
     def _own(self, mode: bool) -> Any:
         if self.before is not None:
@@ -58,6 +76,7 @@ class Holder:
     """Holds exactly the modules of a model that a plan freezes as a whole."""
 
     def __init__(self, model: nn.Module, owned: Sequence[Owned]) -> None:
+        self._model = model
         self._needs = needs(model, owned)
         by_hand = {item.info.name for item in owned if not item.info.requires_grad}
         #: what was held by hand before the plan; what an earlier plan held is not
@@ -83,9 +102,9 @@ class Holder:
         wanted = set(map(id, modules))
         for module, _ in self._needs:
             if id(module) in wanted:
-                hold(module)
+                hold(module, self._model)
             else:
-                let_go(module)
+                let_go(module, self._model)
 
 
 def needs(model: nn.Module, owned: Iterable[Owned]) -> list[tuple[nn.Module, frozenset[str]]]:
@@ -115,14 +134,22 @@ def is_held(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("train"), Held)
 
 
-def hold(module: nn.Module) -> None:
-    """Keep a module, itself, in eval mode through later calls of `train`."""
-    if not is_held(module):
-        Held(module)
+def hold(module: nn.Module, model: nn.Module) -> None:
+    """Keep a module of a model, itself, in eval mode through later calls of `train`."""
+    held = module.__dict__.get("train")
+    if not isinstance(held, Held):
+        held = Held(module)
+    held.model = weakref.ref(model)
 
 
-def let_go(module: nn.Module) -> None:
-    """Undo `hold`; the module takes the mode that was last asked of it."""
+def let_go(module: nn.Module, model: nn.Module) -> None:
+    """Undo `hold` for a module of a model; it takes the mode that was last asked of it."""
     held = module.__dict__.get("train")
     if isinstance(held, Held):
-        held.end()
+        held.end(model)
+
+
+def asked_to_train(module: nn.Module) -> bool:
+    """Whether a module is in training mode, or would be if it were not held."""
+    held = module.__dict__.get("train")
+    return held.asked if isinstance(held, Held) and held.on else module.training

@@ -56,7 +56,7 @@ def freeze(model: nn.Module, match: Selection = "*", *, hold: bool = True) -> tu
         frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
         for module, need in needs(model, owned):
             if need & touched and need <= frozen:
-                hold_module(module)
+                hold_module(module, model)
     return changed
 
 
@@ -90,7 +90,7 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
     touched = {item.info.name for item in chosen}
     for module, need in needs(model, owned):
         if need & touched:
-            let_go(module)
+            let_go(module, model)
     return changed
 
 
