@@ -23,22 +23,23 @@ class _Span(NamedTuple):
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Positions of tensors that share elements: each tensor with the widest one before it."""
+    """Pairs of positions of tensors that share elements: each of these is in one or more."""
     stored: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for place, tensor in enumerate(tensors):
         span = _span(tensor)
         if span is not None:
             here = stored.setdefault((span.device, span.storage), [])
             here.append((span.low, -span.high, place))
-    pairs = []
+    pairs, paired = [], set[int]()
     for spans in stored.values():
         near: list[tuple[int, int, np.ndarray[Any, Any]]] = []  # those that reach into the next
         for low, minus_high, place in sorted(spans) if len(spans) > 1 else ():
             layout = _layout(tensors[place])
             near = [item for item in near if item[0] > low]
-            other = next((other for _, other, its in near if _meet(its, layout)), None)
-            if other is not None:
-                pairs.append((min(other, place), max(other, place)))
+            for _, other, its in near:
+                if not {other, place} <= paired and _meet(its, layout):
+                    pairs.append((min(other, place), max(other, place)))
+                    paired |= {other, place}
             near.append((-minus_high, place, layout))
     return pairs
 

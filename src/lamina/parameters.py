@@ -107,11 +107,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
         raise PlanError(
             f"a model of type {type(model).__name__} was given; expected a torch.nn.Module."
         )
-    places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, tensor in module._parameters.items():
-            if tensor is not None:
-                places[f"{path}.{attribute}" if path else attribute] = (module, attribute, tensor)
+    places = _places(model)
     cleaned = clean_names(places)
     by_identity: dict[int, list[str]] = {}
     for raw, (_, _, tensor) in places.items():
@@ -132,6 +128,23 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     if not found:
         raise PlanError(f"the model {type(model).__name__} has no parameters.")
     return tuple(found)
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
+    """Every place that holds a parameter, by its name with all prefixes of wrappers."""
+    return {
+        f"{path}.{attribute}" if path else attribute: (module, attribute, tensor)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, tensor in module._parameters.items()
+        if tensor is not None
+    }
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model as it is now, by each of their names."""
+    places = _places(model)
+    cleaned = clean_names(places)
+    return {cleaned[raw]: tensor for raw, (_, _, tensor) in places.items()}
 
 
 def subtrees(

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import HyperparameterError, LaminaWarning, NonFiniteError
 from ..patterns import PatternLike
 from .given import Limits, Parameters, Part, number_of, parts_of
-from .norms import HALF, each_norm, total_norm, values_of
+from .norms import HALF, clamped, each_norm, total_norm, values_of
 
 
 @overload
@@ -118,7 +118,7 @@ def clip_grad_value_(
                 tensor.grad = grad = grad.coalesce()
             numbers = _local(grad)
             numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
-            numbers.clamp_(-part.limit, part.limit)
+            clamped(numbers, part.limit, out=numbers)
 
 
 def _multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:

@@ -79,6 +79,16 @@ def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return (wide * factor.to(wide.device, wide.dtype)).to(grad.dtype)
 
 
+def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The numbers brought into [-limit, limit]; torch takes no limit that their dtype cannot hold.
+
+    Beyond it, as for an infinite limit, all of them are inside.
+    """
+    if torch.finfo(numbers.dtype).max < limit:
+        return numbers
+    return torch.clamp(numbers, -limit, limit, out=out)
+
+
 def _largest(grad: Any) -> torch.Tensor:
     """The largest |x|, 0 if there is none; the shard of a process may be empty."""
     if not hasattr(grad, "to_local"):

@@ -12,7 +12,7 @@ from ..algorithms.base import widen
 from ..errors import PlanError
 from ..parameters import ParamInfo
 from ..settings import check_amount, python_number
-from .norms import each_norm, gathered, times, total_norm, values_of
+from .norms import clamped, each_norm, gathered, times, total_norm, values_of
 from .operation import Amount, Grads, Operation, Work
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -70,7 +70,7 @@ class ClipValue(Operation):
         self.check()
 
     def run(self, work: Work, amount: float) -> None:
-        work.grads = [_on_values(g, lambda x: x.clamp(-amount, amount)) for g in work.settle()]
+        work.grads = [_on_values(g, lambda x: clamped(x, amount)) for g in work.settle()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -232,7 +232,10 @@ def _on_values(
 ) -> torch.Tensor:
     if grad.is_sparse:
         values = _on_values(values_of(grad), function)
-        return torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape)
+        places = grad.coalesce().indices()
+        return torch.sparse_coo_tensor(  # said here, as torch warns of invariants left open
+            places, values, grad.shape, check_invariants=False, is_coalesced=True
+        )
     if grad.is_complex():  # the real and the imaginary part are two numbers
         parts = function(torch.view_as_real(grad.resolve_conj()))
         pairs: torch.Tensor = torch.view_as_complex(parts)
