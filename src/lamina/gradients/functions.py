@@ -44,9 +44,10 @@ def clip_grad_norm_(
 
     Formula: `g * min(1, max_norm / (norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`.
 
-    Other than in torch, a norm that is not finite changes nothing: the gradients stay as they are
-    and a warning names the first bad one (torch turns all of them into NaN and 0). A tensor given
-    twice counts once. Reads the norms on the host, which waits for an accelerator once.
+    Norms of 16-bit gradients are computed in float32. Other than in torch, a norm that is not
+    finite changes nothing: the gradients stay as they are and a warning names the first bad one
+    (torch turns all of them into NaN and 0). A tensor given twice counts once. Reads the norms on
+    the host, which waits for an accelerator once.
 
     Args:
         parameters: a tensor, a list of tensors or of `(name, tensor)` pairs, a parameter group, or
