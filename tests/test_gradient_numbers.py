@@ -142,6 +142,9 @@ def test_a_norm_that_overflows_is_not_called_a_bad_gradient():
     grads = [torch.full((2,), 1e20), torch.full((2,), 1e30)]
     with pytest.raises(lm.NonFiniteError, match=r"every gradient is finite.*overflows.* '1'"):
         moved(grads, lm.clip_norm(1.0))
+    grow = [lambda grads, infos: [grads[0] * 1e16, *grads[1:]], lm.clip_norm(1.0)]
+    with pytest.raises(lm.NonFiniteError, match=r"every gradient is finite.*overflows.* '0'"):
+        moved(grads, grow)
 
 
 # ------------------------------------------------------------------------- empty, complex, lazy

@@ -73,7 +73,8 @@ def _cause(batches: Sequence[Batch], work: Work, clock: int) -> NonFiniteError:
                 f"{made!r} returned NaN or infinite numbers for {names[bad]!r} at step {clock}, "
                 "whose gradient was finite; the weights were not changed. Mend the function."
             )
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads]
+    last = work.made[-1][1] if work.made else grads
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in last]
     norms = [float(norm) for norm in each_norm(wide)]
     largest = names[norms.index(max(norms))]
     return NonFiniteError(
