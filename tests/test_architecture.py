@@ -24,6 +24,7 @@ LAYERS = [
     "expressions",
     "sparkline",
     "schedules",
+    "memory",
     "parameters",
     "holding",
     "patterns",

@@ -9,7 +9,7 @@ from torch import nn
 import lamina as lm
 from lamina.audit import checksums
 from lamina.errors import FrozenMovedError
-from models import backward, encoder, same, train, weights
+from models import Tied, Wrapper, backward, encoder, same, train, weights
 
 RULES = [
     lm.Rule("embeddings", frozen=True),
@@ -67,6 +67,69 @@ def test_a_checksum_covers_all_chunks_and_small_tensors():
     assert checksums([]) == []
 
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: small changes of neighbouring words that cancel in sums with evenly growing weights
+PATTERNS = [(1, -1), (1, -2, 1), (1, -3, 3, -1), (1, -4, 6, -4, 1), (1, -1, -1, 1), (2, -3, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_a_checksum_changes_with_structured_changes(dtype):
+    torch.manual_seed(0)
+    tensor = torch.randint(-50, 50, (600,)).to(dtype)
+    plain = torch.view_as_real(tensor).reshape(-1) if dtype.is_complex else tensor
+    size = plain.element_size()
+    changed = []
+    for unit in {WORDS[size], *([torch.int32] if size == 8 else [])}:
+        for pattern in PATTERNS:
+            for stride in (1, 2, 4, 64):
+                words = plain.clone().view(unit)
+                for index, step in enumerate(pattern):
+                    words[3 + index * stride] += step
+                changed.append(words)
+    for first, second in ((0, 1), (5, 9), (0, 511), (100, 357)):
+        swapped = torch.arange(plain.numel(), dtype=WORDS[size])
+        swapped[[first, second]] = swapped[[second, first]]
+        changed.append(swapped)
+    changed.append(torch.arange(plain.numel(), dtype=WORDS[size]))
+    totals = checksums([plain, *changed])
+    different = {words.view(torch.int8).numpy().tobytes() for words in changed}
+    assert len(set(totals)) == len(different) + 1 == len(changed) + 1
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.int64, torch.float8_e5m2])
+def test_a_checksum_changes_with_small_random_changes(dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.zeros(50_000, dtype=dtype).view(torch.int8)
+    changed, seen = [], set()
+    for _ in range(300):
+        other = tensor.clone()
+        places = torch.randint(len(tensor), (4,), generator=generator)
+        other[places] += torch.randint(-2, 3, (4,), generator=generator).to(torch.int8)
+        changed.append(other.view(dtype))
+        seen.add(other.numpy().tobytes())
+    assert len(set(checksums(changed))) == len(seen) > 290
+
+
+def test_weights_are_those_of_splitmix64():
+    from lamina.audit import _weights
+
+    def mixed(index):
+        z = (index * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return (z ^ (z >> 31)) | 1
+
+    got = _weights(torch.device("cpu"))
+    assert [int(x) % 2**64 for x in got[:500]] == [mixed(i) for i in range(1, 501)]
+    assert len(got.unique()) == len(got)
+
+
+def test_conjugates_are_summed_as_what_they_are():
+    tensor = torch.tensor([1 + 2j, 3 - 1j])
+    one, other, plain = checksums([tensor.conj(), tensor.conj().resolve_conj(), tensor])
+    assert one == other != plain
+
+
 # --------------------------------------------------------------------------------------- training
 
 
@@ -120,6 +183,143 @@ def test_what_thaws_may_move_and_what_freezes_again_may_not():
         model.classifier.bias.add_(1.0)
     with pytest.raises(FrozenMovedError, match=r"classifier.bias.*before step 3"):
         train(model, optimizer, 1, first=3)
+
+
+def normed():
+    """A frozen part with BatchNorm under audit; one step is taken."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 2))
+    rules = [lm.Rule("0.*", frozen=True)]
+    optimizer = lm.Plan("SGD", lr=0.1, rules=rules).build(model.double(), audit=True)
+    train(model, optimizer, 1)
+    return model, optimizer
+
+
+def other_weight(model):
+    model[0][0].weight = nn.Parameter(torch.zeros_like(model[0][0].weight))
+
+
+def other_shape(model):
+    model[0][0].weight.data = torch.zeros(3, 4).double()
+
+
+def other_dtype(model):
+    model.float()
+    model[1].double()
+
+
+def other_module(model):
+    model[0] = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+
+
+def assigned(model):
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def other_buffer(model):
+    model[0][1].running_mean = model[0][1].running_mean + 5
+
+
+BUFFER = r"'0\.1\.running_mean' is a buffer of the module '0\.1'.*hold=False"
+REPLACED = {
+    other_weight: r"'0\.0\.weight' should be.*before step 1: '0\.0\.weight' was replaced",
+    other_shape: r"has shape \(3, 4\) instead of \(3, 3\)",
+    other_dtype: r"is torch.float32 instead of torch.float64.*converted on purpose",
+    other_module: r"'0\.0\.weight', '0\.0\.bias' should be.*was replaced",
+    assigned: rf"'0\.0\.weight', .* and 1 more should be.*was replaced.*{BUFFER}",
+    other_buffer: rf"'0\.1\.running_mean' should rest, but moved before step 1: {BUFFER}",
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_what_stands_in_the_place_of_a_frozen_tensor_is_compared(change):
+    model, optimizer = normed()
+    change(model)
+    with pytest.raises(FrozenMovedError, match=REPLACED[change]):
+        optimizer.step()
+    assert optimizer.clock == 1
+
+
+@pytest.mark.parametrize("place", ["encoder", "decoder"])
+def test_each_place_of_a_tied_weight_is_watched(place):
+    model = Tied()
+    optimizer = lm.Plan("SGD", lr=0.1, rules=[lm.Rule("encoder", frozen=True)]).build(
+        model, audit=True
+    )
+    getattr(model, place).weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(FrozenMovedError, match=rf"'{place}\.weight' should be frozen"):
+        optimizer.step()
+
+
+def same_objects(model):
+    for module in model.modules():
+        for key, param in list(module._parameters.items()):
+            if param is not None:
+                module._parameters[key] = nn.Parameter(param.detach().clone(), param.requires_grad)
+        for key, buffer in list(module._buffers.items()):
+            module._buffers[key] = buffer.clone()
+
+
+FAIR = {
+    "the same numbers": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+    "assigned": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "to": lambda model: model.to("cpu", torch.float64),
+    "other objects": same_objects,
+    "compile": lambda model: model.__setitem__(0, torch.compile(model[0], backend="eager")),
+    "a wrapped part": lambda model: model.__setitem__(0, Wrapper(model[0])),
+    "eval": lambda model: model.eval(),
+    "copied part": lambda model: model.__setitem__(0, copy.deepcopy(model[0])),
+}
+
+
+@pytest.mark.parametrize("change", FAIR)
+def test_what_exchanges_tensors_for_equal_ones_is_no_move(change):
+    model, optimizer = normed()
+    frozen = {name: value.clone() for name, value in model[0].state_dict().items()}
+    FAIR[change](model)
+    for _ in range(3):
+        for param in model[1].parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.clock == 4
+    after = list(model[0].state_dict().values())
+    assert all(torch.equal(one, two) for one, two in zip(after, frozen.values(), strict=True))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, in eval mode too, and keeps a cache that is made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        self.calls += not self.quiet
+        self.cache = torch.ones(len(self.cache) + 1)
+        return self.linear(x)
+
+    quiet = False
+
+
+@pytest.mark.parametrize(("quiet", "hold"), [(False, True), (False, False), (True, True)])
+def test_buffers_that_a_forward_writes(quiet, hold):
+    part = Counting()
+    part.quiet = quiet
+    model = nn.Sequential(part, nn.Linear(3, 2)).double()
+    rules = [lm.Rule("0.*", frozen=True, hold=hold)]
+    optimizer = lm.Plan("SGD", lr=0.1, rules=rules).build(model, audit=True)
+    if hold and not quiet:
+        with pytest.raises(
+            FrozenMovedError, match=r"'0\.calls' is a buffer of.*hold=False"
+        ) as told:
+            train(model, optimizer, 1)
+        assert "another optimizer" not in str(told.value)
+    else:
+        train(model, optimizer, 3)
+        assert optimizer.clock == 3
+        assert len(part.cache) == 3
 
 
 def test_another_optimizer_is_caught():

@@ -207,6 +207,27 @@ FINDINGS = [
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", thaw=[1, 10], freeze=5)]), ["thaw-after-end"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", lr=0)]), ["lr-zero"]),
     (lm.Plan("SGD", lr=1, rules=[lm.Rule("head", lr=0, frozen=True)]), ["lr-never-trains"]),
+    (lm.Plan("SGD", lr=1, nonfinite="skip"), ["skip-without-norm"]),
+    (lm.Plan("SGD", lr=1, nonfinite="skip", gradients=lm.clip_value(1)), ["skip-without-norm"]),
+    (
+        lm.Plan("SGD", lr=1, nonfinite="skip", rules=[lm.Rule("body", clip_norm=1)]),
+        ["skip-without-norm"],
+    ),
+    (lm.Plan("SGD", lr=1, nonfinite="skip", clip_norm=1, rules=[lm.Rule("head", lr=2)]), []),
+    (lm.Plan("SGD", lr=1, nonfinite="skip", gradients=lm.clip_param_norm(1)), []),
+    (lm.Plan("SGD", lr=1, nonfinite="skip", gradients=[lm.scale(2), lm.agc(1)]), []),
+    (lm.Plan("SGD", lr=1, nonfinite="skip", nonfinite_check="all"), []),
+    (lm.Plan("LBFGS", lr=1, nonfinite="skip"), []),
+    (
+        lm.Plan(
+            "SGD",
+            lr=1,
+            nonfinite="skip",
+            clip_norm=1,
+            rules=[lm.Rule("head", gradients=None, frozen=True)],
+        ),
+        [],
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 import lamina as lm
 from lamina import kernels
+from lamina.gradients.norms import total_norm
 from models import Tied, encoder
 from processes import join_group, leave_group, run_processes
 
@@ -61,6 +63,11 @@ OTHERS = {
     "LAMB": lm.Plan(lm.LAMB, lr=0.01, gradients=[lm.clip_value(0.05)]),
     "LARS": lm.Plan(lm.LARS, lr=0.1, gradients=[lm.clip_param_norm(0.05)]),
     "SGD": lm.Plan(lm.SGD, lr=0.1, gradients=[lm.agc(0.01), lm.scale(2.0), lm.clip_norm(0.1)]),
+    "largest": lm.Plan(
+        lm.SGD,
+        lr=0.1,
+        gradients=[lm.clip_param_norm(0.05, p=math.inf), lm.clip_norm(0.03, p=math.inf)],
+    ),
     "guest": lm.Plan(torch.optim.NAdam, lr=0.01, clip_norm=0.1),
 }
 
@@ -279,6 +286,25 @@ def split_tie() -> dict[str, object]:
     return found
 
 
+def some_norms() -> dict[str, list[float]]:
+    """Norms of a tensor whose second shard is empty, and of one that float16 could not hold."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    line = init_device_mesh("cpu", (2,))
+    one, large = torch.tensor([[3.0, -4.0]]), torch.full((4, 2500), 1000.0, dtype=torch.float16)
+    cases = {
+        "empty shard": [distribute_tensor(one, line, [Shard(0)])],
+        "columns": [distribute_tensor(one, line, [Shard(1)])],
+        "copies": [distribute_tensor(one, line, [Replicate()])],
+        "float16": [distribute_tensor(large, line, [Shard(0)])],
+    }
+    return {
+        name: [float(total_norm(tensors, p)) for p in (1.0, 2.0, math.inf)]
+        for name, tensors in cases.items()
+    }
+
+
 def work(rank: int, folder: str) -> None:
     """One process: what it saw goes to a file."""
     join_group(rank, folder)
@@ -290,6 +316,7 @@ def work(rank: int, folder: str) -> None:
         "torch": torchs_own_way(folder),
         "skip": skip_alike(rank),
         "tie": split_tie(),
+        "norms": some_norms(),
         "others": {name: briefly(sharded(), plan, part) for name, plan in OTHERS.items()},
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
@@ -348,6 +375,13 @@ def test_two_processes_do_what_one_does(both, alone):
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_kind_of_rule_works_over_shards_of_two_meshes(both, name):
     assert_near(both[0][0]["others"][name], briefly(encoder(LAYERS), OTHERS[name]))
+
+
+def test_norms_are_those_of_the_whole_whatever_the_shards(both):
+    for record in both[0]:
+        for name in ("empty shard", "columns", "copies"):
+            assert record["norms"][name] == [7.0, 5.0, 4.0], name
+        assert record["norms"]["float16"] == pytest.approx([1e7, 1e5, 1e3], rel=1e-6)
 
 
 def test_windows_toggle_the_flag_and_frozen_shards_do_not_move(both):

@@ -237,6 +237,84 @@ def test_overlaps_inside_a_large_span_are_all_found():
     assert {tuple(item) for item in ties(model)} == {("all", "low"), ("all", "high")}
 
 
+class Fused(nn.Module):
+    """Three Parameters over the columns of one tensor, or with memory of their own."""
+
+    def __init__(self, apart=False):
+        super().__init__()
+        whole = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        parts = whole.chunk(3, dim=1)
+        parts = [part.clone() for part in parts] if apart else parts
+        self.q, self.k, self.v = map(nn.Parameter, parts)
+
+    def forward(self, x):
+        return (x @ self.q) * torch.tanh(x @ self.k) + x @ self.v
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_parameters_on_disjoint_columns_train_as_if_they_were_apart(optimizer):
+    model, other = Fused(), Fused(apart=True)
+    assert ties(model) == ()
+    both = [
+        (m, lm.Plan(optimizer, lr=0.1, weight_decay=0.1, clip_norm=1.0).build(m))
+        for m in (model, other)
+    ]
+    for step in range(3):
+        for each, its in both:
+            its.zero_grad()
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step)).double()
+            each(x).square().mean().backward()
+            its.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-14, atol=1e-14)
+    assert both[0][1].check(model) == ()
+
+
+def two(one, other):
+    return nn.ParameterDict({"a": nn.Parameter(one), "b": nn.Parameter(other)})
+
+
+WHOLE = torch.arange(30.0)
+SQUARE = WHOLE[:9].view(3, 3)
+LAYOUTS = {
+    "transposed": (lambda: two(SQUARE, SQUARE.T), "transposed", "One is the other transposed"),
+    "shifted": (lambda: two(WHOLE[:5], WHOLE[2:7]), "view", "begin at different elements"),
+    "strided": (lambda: two(WHOLE[0:5], WHOLE[0:10:2]), "view", "have other strides"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_views_in_another_layout_are_not_to_be_tied(case):
+    make, kind, why = LAYOUTS[case]
+    model = make()
+    assert [(tuple(item), item.kind) for item in ties(model)] == [(("a", "b"), kind)]
+    with pytest.raises(PlanError, match=f"{why}.*keep one over all of it") as told:
+        lm.resolve(lm.Plan("SGD", lr=0.1), model)
+    assert "lamina.tie" not in str(told.value)
+    before = dict(model.items())
+    for pairs in ({"b": "a"}, {"a": "b"}):
+        with pytest.raises(PlanError, match=f"in different ways.*nothing was tied. {why}|{why}"):
+            tie(model, pairs)
+    assert all(model[name] is param for name, param in before.items())
+
+
+@pytest.mark.parametrize("pairs", ["0.weight", ["a", "b"], None, 3])
+def test_tie_wants_a_dict_of_names(pairs):
+    with pytest.raises(PlanError, match=r"tie was given .*expected a dict of names"):
+        tie(two(WHOLE[:2], WHOLE[5:7]), pairs)
+
+
+def test_names_are_texts():
+    model = two(WHOLE[:2], WHOLE[5:7])
+    for call in (
+        lambda: untie(model, 3),
+        lambda: tie(model, {3: "a"}),
+        lambda: tie(model, {"a": 3}),
+    ):
+        with pytest.raises(PlanError, match="3 was given for the name of a parameter"):
+            call()
+
+
 # --------------------------------------------------------------------------------------- training
 
 

@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .errors import FrozenMovedError
 from .holding import Held
+from .parameters import collect, tensors_by_name
 
 #: integers of at most 32 bits: in the sum below, each then keeps at least 32 bits of its weight
 _WORDS = {1: torch.int8, 2: torch.int16}
 _CHUNK = 1 << 18
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit number
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+class _Watched(NamedTuple):
+    """A frozen tensor; `loose` may be exchanged for another object, which is taken as it is."""
+
+    tensor: torch.Tensor
+    loose: bool = False
+    buffer_of: str | None = None
+
+
+class _Mark(NamedTuple):
+    """What is remembered of a tensor."""
+
+    identity: int
+    shape: torch.Size
+    dtype: torch.dtype
+    checksum: int
 
 
 class Audit:
     """Checksums of every frozen parameter, and of the buffers of modules held in eval mode.
 
+    Tensors are read from their places in the model, so that one put there instead is compared too.
     Costs one reading of all of them before and after each step, and waits for an accelerator.
     Does nothing unless `on`.
     """
 
     def __init__(self, model: nn.Module, on: bool) -> None:
-        self._on = on
-        self._modules = list(model.named_modules()) if on else []
-        self._known: dict[str, tuple[int, int]] = {}  # name: identity of the tensor, checksum
+        self._model = model if on else None
+        self._names = {item.info.name: item.info.names for item in collect(model)} if on else {}
+        self._known: dict[str, _Mark] = {}
 
     def begin(self, groups: Groups, active: Sequence[bool | None]) -> None:
         """Take the checksums of what is frozen from now on; what was known stays known."""
-        tensors = self._frozen(groups, active)
-        self._known = {name: pair for name, pair in self._known.items() if name in tensors}
-        new = {name: tensor for name, tensor in tensors.items() if name not in self._known}
+        watched = self._frozen(groups, active)
+        self._known = {name: mark for name, mark in self._known.items() if name in watched}
+        new = {name: item for name, item in watched.items() if name not in self._known}
         self._known |= _marks(new)
 
     def forget(self) -> None:
@@ -47,52 +66,113 @@ class Audit:
     ) -> None:
         """Compare what is frozen with its checksums, before `step` or on the way to `following`.
 
-        A tensor that was exchanged for another object (sharding does that) is taken as it is.
+        Sharded tensors, and buffers that are not saved (caches), may be exchanged for other ones.
 
         Raises:
             FrozenMovedError: with the names of what moved.
         """
-        tensors = self._frozen(groups, active)
-        now = _marks({name: tensors[name] for name in self._known if name in tensors})
-        moved = [
-            name
-            for name, (identity, total) in now.items()
-            if identity == self._known[name][0] and total != self._known[name][1]
-        ]
+        watched = self._frozen(groups, active)
+        watched = {name: watched[name] for name in self._known if name in watched}
+        now = _marks(watched)
+        moved = [name for name, mark in now.items() if self._moved(name, mark, watched[name].loose)]
         if moved:
             when = f"{'during' if following > step else 'before'} step {step}"
-            more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
-            raise FrozenMovedError(
-                f"{', '.join(map(repr, moved[:3]))}{more} should be frozen, but moved {when}. Look "
-                "for another optimizer, an averaging of weights or an assignment that writes it. "
-                "If weights were loaded on purpose, do that before Plan.build."
-            )
+            params = [name for name in moved if watched[name].buffer_of is None]
+            buffers = [name for name in moved if watched[name].buffer_of is not None]
+            told = [self._params_moved(params, now, when)] if params else []
+            told += [_buffers_moved(buffers, watched, when)] if buffers else []
+            raise FrozenMovedError(" ".join(told))
         self._known |= now
 
-    def _frozen(self, groups: Groups, active: Sequence[bool | None]) -> dict[str, torch.Tensor]:
-        frozen: dict[str, torch.Tensor] = {}
-        if not self._on:
+    def _moved(self, name: str, mark: _Mark, loose: bool) -> bool:
+        known = self._known[name]
+        return mark[1:] != known[1:] and not (loose and mark.identity != known.identity)
+
+    def _params_moved(self, names: Sequence[str], now: Mapping[str, _Mark], when: str) -> str:
+        known, mark = self._known[names[0]], now[names[0]]
+        if mark.shape != known.shape:
+            how = f"has shape {tuple(mark.shape)} instead of {tuple(known.shape)}"
+        elif mark.dtype != known.dtype:
+            how = f"is {mark.dtype} instead of {known.dtype}"
+        elif mark.identity != known.identity:
+            how = "was replaced by a tensor with other numbers"
+        else:
+            how = "has other numbers"
+        return (
+            f"{_listed(names)} should be frozen, but moved {when}: {names[0]!r} {how}. Look for "
+            "another optimizer, an averaging of weights or an assignment that writes it. If "
+            "weights were loaded or converted on purpose, do that before Plan.build, or before "
+            "the optimizer's load_state_dict."
+        )
+
+    def _frozen(self, groups: Groups, active: Sequence[bool | None]) -> dict[str, _Watched]:
+        frozen: dict[str, _Watched] = {}
+        if self._model is None:
             return frozen
+        live = tensors_by_name(self._model)
         for group, trains in zip(groups, active, strict=True):
-            if not trains:
-                frozen.update(zip(group["param_names"], group["params"], strict=True))
-        for path, module in self._modules:
+            if trains:
+                continue
+            for known, param in zip(group["param_names"], group["params"], strict=True):
+                for name in self._names[known]:
+                    # FSDP2 exchanges its tensors in the model, for a while or for good.
+                    loose = hasattr(param, "to_local") or hasattr(live.get(name), "to_local")
+                    frozen[name] = _Watched(param if loose else live.get(name, param), loose)
+        for path, module in self._model.named_modules():
             if isinstance(module.__dict__.get("train"), Held):
-                frozen.update(module.named_buffers(prefix=path))
+                frozen.update(_buffers(path, module))
         return frozen
 
 
-def _marks(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    totals = checksums(tensors.values())
-    pairs = zip(tensors.items(), totals, strict=True)
-    return {name: (id(tensor), total) for (name, tensor), total in pairs}
+def _buffers(path: str, module: nn.Module) -> dict[str, _Watched]:
+    return {
+        f"{path}.{key}" if path else key: _Watched(
+            buffer, key in module._non_persistent_buffers_set, path
+        )
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
+def _buffers_moved(names: Sequence[str], watched: Mapping[str, _Watched], when: str) -> str:
+    held = watched[names[0]].buffer_of
+    return (
+        f"{_listed(names)} should rest, but moved {when}: {names[0]!r} is a buffer of "
+        f"{f'the module {held!r}' if held else 'the model'}, which is kept in eval mode while all "
+        "of its parameters are frozen. If its forward is to write it all the same, give the rule "
+        "hold=False, and dropout and BatchNorm go on too; else look for an assignment to "
+        "it, or to its module's `training`."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(repr, names[:3]))}{more}"
+
+
+def _marks(watched: Mapping[str, _Watched]) -> dict[str, _Mark]:
+    tensors = {id(item.tensor): item.tensor for item in watched.values()}  # tied ones once
+    totals = dict(zip(tensors, checksums(tensors.values()), strict=True))
+    return {
+        name: _Mark(id(it.tensor), it.tensor.shape, it.tensor.dtype, totals[id(it.tensor)])
+        for name, it in watched.items()
+    }
+
+
+def _signed(number: int) -> int:
+    """A number of 64 bits as torch's signed ones hold it."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+_ODD = _signed(0x9E3779B97F4A7C15)
 
 
 def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
     """A number for each tensor that changes with any single element, and with their order.
 
-    Formula: `sum_i word_i * w_i mod 2^64` over chunks, with odd weights `w_i` that differ, so that
-    no change of one word can vanish; the sums of chunks are chained by an odd factor.
+    Formula: `sum_i word_i * w_i mod 2^64` over chunks, with odd weights `w_i`, so that no change of
+    one word can vanish, and mixed, so that changes of several words with a pattern do not cancel;
+    the sums of chunks are chained by an odd factor.
     """
     sums = [_checksum(tensor) for tensor in tensors]
     totals = [0] * len(sums)
@@ -111,10 +191,24 @@ def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     local = local.coalesce().values() if local.is_sparse else local
-    local = torch.view_as_real(local) if local.is_complex() else local
+    local = torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
     words = local.detach().reshape(-1).view(_WORDS.get(local.element_size(), torch.int32))
-    weights = torch.arange(min(_CHUNK, len(words)), device=words.device) * _ODD | 1
+    weights = _weights(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for chunk in words.split(_CHUNK) if len(words) else ():
         total = total * _ODD + (chunk.to(torch.int64) * weights[: len(chunk)]).sum()
     return total
+
+
+@lru_cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """Odd numbers of 64 bits without a pattern.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014), SplitMix.
+    """
+    with torch.inference_mode(False):
+        mixed = torch.arange(1, _CHUNK + 1, device=device) * _ODD
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            logical = (mixed >> shift) & ((1 << (64 - shift)) - 1)  # `>>` alone repeats the sign
+            mixed = (mixed ^ logical) * _signed(factor)
+        return mixed | 1

@@ -10,7 +10,8 @@ from .errors import HyperparameterError, PatternError, PlanError
 from .expressions import spell
 from .feedback import Plateau, key_of
 from .forms import WINDOW
-from .gradients.operations import ClipNorm, Operation
+from .gradients.operation import Operation
+from .gradients.operations import ClipNorm
 from .optim.registry import hyperparameters, known_hyperparameter, optimizer_name
 from .parameters import ParamInfo
 from .patterns import compile_pattern

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from .cascade import Draft
 from .forms import CONTROLS
+from .optim.registry import is_whole_vector
 from .parameters import Observed
 from .plan import Plan
-from .resolved import NEVER, Cell, Finding, Trigger, Windows
+from .resolved import NEVER, Cell, Finding, Scope, Trigger, Windows
 from .time import Run
 
 #: how often dynamo compiles a function anew, where torch does not say
@@ -23,6 +24,7 @@ def find(
     cells: Sequence[Cell],
     run: Run,
     seen: Observed | None = None,
+    scopes: Sequence[Scope] = (),
 ) -> tuple[Finding, ...]:
     """All findings of a resolved plan."""
     return (
@@ -31,6 +33,7 @@ def find(
         *_thaw_after_end(drafts, run),
         *_frozen_by_model(drafts),
         *_lr_zero(cells),
+        *_skip_without_norm(plan, cells, scopes),
         *model_findings(
             {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
         ),
@@ -131,6 +134,33 @@ def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
         )
         for cell in cells
         if cell.windows and cell.constants.get("lr") == 0
+    ]
+
+
+def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> list[Finding]:
+    """Parameters whose bad gradients are not seen, though the plan says what to do about them."""
+    if plan.nonfinite != "skip" or plan.nonfinite_check == "all":
+        return []
+    measured = {
+        index
+        for index, scope in enumerate(scopes)
+        if any(operation.measures for operation, _ in scope.operations)
+    }
+    names = [
+        info.name
+        for cell in cells
+        if cell.windows and cell.scope not in measured and not is_whole_vector(cell.optimizer)
+        for info in cell.parameters
+    ]
+    if not names:
+        return []
+    return [
+        Finding(
+            "skip-without-norm",
+            "nonfinite='skip' skips a step where a norm shows a NaN or infinite gradient, but no "
+            f"norm is computed of {listed(names)}: theirs would reach the weights.",
+            "Pass nonfinite_check='all', or clip their norm (clip_norm=).",
+        )
     ]
 
 

@@ -13,7 +13,8 @@ from .algorithms.base import dtype_name
 from .errors import HyperparameterError, PlanError, TimeUnitError
 from .expressions import WORDS, parse
 from .feedback import REACTIONS, OnPlateau, Plateau, Reaction
-from .gradients.operations import OPERATIONS, Apply, Operation
+from .gradients.operation import Operation
+from .gradients.operations import OPERATIONS, Apply
 from .optim.registry import optimizer_class
 from .schedules import SCHEDULES, Schedule, function
 from .settings import (

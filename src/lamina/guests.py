@@ -12,6 +12,7 @@ import torch
 
 from .algorithms.base import Algorithm, Batch, Hyper, State
 from .errors import HyperparameterError, PlanError
+from .gradients.norms import times
 from .optim.registry import method_of, optimizer_name
 from .resolved import Cell
 
@@ -161,7 +162,7 @@ class Guests:
             called.setdefault(guest, set()).add(batch.hyper["name"])
             scale = batch.scale
             for param, grad in zip(batch.params, batch.grads, strict=True):
-                param.grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
+                param.grad = grad if scale is None else times(grad, scale)
         place = {name: index for index, name in enumerate(self._of)}
         for guest, names in called.items():
             # Those that train first: schedule-free guests read their mode from the first group.

@@ -225,7 +225,7 @@ class Optimizer(Restorable):
 
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""
-        if self.plan.nonfinite_check == "all":
+        if every := self.plan.nonfinite_check == "all":
             check_finite(batches, self.clock)
         members: dict[int, list[Batch]] = {}
         for batch in batches:
@@ -233,8 +233,8 @@ class Optimizer(Restorable):
             if scope is not None:
                 members.setdefault(scope, []).append(batch)
         self.norms = {}
-        for scope, its_batches in members.items():
-            norm = operate(its_batches, self._operations[scope], self._infos, self.clock)
+        for scope, its in members.items():
+            norm = operate(its, self._operations[scope], self._infos, self.clock, every)
             if norm is not None:
                 self.norms[self._resolved.scopes[scope].name] = norm
 

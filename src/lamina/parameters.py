@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .errors import PlanError
+from .memory import overlapping, relation
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -89,7 +89,7 @@ def walk(model: nn.Module) -> tuple[Owned, ...]:
     """Every parameter of a model once, in order, with all its names.
 
     Raises:
-        PlanError: if two Parameters lie over the same memory, or there is none.
+        PlanError: if two Parameters share elements in memory, or there is none.
     """
     found = collect(model)
     for first, second in overlaps(found):
@@ -107,11 +107,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
         raise PlanError(
             f"a model of type {type(model).__name__} was given; expected a torch.nn.Module."
         )
-    places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, tensor in module._parameters.items():
-            if tensor is not None:
-                places[f"{path}.{attribute}" if path else attribute] = (module, attribute, tensor)
+    places = _places(model)
     cleaned = clean_names(places)
     by_identity: dict[int, list[str]] = {}
     for raw, (_, _, tensor) in places.items():
@@ -132,6 +128,23 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     if not found:
         raise PlanError(f"the model {type(model).__name__} has no parameters.")
     return tuple(found)
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
+    """Every place that holds a parameter, by its name with all prefixes of wrappers."""
+    return {
+        f"{path}.{attribute}" if path else attribute: (module, attribute, tensor)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, tensor in module._parameters.items()
+        if tensor is not None
+    }
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model as it is now, by each of their names."""
+    places = _places(model)
+    cleaned = clean_names(places)
+    return {cleaned[raw]: tensor for raw, (_, _, tensor) in places.items()}
 
 
 def subtrees(
@@ -217,44 +230,25 @@ def mark_frozen(owned_places: Iterable[tuple[nn.Module, str]], frozen: bool) -> 
 
 
 def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
-    """Pairs of Parameter objects over the same bytes, which would be stepped twice."""
-    spans: dict[tuple[str, int], list[tuple[int, int, int, Owned]]] = {}
-    for place, owned in enumerate(found):
-        span = _span(owned.tensor)
-        if span is not None:
-            device, storage, low, high = span
-            spans.setdefault((device, storage), []).append((low, high, place, owned))
-    pairs = []
-    for shared in spans.values():
-        shared.sort(key=lambda item: item[:3])
-        _, end, at, widest = shared[0]
-        for low, high, place, owned in shared[1:]:
-            if low < end:
-                pairs.append((widest, owned) if at < place else (owned, widest))
-            if high > end:
-                end, at, widest = high, place, owned
-    return pairs
+    """Pairs of Parameter objects that share elements, which would be stepped twice."""
+    owned = list(found)
+    pairs = overlapping([item.tensor for item in owned])
+    return [(owned[one], owned[other]) for one, other in pairs]
 
 
 def overlap_fix(first: Owned, second: Owned) -> str:
     """What to do about two Parameters over the same memory."""
     one, other = first.info, second.info
-    if (one.shape, one.dtype) == (other.shape, other.dtype):
+    how = relation(first.tensor, second.tensor)
+    if how == "same":
         return f"Tie them: lamina.tie(model, {{{other.name!r}: {one.name!r}}})."
+    if one.shape != other.shape:
+        why, such = f"Their shapes {one.shape} and {other.shape} differ", f"`{one.name}.T`"
+    elif how == "transposed":
+        why, such = "One is the other transposed", f"`{one.name}.T`"
+    else:
+        why, such = "They begin at different elements, or have other strides", "a slice"
     return (
-        f"Their shapes {one.shape} and {other.shape} differ, so they cannot be one Parameter: keep "
-        f"one, and compute with a view of it in forward, such as `{one.name}.T`."
+        f"{why}, so they cannot be one Parameter: keep one over all of it, and compute with a view "
+        f"of it in forward, such as {such}."
     )
-
-
-def _span(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
-    """Device, storage and byte range; None where there is no real memory to compare."""
-    if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
-        return None
-    if tensor.numel() == 0 or is_lazy(tensor):
-        return None
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = int(sum((size - 1) * stride for size, stride in steps))
-    low = int(tensor.storage_offset()) * tensor.element_size()
-    high = low + (reach + 1) * tensor.element_size()
-    return str(tensor.device), tensor.untyped_storage().data_ptr(), low, high

@@ -107,7 +107,7 @@ class Plan:
         optimizer: an optimizer class (`lamina.AdamW`) or its registered name (`"AdamW"`).
         rules: later rules win, setting by setting.
         nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
-            name, or `"skip"` the step.
+            name, or `"skip"` the step; where it is looked for is the next argument's.
         nonfinite_check: where to look for them: `"norms"`, wherever a norm is computed anyway,
             or `"all"` gradients, which reads each of them once more.
         stop: when to set `optimizer.should_stop`: `early_stop(...)`.

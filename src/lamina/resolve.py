@@ -73,7 +73,7 @@ def resolve_owned(
         for draft in drafts
         for name in draft.info.names
     }
-    findings = find(plan, drafts, cells, run, seen)
+    findings = find(plan, drafts, cells, run, seen, scopes)
     held = None if planned == run else planned
     return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains, held)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .algorithms.base import Algorithm
 from .feedback import OnPlateau, Reaction
-from .gradients.operations import Operation
+from .gradients.operation import Operation
 from .parameters import ParamInfo
 from .plan import Plan
 from .schedules import Schedule

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .errors import PlanError, did_you_mean
-from .parameters import Owned, collect, overlaps
+from .memory import relation
+from .parameters import Owned, collect, overlap_fix, overlaps
 
 log = logging.getLogger("lamina")
 Place = tuple[nn.Module, str]
@@ -50,8 +51,8 @@ def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
         pairs: names of parameters, such as `{"decoder.weight": "encoder.weight"}`.
 
     Raises:
-        PlanError: for an unknown name, different shapes, dtypes or devices, or a circle; nothing
-            was changed.
+        PlanError: for an unknown name, different shapes, dtypes or devices, views of one memory in
+            different layouts, or a circle; nothing was changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -60,6 +61,11 @@ def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
         True
     """
     _refuse_taken(model, "tie")
+    if not isinstance(pairs, Mapping):
+        raise PlanError(
+            f"tie was given {pairs!r}; expected a dict of names of parameters, such as "
+            '{"decoder.weight": "encoder.weight"}.'
+        )
     found = by_name(collect(model))
     goes: dict[int, Owned] = {}  # by identity of a Parameter: what it is to become
     for name, to in pairs.items():
@@ -110,8 +116,8 @@ def untie(model: nn.Module, name: str) -> None:
 def ties(model: nn.Module) -> tuple[Tie, ...]:
     """All ties of a model, each with all its names and its `kind`.
 
-    Two Parameters over the same memory are listed too, as `"view"` or `"transposed"`; a plan
-    refuses them, because each would be updated.
+    Two Parameters that share elements in memory are listed too, as `"view"` or `"transposed"`; a
+    plan refuses them, because each would be updated.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -200,6 +206,8 @@ def _refuse_taken(model: nn.Module, action: str) -> None:
 
 
 def _find(found: Mapping[str, Owned], name: str, model: nn.Module) -> Owned:
+    if not isinstance(name, str):
+        raise PlanError(f"{name!r} was given for the name of a parameter; expected a text.")
     if name in found:
         return found[name]
     inside = [known for known in found if known.startswith(f"{name}.")]
@@ -238,6 +246,12 @@ def _check_alike(source: Owned, target: Owned) -> None:
                 f"tie: {source.info.name!r} has {what} {_plain(mine)}, but {target.info.name!r} "
                 f"has {_plain(theirs)}; nothing was tied. {fix}"
             )
+    if one is not other and relation(one, other) not in ("apart", "same"):
+        raise PlanError(
+            f"tie: {source.info.name!r} and {target.info.name!r} lie over the same memory in "
+            "different ways, so that tying them would give one of them other numbers; nothing was "
+            f"tied. {overlap_fix(target, source)}"
+        )
 
 
 def _plain(value: object) -> object:
@@ -249,9 +263,7 @@ def _distinct(places: Iterable[Place]) -> set[tuple[int, str]]:
 
 
 def _kind(one: torch.Tensor, other: torch.Tensor) -> str:
-    turned = tuple(reversed(one.shape)) == tuple(other.shape)
-    strides = tuple(reversed(one.stride())) == tuple(other.stride())
-    return "transposed" if turned and strides and one.ndim > 1 else "view"
+    return "transposed" if relation(one, other) == "transposed" else "view"
 
 
 def _own_copy(tensor: nn.Parameter) -> nn.Parameter:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ScheduleError
-from .gradients.operations import Operation
+from .gradients.operation import Operation
 from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger
 from .schedules import Schedule
 

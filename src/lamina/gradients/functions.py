@@ -4,44 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from types import GeneratorType
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import nn
 
-from ..errors import (
-    HyperparameterError,
-    LaminaWarning,
-    NonFiniteError,
-    PatternError,
-    PlanError,
-    did_you_mean,
-)
-from ..parameters import collect
-from ..patterns import PatternLike, compile_pattern
-from .norms import each_norm, total_norm, values_of
-
-#: a tensor, tensors or `(name, tensor)` pairs, a parameter group, or a module
-Parameters = torch.Tensor | Iterable[Any] | Mapping[str, Any] | nn.Module
-#: one limit, or limits by pattern
-Limits = Mapping[PatternLike, float]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Tensors with gradients that share a limit."""
-
-    key: PatternLike
-    limit: float
-    tensors: list[torch.Tensor]
-    names: list[str]
-
-    @property
-    def grads(self) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+from ..errors import HyperparameterError, LaminaWarning, NonFiniteError
+from ..patterns import PatternLike
+from .given import Limits, Parameters, Part, number_of, parts_of
+from .norms import HALF, clamped, each_norm, total_norm, values_of
 
 
 @overload
@@ -72,9 +44,10 @@ def clip_grad_norm_(
 
     Formula: `g * min(1, max_norm / (norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`.
 
-    Other than in torch, a norm that is not finite changes nothing: the gradients stay as they are
-    and a warning names the first bad one (torch turns all of them into NaN and 0). A tensor given
-    twice counts once. Reads the norms on the host, which waits for an accelerator once.
+    Norms of 16-bit gradients are computed in float32. Other than in torch, a norm that is not
+    finite changes nothing: the gradients stay as they are and a warning names the first bad one
+    (torch turns all of them into NaN and 0). A tensor given twice counts once. Reads the norms on
+    the host, which waits for an accelerator once.
 
     Args:
         parameters: a tensor, a list of tensors or of `(name, tensor)` pairs, a parameter group, or
@@ -100,10 +73,10 @@ def clip_grad_norm_(
         >>> clip_grad_norm_(layer, 1.0)
         tensor(5.)
     """
-    p = float(norm_type)
+    p = number_of(norm_type, "norm_type", "a number above 0")
     if not p > 0:
         raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
-    parts = _parts(parameters, max_norm, "max_norm")
+    parts = parts_of(parameters, max_norm, "max_norm")
     norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
     values = _on_host(norms)
     for part, value in zip(parts, values, strict=True):
@@ -140,29 +113,40 @@ def clip_grad_value_(
         >>> layer.weight.grad
         tensor([[ 3.0000, -3.5000]])
     """
-    for part in _parts(parameters, clip_value, "clip_value"):
+    for part in parts_of(parameters, clip_value, "clip_value"):
         for tensor, grad in zip(part.tensors, part.grads, strict=True):
             if grad.is_sparse:  # the same place may be there twice: add up before clipping
                 tensor.grad = grad = grad.coalesce()
             numbers = _local(grad)
             numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
-            numbers.clamp_(-part.limit, part.limit)
+            clamped(numbers, part.limit, out=numbers)
 
 
 def _multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    """Multiply in place; 16-bit floats as float32, as the factor may be too small for them."""
+    alike: dict[tuple[torch.device, bool], list[torch.Tensor]] = {}
     for grad in map(_local, grads):
-        by_device.setdefault(grad.device, []).append(grad)
-    for device, together in by_device.items():
-        torch._foreach_mul_(together, factor.to(device))
+        alike.setdefault((grad.device, grad.dtype in HALF), []).append(grad)
+    for (device, half), together in alike.items():
+        if half:
+            wide = [grad.float() for grad in together]
+            torch._foreach_mul_(wide, factor.to(device))
+            torch._foreach_copy_(together, wide)
+        else:
+            torch._foreach_mul_(together, factor.to(device))
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:
-    """The numbers to change in place: of a sharded gradient this process', of a sparse one all."""
+    """The numbers to change in place: of a sharded gradient this process', of a sparse one all.
+
+    A conjugate or negative that torch has not computed yet comes as what it is a view of: clipping
+    that one clips both.
+    """
     if grad.is_sparse:
         return grad._values()
     local: torch.Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    return local
+    local = local.conj() if local.is_conj() else local
+    return torch._neg_view(local) if local.is_neg() else local
 
 
 def _on_host(norms: list[torch.Tensor]) -> list[float]:
@@ -178,7 +162,7 @@ def _on_host(norms: list[torch.Tensor]) -> list[float]:
     return numbers
 
 
-def _not_finite(part: _Part, fail: bool) -> None:
+def _not_finite(part: Part, fail: bool) -> None:
     bad = next(
         (
             name
@@ -203,82 +187,6 @@ def _not_finite(part: _Part, fail: bool) -> None:
     )
 
 
-def _largest(part: _Part) -> str:
+def _largest(part: Part) -> str:
     norms = _on_host(each_norm(part.grads, math.inf))
     return part.names[norms.index(max(norms))]
-
-
-def _parts(parameters: Parameters, limit: float | Limits, argument: str) -> list[_Part]:
-    """What to clip, checked before anything is changed."""
-    if not isinstance(limit, Mapping):
-        number = _checked(limit, argument)
-        pairs = _named(parameters)
-        return [_Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
-    if not isinstance(parameters, nn.Module):
-        raise PlanError(
-            f"{argument}={limit!r} has patterns, which need names; pass the module, not "
-            f"{type(parameters).__name__}."
-        )
-    numbers = {pattern: _checked(number, argument) for pattern, number in limit.items()}
-    owned = collect(parameters)
-    chosen: dict[str, PatternLike] = {}
-    for pattern in numbers:
-        hit = [item.info.name for item in owned if compile_pattern(pattern).matches(item.info)]
-        if not hit:
-            names = [name for item in owned for name in item.info.names]
-            raise PatternError(
-                f"{argument}: {pattern!r} matches none of the {len(owned)} parameters."
-                f"{did_you_mean(str(pattern), names)}"
-            )
-        chosen |= dict.fromkeys(hit, pattern)
-    parts = []
-    for pattern, number in numbers.items():
-        mine = [
-            item for item in owned if chosen.get(item.info.name) is pattern and _counts(item.tensor)
-        ]
-        names = [repr(item.info.name) for item in mine]
-        parts.append(_Part(pattern, number, [item.tensor for item in mine], names))
-    return parts
-
-
-def _checked(limit: Any, argument: str) -> float:
-    number = float(limit)
-    if not number >= 0:
-        raise HyperparameterError(f"{argument}={limit!r}: expected a number of at least 0.")
-    return number
-
-
-def _counts(param: torch.Tensor) -> bool:
-    return param.requires_grad and param.grad is not None
-
-
-def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
-    """The tensors with a gradient, each once, with a name for messages."""
-    if isinstance(parameters, nn.Module):
-        owned = collect(parameters)
-        return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]
-    if isinstance(parameters, torch.Tensor):
-        return [("the tensor", parameters)] if parameters.grad is not None else []
-    if isinstance(parameters, Mapping):
-        tensors: list[Any] = list(parameters["params"])
-        names = parameters.get("param_names")
-        given: list[Any] = list(zip(names, tensors, strict=True)) if names else tensors
-    else:
-        given = list(parameters)
-        if not given and isinstance(parameters, GeneratorType):
-            warnings.warn(
-                "the generator of parameters is empty (used up before?); nothing is clipped.",
-                LaminaWarning,
-                stacklevel=5,
-            )
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for index, item in enumerate(given):
-        name, tensor = item if isinstance(item, tuple) else (None, item)
-        if not isinstance(tensor, torch.Tensor):
-            raise PlanError(
-                f"parameters[{index}] is {tensor!r} ({type(tensor).__name__}); expected a tensor."
-            )
-        if tensor.grad is not None:
-            place = f"parameter {index} of shape {tuple(tensor.shape)}"
-            found.setdefault(id(tensor), (place if name is None else repr(name), tensor))
-    return list(found.values())

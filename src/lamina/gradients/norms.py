@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from ..algorithms.base import widen
+
+#: dtypes whose norms, and products with a factor, are computed in float32
+HALF = (torch.float16, torch.bfloat16)
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:
@@ -25,14 +31,21 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
-    """The p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole."""
+    """The p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole.
+
+    Norms of 16-bit floats are float32: they easily pass 65504, and have more digits.
+    """
     dense = [values_of(tensor) for tensor in tensors]
     groups: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
-    for index, tensor in enumerate(dense):
-        groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
     norms: list[torch.Tensor] = [torch.empty(0)] * len(dense)
-    for indices in groups.values():
-        found = torch._foreach_norm([dense[i] for i in indices], p)
+    for index, tensor in enumerate(dense):
+        if p == math.inf and (hasattr(tensor, "to_local") or not tensor.numel()):
+            norms[index] = _largest(tensor)  # torch has no largest number of an empty tensor
+        else:
+            groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
+    for (_, dtype, _), indices in groups.items():
+        wide = torch.float32 if dtype in HALF else None
+        found = torch._foreach_norm([dense[i] for i in indices], p, dtype=wide)
         for index, norm in zip(indices, found, strict=True):
             norms[index] = gathered(norm)
     return norms
@@ -45,6 +58,53 @@ def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
     """
     norms = each_norm(tensors, p)
     device = norms[0].device
-    dtype = torch.promote_types(torch.float32, norms[0].dtype)
-    together = torch.stack([norm.to(device=device, dtype=dtype) for norm in norms])
+    together = torch.stack([norm.to(device) for norm in norms])
     return together.max() if math.isinf(p) else torch.linalg.vector_norm(together, p)
+
+
+def finite(norms: Sequence[torch.Tensor]) -> bool:
+    """Whether all these scalars are finite; waits for an accelerator once."""
+    if len(norms) == 1:
+        return math.isfinite(float(norms[0]))
+    device = norms[0].device  # each by itself: their sum may overflow though none of them did
+    return bool(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all())
+
+
+def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A gradient times a factor, in its own dtype and rounded once.
+
+    16-bit floats are multiplied as float32, since the factor may be too small for a 16-bit one.
+    """
+    wide = widen(grad)
+    return (wide * factor.to(wide.device, wide.dtype)).to(grad.dtype)
+
+
+def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The numbers brought into [-limit, limit]; torch takes no limit that their dtype cannot hold.
+
+    Beyond it, as for an infinite limit, all of them are inside.
+    """
+    if torch.finfo(numbers.dtype).max < limit:
+        return numbers
+    return torch.clamp(numbers, -limit, limit, out=out)
+
+
+def _largest(grad: Any) -> torch.Tensor:
+    """The largest |x|, 0 if there is none; the shard of a process may be empty."""
+    if not hasattr(grad, "to_local"):
+        return _most(grad)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    places = grad.placements
+    if any(place.is_partial() for place in places):
+        places = [Replicate() if place.is_partial() else place for place in places]
+        grad = grad.redistribute(placements=places)
+    parts = [place if place.is_replicate() else Shard(0) for place in places]
+    each = DTensor.from_local(_most(grad.to_local()).reshape(1), grad.device_mesh, parts)
+    most: torch.Tensor = each.full_tensor().max()
+    return most
+
+
+def _most(tensor: torch.Tensor) -> torch.Tensor:
+    numbers = tensor.abs()
+    return widen(numbers.max() if numbers.numel() else numbers.sum())

@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from ..algorithms.base import widen
 from ..errors import PlanError
-from ..expressions import Spelled
 from ..parameters import ParamInfo
-from ..schedules import Schedule
-from .norms import each_norm, gathered, total_norm, values_of
+from ..settings import check_amount, python_number
+from .norms import clamped, each_norm, gathered, times, total_norm, values_of
+from .operation import Amount, Grads, Operation, Work
 
-Amount = float | Schedule
-Grads = list[torch.Tensor]
-
-
-@dataclass
-class Work:
-    """The gradients of one scope on their way through its operations.
-
-    `scale` is a factor still to be multiplied onto every gradient; `norms` the scalar tensors
-    that were computed anyway, which tell whether everything is finite.
-    """
-
-    grads: Grads
-    params: Sequence[torch.Tensor]
-    infos: Sequence[ParamInfo]
-    scale: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    norms: list[torch.Tensor] | None = None
-
-    def settle(self) -> Grads:
-        """The gradients with the pending factor multiplied on, as new tensors."""
-        if self.scale is not None:
-            self.grads = [grad * self.scale.to(grad.device, grad.dtype) for grad in self.grads]
-            self.scale = None
-        return self.grads
-
-    def multiply(self, factor: torch.Tensor) -> None:
-        """Put one more factor on every gradient."""
-        self.scale = factor if self.scale is None else self.scale * factor
-
-
-class Operation(Spelled, ABC):
-    """One gradient operation of a scope; `amount` is its number, or a schedule of it."""
-
-    amount: Amount
-
-    @abstractmethod
-    def run(self, work: Work, amount: float) -> None:
-        """Change the gradients of a scope; `amount` is the number at this step."""
-
-    def check(self, low_open: bool = True) -> None:
-        """Raise `PlanError` unless the amount is a positive number or a value schedule."""
-        amount = self.amount
-        if isinstance(amount, Schedule):
-            if amount.kind == "factor":
-                raise PlanError(
-                    f"{self.spelling}({amount!r}): the schedule is a factor; a threshold is a "
-                    "value: give it a start."
-                )
-            return
-        ok = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-        if not ok or not 0 <= amount < math.inf or (low_open and amount == 0):
-            limit = "above 0" if low_open else "of at least 0"
-            raise PlanError(
-                f"{self.spelling} was given {amount!r}; expected a finite number {limit}."
-            )
+_DOUBLE = (torch.float64, torch.complex128)
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,13 +36,13 @@ class ClipNorm(Operation):
     """
 
     spelling: ClassVar[str] = "clip_norm"
+    measures: ClassVar[bool] = True
     amount: Amount
     p: float = 2.0
 
     def __post_init__(self) -> None:
         self.check()
-        if not self.p > 0:
-            raise PlanError(f"clip_norm was given p={self.p!r}; expected a number above 0.")
+        self.check_order(self.p)
 
     def run(self, work: Work, amount: float) -> None:
         norm = total_norm(work.grads, self.p)
@@ -106,7 +50,7 @@ class ClipNorm(Operation):
             norm = norm * work.scale.abs()
         if work.norm is None:
             work.norm = norm
-        work.norms = [*(work.norms or []), norm]
+        work.norms.append(norm)
         work.multiply(torch.clamp(amount / (norm + 1e-6), max=1.0))
 
 
@@ -126,7 +70,7 @@ class ClipValue(Operation):
         self.check()
 
     def run(self, work: Work, amount: float) -> None:
-        work.grads = [_on_values(g, lambda x: x.clamp(-amount, amount)) for g in work.settle()]
+        work.grads = [_on_values(g, lambda x: clamped(x, amount)) for g in work.settle()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,22 +85,19 @@ class ClipParamNorm(Operation):
     """
 
     spelling: ClassVar[str] = "clip_param_norm"
+    measures: ClassVar[bool] = True
     amount: Amount
     p: float = 2.0
 
     def __post_init__(self) -> None:
         self.check()
-        if not self.p > 0:
-            raise PlanError(f"clip_param_norm was given p={self.p!r}; expected a number above 0.")
+        self.check_order(self.p)
 
     def run(self, work: Work, amount: float) -> None:
         norms = each_norm(work.settle(), self.p)
-        work.norms = [*(work.norms or []), *norms]
+        work.norms += norms
         factors = [torch.clamp(amount / (norm + 1e-6), max=1.0) for norm in norms]
-        work.grads = [
-            grad * factor.to(grad.device, grad.dtype)
-            for grad, factor in zip(work.grads, factors, strict=True)
-        ]
+        work.grads = list(map(times, work.grads, factors))
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,11 +120,14 @@ class AGC(Operation):
     """
 
     spelling: ClassVar[str] = "agc"
+    measures: ClassVar[bool] = True
     amount: Amount = 0.01
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
         self.check()
+        object.__setattr__(self, "eps", python_number(self.eps))
+        check_amount("agc", "eps", self.eps)
 
     def run(self, work: Work, amount: float) -> None:
         clipped = []
@@ -191,8 +135,8 @@ class AGC(Operation):
             dense = grad.to_dense() if grad.is_sparse else grad
             norm, weight = _unit_norm(dense), _unit_norm(param).clamp(min=self.eps)
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
-            clipped.append(dense * factor)
-            work.norms = [*(work.norms or []), gathered(norm.sum())]
+            clipped.append(times(dense, factor))
+            work.norms.append(gathered(norm.sum()))
         work.grads = clipped
 
 
@@ -212,9 +156,9 @@ class Scale(Operation):
         self.check(low_open=False)
 
     def run(self, work: Work, amount: float) -> None:
-        first = work.grads[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        work.multiply(torch.tensor(amount, dtype=dtype, device=first.device))
+        wide = any(grad.dtype in _DOUBLE for grad in work.grads)
+        dtype = torch.float64 if wide else torch.float32
+        work.multiply(torch.tensor(amount, dtype=dtype, device=work.grads[0].device))
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,26 +174,56 @@ class Apply(Operation):
 
     def run(self, work: Work, amount: float) -> None:
         given = work.settle()
-        got = list(self.function(list(given), work.infos))
-        if len(got) != len(given):
-            raise PlanError(
-                f"{self!r} was given {len(given)} gradients and returned {len(got)}; expected one "
-                "for each."
-            )
-        for old, new, info in zip(given, got, work.infos, strict=True):
-            if not isinstance(new, torch.Tensor) or new.shape != old.shape:
-                shown = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
-                raise PlanError(
-                    f"{self!r} returned {shown} for {info.name!r}; expected a tensor of shape "
-                    f"{tuple(old.shape)}."
-                )
+        got = self._checked(self.function(list(given), work.infos), given, work.infos)
+        work.made.append((self, got))
         work.grads = got
+
+    def _checked(self, got: Any, given: Grads, infos: Sequence[ParamInfo]) -> Grads:
+        """What the function returned, if it is a gradient for each one given."""
+        if not isinstance(got, Iterable) or isinstance(got, (torch.Tensor, Mapping, str)):
+            what = "nothing (None)" if got is None else f"a {type(got).__name__}"
+            raise PlanError(
+                f"{self!r} returned {what}; expected the list of all gradients, also of those that "
+                "stay as they are or were changed in place."
+            )
+        grads = list(got)
+        if len(grads) != len(given):
+            raise PlanError(
+                f"{self!r} was given {len(given)} gradients and returned {len(grads)}; expected "
+                "one for each."
+            )
+        for old, new, info in zip(given, grads, infos, strict=True):
+            wrong = _unlike(new, old)
+            if wrong:
+                raise PlanError(
+                    f"{self!r} returned {wrong} for {info.name!r}; expected a tensor "
+                    f"of shape {tuple(old.shape)} and of {_numbers(old)} numbers on {old.device}."
+                )
+        return grads
+
+
+def _unlike(new: Any, old: torch.Tensor) -> str:
+    """What keeps a value from standing in for a gradient, or ""."""
+    if not isinstance(new, torch.Tensor):
+        return type(new).__name__
+    if new.shape != old.shape:
+        return str(tuple(new.shape))
+    if new.device != old.device:
+        return f"a tensor on {new.device}"
+    return "" if _numbers(new) == _numbers(old) else f"{_numbers(new)} numbers"
+
+
+def _numbers(tensor: torch.Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole"
 
 
 def _unit_norm(tensor: torch.Tensor) -> torch.Tensor:
     """Norms by output unit, shaped to multiply the tensor."""
     dims = tuple(range(1, tensor.ndim)) or None
-    norm: torch.Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=tensor.ndim > 1)
+    rows = widen(tensor)
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=tensor.ndim > 1)
     return norm
 
 
@@ -257,10 +231,14 @@ def _on_values(
     grad: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     if grad.is_sparse:
-        values = function(values_of(grad))
-        return torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape)
+        values = _on_values(values_of(grad), function)
+        places = grad.coalesce().indices()
+        return torch.sparse_coo_tensor(  # said here, as torch warns of invariants left open
+            places, values, grad.shape, check_invariants=False, is_coalesced=True
+        )
     if grad.is_complex():  # the real and the imaginary part are two numbers
-        pairs: torch.Tensor = torch.view_as_complex(function(torch.view_as_real(grad)))
+        parts = function(torch.view_as_real(grad.resolve_conj()))
+        pairs: torch.Tensor = torch.view_as_complex(parts)
         return pairs
     return function(grad)
 

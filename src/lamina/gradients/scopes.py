@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,17 +9,27 @@ import torch
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
 from ..parameters import ParamInfo
-from .norms import all_finite, each_norm
-from .operations import Operation, Work
+from .norms import all_finite, each_norm, finite
+from .operation import Operation, Work
 
 #: the operations of a scope with their numbers at this step
 Steps = Sequence[tuple[Operation, float]]
+_ADVICE = (
+    "Look at the loss of this batch; lower the lr or lengthen the warmup; under float16 use "
+    "torch.amp.GradScaler; or skip such steps with Plan(nonfinite='skip')."
+)
 
 
 def operate(
-    batches: Sequence[Batch], steps: Steps, infos: Mapping[str, ParamInfo], clock: int
+    batches: Sequence[Batch],
+    steps: Steps,
+    infos: Mapping[str, ParamInfo],
+    clock: int,
+    every: bool = False,
 ) -> torch.Tensor | None:
     """Run a scope's operations over its batches, which then hold the changed gradients.
+
+    With `every`, what a function of the user's returned is looked at, norm or not.
 
     Returns:
         The norm of the scope before its first `clip_norm`, or None.
@@ -35,8 +44,9 @@ def operate(
     )
     for operation, amount in steps:
         operation.run(work, amount)
-    if work.norms and not _all_finite(work.norms):
-        raise nonfinite_error(_name_of_worst(batches), clock)
+    bad = bool(work.norms) and not finite(work.norms)
+    if bad or (every and work.made and _first_bad(work.made[-1][1]) is not None):
+        raise _cause(batches, work, clock)
     taken = 0
     for batch in batches:
         count = len(batch.grads)
@@ -44,11 +54,6 @@ def operate(
         batch.scale = work.scale
         taken += count
     return work.norm
-
-
-def _all_finite(norms: Sequence[torch.Tensor]) -> bool:
-    together = sum((norm.to(norms[0].device) for norm in norms[1:]), norms[0])
-    return math.isfinite(float(together))
 
 
 def check_finite(batches: Sequence[Batch], clock: int) -> None:
@@ -59,21 +64,39 @@ def check_finite(batches: Sequence[Batch], clock: int) -> None:
                 raise nonfinite_error(name, clock)
 
 
-def _name_of_worst(batches: Sequence[Batch]) -> str:
-    named = [pair for batch in batches for pair in zip(batch.names, batch.grads, strict=True)]
-    for name, grad in named:
-        if not all_finite(grad):
-            return name
-    # Every number is finite, only their squares overflowed.
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for _, grad in named]
+def _cause(batches: Sequence[Batch], work: Work, clock: int) -> NonFiniteError:
+    """The error for norms that are not finite; names what was the first not to be."""
+    names = [name for batch in batches for name in batch.names]
+    grads = [grad for batch in batches for grad in batch.grads]
+    bad = _first_bad(grads)
+    if bad is not None:
+        given_back = [made for made, its in work.made if its[bad] is grads[bad]]
+        after = f" that {given_back[0]!r} returned" if given_back else ""  # it may have changed it
+        return nonfinite_error(names[bad], clock, after)
+    for made, its in work.made:
+        bad = _first_bad(its)
+        if bad is not None:
+            return NonFiniteError(
+                f"{made!r} returned NaN or infinite numbers for {names[bad]!r} at step {clock}, "
+                "whose gradient was finite; the weights were not changed. Mend the function."
+            )
+    last = work.made[-1][1] if work.made else grads
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in last]
     norms = [float(norm) for norm in each_norm(wide)]
-    return named[norms.index(max(norms))][0]
+    largest = names[norms.index(max(norms))]
+    return NonFiniteError(
+        f"every gradient is finite at step {clock}, but their norm overflows, most of all that of "
+        f"{largest!r}; the weights were not changed. {_ADVICE}"
+    )
 
 
-def nonfinite_error(name: str, step: int) -> NonFiniteError:
+def _first_bad(grads: Sequence[torch.Tensor]) -> int | None:
+    return next((index for index, grad in enumerate(grads) if not all_finite(grad)), None)
+
+
+def nonfinite_error(name: str, step: int, returned: str = "") -> NonFiniteError:
     """The error for a gradient that must not reach the weights."""
     return NonFiniteError(
-        f"the gradient of {name!r} is NaN or infinite at step {step}; the weights were not "
-        "changed. Look at the loss of this batch; lower the lr or lengthen the warmup; under "
-        "float16 use torch.amp.GradScaler; or skip such steps with Plan(nonfinite='skip')."
+        f"the gradient of {name!r}{returned} is NaN or infinite at step {step}; the weights were "
+        f"not changed. {_ADVICE}"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..gradients.operations import Operation
+from ..gradients.operation import Operation
 from ..optim.registry import optimizer_name
 from ..resolved import Cell, Trigger
 from ..timeline import Values

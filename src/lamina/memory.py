@@ -1,0 +1,104 @@
+"""Which tensors lie over the same memory, exactly: element by element, not by their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+#: candidates that are tried before two tensors are taken to overlap; real layouts need few
+_MAX_WORK = 1_000_000
+
+
+class _Span(NamedTuple):
+    """Device, storage and the range of bytes in it."""
+
+    device: str
+    storage: int
+    low: int
+    high: int
+
+
+def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Pairs of positions of tensors that share elements: each of these is in one or more."""
+    stored: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for place, tensor in enumerate(tensors):
+        span = _span(tensor)
+        if span is not None:
+            here = stored.setdefault((span.device, span.storage), [])
+            here.append((span.low, -span.high, place))
+    pairs, paired = [], set[int]()
+    for spans in stored.values():
+        near: list[tuple[int, int, np.ndarray[Any, Any]]] = []  # those that reach into the next
+        for low, minus_high, place in sorted(spans) if len(spans) > 1 else ():
+            layout = _layout(tensors[place])
+            near = [item for item in near if item[0] > low]
+            for _, other, its in near:
+                if not {other, place} <= paired and _meet(its, layout):
+                    pairs.append((min(other, place), max(other, place)))
+                    paired |= {other, place}
+            near.append((-minus_high, place, layout))
+    return pairs
+
+
+def relation(one: torch.Tensor, other: torch.Tensor) -> str:
+    """How two tensors lie over memory that they share.
+
+    Returns:
+        `"apart"` if they share none, `"same"` for the same elements in the same order,
+        `"transposed"`, or `"view"` for any other way.
+    """
+    mine, theirs = _span(one), _span(other)
+    if mine is None or theirs is None or mine[:2] != theirs[:2]:
+        return "apart"
+    if not _meet(_layout(one), _layout(other)):
+        return "apart"
+    if mine.low == theirs.low and one.dtype == other.dtype:
+        shape, stride = tuple(one.shape), one.stride()
+        if (shape, stride) == (tuple(other.shape), other.stride()):
+            return "same"
+        if one.ndim > 1 and (shape[::-1], stride[::-1]) == (tuple(other.shape), other.stride()):
+            return "transposed"
+    return "view"
+
+
+def _span(tensor: torch.Tensor) -> _Span | None:
+    """Where a tensor lies; None where there is no real memory to compare."""
+    if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
+        return None
+    if tensor.numel() == 0 or is_lazy(tensor):
+        return None
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = int(sum((size - 1) * stride for size, stride in steps))
+    low = int(tensor.storage_offset()) * tensor.element_size()
+    high = low + (reach + 1) * tensor.element_size()
+    return _Span(str(tensor.device), tensor.untyped_storage().data_ptr(), low, high)
+
+
+class _Layout:
+    """A tensor as NumPy sees it: where its elements lie, which are never read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _layout(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return np.asarray(_Layout(tensor))
+
+
+def _meet(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    """Whether two layouts have a byte in common: an equation in whole numbers, solved exactly."""
+    try:
+        return bool(np.shares_memory(one, other, _MAX_WORK))  # type: ignore[arg-type]
+    except RuntimeError:  # TooHardError, which has no place of its own in older versions
+        return True
