@@ -167,7 +167,8 @@ class Optimizer(Restorable):
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
         try:
-            loss = lbfgs_step(closure and evaluate, self.param_groups, state)
+            evaluated = evaluate if callable(closure) else closure
+            loss = lbfgs_step(evaluated, self.param_groups, state)
         except NonFiniteError as error:
             self._skip(error)
             return None

@@ -159,13 +159,14 @@ def lbfgs_step(
         What the closure returned at its first evaluation.
 
     Raises:
-        PlanError: there is no closure.
+        PlanError: there is no closure, or it returned no number.
         NonFiniteError: a loss or a gradient is not finite. Whatever is raised, the closure's own
             errors too: weights and state are as before.
     """
-    if closure is None:
+    if not callable(closure):
+        given = "" if closure is None else f", and was given {closure!r}"
         raise PlanError(
-            "LBFGS evaluates the loss several times in a step, so it needs a closure: "
+            f"LBFGS evaluates the loss several times in a step, so it needs a closure{given}: "
             "optimizer.step(closure), where closure() clears the gradients, computes the loss, "
             "calls loss.backward() and returns the loss."
         )
@@ -234,7 +235,17 @@ def _iterate(
 
 
 def _number(loss: Any) -> float:
-    return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+    given: Any = loss.detach() if isinstance(loss, torch.Tensor) else loss
+    try:
+        if not isinstance(given, str):
+            return float(given)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+    raise PlanError(
+        f"the closure returned {shape or repr(loss)}; LBFGS expected the loss: one number, or a "
+        "tensor of one number. The weights are as they were before this step."
+    )
 
 
 def _evaluate(closure: Closure, vector: Vector) -> tuple[float, torch.Tensor]:
