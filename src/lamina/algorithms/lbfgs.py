@@ -96,21 +96,24 @@ class Memory:
     places: list[int] | None = None
 
     @classmethod
-    def of(cls, entry: dict[str, Any], places: list[int]) -> Memory:
-        """From saved state, torch's too; without its pairs if they are of other parameters."""
+    def of(cls, entry: dict[str, Any], places: list[int], like: torch.Tensor) -> Memory:
+        """From saved state, torch's too; without its pairs if they are of other parameters.
+
+        In the dtype and on the device of the gradient `like`: a model may move.
+        """
         evals = int(entry.get("func_evals", 0))
         if entry.get("d") is None or entry.get("places", places) != places:
             return cls(func_evals=evals, places=places)
         return cls(
             n_iter=int(entry["n_iter"]),
             func_evals=evals,
-            d=entry["d"],
+            d=entry["d"].to(like),
             t=float(entry["t"]),
-            old_dirs=list(entry["old_dirs"]),
-            old_stps=list(entry["old_stps"]),
+            old_dirs=[each.to(like) for each in entry["old_dirs"]],
+            old_stps=[each.to(like) for each in entry["old_stps"]],
             ro=[float(each) for each in entry["ro"]],
             H_diag=float(entry["H_diag"]),
-            prev_flat_grad=entry["prev_flat_grad"],
+            prev_flat_grad=entry["prev_flat_grad"].to(like),
             prev_loss=float(entry["prev_loss"]),
             places=places,
         )
@@ -173,10 +176,10 @@ def lbfgs_step(
     with torch.enable_grad():
         result = closure()
     vector = Vector(groups)
-    memory = Memory.of(entry, vector.places)
-    memory.func_evals += 1
     loss = _number(result)
     grad = vector.grad() if vector.parts else torch.zeros(0)
+    memory = Memory.of(entry, vector.places, grad)
+    memory.func_evals += 1
     if vector.check(loss, grad) > groups[0]["tolerance_grad"]:
         before = vector.values()
         try:

@@ -75,4 +75,6 @@ class LBFGS(DropIn):
         params = (param for group in self.param_groups for param in group["params"])
         first = next(params, None)  # holds the state, as in torch
         with torch.no_grad():
-            return lbfgs_step(closure, self.param_groups, {} if first is None else self.state[first])
+            return lbfgs_step(
+                closure, self.param_groups, {} if first is None else self.state[first]
+            )
