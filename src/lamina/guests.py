@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .algorithms.base import Algorithm, Batch, Hyper, State
+from .algorithms.base import Algorithm, Batch, Hyper, Method, State, times
 from .errors import HyperparameterError, PlanError
 from .optim.registry import method_of, optimizer_name
 from .resolved import Cell
@@ -56,17 +56,17 @@ def admit(
         PlanError: if the guest cannot be built as the plan says.
     """
     name = optimizer_name(optimizer)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if _needs_closure(optimizer):
         raise PlanError(
             f"the guest optimizer {name} evaluates the loss by itself (its step needs a closure), "
             "which the gradients of a plan are not made for; use lamina.LBFGS, as the plan's only "
             "optimizer."
         )
-    common = {k: v for k, v in cells[0].constants.items() if all(_same(c, k, v) for c in cells)}
+    first = [_first_values(cell) for cell in cells]
+    common = {k: v for k, v in first[0].items() if all(_same(each, k, v) for each in first)}
     own = [{"params": group["params"]} for group in groups]
-    for cell, group in zip(cells, own, strict=True):
-        group.update({k: v for k, v in cell.constants.items() if k not in common})
+    for values, group in zip(first, own, strict=True):
+        group.update({k: v for k, v in values.items() if k not in common})
     try:
         guest = optimizer(own, **common)
     except Exception as error:
@@ -77,7 +77,7 @@ def admit(
     moving = {key for cell in cells for key, _ in cell.moving}
     if any(cell.schedule or cell.feedback or cell.rewarm for cell in cells):
         moving.add("lr")
-    varying = (set().union(*(cell.constants for cell in cells)) - set(common)) | moving
+    varying = (set().union(*first) - set(common)) | moving
     fixed = sorted(varying - set(guest.defaults))
     if fixed:
         raise HyperparameterError(
@@ -97,6 +97,14 @@ def admit(
     guest.param_groups = list(groups)
     guest.state = state
     return guest
+
+
+def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:
+    inherited = getattr(optimizer, "algorithm", None)
+    if isinstance(inherited, Method) and inherited.unit == "vector":
+        return True
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 class Guests:
@@ -154,9 +162,20 @@ class Guests:
             called[id(guest)] = guest
             scale = batch.scale
             for param, grad in zip(batch.params, batch.grads, strict=True):
-                param.grad = grad if scale is None else grad * scale.to(grad.device, grad.dtype)
+                param.grad = grad if scale is None else times(grad, scale)
+        done: list[str] = []
         for guest in called.values():
-            guest.step()
+            name = optimizer_name(type(guest))
+            try:
+                guest.step()
+            except Exception as error:
+                error.add_note(
+                    f"Raised by the guest optimizer {name}, whose own weights may be updated in "
+                    f"part. Updated before it: {', '.join(done) or 'none'}; all other weights are "
+                    "as they were before this step."
+                )
+                raise
+            done.append(name)
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
         """In words, a value of the plan that a guest has replaced; "" if none did."""
@@ -187,7 +206,7 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     param = torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype))
     param.grad = torch.ones_like(param)
     try:
-        guest = cell.optimizer([param], **cell.constants)
+        guest = cell.optimizer([param], **_first_values(cell))
         guest.param_groups[0].update(hyper)
         guest.step()
     except Exception:
@@ -195,5 +214,11 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     return bool(guest.state.get(param))
 
 
-def _same(cell: Cell, key: str, value: Any) -> bool:
-    return key in cell.constants and bool(cell.constants[key] == value)
+def _first_values(cell: Cell) -> dict[str, Any]:
+    """What a guest is built with: the first values of its cell with an lr, which some insist on."""
+    values = cell.values(0)
+    return values if values.get("lr", 1) else cell.values(1)
+
+
+def _same(values: Mapping[str, Any], key: str, value: Any) -> bool:
+    return key in values and bool(values[key] == value)

@@ -211,9 +211,11 @@ class Optimizer(Restorable):
         except NonFiniteError as error:
             self._skip(error)
             return
-        kernels.apply([batch for batch in batches if batch.hyper["name"] not in self._guests])
-        self._keep_grown(batches)
+        own = [batch for batch in batches if batch.hyper["name"] not in self._guests]
+        work = kernels.assign(own)  # which may refuse a gradient, as guests may: both come first
         self._guests.step(batches)
+        kernels.carry_out(work)
+        self._keep_grown(own)
         wrote = self._guests.own_writes(self._published)
         self._advance()
         if wrote:
