@@ -338,13 +338,13 @@ def test_a_kernel_that_moves_frozen_weights_is_caught_during_the_step(monkeypatc
     model = encoder()
     optimizer = audited(model)
     backward(model)
-    real = kernels.apply
+    real = kernels.carry_out
 
-    def wrong(batches):
-        real(batches)
+    def wrong(work):
+        real(work)
         model.embeddings.weight.add_(1.0)
 
-    monkeypatch.setattr(kernels, "apply", wrong)
+    monkeypatch.setattr(kernels, "carry_out", wrong)
     with pytest.raises(FrozenMovedError, match="moved during step 0"):
         optimizer.step()
 

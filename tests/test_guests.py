@@ -104,6 +104,21 @@ def test_clipping_reaches_a_guest():
     assert_equal(planned, alone)
 
 
+def test_a_clip_factor_is_not_rounded_for_a_guest():
+    model = nn.ParameterList([torch.zeros(1, dtype=torch.bfloat16)])
+    seen = []
+
+    class Seeing(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["params"][0].grad.clone())
+
+    optimizer = lm.Plan(Seeing, lr=0.1, gradients=[lm.scale(1.003)]).build(model)
+    model[0].grad = torch.full((1,), 255.0, dtype=torch.bfloat16)
+    optimizer.step()
+    assert seen[0].dtype is torch.bfloat16
+    assert seen[0].item() == 256.0  # 255 * bfloat16(1.003) would be 255
+
+
 def test_a_frozen_guest_does_not_move_and_thaws():
     model = small()
     before = copy.deepcopy(model.state_dict())
@@ -251,3 +266,190 @@ def test_a_guest_that_wants_one_learning_rate_takes_windows(rule):
     optimizer = lm.Plan(prodigy, lr=1.0, rules=[lm.Rule("2.*", **rule)]).build(model, steps=9)
     train(model, optimizer, 9)
     assert optimizer.clock == 9
+
+
+# ------------------------------------------------------ optimizers that are derived from lamina's
+
+
+class Signed(lm.SGD):
+    """Sign descent, with defaults of its own."""
+
+    def __init__(self, params, lr=0.1, momentum=0.5):
+        super().__init__(params, lr=lr, momentum=momentum)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad = param.grad.sign()
+        return super().step(closure)
+
+
+class Plain(lm.AdamW):
+    pass
+
+
+class Wrapped(lm.RMSprop):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("derived", "options"),
+    [(Signed, {}), (Signed, {"momentum": 0.9}), (Plain, {}), (Wrapped, {"centered": True})],
+)
+def test_a_class_derived_from_laminas_does_in_a_plan_what_it_does_alone(derived, options):
+    plan = lm.Plan(derived, lr=0.01, rules=[lm.Rule("2.*", lr=0.02)], **options)
+    planned, alone = small(), small()
+    mine = plan.build(planned)
+    groups = [{"params": alone[0].parameters()}, {"params": alone[2].parameters(), "lr": 0.02}]
+    theirs = derived(groups, lr=0.01, **options)
+    train(planned, mine, 6)
+    train(alone, theirs, 6)
+    assert_equal(planned, alone)
+    resumed = small()
+    resumed.load_state_dict(planned.state_dict())
+    again = plan.build(resumed, resume=copy.deepcopy(mine.state_dict()))
+    for _ in range(2):
+        train(planned, mine, 3)
+        train(resumed, again, 3)
+    assert_equal(planned, resumed)
+    settings = {"lr", "momentum"} if derived is Signed else set(derived.algorithm.defaults)
+    assert settings <= mine.param_groups[0].keys()
+    for key in settings:
+        assert mine.param_groups[0][key] == theirs.param_groups[0][key]
+
+
+def test_a_class_derived_from_laminas_lbfgs_is_refused():
+    class Search(lm.LBFGS):
+        pass
+
+    with pytest.raises(lm.PlanError, match=r"Search evaluates the loss by itself"):
+        lm.Plan(Search, lr=0.5).build(small())
+
+
+# ------------------------------------------------------------------------------ how they are built
+
+
+class Handed(torch.optim.NAdam):
+    def __init__(self, params, *args, temperature=2.0, **kwargs):
+        super().__init__(params, *args, **kwargs)
+        self.temperature = temperature
+
+
+class Needy(torch.optim.Optimizer):
+    def __init__(self, params, lr, rho):
+        super().__init__(params, {"lr": lr, "rho": rho})
+
+    def step(self, closure=None):
+        pass
+
+
+def test_arguments_that_are_handed_on_are_known():
+    optimizer = lm.Plan(Handed, lr=0.1, betas=(0.5, 0.9)).build(small())
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert optimizer.param_groups[0]["momentum_decay"] == 4e-3
+    assert optimizer.param_groups[0]["temperature"] == 2.0
+    with pytest.raises(lm.HyperparameterError, match="it has lr, temperature, betas, eps"):
+        lm.Plan(Handed, lr=0.1, beta=0.5).build(small())
+
+
+def test_an_argument_without_a_default_must_be_given():
+    with pytest.raises(lm.HyperparameterError, match=r"Needy has no default for rho; give it: rho"):
+        lm.Plan(Needy, lr=0.1).build(small())
+    assert lm.Plan(Needy, lr=0.1, rho=0.3).build(small()).param_groups[0]["rho"] == 0.3
+
+
+@pytest.mark.parametrize("guest", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
+def test_a_guest_is_built_with_the_first_values_of_its_schedules(guest):
+    beta, lr = lm.linear(0.5, to=0.9, length=6), lm.linear(0.0, to=0.1, length=10)
+    planned, alone = small(), small()
+    mine = lm.Plan(guest, lr=lr, betas=(beta, 0.99)).build(planned, steps=10)
+    theirs = guest(alone.parameters())
+    generator, again = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for step in range(8):
+        values = {"lr": lr(step), "betas": (0.5 + 0.4 * min(step / 6, 1), 0.99)}
+        theirs.param_groups[0].update(values)
+        for model, optimizer, noise in ((planned, mine, generator), (alone, theirs, again)):
+            model(torch.randn(16, 4, generator=noise)).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert mine.applied["default"]["betas"] == pytest.approx(values["betas"])
+    for one, other in zip(planned.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Insists(torch.optim.SGD):
+    """Refuses lr 0 when it is built, as Lion does."""
+
+    def __init__(self, params, lr=0.1):
+        assert 0 < lr <= 0.1
+        super().__init__(params, lr=lr)
+
+
+def test_a_guest_that_insists_on_a_learning_rate_gets_one():
+    lr = lm.linear(0.0, to=0.1, length=10)
+    optimizer = lm.Plan(Insists, lr=lr).build(small(), steps=10)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+# ---------------------------------------------------------------------------------- when they fail
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise KeyError("no")
+
+
+def untouched(model, optimizer, names):
+    """Whether parts are as `small` begins them, with no update counted."""
+    begun = dict(small().named_parameters())
+    return all(
+        torch.equal(param, begun[name]) and not float(optimizer.state[param].get("step", 0))
+        for name, param in model.named_parameters()
+        if name in names
+    )
+
+
+def test_a_guest_that_fails_leaves_the_others_as_they_were():
+    rules = [
+        lm.Rule("0.bias", optimizer=torch.optim.Adamax, lr=0.1),
+        lm.Rule("2.*", optimizer=Failing, lr=0.1),
+    ]
+    model = small()
+    optimizer = lm.Plan(lm.AdamW, lr=0.1, rules=rules).build(model)
+    with pytest.raises(KeyError) as caught:
+        train(model, optimizer, 1)
+    [note] = caught.value.__notes__
+    assert "guest optimizer Failing" in note
+    assert "Updated before it: Adamax; all other weights are as they were" in note
+    assert untouched(model, optimizer, ["0.weight", "2.weight", "2.bias"])
+    assert not untouched(model, optimizer, ["0.bias"])
+    assert optimizer.clock == 0
+
+
+def test_a_gradient_that_is_refused_leaves_guests_as_they_were():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"0": nn.Linear(2, 1), "e": nn.Embedding(4, 2, sparse=True)})
+    rules = [lm.Rule("0", optimizer=torch.optim.NAdam, lr=0.1)]
+    optimizer = lm.Plan(lm.Adam, lr=0.1, rules=rules).build(model)
+    before = copy.deepcopy(model.state_dict())
+    model["0"](model["e"](torch.tensor([1]))).sum().backward()
+    with pytest.raises(lm.PlanError, match=r"'e\.weight'.*is sparse"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_kernel_that_fails_says_what_was_updated(monkeypatch):
+    from lamina.kernels import fused
+
+    model = small()
+    rules = [lm.Rule("2.*", optimizer=lm.RMSprop, lr=0.1)]
+    optimizer = lm.Plan(lm.AdamW, lr=0.1, rules=rules).build(model)
+    monkeypatch.setattr(fused.Fused, "run", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(MemoryError) as caught:
+        train(model, optimizer, 1)
+    [note] = caught.value.__notes__
+    assert "fused kernel failed on the groups 'default'" in note
+    assert "Updated before them: none" in note
+    assert untouched(model, optimizer, ["2.weight", "2.bias"])

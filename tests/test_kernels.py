@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lamina.algorithms import ALGORITHMS, Adam, Batch
+from lamina.algorithms.base import times
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
@@ -356,6 +357,44 @@ def test_factor_one_leaves_gradients_alone_and_factor_zero_stops(name):
     stopped.grads, stopped.scale = [torch.ones(5, 1)], torch.tensor(0.0)
     apply([stopped])
     assert torch.equal(stopped.params[0], torch.ones(5, 1))
+
+
+FACTORS = [
+    *[("SGD", torch.float32), ("Adam", torch.float32), ("AdamW", torch.float64)],
+    *[("RMSprop", torch.float32), ("LAMB", torch.float64), ("SGD", torch.bfloat16)],
+    *[("Adam", torch.bfloat16), ("Adam", torch.complex64), ("RMSprop", torch.float16)],
+]
+
+
+@pytest.mark.parametrize("factor", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prefer", [None, "readable"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+@pytest.mark.parametrize(("name", "dtype"), FACTORS)
+def test_a_factor_of_another_dtype_leaves_the_gradients_theirs(name, dtype, shape, prefer, factor):
+    scaled, given = (make(name, [torch.ones(shape, dtype=dtype)]) for _ in range(2))
+    number = torch.tensor(0.3, dtype=factor)
+    for step in range(1, 4):
+        grad = torch.full(shape, 0.7 * step, dtype=dtype)
+        scaled.grads, scaled.scale = [grad.clone()], number
+        given.grads = [(grad.to(torch.promote_types(dtype, torch.float64)) * 0.3).to(dtype)]
+        apply([scaled], prefer)
+        apply([given], prefer)
+    tolerance = 1e-2 if dtype.itemsize == 2 else 1e-6
+    assert scaled.params[0].dtype is dtype
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    torch.testing.assert_close(
+        scaled.params[0].to(wide), given.params[0].to(wide), rtol=tolerance, atol=tolerance
+    )
+    for key, (tensor,) in scaled.columns.items():
+        assert tensor.dtype is given.columns[key][0].dtype is dtype
+
+
+def test_a_factor_is_not_rounded_to_the_dtype_of_the_gradient():
+    grad = torch.tensor([255.0], dtype=torch.bfloat16)
+    assert times(grad, torch.tensor(1.003)).item() == 256.0  # 255 * bfloat16(1.003) is 255
+    exact = times(torch.tensor([3.0]), torch.tensor(1 + 5e-8, dtype=torch.float64))
+    assert exact.item() > 3.0  # float32(1 + 5e-8) is 1
+    assert exact.dtype is torch.float32
 
 
 # -------------------------------------------------------------------------------------- the canary

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import lamina as lm
 from lamina import optim
 from lamina.errors import HyperparameterError, PlanError, StateError
 from reference.dropin import CASES
@@ -156,3 +158,73 @@ def test_step_counts_of_old_checkpoints():
     optimizer.load_state_dict(saved)
     step(optimizer, param)
     assert float(optimizer.state[param]["step"]) == 8.0
+
+
+# ------------------------------------------------------------------------------------ what a group
+# may say of its implementation, and options that are as good as True and False
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"differentiable": True}, r"differentiable=True is not supported; use torch\.optim\.Adam"),
+        ({"fused": True, "foreach": True}, "fused and foreach cannot both be True"),
+    ],
+)
+def test_a_group_asks_for_what_an_optimizer_may(given, words):
+    with pytest.raises(HyperparameterError, match=rf"group 0 \(number 0\): {words}"):
+        optim.Adam([{"params": [matrix()], **given}])
+    optimizer = optim.Adam([matrix()], foreach=True)
+    given = {key: value for key, value in given.items() if key != "foreach"}
+    with pytest.raises(HyperparameterError, match=rf"group 1 \(number 0\): {words}"):
+        optimizer.add_param_group({"params": [matrix()], **given})
+    assert len(optimizer.param_groups) == 1
+
+
+OPTIONS = [
+    ("Adam", ["amsgrad", "maximize", "decoupled_weight_decay"], {}),
+    ("AdamW", ["amsgrad", "maximize"], {}),
+    ("SGD", ["nesterov", "maximize"], {"momentum": 0.9}),
+    ("RMSprop", ["centered", "maximize"], {}),
+    ("Muon", ["nesterov"], {}),
+]
+
+
+@pytest.mark.parametrize("given", [0, 1, np.True_, np.False_])
+@pytest.mark.parametrize("how", ["optimizer", "group", "by hand", "plan"])
+@pytest.mark.parametrize(("name", "keys", "more"), OPTIONS)
+def test_numbers_that_stand_for_true_and_false(name, keys, more, how, given):
+    def trained(value):
+        torch.manual_seed(0)
+        param, chosen = nn.Parameter(torch.ones(3, 2)), dict.fromkeys(keys, value)
+        kind = getattr(optim, name)
+        if how == "optimizer":
+            optimizer = kind([param], **chosen, **more)
+        elif how == "group":
+            optimizer = kind([{"params": [param], **chosen}], **more)
+        elif how == "plan":
+            model = nn.ParameterDict({"one": param})
+            optimizer = lm.Plan(name, lr=1e-3, **chosen, **more).build(model)
+        else:
+            optimizer = kind([param], **dict.fromkeys(keys, bool(value)), **more)
+            optimizer.param_groups[0].update(chosen)
+        for _ in range(3):
+            param.grad = torch.randn(3, 2)
+            optimizer.step()
+        return param, optimizer
+
+    param, optimizer = trained(given)
+    assert torch.equal(param, trained(bool(given))[0])
+    if how != "by hand":  # where the user's own values stay, as in torch
+        kept = [optimizer.param_groups[0][key] for key in keys]
+        assert all(type(value) in (bool, int) for value in kept)
+
+
+def test_numpy_numbers_become_pythons_so_that_checkpoints_load():
+    betas = tuple(np.array([0.8, 0.9]))
+    optimizer = optim.Adam([matrix()], lr=np.float32(0.5), betas=betas, eps=np.float64(1e-6))
+    [group] = optimizer.param_groups
+    for each in (group, optimizer.defaults):
+        assert type(each["lr"]) is float
+        assert each["betas"] == (0.8, 0.9)
+        assert {type(value) for value in (*each["betas"], each["eps"])} == {float}

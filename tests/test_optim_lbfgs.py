@@ -395,3 +395,87 @@ def test_nothing_trains_yet():
     assert all(map(torch.equal, net.parameters(), before))
     go(net, optimizer, range(2, 4))
     assert not any(map(torch.equal, net.parameters(), before))
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("lr", [0.5, 1.0])
+def test_complex_parameters_with_a_learning_rate_of_their_own(lr, search):
+    """The same steps as for the two real numbers that each of them is."""
+
+    def trained(is_complex):
+        dtype = torch.complex128 if is_complex else torch.float64
+        shape = (2,) if is_complex else (2, 2)
+        first = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        second = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        groups = [{"params": [first], "lr": lr}, {"params": [second]}]
+        optimizer = optim.LBFGS(groups, lr=1, max_iter=3, line_search_fn=search)
+
+        def closure():
+            optimizer.zero_grad()
+            pairs = torch.view_as_real(first) if is_complex else first
+            loss = (pairs - torch.tensor([2.0, 1.0])).pow(4).sum() + (second - 3).square().sum()
+            (loss + pairs.sum() * second.sum() / 20).backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        given = first.detach()
+        return torch.view_as_real(given) if is_complex else given, second.detach()
+
+    for one, other in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    assert trained(True)[0][:, 1].abs().min() > 0.1
+
+
+def test_the_first_group_may_be_empty():
+    ours = Fit(optim.LBFGS, groups=lambda net: [{"params": []}, {"params": net.parameters()}])
+    theirs = Fit(torch.optim.LBFGS)
+    for one, other in zip(ours.train(2).weights(), theirs.train(2).weights(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert optim.LBFGS([{"params": []}]).step(lambda: 1.5) == 1.5
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, "returned None"),
+        ("0.5", "returned '0.5'"),
+        (torch.ones(2), r"returned a tensor of shape \(2,\)"),
+        ((torch.ones(()), 1), r"returned \(tensor"),
+    ],
+)
+def test_a_closure_that_returns_no_number_is_refused(returned, words, at, planned):
+    fit = Fit(optim.LBFGS)
+    if planned:
+        fit.optimizer = lm.Plan(lm.LBFGS, lr=1.0).build(fit.net)
+    fit.train(1)
+    before, state = fit.weights(), copy.deepcopy(fit.optimizer.state_dict())
+    calls = []
+
+    def closure():
+        calls.append(fit.closure())
+        return returned if len(calls) == at else calls[-1]
+
+    with pytest.raises(PlanError, match=f"the closure {words}.*expected the loss"):
+        fit.optimizer.step(closure)
+    assert all(map(torch.equal, fit.weights(), before))
+    assert plain(fit.optimizer.state_dict()) == plain(state)
+
+
+def plain(value):
+    """Tensors as numbers, so that == compares them."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_what_is_no_closure_is_refused(planned):
+    fit = Fit(optim.LBFGS)
+    optimizer = lm.Plan(lm.LBFGS, lr=1.0).build(fit.net) if planned else fit.optimizer
+    with pytest.raises(PlanError, match=r"needs a closure, and was given 3: optimizer\.step"):
+        optimizer.step(3)

@@ -124,3 +124,58 @@ def test_a_rule_whose_groups_differ_in_a_value_is_overridden_whole():
     assert [group["lr"] for group in optimizer.param_groups] == [9.0, 9.0]
     optimizer.override(lr=3.0, rule="*.weight #2")
     assert [group["lr"] for group in optimizer.param_groups] == [9.0, 3.0]
+
+
+def lbfgs():
+    model = mlp()
+    rules = [lm.Rule("head", lr=0.1)]
+    return model, lm.Plan(lm.LBFGS, lr=1.0, rules=rules).build(model)
+
+
+def test_one_search_has_one_setting():
+    model, optimizer = lbfgs()
+    with pytest.raises(lm.PlanError, match=r"max_iter in 1 of 2 groups.*leave out rule="):
+        optimizer.override(max_iter=3, rule="head")
+    assert {group["max_iter"] for group in optimizer.param_groups} == {20}
+    optimizer.override(lr=0.2, rule="head")
+    optimizer.override(max_iter=3)
+    evaluations = []
+
+    def closure():
+        optimizer.zero_grad()
+        evaluations.append(sum(p.square().sum() + p.exp().sum() for p in model.parameters()))
+        evaluations[-1].backward()
+        return evaluations[-1]
+
+    optimizer.step(closure)
+    assert len(evaluations) == 3
+    with pytest.raises(lm.HyperparameterError, match="expected a whole number"):
+        optimizer.override(max_iter=2.5)
+
+
+OPTIONS = [
+    *[("SGD", "nesterov"), ("SGD", "maximize"), ("RMSprop", "centered"), ("Adam", "amsgrad")],
+    *[("Adam", "decoupled_weight_decay"), ("LBFGS", "line_search_fn"), ("AdamW", "state_dtype")],
+    *[("NAdam", "decoupled_weight_decay"), ("Rprop", "maximize")],
+]
+
+
+@pytest.mark.parametrize("value", [1, 0, True, None])
+@pytest.mark.parametrize(("optimizer", "option"), OPTIONS)
+def test_what_chooses_a_variant_cannot_be_overridden(optimizer, option, value):
+    built = lm.Plan(optimizer, lr=0.1).build(mlp())
+    before = copy.deepcopy(built.state_dict())
+    with pytest.raises(
+        lm.PlanError, match=f"sets {option}, which chooses a variant of {optimizer}"
+    ):
+        built.override(**{option: value})
+    assert built.state_dict() == before
+
+
+def test_an_override_is_judged_beside_the_values_of_the_plan():
+    momentum = lm.linear(0.5, to=0.9, length=4)
+    model = mlp()
+    optimizer = lm.Plan(lm.SGD, lr=0.1, momentum=momentum, nesterov=True).build(model, steps=8)
+    train(model, optimizer, 2)
+    with pytest.raises(lm.HyperparameterError, match=r"momentum=0\.7 and dampening=0\.5"):
+        optimizer.override(dampening=0.5)

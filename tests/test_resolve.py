@@ -305,3 +305,29 @@ def test_values_do_not_depend_on_the_order_of_asking():
     forward = [preview.at(step) for step in range(12)]
     assert [preview.at(step) for step in reversed(range(12))] == forward[::-1]
     assert all(type(values["default"]["lr"]) is float for values in forward)
+
+
+VARIANTS = [
+    *[("SGD", "nesterov"), ("SGD", "maximize"), ("RMSprop", "centered"), ("Adam", "amsgrad")],
+    *[("Adam", "decoupled_weight_decay"), ("LayerAdaptiveAdam", "amsgrad"), ("LARS", "maximize")],
+    *[("NAdam", "decoupled_weight_decay"), ("Rprop", "maximize")],
+]
+COUNTS = [("LBFGS", "max_iter"), ("LBFGS", "max_eval"), ("LBFGS", "history_size")]
+
+
+@pytest.mark.parametrize(("optimizer", "key"), VARIANTS + COUNTS)
+@pytest.mark.parametrize("schedule", [lm.linear(0.0, to=1.0, length=4), lm.constant(1.0)])
+def test_variants_and_counts_cannot_be_scheduled(optimizer, key, schedule):
+    if schedule.kind == "factor":
+        schedule = lm.linear(1.0, to=1.0, length=4)
+    with pytest.raises(lm.HyperparameterError, match=rf"{key} was given a schedule.*{optimizer}"):
+        lm.Plan(optimizer, lr=0.1, **{key: schedule}).build(mlp(), steps=8)
+
+
+def test_the_steps_of_muon_cannot_be_scheduled():
+    steps = lm.linear(1.0, to=5.0, length=4)
+    plan = lm.Plan(
+        lm.AdamW, lr=0.1, rules=[lm.Rule("ndim==2", optimizer=lm.Muon, lr=0.1, ns_steps=steps)]
+    )
+    with pytest.raises(lm.HyperparameterError, match="'ndim==2': ns_steps was given a schedule"):
+        plan.build(mlp(), steps=8)

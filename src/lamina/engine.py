@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -13,6 +14,15 @@ from .errors import PlanError
 
 Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
+_dtype = attrgetter("dtype")
+
+
+class Kept(NamedTuple):
+    """A batch that is kept from step to step, and what it was made of."""
+
+    entries: list[Any]
+    layout: tuple[list[Any], ...]
+    batch: Batch
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,15 +90,15 @@ class Engine(torch.optim.Optimizer):
             return None
         state = self.state
         entries = [state[param] for param in params]
-        cache: dict[int, tuple[list[Any], Batch]] = self.__dict__.setdefault("_batches", {})
+        cache: dict[int, Kept] = self.__dict__.setdefault("_batches", {})
         known = cache.get(id(group))
         if known is not None and self._unchanged(known, params, entries):
-            batch = known[1]
+            batch = known.batch
             batch.grads, batch.hyper, batch.scale = grads, group, None
             batch.prefer = preference(group)
             return batch
         batch = self._new_batch(group, params, grads, entries)
-        cache[id(group)] = (entries, batch)
+        cache[id(group)] = Kept(entries, _layout(params), batch)
         return batch
 
     def _gather(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -118,15 +128,13 @@ class Engine(torch.optim.Optimizer):
         return begun(param)
 
     @staticmethod
-    def _unchanged(
-        known: tuple[list[Any], Batch], params: list[torch.Tensor], entries: list[Any]
-    ) -> bool:
+    def _unchanged(known: Kept, params: list[torch.Tensor], entries: list[Any]) -> bool:
         """Whether a kept batch still holds exactly these tensors (wrappers and users swap them)."""
-        batch = known[1]
-        if len(params) != len(batch.params):
+        batch = known.batch
+        if len(params) != len(batch.params) or _layout(params) != known.layout:
             return False
         columns = batch.columns.items()
-        rows = zip(params, batch.params, entries, known[0], batch.steps, strict=True)
+        rows = zip(params, batch.params, entries, known.entries, batch.steps, strict=True)
         for index, (param, its_param, entry, its_entry, step) in enumerate(rows):
             if param is not its_param or entry is not its_entry or entry.get("step") is not step:
                 return False
@@ -143,7 +151,9 @@ class Engine(torch.optim.Optimizer):
         entries: list[dict[str, Any]],
     ) -> Batch:
         algorithm = self.algorithm_for(group)
-        for param, entry in zip(params, entries, strict=True):
+        names = self._names(group, params)
+        for index, (param, entry) in enumerate(zip(params, entries, strict=True)):
+            _follow(repr(names[index]) if names else f"number {index}", algorithm, param, entry)
             self._ensure_state(algorithm, param, entry, group)
         keys = dict.fromkeys(key for entry in entries for key in entry if key != "step")
         return Batch(
@@ -153,7 +163,7 @@ class Engine(torch.optim.Optimizer):
             {key: [entry.get(key) for entry in entries] for key in keys},
             [entry["step"] for entry in entries],
             group,
-            names=self._names(group, params),
+            names=names,
             prefer=preference(group),
         )
 
@@ -192,6 +202,34 @@ class Engine(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def _layout(params: list[torch.Tensor]) -> tuple[list[Any], ...]:
+    """How parameters lie in memory: `module.to(...)` changes it under the same parameters."""
+    # One call in C for all parameters: this is asked at every step.
+    strides = list(map(torch.Tensor.stride, params))
+    return strides, list(map(_dtype, params)), list(map(torch.Tensor.get_device, params))
+
+
+def _follow(name: str, algorithm: Algorithm, param: torch.Tensor, entry: dict[str, Any]) -> None:
+    """Bring state to where its parameter lies now: its device, its order in memory.
+
+    The dtype stays, as with `state_dtype`.
+    """
+    for key, value in entry.items():
+        if key == "step":
+            entry[key] = value.to(kernels.step_device(param))
+        elif key not in algorithm.buffers or value.is_sparse:
+            continue
+        elif value.shape != param.shape or value.is_complex() != param.is_complex():
+            raise PlanError(
+                f"parameter {name} has shape {tuple(param.shape)} and dtype {param.dtype} now, and "
+                f"its {key} {tuple(value.shape)} and {value.dtype}; build the optimizer again "
+                "after such a change. Nothing was updated."
+            )
+        elif value.device != param.device or value.stride() != param.stride():
+            entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+            entry[key].copy_(value)
 
 
 def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:

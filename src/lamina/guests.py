@@ -10,9 +10,8 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .algorithms.base import Algorithm, Batch, Hyper, State
+from .algorithms.base import Algorithm, Batch, Hyper, Method, State, times
 from .errors import HyperparameterError, PlanError
-from .gradients.norms import times
 from .optim.registry import method_of, optimizer_name
 from .resolved import Cell
 
@@ -58,17 +57,17 @@ def admit(
         PlanError: if the guest cannot be built as the plan says.
     """
     name = optimizer_name(optimizer)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if _needs_closure(optimizer):
         raise PlanError(
             f"the guest optimizer {name} evaluates the loss by itself (its step needs a closure), "
             "which the gradients of a plan are not made for; use lamina.LBFGS, as the plan's only "
             "optimizer."
         )
-    common = {k: v for k, v in cells[0].constants.items() if all(_same(c, k, v) for c in cells)}
+    first = [_first_values(cell) for cell in cells]
+    common = {k: v for k, v in first[0].items() if all(_same(each, k, v) for each in first)}
     own = [{"params": group["params"]} for group in groups]
-    for cell, group in zip(cells, own, strict=True):
-        group.update({k: v for k, v in cell.constants.items() if k not in common})
+    for values, group in zip(first, own, strict=True):
+        group.update({k: v for k, v in values.items() if k not in common})
     try:
         guest = optimizer(own, **common)
     except Exception as error:
@@ -79,7 +78,7 @@ def admit(
     moving = {key for cell in cells for key, _ in cell.moving}
     if any(cell.schedule or cell.feedback or cell.rewarm for cell in cells):
         moving.add("lr")
-    varying = (set().union(*(cell.constants for cell in cells)) - set(common)) | moving
+    varying = (set().union(*first) - set(common)) | moving
     fixed = sorted(varying - set(guest.defaults))
     if fixed:
         raise HyperparameterError(
@@ -100,6 +99,14 @@ def admit(
     guest.param_groups = list(groups)
     guest.state = state
     return guest
+
+
+def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:
+    inherited = getattr(optimizer, "algorithm", None)
+    if isinstance(inherited, Method) and inherited.unit == "vector":
+        return True
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 class Guests:
@@ -164,12 +171,23 @@ class Guests:
             for param, grad in zip(batch.params, batch.grads, strict=True):
                 param.grad = grad if scale is None else times(grad, scale)
         place = {name: index for index, name in enumerate(self._of)}
+        done: list[str] = []
         for guest, names in called.items():
             # Those that train first: schedule-free guests read their mode from the first group.
             own = sorted(guest.param_groups, key=lambda group: place[group["name"]])
             first = [group for group in own if group["name"] in names]
             guest.param_groups = first + [group for group in own if group["name"] not in names]
-            guest.step()
+            name = optimizer_name(type(guest))
+            try:
+                guest.step()
+            except Exception as error:
+                error.add_note(
+                    f"Raised by the guest optimizer {name}, whose own weights may be updated in "
+                    f"part. Updated before it: {', '.join(done) or 'none'}; all other weights are "
+                    "as they were before this step."
+                )
+                raise
+            done.append(name)
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
         """In words, a value of the plan that a guest has replaced; "" if none did."""
@@ -222,7 +240,7 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
 def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
     """A guest of its own after one step of a small tensor for each of some groups' values."""
     params = [torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype)) for _ in hypers]
-    guest = cell.optimizer([{"params": [param]} for param in params], **cell.constants)
+    guest = cell.optimizer([{"params": [param]} for param in params], **_first_values(cell))
     for param, group, hyper in zip(params, guest.param_groups, hypers, strict=True):
         param.grad = torch.ones_like(param)
         group.update(hyper)
@@ -255,5 +273,11 @@ def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None
         ) from error
 
 
-def _same(cell: Cell, key: str, value: Any) -> bool:
-    return key in cell.constants and bool(cell.constants[key] == value)
+def _first_values(cell: Cell) -> dict[str, Any]:
+    """What a guest is built with: the first values of its cell with an lr, which some insist on."""
+    values = cell.values(0)
+    return values if values.get("lr", 1) else cell.values(1)
+
+
+def _same(values: Mapping[str, Any], key: str, value: Any) -> bool:
+    return key in values and bool(values[key] == value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ from .time import Run
 from .timeline import values_at
 
 log = logging.getLogger("lamina")
-_NOTHING: Mapping[str, dict[str, Any]] = MappingProxyType({})
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
@@ -167,7 +165,7 @@ class Optimizer(Restorable):
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
         try:
-            loss = lbfgs_step(closure and evaluate, self.param_groups, state)
+            loss = lbfgs_step(evaluate if callable(closure) else closure, self.param_groups, state)
         except NonFiniteError as error:
             self._skip(error)
             return None
@@ -215,9 +213,11 @@ class Optimizer(Restorable):
         except NonFiniteError as error:
             self._skip(error)
             return
-        kernels.apply([batch for batch in batches if batch.hyper["name"] not in self._guests])
-        self._keep_grown(batches)
+        own = [batch for batch in batches if batch.hyper["name"] not in self._guests]
+        work = kernels.assign(own)  # which may refuse a gradient, as guests may: both come first
         self._guests.step(batches)
+        kernels.carry_out(work)
+        self._keep_grown(own)
         wrote = self._guests.own_writes(self._published)
         self._advance()
         if wrote:
@@ -240,7 +240,7 @@ class Optimizer(Restorable):
 
     # --- values --------------------------------------------------------------------------------
 
-    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] = _NOTHING) -> None:
+    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] | None = None) -> None:
         """Write the values of step `clock` into the groups, and open or close windows.
 
         `before`: what the groups hold now, which steady cells keep.
@@ -250,7 +250,7 @@ class Optimizer(Restorable):
         values = values_at(resolved, clock, self._feedback)
         self._published = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
-            hyper = before.get(cell.name)
+            hyper = before.get(cell.name) if before else None
             if hyper is None or not cell.steady or group["overrides"]:
                 hyper = values.hyper(index)
                 group.update(hyper)

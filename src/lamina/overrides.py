@@ -6,7 +6,13 @@ import re
 from collections.abc import Mapping
 
 from .errors import PatternError, PlanError, did_you_mean
-from .optim.registry import check_hyperparameters, known_hyperparameter
+from .optim.registry import (
+    check_hyperparameters,
+    is_whole_vector,
+    known_hyperparameter,
+    optimizer_name,
+    options,
+)
 from .patterns import compile_pattern
 from .resolved import Cell, Resolved
 
@@ -42,16 +48,37 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
     return chosen
 
 
-def check_override(cell: Cell, hyper: Mapping[str, float | None]) -> None:
-    """Raise `PlanError` unless the values may stand in this group."""
+def check_chosen(
+    resolved: Resolved, chosen: list[int], hyper: Mapping[str, float | None], step: int
+) -> None:
+    """Raise `PlanError` unless the values may stand in these groups from a step on."""
+    for index in chosen:
+        check_override(resolved.cells[index], hyper, step)
+    optimizer = resolved.cells[0].optimizer
+    shared = [key for key in hyper if key != "lr"]
+    if shared and is_whole_vector(optimizer) and len(chosen) < len(resolved.cells):
+        raise PlanError(
+            f"override sets {shared[0]} in {len(chosen)} of {len(resolved.cells)} groups, but "
+            f"{optimizer_name(optimizer)} makes one search over all parameters, so that only lr "
+            f"can differ between groups; leave out rule=."
+        )
+
+
+def check_override(cell: Cell, hyper: Mapping[str, float | None], step: int = 0) -> None:
+    """Raise `PlanError` unless the values may stand in this group, beside the plan's at a step."""
     if not hyper:
         raise PlanError("override was given nothing to change, such as lr=1e-4.")
     for key, value in hyper.items():
         where = f"override of {cell.name!r} sets {key}"
         known_hyperparameter(cell.optimizer, key, where)
+        if key in options(cell.optimizer):
+            raise PlanError(
+                f"{where}, which chooses a variant of {optimizer_name(cell.optimizer)} and is one "
+                "for the whole run; give it in the plan, and build the optimizer with resume=."
+            )
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise PlanError(f"{where}={value!r}; expected a number, or None to take it back.")
     values = {key: value for key, value in hyper.items() if value is not None}
     check_hyperparameters(
-        cell.optimizer, {**cell.constants, **values}, f"override of {cell.name!r}"
+        cell.optimizer, {**cell.values(step), **values}, f"override of {cell.name!r}"
     )

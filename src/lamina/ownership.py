@@ -19,9 +19,16 @@ def refuse_foreign_writes(
             now = group.get(key, _MISSING)
             if now is not value and now != value:
                 given = "nothing" if now is _MISSING else repr(now)
+                way = ""
+                if _is_number(now) and _is_number(value):
+                    way = f", or call optimizer.override({key}={given}, rule={name!r})"
                 raise OwnershipError(
                     f"group {name!r} has {key}={given}, but the plan published {key}={value!r} "
                     f"for step {step}: something else wrote it (a scheduler, or "
-                    f"group[{key!r}] = ...). Change the plan, or call "
-                    f"optimizer.override({key}={given}, rule={name!r})."
+                    f"group[{key!r}] = ...). Change the plan{way}."
                 )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `override` takes such a value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -9,14 +9,16 @@ import numpy as np
 from torch import nn
 
 from .cascade import Draft, cascade
-from .errors import PlanError, ScheduleError
+from .errors import HyperparameterError, PlanError, ScheduleError
 from .feedback import Reaction, key_of
 from .findings import find
 from .optim.registry import (
     algorithm_of,
     check_hyperparameters,
+    counts,
     is_whole_vector,
     optimizer_name,
+    options,
 )
 from .parameters import Observed, Owned, observe, walk
 from .plan import Plan
@@ -260,6 +262,7 @@ def _judge(cell: Cell, binder: _Binder) -> None:
     binder.judge_all(factors, f"{where}, factor on lr")
     lowest, highest = dict(cell.constants), dict(cell.constants)
     for key, value in cell.moving:
+        _refuse_moving(cell, key, where)
         parts = value if isinstance(value, tuple) else (value,)
         for part in parts:
             binder.judge_all(part.curves, f"{where}, {key}")
@@ -269,3 +272,17 @@ def _judge(cell: Cell, binder: _Binder) -> None:
             extreme[key] = ends if isinstance(value, tuple) else ends[0]
     check_hyperparameters(cell.optimizer, lowest, where)
     check_hyperparameters(cell.optimizer, highest, where)
+
+
+def _refuse_moving(cell: Cell, key: str, where: str) -> None:
+    """Raise `HyperparameterError` for a schedule of what has one value for the whole run."""
+    if key in options(cell.optimizer):
+        what = "chooses a variant of the update"
+    elif key in counts(cell.optimizer):
+        what = "is a number of steps or entries"
+    else:
+        return
+    raise HyperparameterError(
+        f"{where}: {key} was given a schedule, but it {what} of "
+        f"{optimizer_name(cell.optimizer)} and cannot be scheduled; give it one value."
+    )

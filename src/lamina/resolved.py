@@ -37,6 +37,13 @@ class Setting:
     scale: Any
     curves: tuple[Schedule, ...] = ()
 
+    def value(self, step: int) -> Any:
+        """The value at a step."""
+        value = self.scale
+        for curve in self.curves:
+            value = value * float(curve(step))
+        return value
+
 
 @dataclass(frozen=True)
 class Link:
@@ -95,9 +102,18 @@ class Cell:
     rules: tuple[str, ...]
     parameters: tuple[ParamInfo, ...] = field(repr=False)
 
+    def values(self, step: int) -> dict[str, Any]:
+        """The hyperparameters at a step as the rules give them; lr without schedule and window."""
+        return {
+            key: tuple(part.value(step) for part in setting)
+            if isinstance(setting, tuple)
+            else setting.value(step)
+            for key, setting in self.hyper
+        }
+
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """Hyperparameters that never change."""
+        """The hyperparameters that never change; those that move stand in it with their scale."""
         return {
             key: tuple(part.scale for part in setting)
             if isinstance(setting, tuple)

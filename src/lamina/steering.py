@@ -10,7 +10,7 @@ import torch
 from .engine import Engine
 from .freezing import Freezer
 from .guests import Guests
-from .overrides import check_override, select_groups
+from .overrides import check_chosen, select_groups
 from .reporting import changes, check_report, from_rank_zero, observe_all
 from .resolved import Resolved
 from .timeline import Feedback
@@ -58,8 +58,7 @@ class Steerable(Engine):
             PlanError: for an unknown group or hyperparameter; nothing was changed.
         """
         chosen = select_groups(self._resolved, rule)
-        for index in chosen:
-            check_override(self._resolved.cells[index], hyper)
+        check_chosen(self._resolved, chosen, hyper, self.clock)
         for index in chosen:
             group = self.param_groups[index]
             before = group["overrides"][-1][1] if group["overrides"] else {}

@@ -202,6 +202,12 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A gradient times a scalar, at the higher of the two precisions, in the gradient's dtype."""
+    wide = grad.to(torch.promote_types(grad.dtype, factor.dtype))
+    return (wide * factor.to(grad.device)).to(grad.dtype)
+
+
 def trust_ratio(weight: torch.Tensor, update: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
     """`weight / damped` of two norms (or lists of norms); 1 where a norm is 0, as is usual.
 

@@ -96,21 +96,24 @@ class Memory:
     places: list[int] | None = None
 
     @classmethod
-    def of(cls, entry: dict[str, Any], places: list[int]) -> Memory:
-        """From saved state, torch's too; without its pairs if they are of other parameters."""
+    def of(cls, entry: dict[str, Any], places: list[int], like: torch.Tensor) -> Memory:
+        """From saved state, torch's too; without its pairs if they are of other parameters.
+
+        In the dtype and on the device of the gradient `like`: a model may move.
+        """
         evals = int(entry.get("func_evals", 0))
         if entry.get("d") is None or entry.get("places", places) != places:
             return cls(func_evals=evals, places=places)
         return cls(
             n_iter=int(entry["n_iter"]),
             func_evals=evals,
-            d=entry["d"],
+            d=entry["d"].to(like),
             t=float(entry["t"]),
-            old_dirs=list(entry["old_dirs"]),
-            old_stps=list(entry["old_stps"]),
+            old_dirs=[each.to(like) for each in entry["old_dirs"]],
+            old_stps=[each.to(like) for each in entry["old_stps"]],
             ro=[float(each) for each in entry["ro"]],
             H_diag=float(entry["H_diag"]),
-            prev_flat_grad=entry["prev_flat_grad"],
+            prev_flat_grad=entry["prev_flat_grad"].to(like),
             prev_loss=float(entry["prev_loss"]),
             places=places,
         )
@@ -159,23 +162,24 @@ def lbfgs_step(
         What the closure returned at its first evaluation.
 
     Raises:
-        PlanError: there is no closure.
+        PlanError: there is no closure, or it returned no number.
         NonFiniteError: a loss or a gradient is not finite. Whatever is raised, the closure's own
             errors too: weights and state are as before.
     """
-    if closure is None:
+    if not callable(closure):
+        given = "" if closure is None else f", and was given {closure!r}"
         raise PlanError(
-            "LBFGS evaluates the loss several times in a step, so it needs a closure: "
+            f"LBFGS evaluates the loss several times in a step, so it needs a closure{given}: "
             "optimizer.step(closure), where closure() clears the gradients, computes the loss, "
             "calls loss.backward() and returns the loss."
         )
     with torch.enable_grad():
         result = closure()
     vector = Vector(groups)
-    memory = Memory.of(entry, vector.places)
-    memory.func_evals += 1
     loss = _number(result)
     grad = vector.grad() if vector.parts else torch.zeros(0)
+    memory = Memory.of(entry, vector.places, grad)
+    memory.func_evals += 1
     if vector.check(loss, grad) > groups[0]["tolerance_grad"]:
         before = vector.values()
         try:
@@ -234,7 +238,17 @@ def _iterate(
 
 
 def _number(loss: Any) -> float:
-    return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+    given: Any = loss.detach() if isinstance(loss, torch.Tensor) else loss
+    try:
+        if not isinstance(given, str):
+            return float(given)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+    raise PlanError(
+        f"the closure returned {shape or repr(loss)}; LBFGS expected the loss: one number, or a "
+        "tensor of one number. The weights are as they were before this step."
+    )
 
 
 def _evaluate(closure: Closure, vector: Vector) -> tuple[float, torch.Tensor]:

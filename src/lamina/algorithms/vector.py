@@ -50,7 +50,8 @@ class Vector:
         if all(share == 1 for share in self._shares):
             return None
         shares = iter(self._shares)
-        return self._cat(torch.full_like(part.param, next(shares)) for part in self.parts)
+        flat = (_flat(part.param.detach()) for part in self.parts)
+        return self._cat(torch.full_like(numbers, next(shares)) for numbers in flat)
 
     def grad(self) -> torch.Tensor:
         """The gradient of all parts."""

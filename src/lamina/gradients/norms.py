@@ -70,15 +70,6 @@ def finite(norms: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all())
 
 
-def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A gradient times a factor, in its own dtype and rounded once.
-
-    16-bit floats are multiplied as float32, since the factor may be too small for a 16-bit one.
-    """
-    wide = widen(grad)
-    return (wide * factor.to(wide.device, wide.dtype)).to(grad.dtype)
-
-
 def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """The numbers brought into [-limit, limit]; torch takes no limit that their dtype cannot hold.
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..algorithms.base import times
 from ..errors import PlanError
 from ..expressions import Spelled
 from ..parameters import ParamInfo
 from ..schedules import Schedule
 from ..settings import python_number
-from .norms import times
 
 Amount = float | Schedule
 Grads = list[torch.Tensor]

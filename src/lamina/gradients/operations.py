@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..algorithms.base import widen
+from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..parameters import ParamInfo
 from ..settings import check_amount, python_number
-from .norms import clamped, each_norm, gathered, times, total_norm, values_of
+from .norms import clamped, each_norm, gathered, total_norm, values_of
 from .operation import Amount, Grads, Operation, Work
 
 _DOUBLE = (torch.float64, torch.complex128)

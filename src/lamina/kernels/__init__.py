@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .base import Kernel
-from .pick import KERNELS, apply, choose, step_device
+from .pick import KERNELS, apply, assign, carry_out, choose, step_device
 
-__all__ = ["KERNELS", "Kernel", "apply", "choose", "step_device"]
+__all__ = ["KERNELS", "Kernel", "apply", "assign", "carry_out", "choose", "step_device"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..algorithms.base import Batch, begun_dtype
+from ..algorithms.base import Batch, begun_dtype, times
 
 HALF = (torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "xpu")
@@ -59,18 +59,21 @@ def tensor_refusal(batch: Batch, index: int) -> str:
         return f"is {short(param.dtype)} and its state is to be {short(wanted)}"
     for key, values in batch.columns.items():
         value = values[index]
-        if value is not None and value.dtype is not param.dtype:
+        if value is None:
+            continue
+        if value.dtype is not param.dtype:
             return f"is {short(param.dtype)} and its {key} {short(value.dtype)}"
-        if value is not None and value.stride() != param.stride():
+        if value.layout is not torch.strided or value.stride() != param.stride():
             return f"and its {key} differ in their layout in memory"
     return ""
 
 
 def scaled(batch: Batch) -> list[torch.Tensor]:
-    """The gradients times the clip factor, as new tensors."""
+    """The gradients times the clip factor, as new tensors of their dtype (see `times`)."""
     assert batch.scale is not None
-    scale = batch.scale.to(batch.params[0].device)
-    return list(torch._foreach_mul(batch.grads, scale))
+    if batch.scale.dtype is not batch.params[0].dtype:
+        return [times(grad, batch.scale) for grad in batch.grads]
+    return list(torch._foreach_mul(batch.grads, batch.scale.to(batch.params[0].device)))
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:

@@ -106,8 +106,8 @@ def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None)
         beta2=beta2,
         weight_decay=hyper["weight_decay"],
         eps=hyper["eps"],
-        amsgrad=hyper["amsgrad"],
-        maximize=hyper["maximize"],
+        amsgrad=bool(hyper["amsgrad"]),  # 1 and 0 are as good, but not for torch's operators
+        maximize=bool(hyper["maximize"]),
         grad_scale=inverse,
         found_inf=None,
     )
@@ -154,8 +154,8 @@ def _call_sgd(
         momentum=momentum,
         lr=_on(batch, hyper["lr"]),
         dampening=hyper["dampening"],
-        nesterov=hyper["nesterov"] and momentum != 0,
-        maximize=hyper["maximize"],
+        nesterov=bool(hyper["nesterov"]) and momentum != 0,
+        maximize=bool(hyper["maximize"]),
         is_first_step=first,
         grad_scale=inverse,
         found_inf=None,

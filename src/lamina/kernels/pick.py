@@ -29,8 +29,17 @@ class Choice(NamedTuple):
     reason: str
 
 
+#: batches by the kernel that is to update them
+Work = dict[Kernel, list[Batch]]
+
+
 def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
-    """One update of all batches, in place; their steps are counted.
+    """One update of all batches, in place: `assign` and `carry_out`."""
+    carry_out(assign(batches, prefer))
+
+
+def assign(batches: Sequence[Batch], prefer: str | None = None) -> Work:
+    """Choose the kernels of all batches; nothing is changed.
 
     Arguments:
         batches: all groups of one algorithm (several algorithms are fine too).
@@ -38,16 +47,41 @@ def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
             it goes before the preference of a batch.
 
     Raises:
-        PlanError: a gradient is sparse and the rule is not made for that; nothing was changed.
+        PlanError: a gradient is sparse and the rule is not made for that.
     """
-    batches = [batch for batch in batches if batch.params]
-    work: dict[Kernel, list[Batch]] = {}
+    work: Work = {}
     for batch in batches:
-        work.setdefault(choose(batch, prefer)[0], []).append(batch)
+        if batch.params:
+            work.setdefault(choose(batch, prefer)[0], []).append(batch)
+    return work
+
+
+def carry_out(work: Work) -> None:
+    """One update of all batches, in place; their steps are counted."""
+    done: list[Batch] = []
     with torch.no_grad():
-        _count([step for batch in batches for step in batch.steps])
-        for kernel, its_batches in work.items():
-            kernel.run(its_batches)
+        for kernel, batches in work.items():
+            try:
+                _count([step for batch in batches for step in batch.steps])
+                kernel.run(batches)
+            except Exception as error:
+                error.add_note(_half_done(kernel, batches, done))
+                raise
+            done += batches
+    for batch in done:
+        if batch.grown:
+            batch.kernel = None  # it was chosen before this state was there
+
+
+def _half_done(kernel: Kernel, batches: Sequence[Batch], done: Sequence[Batch]) -> str:
+    called, before = (
+        ", ".join(repr(batch.hyper.get("name", batch.algorithm.name)) for batch in each)
+        for each in (batches, done)
+    )
+    return (
+        f"The {kernel.name} kernel failed on the groups {called}: their step was counted, their "
+        f"weights may be updated in part. Updated before them: {before or 'none'}."
+    )
 
 
 def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:

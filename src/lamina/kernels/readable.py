@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 import torch
 
-from ..algorithms.base import Batch, State, widen
+from ..algorithms.base import Batch, State, times, widen
 from .base import Kernel
 
 
@@ -45,19 +45,35 @@ def _update(batch: Batch, index: int, step: int) -> None:
     state: State = {
         key: values[index] for key, values in batch.columns.items() if values[index] is not None
     }
+    if not all(each.is_sparse for each in (grad, *state.values())):  # torch cannot add mixtures
+        grad, state = _dense(grad), {key: _dense(value) for key, value in state.items()}
     pairs = param.is_complex() and not grad.is_sparse  # sparse only meets rules that are linear
     if pairs:
         param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
         state = {key: torch.view_as_real(value) for key, value in state.items()}
     if batch.scale is not None:
-        grad = widen(grad) * batch.scale.to(grad.device)
+        grad = times(widen(grad), batch.scale)
     change, new = batch.algorithm.update(param, grad, state, step, batch.hyper)
     param.add_(change)
     for key, value in new.items():
-        old = state.get(key)
-        if old is None or (value.is_sparse and value is not old):
-            batch.columns.setdefault(key, [None] * len(batch.params))
-            batch.columns[key][index] = torch.view_as_complex(value) if pairs else value
+        column = batch.columns.setdefault(key, [None] * len(batch.params))
+        if column[index] is None or column[index].is_sparse:
+            value = torch.view_as_complex(value) if pairs else value
+            column[index] = _laid_out(value, batch.params[index])
             batch.grown = True
-        elif value is not old:
-            old.copy_(value)
+        elif value is not state[key]:
+            state[key].copy_(value)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def _laid_out(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """New state in its parameter's order in memory, which the fast kernels need.
+
+    It was made from a gradient, which may lie in another one.
+    """
+    if value.is_sparse or value.stride() == param.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)

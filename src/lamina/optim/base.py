@@ -14,6 +14,7 @@ from ..algorithms import ALGORITHMS
 from ..algorithms.base import Method, dtype_name
 from ..engine import Engine
 from ..errors import HyperparameterError, PlanError, StateError
+from ..settings import python_number
 
 
 class DropIn(Engine):
@@ -33,17 +34,12 @@ class DropIn(Engine):
         **implementation: bool | None,
     ) -> None:
         name = type(self).__name__
-        if implementation.get("differentiable"):
-            raise HyperparameterError(
-                f"{name}: differentiable=True is not supported; use torch.optim.{name} for that."
-            )
-        if implementation.get("fused") and implementation.get("foreach"):
-            raise HyperparameterError(f"{name}: fused and foreach cannot both be True.")
+        self._refuse_implementation(name, implementation)
         self.algorithm.check(hyper)
         defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
         super().__init__(params, defaults)
         # a tensor belongs to the groups: a group that is added later gets what was given here
-        self.defaults = {key: _own(value) for key, value in self.defaults.items()}
+        self.defaults = {key: _own(self._plain(key, v)) for key, v in self.defaults.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
@@ -75,7 +71,25 @@ class DropIn(Engine):
             self.algorithm.check({k: v for k, v in group.items() if k in self.algorithm.defaults})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from error
+        self._refuse_implementation(where, group)
+        group = {k: v if k == "params" else self._plain(k, v) for k, v in group.items()}
         super().add_param_group(group)
+
+    def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
+        if given.get("differentiable"):
+            raise HyperparameterError(
+                f"{where}: differentiable=True is not supported; use "
+                f"torch.optim.{type(self).__name__} for that."
+            )
+        if given.get("fused") and given.get("foreach"):
+            raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
+
+    def _plain(self, key: str, value: Any) -> Any:
+        """A value as Python's: a NumPy number in a group makes checkpoints unloadable."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(python_number, value))
+        value = python_number(value)
+        return bool(value) if isinstance(self.algorithm.defaults.get(key), bool) else value
 
     def _check_params(self, where: str, names: list[str], params: list[Any]) -> None:
         seen = {

@@ -69,9 +69,12 @@ class LBFGS(DropIn):
             What the closure returned at its first evaluation.
 
         Raises:
-            PlanError: without a closure.
+            PlanError: without a closure, or if it returns no number.
             NonFiniteError: a loss or a gradient is not finite; weights and state are as before.
         """
-        first = self.param_groups[0]["params"][0]  # holds the state, as in torch
+        params = (param for group in self.param_groups for param in group["params"])
+        first = next(params, None)  # holds the state, as in torch
         with torch.no_grad():
-            return lbfgs_step(closure, self.param_groups, self.state[first])
+            return lbfgs_step(
+                closure, self.param_groups, {} if first is None else self.state[first]
+            )

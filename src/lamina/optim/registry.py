@@ -61,13 +61,16 @@ def optimizer_name(optimizer: type) -> str:
 
 def algorithm_of(optimizer: type) -> Algorithm | None:
     """The rule of one of lamina's own optimizers; None for a guest, and for LBFGS."""
-    algorithm = getattr(optimizer, "algorithm", None)
-    return algorithm if isinstance(algorithm, Algorithm) else None
+    method = method_of(optimizer)
+    return method if isinstance(method, Algorithm) else None
 
 
 def method_of(optimizer: type) -> Method | None:
-    """The method of one of lamina's own optimizers, LBFGS too; None for a guest."""
-    method = getattr(optimizer, "algorithm", None)
+    """The method of one of lamina's own optimizers, LBFGS too; None for a guest.
+
+    A class derived from one of them is a guest: its `step` or its defaults may be its own.
+    """
+    method = vars(optimizer).get("algorithm")
     return method if isinstance(method, Method) else None
 
 
@@ -82,15 +85,45 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     method = method_of(optimizer)
     if method is not None:
         return dict(method.defaults)
-    signature = inspect.signature(optimizer).parameters
-    found = {"lr": signature["lr"].default} if "lr" in signature else {}
-    for name, parameter in signature.items():
-        if name not in _IMPLEMENTATION and parameter.kind not in (
-            inspect.Parameter.VAR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        ):
-            found[name] = parameter.default
-    return {k: None if v is inspect.Parameter.empty else v for k, v in found.items()}
+    known = _arguments(optimizer)
+    lr = {"lr": known["lr"]} if "lr" in known else {}
+    rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
+    return {k: None if v is _REQUIRED else v for k, v in {**lr, **rest}.items()}
+
+
+def _arguments(optimizer: type) -> dict[str, Any]:
+    """What a constructor takes by name, with the defaults.
+
+    One with `**kwargs` hands them on to the next base class, so that its arguments count too.
+    """
+    found: dict[str, Any] = {}
+    for base in optimizer.__mro__:
+        if base is torch.optim.Optimizer:
+            break
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for parameter in parameters:
+            if parameter.kind not in _VARIADIC:
+                found.setdefault(parameter.name, parameter.default)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def options(optimizer: type) -> tuple[str, ...]:
+    """The hyperparameters that choose a variant of the update, one for the whole run."""
+    method = method_of(optimizer)
+    if method is not None:
+        return (*method.options, *_OWN)
+    known = hyperparameters(optimizer).items()
+    return tuple(key for key, value in known if isinstance(value, (bool, str)))
+
+
+def counts(optimizer: type) -> tuple[str, ...]:
+    """The hyperparameters that are whole numbers."""
+    method = method_of(optimizer)
+    return () if method is None else method.counts
 
 
 def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
@@ -108,9 +141,15 @@ def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
 
 
 def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -> None:
-    """Raise `HyperparameterError` if a value is out of the optimizer's range."""
+    """Raise `HyperparameterError` if a value is out of the optimizer's range, or missing."""
     method = method_of(optimizer)
     if method is None:
+        for key, default in _arguments(optimizer).items():
+            if default is _REQUIRED and key in values and values[key] is None:
+                name = optimizer_name(optimizer)
+                raise HyperparameterError(
+                    f"{where}: the optimizer {name} has no default for {key}; give it: {key}=..."
+                )
         return
     try:
         method.check({key: value for key, value in values.items() if key not in _OWN})
@@ -118,6 +157,8 @@ def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -
         raise HyperparameterError(f"{where}: {error}") from error
 
 
+_REQUIRED = inspect.Parameter.empty
+_VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 #: what lamina's own optimizers take beside the hyperparameters of their rules
 _OWN = ("state_dtype",)
 _SETTINGS = ("schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm", "optimizer")
