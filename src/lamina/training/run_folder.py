@@ -25,6 +25,8 @@ from ..plan import Plan
 from ..preview import Preview
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
+#: where run.json holds a plan until that is in its own file
+PENDING = "plan"
 
 
 def check_free(folder: Path) -> None:
@@ -85,12 +87,22 @@ class RunFolder:
         self.picture(preview)
 
     def resume(self, plan: Plan, preview: Preview, about: dict[str, Any], **seen: Any) -> None:
-        """Note that the run goes on, and from where."""
+        """Note that the run goes on, how, and from where.
+
+        `run.json` is written first and says all of it, also the plan until that has its own file:
+        a kill leaves everything that was asked for, or nothing of it.
+        """
         before = read_about(self.path)
-        for name in ("ended", "baseline"):
+        for name in ("ended", "baseline", PENDING):
             before.pop(name, None)
-        noted = [*before.get("resumed", []), {"at": _now(), **seen, "versions": versions()}]
+        earlier = before.get("resumed", [])
+        noted = [
+            *(earlier if isinstance(earlier, list) else [earlier]),
+            {"at": _now(), **seen, "versions": versions()},
+        ]
         self._about = {**before, **about, "status": "running", "resumed": noted}
+        text, name = plan_text(plan)
+        self._text(ABOUT, _json({**self._about, PENDING: {name: text}}))
         self._write_plan(plan)
         self._text(ABOUT, _json(self._about))
         self.picture(preview)
