@@ -13,6 +13,9 @@ from .errors import TimeUnitError
 #: What a user writes: `500`, `"500 steps"`, `"2 epochs"`, `"10%"`.
 TimeLike = int | str
 
+#: the most steps that are counted: whole numbers up to it are exact as floats too
+LONGEST = 2**53
+
 _TEXT = re.compile(r"\s*(\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})\s*(%|steps?|epochs?)?\s*", re.ASCII)
 _HELP = "write a whole number of steps (500 or '500 steps'), '2 epochs' or '10%'"
 

@@ -17,6 +17,8 @@ from ..resolved import Cell
 from .form import MOMENTUM, Entry, number_of_steps
 
 _EMPTY = torch.empty(0)
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 #: entries of L-BFGS that are as long as all its parameters together
 _FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
@@ -66,6 +68,24 @@ def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
         )
 
 
+def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
+    """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
+    known = (*_REAL, *_COMPLEX) if param.is_complex() else _REAL
+    if not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+    elif value.layout != torch.strided or value.is_nested:
+        kind = "a sparse or nested tensor"
+    elif value.dtype not in known:
+        kind = str(value.dtype)
+    else:
+        return
+    raise StateError(
+        f"the saved {key} of {info.name!r} is of type {kind}; expected a dense tensor of "
+        f"{'complex' if param.is_complex() else 'real'} floating point numbers; nothing was "
+        "loaded."
+    )
+
+
 def own_entry(
     info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
 ) -> tuple[dict[str, Any], list[str]]:
@@ -88,17 +108,9 @@ def own_entry(
         if key not in saved:
             continue
         value = saved[key]
-        floating = isinstance(value, torch.Tensor) and (
-            value.is_floating_point() or value.is_complex()
-        )
-        if not floating:
-            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise StateError(
-                f"the saved {key} of {info.name!r} is of type {kind}; expected a tensor of "
-                "floating point numbers; nothing was loaded."
-            )
+        _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
-        fitted[key] = value.to(device=param.device, copy=True)
+        fitted[key] = value.detach().to(device=param.device, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
         needed |= {MOMENTUM} & set(algorithm.buffers)
@@ -170,6 +182,7 @@ def _listed(value: Any) -> list[Any]:
 def copied(value: Any, device: torch.device | None) -> Any:
     """A copy of a nested value, its tensors on a device (None: where they are)."""
     if isinstance(value, torch.Tensor):
+        value = value.detach()
         return value.clone() if device is None else value.to(device=device, copy=True)
     if isinstance(value, Mapping):
         return {key: copied(each, device) for key, each in value.items()}

@@ -26,7 +26,7 @@ from .fit import (
     own_entry,
     whole_entry,
 )
-from .form import Entry, Saved, number_of_steps, read
+from .form import Entry, Saved, number_of_steps, read, reading
 from .lost import has_begun, refuse_lost
 from .names import match
 from .report import LoadReport, few
@@ -75,13 +75,14 @@ def prepare(
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
     fitting = _Fitting(dict(matched.entries), clock, lived, optimizer._guests)
-    if saved.by_fqn:
-        refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
-    if is_whole_vector(resolved.cells[0].optimizer):
-        fitting.whole(resolved, optimizer.param_groups)
-    else:
-        for index, group in enumerate(optimizer.param_groups):
-            fitting.cell(resolved.cells[index], group)
+    with reading("the saved state of the parameters"):
+        if saved.by_fqn:
+            refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
+        if is_whole_vector(resolved.cells[0].optimizer):
+            fitting.whole(resolved, optimizer.param_groups)
+        else:
+            for index, group in enumerate(optimizer.param_groups):
+                fitting.cell(resolved.cells[index], group)
     report = LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
@@ -146,7 +147,8 @@ class _Fitting:
             elif has_state(entry) and not belongs(entry, cell):
                 self.restarted.append(info.name)
             else:
-                self._keep(info, param, entry, cell)
+                with reading(f"the saved state of {info.name!r}"):
+                    self._keep(info, param, entry, cell)
                 if not own and cell.name not in self.groups:
                     self.groups[cell.name] = _carried(cell, group, entry.group)
         if not own:  # what nothing was saved of begins anew

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import StateError, did_you_mean
 from ..parameters import ParamInfo
-from .form import Entry, Saved
+from .form import Entry, Saved, reading
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Matched:
     asked: list[str] = field(default_factory=list)
 
 
+@reading("the saved names")
 def match(
     saved: Saved, infos: Sequence[ParamInfo], renamed: Mapping[str, str | None] | None
 ) -> Matched:
