@@ -118,6 +118,17 @@ class Guests:
     def __contains__(self, group: str) -> bool:
         return group in self._of
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With what guests keep beside state and groups, which torch leaves out of a copy."""
+        guests = dict.fromkeys(self._of.values())
+        kept = [(g, {k: v for k, v in vars(g).items() if not _is_torchs(k)}) for g in guests]
+        return {**self.__dict__, "kept": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for guest, attributes in state.pop("kept"):
+            guest.__dict__.update(attributes)
+        self.__dict__.update(state)
+
     def _remember(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
         for group in groups:
             rest = {key: value for key, value in group.items() if key != "params"}
@@ -125,6 +136,18 @@ class Guests:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if state.get(param):  # most guests begin their state in their first step
                     self.begun[name] = deepcopy(dict(state[param]))
+
+    def read(self, group: Mapping[str, Any], param: torch.Tensor, entry: dict[str, Any]) -> None:
+        """Let a group's guest bring a saved entry into its form of today, as in torch's load.
+
+        torch's own make tensors of the numbers that older versions kept.
+        """
+        guest = self._of[group["name"]]
+        apart = guest.__class__.__new__(guest.__class__)
+        apart.__dict__.update(guest.__dict__)
+        apart.__setstate__(
+            {"state": {param: entry}, "param_groups": [{**group, "params": [param]}]}
+        )
 
     def set_mode(self, mode: str) -> None:
         """Call `train()` or `eval()` on the guests that have it (schedule-free ones do)."""
@@ -193,6 +216,12 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     except Exception:
         return True
     return bool(guest.state.get(param))
+
+
+def _is_torchs(attribute: str) -> bool:
+    """Whether torch makes an attribute of an optimizer anew itself: hooks, a patched `step`."""
+    remade = ("defaults", "state", "param_groups", "step", "_zero_grad_profile_name")
+    return attribute in remade or attribute.startswith("_optimizer_")
 
 
 def _same(cell: Cell, key: str, value: Any) -> bool:

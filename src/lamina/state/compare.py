@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from ..errors import TimeUnitError
+from ..optim.registry import is_whole_vector
 from ..resolved import ALWAYS, Resolved
 from ..schedules import Schedule
 from ..time import LONGEST, Run
 from ..timeline import Values
-from .fit import belongs
+from .fit import belongs, evaluations
 from .form import Entry, Saved, reading, short
 from .names import Matched
 from .report import Changed, settled_anew
@@ -78,9 +79,11 @@ def _hyperparameters(
         timed = {key for key, _ in cell.moving}
         if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
             timed.add("lr")
+        if is_whole_vector(cell.optimizer):
+            hyper = {**hyper, "max_eval": evaluations(hyper)}
         for entry, count in sources.values():
             for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(entry.group[key]), _plain(hyper[key])
+                saved, now = _plain(_given(entry.group, key)), _plain(hyper[key])
                 if not close(saved, now):
                     rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
     found = [
@@ -89,6 +92,11 @@ def _hyperparameters(
     ]
     order = {cell.name: place for place, cell in enumerate(resolved.cells)}
     return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
+
+
+def _given(group: Mapping[str, Any], key: str) -> Any:
+    written = key == "max_eval" and group[key] is None and type(group.get("max_iter")) is int
+    return evaluations(group) if written else group[key]
 
 
 def _plain(value: Any) -> Any:

@@ -50,6 +50,17 @@ def has_state(entry: Entry) -> bool:
     return bool(values) or number_of_steps("a parameter", step) > 0
 
 
+def keeps_nothing(entry: Entry, cell: Cell) -> bool:
+    """Whether an entry is of an optimizer that had nothing to keep: SGD without momentum.
+
+    torch saves nothing then, where lamina has the count of updates.
+    """
+    algorithm = cell.algorithm
+    if algorithm is None or entry.group.get("momentum") != 0 or not belongs(entry, cell):
+        return False
+    return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+
+
 def _family(algorithm: Algorithm | None) -> type | None:
     """The rule that an algorithm is a form of: Adam and AdamW share theirs."""
     bases = [] if algorithm is None else type(algorithm).__mro__
@@ -173,6 +184,12 @@ def whole_entry(
             f"have {size}; nothing was loaded."
         )
     return fitted
+
+
+def evaluations(group: Mapping[str, Any]) -> Any:
+    """The most evaluations in a step of L-BFGS; torch writes its default out, lamina None."""
+    limit = group["max_eval"]
+    return group["max_iter"] * 5 // 4 if limit is None else limit
 
 
 def _listed(value: Any) -> list[Any]:

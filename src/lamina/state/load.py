@@ -23,6 +23,7 @@ from .fit import (
     copied,
     guest_entry,
     has_state,
+    keeps_nothing,
     own_entry,
     whole_entry,
 )
@@ -142,13 +143,15 @@ class _Fitting:
             entry = self.entries.pop(info.name, None)
             self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
-                if self._has_begun(cell):
+                if entry is not None and keeps_nothing(entry, cell):
+                    self.kept.append(info.name)
+                elif self._has_begun(cell):
                     self.new.append(info.name)
             elif has_state(entry) and not belongs(entry, cell):
                 self.restarted.append(info.name)
             else:
                 with reading(f"the saved state of {info.name!r}"):
-                    self._keep(info, param, entry, cell)
+                    self._keep(info, param, entry, cell, group)
                 if not own and cell.name not in self.groups:
                     self.groups[cell.name] = _carried(cell, group, entry.group)
         if not own:  # what nothing was saved of begins anew
@@ -160,11 +163,21 @@ class _Fitting:
         values = self._guests.begun.get(info.name, {})
         return {key: copied(value, None) for key, value in values.items()}
 
-    def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
+    def _keep(
+        self,
+        info: ParamInfo,
+        param: torch.Tensor,
+        entry: Entry,
+        cell: Cell,
+        group: Mapping[str, Any],
+    ) -> None:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
-            self.state[param] = guest_entry(param, entry) or self._guest_begun(info)
+            fitted = guest_entry(param, entry)
+            if fitted:
+                self._guests.read(group, param, fitted)
+            self.state[param] = fitted or self._guest_begun(info)
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
