@@ -61,6 +61,7 @@ LAYERS = [
     "checks",
     "optimizer",
     "distributed",
+    "plain",
     "checkpoint",
     "preview",
     "report",

@@ -143,3 +143,18 @@ def test_a_run_whose_settings_are_as_they_were_is_as_one_that_was_never_stopped(
         assert session.extend is None
         session.train()
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_cannot_be_read_is_passed_over_and_put_aside(stopped):
+    folder = stopped / "checkpoints"
+    loop = folder / "step-00000012-0123456789abcdef.pt"
+    loop.symlink_to(loop.name)
+    inside = folder / "step-00000011-0123456789abcdef.pt"
+    inside.mkdir()
+    result = again(stopped)
+    assert result.steps == 14
+    noted = json.loads((stopped / "run.json").read_text())["resumed"][0]
+    assert noted["passed_over"] == [loop.name, inside.name]
+    assert noted["step"] == 9
+    left = sorted(path.name for path in folder.iterdir() if path.name.endswith(".damaged"))
+    assert left == [f"{inside.name}.damaged", f"{loop.name}.damaged"]

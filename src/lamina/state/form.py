@@ -16,7 +16,7 @@ import torch
 
 from ..errors import LaminaError, StateError
 from ..parameters import clean_names
-from ..time import LONGEST, Run
+from ..time import LONGEST, LONGEST_RUN, Run
 
 #: the version that this lamina writes, and the newest that it reads
 FORMAT = 1
@@ -272,7 +272,7 @@ def _run(groups: list[Group], key: str) -> Run | None:
         return None
     fits = isinstance(record, Mapping) and set(record) == {"steps", "steps_per_epoch"}
     lengths = list(record.values()) if fits else []
-    if not fits or not all(n is None or (is_count(n) and n > 0) for n in lengths):
+    if not fits or not all(n is None or (is_count(n) and 0 < n <= LONGEST_RUN) for n in lengths):
         raise StateError(
             f"the saved {key} is {short(record)}; expected its steps and steps_per_epoch."
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LaminaError, PlanError, StateError
-from ..files import atomic, remove_leftovers, told
+from ..files import atomic, legible, remove_leftovers, told
 from ..plan import Plan
 from ..preview import Preview
 
@@ -31,9 +31,12 @@ PENDING = "plan"
 
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds something; it is not made yet."""
-    if folder.exists() and not folder.is_dir():
+    with told(folder):
+        is_there, is_folder = folder.exists(), folder.is_dir()
+        holds = is_folder and any(folder.iterdir())
+    if is_there and not is_folder:
         raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if holds:
         raise LaminaError(
             f"{folder}: the folder is not empty, and a run overwrites nothing; choose another "
             "with --out, or remove it."
@@ -152,12 +155,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         StateError: if the folder is not that of a run.
     """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "there is no such folder"
+    with legible(folder):
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    if not is_folder:
+        what = "is a file" if is_there else "there is no such folder"
         raise StateError(f"{folder}: {what}; give the folder of a run, such as runs/reviews-....")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(
             f"{folder}: this is not the folder of a run: its {ABOUT} cannot be read ({error})."
         ) from error
