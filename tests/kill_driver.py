@@ -1,8 +1,9 @@
 """Runs training in processes of its own and kills them: python kill_driver.py JOBS.json
 
-Each job is {"out": folder, "kill": null | [call, number, "before" | "after"] | seconds}: the run is
-begun, or resumed if it was saved before, and killed with SIGKILL at that call of a function that
-writes, or after that time. What the functions that write were called goes to JOBS.json.calls.
+Each job is {"out": folder, "kill": null | [call, number, "before" | "after"] | seconds, "settings":
+those of a run that is resumed}: the run is begun, or resumed if it was saved before, and killed
+with SIGKILL at that call of a function that writes, or after that time. What the functions that
+write were called goes to JOBS.json.calls.
 The processes are forks of one that has trained already, and so has imported all that is needed.
 """
 
@@ -51,14 +52,14 @@ def dying(function, name, calls, kill):
     return counted
 
 
-def train(out, kill):
+def train(out, kill, settings):
     """Begin or resume a run in this process; returns how often each function was called."""
     calls = Counter()
     for owner, name in WRITING:
         setattr(owner, name, dying(getattr(owner, name), name, calls, kill))
     folder = Path(out)
     if checkpoint.candidates(folder / "checkpoints"):
-        fit(resume_task, resume=folder, cpu=True)
+        fit(resume_task, resume=folder, cpu=True, **settings)
     else:  # nothing was saved yet: from the beginning
         shutil.rmtree(folder, ignore_errors=True)
         calls.clear()
@@ -73,7 +74,8 @@ def run(job):
     if not child:
         status = 1
         try:
-            calls = train(job["out"], kill if isinstance(kill, list) else None)
+            point = kill if isinstance(kill, list) else None
+            calls = train(job["out"], point, job.get("settings", {}))
             Path(f"{job['out']}.calls").write_text(json.dumps(calls))
             status = 0
         except LaminaError as error:

@@ -218,3 +218,165 @@ def test_a_whole_best_stands_in_for_its_damaged_twin(tmp_path):
     damage(path)
     found = checkpoint.newest(path.parent)
     assert (found.path, found.damaged) == (best, (path,))
+
+
+#: what may stand where a newer checkpoint should: what cannot be read at all
+UNREADABLE = {
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a folder": lambda path: path.mkdir(),
+    "a full folder": lambda path: (path.mkdir(), (path / "x").write_text("x")),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_is_damaged_like_any_other(tmp_path, what):
+    good = saved(tmp_path, 3)
+    bad = good.with_name("step-00000009-0123456789abcdef.pt")
+    UNREADABLE[what](bad)
+    assert checkpoint.candidates(good.parent) == [bad, good]
+    found = checkpoint.newest(good.parent)
+    assert found.path == good
+    assert found.damaged == (bad,)
+    last = saved(tmp_path, 10)
+    checkpoint.prune(good.parent, 1, last)  # what it cannot read is not its to remove
+    assert set(names(tmp_path)) == {last.name, bad.name}
+    checkpoint.tidy(good.parent, found.damaged)
+    assert set(names(tmp_path)) == {last.name, f"{bad.name}.damaged"}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_nothing_that_can_be_read(tmp_path, what):
+    bad = tmp_path / "best-00000009-0123456789abcdef.pt"
+    UNREADABLE[what](bad)
+    with pytest.raises(StateError, match=rf"no checkpoint is whole; {bad.name} cannot be read"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_file_that_the_disk_does_not_give_is_damaged(tmp_path, monkeypatch):
+    good, bad = saved(tmp_path, 3), saved(tmp_path, 9)
+    digest_of = files.digest_of
+
+    def failing(path):
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest_of(path)
+
+    monkeypatch.setattr(checkpoint, "digest_of", failing)
+    found = checkpoint.newest(bad.parent)
+    assert (found.path, found.damaged) == (good, (bad,))
+    with pytest.raises(StateError, match=rf"{bad.name}: cannot be read \(Input/output error"):
+        checkpoint.read(bad)
+
+
+@pytest.mark.parametrize("moment", ["listed", "summed"])
+def test_files_that_go_while_the_folder_is_read(tmp_path, monkeypatch, moment):
+    """As when a run that goes on saves and prunes meanwhile."""
+    folder, digest_of, taken = tmp_path / "c", files.digest_of, []
+
+    def went(path):
+        if len(taken) < 3:
+            taken.append(path)
+            checkpoint.prune(folder, 1, saved(tmp_path, 3 + len(taken)))
+        if moment == "listed":
+            return digest_of(path)
+        return path.stem.rpartition("-")[2] + "0" * 48
+
+    first = saved(tmp_path, 3)
+    monkeypatch.setattr(checkpoint, "digest_of", went)
+    found = checkpoint.newest(folder)
+    assert checkpoint.step_of(found.path) == 6
+    assert found.damaged == ()
+    assert not first.exists()
+    for path in [*folder.iterdir()]:
+        path.unlink()
+    monkeypatch.setattr(checkpoint, "candidates", lambda _: [first])
+    with pytest.raises(StateError, match="there is no checkpoint here"):
+        checkpoint.newest(folder)
+
+
+def cyclic(kind):
+    value = kind()
+    value.update(a=value) if kind is dict else value.append(value)
+    return value
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def with_attribute(tensor):
+    tensor.mark = "mine"
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (with_attribute(torch.ones(2)), r"content\['x'\] is a tensor with attributes .*\(mark\)"),
+        (with_attribute(torch.nn.Parameter(torch.ones(2))), r"attributes of its own \(mark\)"),
+        ([with_attribute(torch.ones(2))], r"content\['x'\]\[0\] is a tensor with attributes"),
+        (cyclic(dict), "nested in itself, or too deeply"),
+        (cyclic(list), "nested in itself, or too deeply"),
+        (deep(100_000), "nested in itself, or too deeply"),
+        (-(10**5000), r"content\['x'\] is a number of 16,610 bits; expected at most 2,000"),
+        ({2**2000: 1}, "is a number of 2,001 bits"),
+        ("\ud800", r"content\['x'\] is '\\ud800', which is no text"),
+        ({"\udc80": 1}, r"the key '\\udc80' of content\['x'\] is '\\udc80', which is no text"),
+    ],
+    ids=range(10),
+)
+def test_what_could_not_be_read_back_is_an_error_that_names_it(tmp_path, value, message):
+    good = saved(tmp_path, 1)
+    with pytest.raises(StateError, match=message):
+        saved(tmp_path, 2, x=value)
+    assert names(tmp_path) == [good.name]
+
+
+def test_what_is_saved_at_any_depth_can_be_read_back(tmp_path):
+    refused = []
+    for levels in (50, 100, 200, 300, 400, 600, 900):
+        try:
+            path = saved(tmp_path, levels, x=deep(levels))
+        except StateError:
+            refused.append(levels)
+            continue
+        assert checkpoint.read(path)["x"] == deep(levels)
+    assert refused != []
+    assert 100 not in refused
+
+
+@pytest.mark.parametrize("step", ["1", 1.0, True, None, torch.tensor(1), -1])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    with pytest.raises(StateError, match=r"checkpoint\.save was given step="):
+        checkpoint.save(tmp_path, step, {})
+
+
+@pytest.mark.parametrize("content", [5, [1], "text", None, [("a", 1)]])
+def test_content_is_a_dict(tmp_path, content):
+    with pytest.raises(StateError, match=r"checkpoint\.save was given a \w+ as content"):
+        checkpoint.save(tmp_path, 1, content)
+
+
+def test_paths_may_be_texts(tmp_path):
+    folder = str(tmp_path / "c")
+    paths = [str(checkpoint.save(folder, step, CONTENT | {"step": step})) for step in (1, 2, 3)]
+    checkpoint.mark_best(paths[1])
+    checkpoint.prune(folder, 1, paths[2])
+    assert [name[:13] for name in names(tmp_path)] == ["best-00000002", "step-00000003"]
+    assert checkpoint.newest(folder).content["step"] == 3
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    for function in (checkpoint.candidates, checkpoint.newest, checkpoint.read):
+        with pytest.raises(StateError, match="File name too long"):
+            function(tmp_path / ("a" * 300))
+
+
+def test_the_largest_number_is_read_back(tmp_path):
+    for number in (2**2000 - 1, -(2**2000) + 1):
+        assert checkpoint.read(saved(tmp_path, 1, x=number))["x"] == number

@@ -408,3 +408,32 @@ def test_two_processes_average_exactly():
     assert last["averages"]["loss"] == pytest.approx(loss, rel=1e-6)
     assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(8))
     assert output.count("accuracy on held-out points") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "a" * 300),
+        ("run", TASK, "--resume", "a" * 300),
+        ("run", "--resume", "a" * 300),
+        ("run", TASK, "--out", "a" * 300),
+        ("run", "a" * 300 + ".py"),
+    ],
+    ids=range(5),
+)
+def test_a_path_that_is_too_long(arguments):
+    check_one_paragraph(call(*arguments), "File name too long")
+
+
+@pytest.mark.parametrize("command", [("run", TASK, "--cpu"), ("show", "--task", TASK)])
+def test_a_run_longer_than_any(command):
+    check_one_paragraph(call(*command, "--epochs", "1e308"), "more than 1,000,000,000 steps")
+
+
+def test_names_of_others_do_not_steer_the_terminal():
+    torch.save({"\x1b]0;title\x07": torch.ones(2)}, "x.pt")
+    result = call("inspect", "x.pt")
+    assert result.exit_code == 0
+    assert r"\x1b]0;title\x07 float32 (2,)" in result.stdout
+    assert "\x1b" not in result.output
+    check_one_paragraph(call("inspect", "\x1b[31mred"), r"\x1b[31mred: there is no such file")

@@ -244,6 +244,7 @@ def test_an_infinite_loss_is_not_an_improvement():
     [
         (lambda: lm.plateau("loss", factor=1.0), "less than 1"),
         (lambda: lm.plateau("loss", factor=-0.1), "at least 0"),
+        (lambda: lm.plateau("loss", cooldown=1.5), "whole number of reports"),
         (lambda: lm.plateau("val loss"), "expected the name"),
         (lambda: lm.plateau("loss", mode="low"), "'min' or 'max'"),
         (lambda: lm.plateau("loss", patience=0.5), "has no unit"),

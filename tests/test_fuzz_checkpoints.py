@@ -3,6 +3,9 @@
 Of every ten, five are damaged in their bytes, so that the checkpoint before is taken and the run
 ends with the same bits. Five have a right checksum again: two of them are damaged in their bytes,
 two in a record of the archive that torch writes, one in its structure.
+
+And states of an optimizer that are damaged in their structure: each loads, and then trains and
+hears reports, or is refused and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 import random
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,25 @@ import pytest
 import torch
 
 import training_task
-from lamina import LaminaError, Plan, checkpoint
+from lamina import (
+    SGD,
+    AdamW,
+    LaminaError,
+    Muon,
+    Plan,
+    RMSprop,
+    Rule,
+    StateError,
+    checkpoint,
+    early_stop,
+    linear,
+    on_plateau,
+    plateau,
+    top_down,
+)
 from lamina.training import Task, fit
-from models import equal
+from models import encoder, equal, train
+from test_state_atomic import picture
 
 TASK = Task("training_task", training_task)
 PLAN = Plan.from_toml(training_task.PLAN)
@@ -31,6 +52,13 @@ OTHERS: list[Any] = [
     *(None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "x", b"\0", [], {}, [[]]),
     *([1, 2], {"a": 1}, {0: {}}, torch.zeros(0), torch.ones(3, dtype=torch.int64)),
     *(torch.tensor(float("nan")), torch.zeros(2, 2, dtype=torch.complex64)),
+]
+#: what only a state that never was a file can hold, and what no file was known to
+WORSE: list[Any] = [
+    *({1}, [{}], 10**400, -(10**400), 10**5000, 2**63, 1j, -1.0, 1e30, "[" * 100_000, (), [[[0]]]),
+    *(torch.ones((), device="meta"), torch.ones(4, 4, device="meta"), torch.ones(4, 4).to_sparse()),
+    *(torch.ones(4, 4) * 1j, torch.ones(4, 4).to(torch.float8_e4m3fn), torch.ones(2, 4).bool()),
+    *(torch.nn.Parameter(torch.ones(4)), [[3, 0.5]], [[3, -0.5]], [[3, {"lr": 1e400}]]),
 ]
 
 
@@ -92,7 +120,7 @@ def in_records(data: bytes, chance: random.Random) -> bytes:
         return file.getvalue()
 
 
-def in_structure(content: Any, chance: random.Random) -> Any:
+def in_structure(content: Any, chance: random.Random, others: list[Any] = OTHERS) -> Any:
     """One value somewhere in nested dicts and lists is another one, missing, or under a new key."""
     content = copy.deepcopy(content)
     inside = content
@@ -107,12 +135,12 @@ def in_structure(content: Any, chance: random.Random) -> Any:
             del inside[key]
         elif kind == 1 and isinstance(inside, dict):
             inside[chance.choice([f"{key}x", 7, ""])] = inside.pop(key)
-        elif kind == 2 and isinstance(inside[key], torch.Tensor):
+        elif kind == 2 and isinstance(inside[key], torch.Tensor) and inside[key].ndim:
             inside[key] = chance.choice(
                 [inside[key][:-1], inside[key].double(), inside[key].int(), inside[key] + 1]
             )
         else:
-            inside[key] = copy.deepcopy(chance.choice(OTHERS))
+            inside[key] = copy.deepcopy(chance.choice(others))
         return content
 
 
@@ -183,3 +211,92 @@ def test_a_thousand_damaged_checkpoints(pristine, tmp_path):
     assert found["refused"] > 100
     assert found["another"] > 5
     assert found["the same"] > 5
+
+
+# ------------------------------------------------------------------------- states of an optimizer
+
+WHOLE = Plan(
+    AdamW,
+    lr=0.01,
+    weight_decay=linear(0.1, 0.2),
+    clip_norm=1.0,
+    feedback=plateau("loss", patience=0),
+    stop=early_stop("loss", patience=20),
+    rules=[
+        Rule("encoder.layer.{depth}.*", thaw=top_down(every=3)),
+        Rule("embeddings", optimizer=SGD, lr=0.1, momentum=0.9),
+        Rule("classifier.weight", optimizer=Muon, lr=0.02),
+        Rule("encoder.layer.1.norm", optimizer=RMSprop, lr=0.01, thaw=on_plateau("loss")),
+        Rule("classifier.bias", lr=0.02),
+    ],
+)
+#: what a guest keeps is its own, so that it alone can say whether it trains with it
+GUEST = Plan(torch.optim.NAdam, lr=0.01, rules=[Rule("classifier.bias", weight_decay=0.1)])
+
+
+def optimizer_at(steps: int, plan: Plan) -> tuple[Any, Any]:
+    model = encoder()
+    optimizer = plan.build(model, steps=20)
+    train(model, optimizer, steps)
+    optimizer.override(lr=3e-3, rule="classifier.bias")
+    for loss in (1.0, 2.0):
+        optimizer.report(loss=loss)
+    return model, optimizer
+
+
+def damaged(state: Any, chance: random.Random) -> Any:
+    """A state with one value changed, also within what is saved as a text."""
+    if chance.random() < 0.7:
+        return in_structure(state, chance, [*OTHERS, *WORSE])
+    state = copy.deepcopy(state)
+    key, kept = chance.choice(["overrides", "feedback"]), [*OTHERS, *WORSE]
+    if state["param_groups"][0]["feedback"] == "{}":
+        key = "overrides"
+    plain = [value for value in kept if isinstance(value, (int, float, str, list, type(None)))]
+    plain = [value for value in plain if value not in (10**5000, [{}])]
+    group = next(group for group in state["param_groups"] if group[key] != "[]")
+    text = json.dumps(in_structure(json.loads(group[key]), chance, plain))
+    for each in state["param_groups"] if key == "feedback" else [group]:
+        each[key] = text
+    return state
+
+
+def fuzz_states(plan: Plan, rounds: range) -> dict[str, int]:
+    whole = optimizer_at(8, plan)[1].state_dict()
+    found = {"refused": 0, "loaded": 0}
+    model, optimizer = optimizer_at(5, plan)
+    before = picture(model, optimizer)
+    for number in rounds:
+        state = damaged(whole, random.Random(number))
+        try:
+            optimizer.load_state_dict(state)
+        except StateError:
+            found["refused"] += 1
+            assert equal(picture(model, optimizer), before), number
+            continue
+        found["loaded"] += 1
+        str(optimizer.last_load)
+        if plan is WHOLE:
+            with suppress(LaminaError):
+                train(model, optimizer, 2, first=optimizer.clock)
+                optimizer.report(loss=0.5)
+                optimizer.report(loss=1.5)
+        model, optimizer = optimizer_at(5, plan)
+        before = picture(model, optimizer)
+    return found
+
+
+@pytest.mark.parametrize("plan", [WHOLE, GUEST], ids=["own", "guest"])
+def test_damaged_states(plan):
+    found = fuzz_states(plan, range(150))
+    assert found["refused"] > 30
+    assert found["loaded"] > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [WHOLE, GUEST], ids=["own", "guest"])
+def test_thousands_of_damaged_states(plan):
+    found = fuzz_states(plan, range(2000))
+    print(found)
+    assert found["refused"] > 500
+    assert found["loaded"] > 500

@@ -116,3 +116,67 @@ def test_what_cannot_be_read(tmp_path):
     Path(tmp_path / "text.pt").write_text("text")
     with pytest.raises(StateError, match="not a torch file"):
         inspect(tmp_path / "text.pt")
+
+
+def described(tmp_path, content):
+    path = tmp_path / "x.pt"
+    torch.save(content, path)
+    return inspect(path)
+
+
+def in_itself():
+    cycle = {"w": torch.ones(2)}
+    cycle["again"] = [cycle]
+    return cycle
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (in_itself(), "w float32 (2,)"),
+        ({"a": torch.ones(10, device="meta")}, "a float32 (10,)"),
+        ({"\x1b[31mred\x07": torch.ones(2)}, r"\x1b[31mred\x07 float32 (2,)"),
+        ({"a\nb": torch.ones(2)}, r"model.a"),
+        *(
+            ({"state": {}, "param_groups": [{"params": [0], "lr": lr}]}, f"lr {shown}")
+            for lr, shown in [
+                (1e-3, "0.001"),
+                (torch.tensor(1e-3), "0.001"),
+                (torch.ones(2), "a Tensor"),
+                (torch.ones((), device="meta"), "a Tensor"),
+                (10**400, "1000"),
+                ("x", "'x'"),
+                ({}, "{}"),
+            ]
+        ),
+    ],
+)
+def test_what_a_file_may_hold(tmp_path, content, part):
+    text = described(tmp_path, content)
+    assert part in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor(tmp_path, layout):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    assert "a float32 nested, of 2 tensors" in described(tmp_path, {"a": nested})
+    assert "nested, of 2 tensors" in described(tmp_path, nested)
+
+
+@pytest.mark.parametrize("value", [10**400, torch.ones(2), "x", {}, None])
+@pytest.mark.parametrize("key", ["seconds", "validated", "validation", "best", "optimizer"])
+def test_a_run_with_a_part_of_another_kind(run, tmp_path, key, value):
+    whole = checkpoint.newest(run / "checkpoints").content
+    told = ""
+    try:
+        told = described(tmp_path, {**whole, key: value})
+    except StateError as error:
+        told = str(error)
+    assert "a checkpoint of a run" in told or "its parts are not what they should be" in told
+
+
+def test_a_path_that_is_too_long(tmp_path):
+    with pytest.raises(StateError, match=r"cannot be read \(File name too long\)"):
+        inspect(tmp_path / ("a" * 300))

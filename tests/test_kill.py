@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import kill_driver
+import resume_task
+from lamina import checkpoint
 from test_resume import assert_same
 
 #: a point of each kind: within a file, before it is durable, before and after it has its name,
@@ -43,8 +46,8 @@ def drive(folder, jobs, **environment):
     return json.loads(path.with_suffix(".statuses").read_text())
 
 
-def job(out, kill=None):
-    return {"out": str(out), "kill": kill}
+def job(out, kill=None, **settings):
+    return {"out": str(out), "kill": kill, "settings": settings}
 
 
 def check_points(folder, points, **environment):
@@ -93,3 +96,68 @@ def test_killed_at_random_moments(tmp_path, workers):
     # A run sleeps 2.1 seconds (21 batches of 0.1) and is not over before.
     points = [moments.uniform(0.1, 1.9) for _ in range(20)]
     check_points(tmp_path, points, RESUME_SLEEP="0.1", RESUME_WORKERS=workers)
+
+
+#: another length, another plan
+LONGER = {"epochs": 3, "extend": "hold"}
+PLAN = resume_task.PLAN.replace("0.01", "0.02")
+
+
+def went_on(folder, points, settings):
+    """Which of the runs that were resumed with settings, killed, and resumed without, have them."""
+    drive(folder, [job(folder / "begun"), job(folder / "cut", ["replace", 5, "after"])])
+    began = [folder / "begun", folder / "cut"]  # one is finished, one is not
+    jobs, cases = [], []
+    for start in began:
+        shutil.copytree(start, folder / f"{start.name}-whole")
+        jobs.append(job(folder / f"{start.name}-whole", **settings))
+        for number, point in enumerate(points):
+            out = folder / f"{start.name}-{number}"
+            shutil.copytree(start, out)
+            jobs += [job(out, point, **settings), job(out)]
+            cases.append((start, out, point))
+    statuses = drive(folder, jobs)
+    assert set(statuses) == {0, -9}
+    assert statuses.count(-9) == len(cases)
+    found = []
+    for start, out, point in cases:
+        whole = folder / f"{start.name}-whole"
+        plain = folder / "begun"
+        length = checkpoint.newest(out / "checkpoints").content["clock"]
+        longer = length > checkpoint.newest(plain / "checkpoints").content["clock"]
+        assert_same(out, whole if longer else plain)
+        assert (out / "plan.toml").read_text() == (
+            (whole if longer else plain) / "plan.toml"
+        ).read_text()
+        found.append((*point, longer))
+    return found
+
+
+#: before and after run.json has its name, before plan.toml has, and before the first save has
+ASKED = [
+    ("replace", 1, "before", False),
+    ("replace", 1, "after", True),
+    ("replace", 2, "before", True),
+    ("replace", 4, "before", True),
+]
+
+
+def test_a_run_that_was_lengthened_and_killed_stays_so(tmp_path):
+    """All that was asked for is kept from the write of run.json on, and nothing of it before."""
+    points = [list(point[:3]) for point in ASKED]
+    assert went_on(tmp_path, points, {**LONGER, "plan": PLAN}) == ASKED * 2
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lengthened_and_killed_at_every_write_stays_so(tmp_path):
+    points = [
+        [name, number, when]
+        for name, count in (("write", 9), ("fsync", 10), ("replace", 5))
+        for number in range(1, count + 1)
+        for when in ("before", "after")
+    ]
+    found = went_on(tmp_path, points, {**LONGER, "plan": PLAN})
+    first = {("write", 1), ("fsync", 1), ("replace", 1)}
+    kept = [longer for name, number, when, longer in found if (name, number) not in first]
+    assert kept
+    assert all(kept)

@@ -65,13 +65,14 @@ def of_last(state):
     return next(e for e in reversed(list(state["state"].values())) if len(e) > 1)
 
 
-def seen(change):
-    """Change what the first reaction has seen, which is saved as a text."""
+def seen(change, key=""):
+    """Change what the first reaction that keeps a key has seen, which is saved as a text."""
 
     def apply(state):
         group = state["param_groups"][0]
         feedback = json.loads(group["feedback"])
-        change(next(iter(feedback.values())))
+        chosen = [f for f in feedback.values() if key in f or not key]
+        change(chosen[0])
         group["feedback"] = json.dumps(feedback)
 
     return apply
@@ -119,7 +120,141 @@ STAGES = {
     "feedback with an unknown key": seen(lambda f: f.update(more=1)),
     "feedback that lacks a key": seen(lambda f: f.pop("bad")),
     "feedback of a wrong type": seen(lambda f: f.update(bad="x")),
+    "a number of reports below 0": seen(lambda f: f.update(bad=-1)),
+    "a number of reports beyond all floats": seen(lambda f: f.update(since=10**400)),
+    "NaN as the best": seen(lambda f: f.update(best=math.nan)),
+    "a best beyond all floats": seen(lambda f: f.update(best=10**400)),
+    "a thaw before the first step": seen(lambda f: f.update(opened=-1), "opened"),
+    "a thaw within a step": seen(lambda f: f.update(opened=3.5), "opened"),
+    "NaN as the step of a thaw": seen(lambda f: f.update(opened=math.nan), "opened"),
+    "feedback of brackets": lambda s: s["param_groups"][0].update(feedback="[" * 100_000),
+    "overrides of brackets": lambda s: last(s).update(overrides="[" * 100_000),
+    "an override beyond all floats": lambda s: last(s).update(overrides=[[0, {"lr": 10**400}]]),
+    "an override to NaN": lambda s: last(s).update(overrides='[[0, {"lr": NaN}]]'),
+    "overrides out of order": lambda s: last(s).update(
+        overrides=[[3, {"eps": 1e-6}], [1, {"eps": 1e-7}]]
+    ),
+    "an override at a step beyond all": lambda s: last(s).update(overrides=[[10**400, {}]]),
+    **{
+        f"names that are {names!r}": lambda s, names=names: last(s).update(param_names=names)
+        for names in (5, "ab", {"a": 1}, torch.ones(2))
+    },
+    **{
+        f"shapes that are {shapes!r}": lambda s, shapes=shapes: last(s).update(param_shapes=shapes)
+        for shapes in (5, "ab", [1] * 5, ["ab"], [[-1]], [[10**400]], torch.ones(2))
+    },
+    **{
+        f"a step that is {step!r}"[:40]: lambda s, step=step: of_last(s).update(step=step)
+        for step in (10**400, 1e30, 2**63, torch.tensor(1e30), torch.ones(2) * 1j)
+    },
+    "a step of thousands of digits": lambda s: of_last(s).update(step=10**5000),
+    "a step without data": lambda s: of_last(s).update(step=torch.ones((), device="meta")),
+    **{
+        f"a clock that is {clock:.0e}": every_clock(int(clock))
+        for clock in (2.0**53 + 2, 1e18, 1e200)
+    },
+    "a clock of thousands of digits": every_clock(10**5000),
+    "a run beyond all steps": lambda s: s["param_groups"][0].update(
+        run={"steps": 10**30, "steps_per_epoch": None}
+    ),
+    "planned beyond all steps": lambda s: s["param_groups"][0].update(
+        planned={"steps": 10**30, "steps_per_epoch": None}
+    ),
+    "exp_avg without data": lambda s: of_last(s).update(exp_avg=of_last(s)["exp_avg"].to("meta")),
+    "a sparse exp_avg": lambda s: of_last(s).update(exp_avg=of_last(s)["exp_avg"].to_sparse()),
+    "a complex exp_avg": lambda s: of_last(s).update(exp_avg=of_last(s)["exp_avg"] * 1j),
+    "exp_avg in 8 bits": lambda s: of_last(s).update(
+        exp_avg=of_last(s)["exp_avg"].to(torch.float8_e4m3fn)
+    ),
 }
+
+#: what a plateau cannot have done to the lr
+MULTIPLIERS = [
+    *([[2, value]] for value in (-1.0, math.nan, math.inf, 1.0, 5.0, "x", True, None, 10**400)),
+    *([[step, 0.5]] for step in (-1, 1.5, True, 10**400)),
+    *([[2, 0.5], [3, 0.5]], [[2, 0.5], [3, 0.7]], [[3, 0.5], [2, 0.1]]),
+    *(5, {}, [5], [[2]], [[2, 0.5, 1]]),
+]
+
+
+@pytest.mark.parametrize("changes", MULTIPLIERS, ids=lambda changes: str(changes)[:30])
+def test_what_no_plateau_does_is_refused(changes):
+    _, other = running(8)
+    state = copy.deepcopy(other.state_dict())
+    seen(lambda f: f.update(changes=changes), "changes")(state)
+    model, optimizer = running()
+    before = picture(model, optimizer)
+    with pytest.raises(lm.StateError, match=r"plateau of plan .* has changes="):
+        optimizer.load_state_dict(state)
+    assert equal(picture(model, optimizer), before)
+    with pytest.raises(lm.StateError, match="has changes="):
+        PLAN.build(encoder(), steps=20, resume=state)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.999])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("worst", [1.0, math.inf, -math.inf])
+def test_whatever_reactions_see_is_taken_back(factor, mode, worst):
+    """Everything that reports can lead to loads again, infinite metrics too."""
+    plan = lm.Plan(
+        lm.SGD,
+        lr=0.1,
+        feedback=lm.plateau("loss", factor=factor, patience=0, mode=mode, cooldown=1),
+        stop=lm.early_stop("loss", patience=5, mode=mode),
+        rules=[lm.Rule("encoder.layer.0.*", thaw=lm.on_plateau("loss", mode=mode, patience=1))],
+    )
+    model = encoder()
+    optimizer = plan.build(model, steps=40)
+    for value in (worst, 1.0, worst, 0.5, 2.0, 2.0, 2.0, worst):
+        train(model, optimizer, 1, first=optimizer.clock)
+        for _ in range(2):
+            optimizer.report(loss=value)
+        again = plan.build(encoder(), steps=40)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()), strict=True)
+        assert again.param_groups[0]["feedback"] == optimizer.param_groups[0]["feedback"]
+        lr = [[group["lr"] for group in each.param_groups] for each in (again, optimizer)]
+        assert lr[0] == lr[1]
+
+
+#: hyperparameters serve the report alone: what none can be is shown, and nothing else
+SHOWN = [{}, {1}, [{}], "x", 10**400, 10**5000, 1j, [[[]]], torch.ones((), device="meta")]
+
+
+@pytest.mark.parametrize("value", SHOWN, ids=lambda value: type(value).__name__)
+def test_a_saved_hyperparameter_that_cannot_be_one_is_reported(value):
+    _, other = running(8)
+    state = copy.deepcopy(other.state_dict())
+    for group in state["param_groups"]:
+        group["lr"] = value
+    _, optimizer = running()
+    lr = [group["lr"] for group in other.param_groups]
+    optimizer.load_state_dict(state)
+    assert [group["lr"] for group in optimizer.param_groups] == lr
+    assert "lr of 'embeddings': " in str(optimizer.last_load)
+
+
+def test_a_hyperparameter_too_deep_to_be_read_names_what_was_read():
+    _, other = running(8)
+    state = copy.deepcopy(other.state_dict())
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    state["param_groups"][0]["lr"] = deep
+    model, optimizer = running()
+    before = picture(model, optimizer)
+    with pytest.raises(lm.StateError, match="the saved hyperparameters cannot be read"):
+        optimizer.load_state_dict(state)
+    assert equal(picture(model, optimizer), before)
+
+
+def test_a_parameter_in_the_state_is_copied_as_a_tensor():
+    _, other = running(8)
+    state = copy.deepcopy(other.state_dict())
+    of_last(state)["exp_avg"] = torch.nn.Parameter(of_last(state)["exp_avg"])
+    _, optimizer = running()
+    optimizer.load_state_dict(state)
+    assert not any(v.requires_grad for entry in optimizer.state.values() for v in entry.values())
+    copy.deepcopy(optimizer)  # of a graph, torch makes no copy
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -176,8 +311,11 @@ def test_a_failure_in_the_last_entry_changes_nothing(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(load, "own_entry", last_fails)
-        with pytest.raises(RuntimeError, match="planted"):
+        with pytest.raises(
+            lm.StateError, match=r"state of '.*bias' cannot be read.*planted"
+        ) as error:
             optimizer.load_state_dict(other.state_dict())
+    assert isinstance(error.value.__cause__, RuntimeError)
     assert len(calls) == 15
     assert equal(picture(model, optimizer), before)
 

@@ -141,3 +141,27 @@ def test_phases_given_as_shares_meet_without_a_gap():
     lrs = [preview.at(step)["default"]["lr"] for step in range(10)]
     # boundaries at ceil(3.33) and ceil(6.66), not at 4 and 4 + 4
     assert lrs == [1.0] * 4 + [0.5] * 3 + [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"steps": 10**9 + 1},
+        {"steps": 10**400},
+        {"steps": 10**5000},
+        {"steps": 1, "steps_per_epoch": 10**10},
+        {"epochs": 1e308, "steps_per_epoch": 10},
+        {"epochs": 10**400, "steps_per_epoch": 10},
+        {"epochs": 10**5000, "steps_per_epoch": 10},
+        {"epochs": 1e8 + 1, "steps_per_epoch": 10},
+    ],
+    ids=range(8),
+)
+def test_a_run_longer_than_any(length):
+    with pytest.raises(lm.TimeUnitError, match="1,000,000,000"):
+        run_of(**length)
+
+
+def test_the_longest_run():
+    assert run_of(epochs=1e8, steps_per_epoch=10).steps == 10**9
+    assert run_of(steps=10**9).steps == 10**9

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,16 @@ from typing import IO, Any, cast
 import torch
 
 from .errors import StateError
-from .files import atomic, digest_of, remove_leftovers, sync_folder, told
+from .files import atomic, digest_of, legible, remove_leftovers, sync_folder, told
+from .plain import check_given, told_deep
 
 #: where a run keeps its checkpoints
 FOLDER = "checkpoints"
 #: grows when older versions of lamina could no longer read what is written
 FORMAT = 1
 _NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt", re.ASCII)
-_PLAIN = (bool, int, float, str, bytes, type(None))
+#: how often a folder is listed again from which all that was listed went meanwhile
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,7 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
         >>> newest(folder).content["clock"]
         7
     """
-    if step < 0 or "format" in content:
-        given = f"step={step}" if step < 0 else "the key 'format'"
-        raise StateError(
-            f"checkpoint.save was given {given}; expected a step of at least 0, and content "
-            "without 'format', which is lamina's own key."
-        )
-    _check_plain(dict(content), "content")
+    check_given(step, content)
     home = Path(folder)
     with told(home):
         if not home.is_dir():
@@ -86,7 +81,7 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
         final = f"step-{step:08d}-{digest[:16]}.pt"
         return final
 
-    with atomic(home / "saving", named) as file:
+    with told_deep("content"), atomic(home / "saving", named) as file:
         torch.save({"format": FORMAT, **content}, cast("IO[bytes]", file))
     return home / final
 
@@ -126,11 +121,11 @@ def _opened(path: Path) -> dict[str, Any]:
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
     try:
-        with warnings.catch_warnings():  # of what a foreign file is, which the error says
+        with legible(path), warnings.catch_warnings():  # of what a foreign file is: the error says
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise StateError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except StateError:
+        raise
     except Exception as error:  # whatever a foreign or malicious file brings about
         raise StateError(
             f"{path}: this is no checkpoint: it is not a torch file, or holds more than tensors "
@@ -144,10 +139,16 @@ def is_whole(path: Path) -> bool | None:
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
-    try:
+    with legible(path):
         return digest_of(path).startswith(match[3])
-    except OSError as error:
-        raise StateError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether a checkpoint is a file that can be read and is whole."""
+    try:
+        return path.is_file() and bool(is_whole(path))
+    except (OSError, StateError):
+        return False
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
@@ -156,35 +157,59 @@ def candidates(folder: str | os.PathLike[str]) -> list[Path]:
     The best has two names, of which "step" comes first: copied apart, one may be whole and the
     other not.
     """
-    found: list[tuple[int, int, str, Path]] = []
     home = Path(folder)
-    for path in home.iterdir() if home.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match is not None:
-            found.append((int(match[2]), path.stat().st_mtime_ns, match[1], path))
+    with legible(home):
+        listed = [*home.iterdir()] if home.is_dir() else []
+    matches = [(path, _NAME.fullmatch(path.name)) for path in listed]
+    found = [(int(m[2]), _changed(path), m[1], path) for path, m in matches if m is not None]
     return [order[-1] for order in sorted(found, reverse=True)]
 
 
+def _changed(path: Path) -> int:
+    """When a file was written; 0 if it is gone by now."""
+    try:
+        return path.lstat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def newest(folder: str | os.PathLike[str]) -> Found:
-    """Read the newest checkpoint of a folder whose checksum is right.
+    """Read the newest checkpoint of a folder that can be read and whose checksum is right.
 
     Raises:
         StateError: if there is none, naming those that are damaged.
     """
-    damaged: list[Path] = []
-    for path in candidates(folder):
-        if any(path.samefile(other) for other in damaged):
-            continue  # the best is another name of it
-        if is_whole(path):
-            return Found(path, _opened(path), tuple(damaged))
-        damaged.append(path)
+    for _ in range(_TRIES):
+        listed = candidates(folder)
+        damaged: list[Path] = []
+        for path in listed:
+            if any(_is_same(path, other) for other in damaged):
+                continue  # the best is another name of it
+            if _is_usable(path):
+                try:
+                    return Found(path, _opened(path), tuple(damaged))
+                except StateError:
+                    if os.path.lexists(path):
+                        raise
+            elif os.path.lexists(path):
+                damaged.append(path)
+        if all(map(os.path.lexists, listed)):
+            break  # else a run that goes on has written newer ones meanwhile
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise StateError(
-            f"{folder}: no checkpoint is whole; the content of {names} does not have the checksum "
-            "in its name. Copy them again from where they came from, or begin a new run."
+            f"{folder}: no checkpoint is whole; {names} cannot be read, or the content does not "
+            "have the checksum in the name. Copy them again from where they came from, or begin a "
+            "new run."
         )
     raise StateError(f"{folder}: there is no checkpoint here (step-...-....pt).")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def step_of(path: Path) -> int:
@@ -195,8 +220,9 @@ def step_of(path: Path) -> int:
     return int(match[2])
 
 
-def mark_best(path: Path) -> None:
+def mark_best(path: str | os.PathLike[str]) -> None:
     """Give a checkpoint its second name; the best until now goes after that."""
+    path = Path(path)
     target = path.with_name(path.name.replace("step-", "best-", 1))
     with told(target):
         if not target.exists():
@@ -207,11 +233,11 @@ def mark_best(path: Path) -> None:
                     shutil.copyfileobj(original, copy)
         sync_folder(path.parent)
         for other in path.parent.glob("best-*.pt"):
-            if _NAME.fullmatch(other.name) and other != target:
-                other.unlink()
+            if _NAME.fullmatch(other.name) and other != target and not other.is_dir():
+                other.unlink(missing_ok=True)
 
 
-def prune(folder: Path, keep: int, newest: Path) -> None:
+def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[str]) -> None:
     """Remove all but the last checkpoints and the best.
 
     Args:
@@ -221,11 +247,13 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
     """
     if keep < 1:
         raise StateError(f"checkpoint.prune was given keep={keep}; expected at least 1.")
-    names = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    names.sort(key=lambda path: (path == newest, step_of(path), path.stat().st_mtime_ns))
-    with told(folder):
-        for old in names[:-keep]:
-            old.unlink()
+    home, last = Path(folder), Path(newest)
+    with told(home):
+        files = [path for path in home.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+        files = [path for path in files if path.is_file()]  # of others nothing can be read
+        files.sort(key=lambda path: (path.name == last.name, step_of(path), _changed(path)))
+        for old in files[:-keep]:
+            old.unlink(missing_ok=True)
 
 
 def tidy(folder: Path, damaged: Sequence[Path]) -> None:
@@ -234,24 +262,7 @@ def tidy(folder: Path, damaged: Sequence[Path]) -> None:
         for path in damaged:
             for name in {path.name, path.name.replace("step-", "best-", 1)}:
                 each = path.with_name(name)
-                if each.exists() and not is_whole(each):
+                if os.path.lexists(each) and not _is_usable(each):
                     each.rename(each.with_name(f"{each.name}.damaged"))
         for name in ("saving", "best-*"):
             remove_leftovers(folder / name)
-
-
-def _check_plain(value: Any, place: str) -> None:
-    """Raise for what `weights_only=True` would refuse to read back."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise StateError(f"{place} has the key {key!r}; expected text or whole numbers.")
-            _check_plain(item, f"{place}[{key!r}]")
-    elif type(value) in (list, tuple, torch.Size):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{place}[{index}]")
-    elif type(value) not in (*_PLAIN, torch.Tensor, torch.nn.Parameter):
-        raise StateError(
-            f"{place} is of type {type(value).__name__}, which a checkpoint cannot hold, since "
-            "reading it back could run code; save plain values and tensors."
-        )

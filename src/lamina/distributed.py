@@ -15,7 +15,7 @@ from .errors import StateError
 from .optimizer import Optimizer
 from .parameters import clean_names, collect
 from .state import LoadReport
-from .state.names import check_renamed, renamed_to
+from .state.names import check_renamed, renamed_cleanly, renamed_to
 
 Path = tuple[Any, ...]
 
@@ -181,7 +181,9 @@ def _owners(
     saved: list[str], named: Mapping[str, torch.Tensor], renamed: Mapping[str, str | None]
 ) -> dict[str, torch.Tensor]:
     """The parameter of each saved name, by its name now."""
-    now = {name: renamed_to(clean, renamed) for name, clean in clean_names(saved).items()}
+    cleaned = clean_names(saved)
+    renamed = renamed_cleanly(renamed, cleaned.values())
+    now = {name: renamed_to(clean, renamed) for name, clean in cleaned.items()}
     return {name: named[target] for name, target in now.items() if target and target in named}
 
 

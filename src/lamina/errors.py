@@ -86,6 +86,11 @@ def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
     return f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
 
 
+def printable(text: str) -> str:
+    """A text with whatever could steer a terminal spelled out: names come from files of others."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it."""
     try:

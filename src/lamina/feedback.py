@@ -128,6 +128,10 @@ class Plateau(Reaction):
         )
         if not self.factor < 1:
             raise PlanError(f"plateau was given factor={self.factor!r}; expected less than 1.")
+        if not isinstance(self.cooldown, int):
+            raise PlanError(
+                f"plateau was given cooldown={self.cooldown!r}; expected a whole number of reports."
+            )
 
     def begin(self) -> dict[str, Any]:
         """What it has seen before any report; `changes` lists [step, multiplier]."""

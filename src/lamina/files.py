@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import LaminaError
+from .errors import LaminaError, StateError
 
 
 @contextmanager
@@ -23,6 +23,17 @@ def told(path: Path) -> Iterator[None]:
         raise LaminaError(
             f"{path}: cannot be written ({error.strerror or error}). Free some space, or choose "
             "another folder (for lamina run, with --out)."
+        ) from error
+
+
+@contextmanager
+def legible(path: Path) -> Iterator[None]:
+    """Turn a path or a file that cannot be read into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the path."
         ) from error
 
 

@@ -18,6 +18,7 @@ from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
 from .state import Loaded, LoadReport, prepare
+from .state.fit import evaluations
 from .state.form import MOMENTUM
 from .state.load import OURS
 from .state.report import few
@@ -143,8 +144,7 @@ class Restorable(Steerable):
         if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
             own = {"step", "places"}
             for group in groups:
-                limit = group["max_eval"]
-                group["max_eval"] = group["max_iter"] * 5 // 4 if limit is None else limit
+                group["max_eval"] = evaluations(group)
         entries = {
             index: {key: value for key, value in entry.items() if key not in own}
             for index, entry in state["state"].items()

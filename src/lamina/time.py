@@ -13,6 +13,11 @@ from .errors import TimeUnitError
 #: What a user writes: `500`, `"500 steps"`, `"2 epochs"`, `"10%"`.
 TimeLike = int | str
 
+#: the most that is counted: whole numbers up to it are exact as floats too
+LONGEST = 2**53
+#: the most steps of a run, every one of which is looked at before it begins
+LONGEST_RUN = 10**9
+
 _TEXT = re.compile(r"\s*(\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})\s*(%|steps?|epochs?)?\s*", re.ASCII)
 _HELP = "write a whole number of steps (500 or '500 steps'), '2 epochs' or '10%'"
 
@@ -115,6 +120,10 @@ def run_of(
             raise TimeUnitError(f"{name}={value!r} is not a whole number of optimizer steps.")
         if value is not None and value < 1:
             raise TimeUnitError(f"{name}={value} is out of range; expected 1 or more.")
+        if value is not None and value > LONGEST_RUN:
+            raise TimeUnitError(
+                f"{name} is more than {LONGEST_RUN:,}, the longest run there can be."
+            )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise TimeUnitError(f"accumulate={accumulate!r} is not a whole number of batches >= 1.")
     if accumulate > 1 and steps_per_epoch is not None:
@@ -131,5 +140,10 @@ def run_of(
         raise TimeUnitError(
             f"epochs={epochs:g} needs steps_per_epoch= (optimizer steps in one epoch, "
             "usually len(loader)); or pass steps=."
+        )
+    if epochs > LONGEST_RUN or Fraction(str(epochs)) * steps_per_epoch > LONGEST_RUN:
+        raise TimeUnitError(
+            f"so many epochs of {steps_per_epoch:,} steps are more than {LONGEST_RUN:,} steps, the "
+            "longest run there can be; give a smaller epochs=."
         )
     return Run(math.ceil(Fraction(str(epochs)) * steps_per_epoch), steps_per_epoch)

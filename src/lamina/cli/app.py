@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import LaminaError
+from ..errors import LaminaError, printable
 from ..preview import Preview
 from ..report.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
@@ -50,7 +50,7 @@ def spoken() -> Iterator[None]:
     try:
         yield
     except LaminaError as error:
-        print(f"lamina: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("lamina: interrupted; nothing more was saved.", file=sys.stderr)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..errors import StateError
+from ..errors import StateError, printable
+from ..files import legible
+from ..state.form import short
 
 _LARGEST = 5
 _CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
@@ -26,24 +28,27 @@ def inspect(path: Path) -> str:
     """
     lines = []
     whole: bool | None
-    if path.is_dir():
+    with legible(path):
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
         inner = path / checkpoint.FOLDER
         found = checkpoint.newest(inner if inner.is_dir() else path)
         lines = [f"{each.name}: checksum {_CHECKED[False]}" for each in found.damaged]
         path, content, whole = found.path, found.content, True
     else:
-        if not path.exists():
+        if not is_there:
             raise StateError(f"{path}: there is no such file; check the path.")
         whole = checkpoint.is_whole(path)
         content = checkpoint.load_safely(path) if whole is None else checkpoint.read(path)
     lines.append(str(path))
     lines.append(f"checksum: {_CHECKED[whole]}")
     try:
-        return "\n".join([*lines, *_described(content)])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return "\n".join(map(printable, [*lines, *_described(content)]))
+    except Exception as error:  # whatever is in a file that something else wrote
         raise StateError(
             f"{path}: the file looks like a checkpoint, but its parts are not what they should be "
-            f"({error!r}); it was changed by hand, or written by something else."
+            f"({type(error).__name__}: {error}); it was changed by hand, or written by something "
+            "else."
         ) from error
 
 
@@ -103,19 +108,28 @@ def _tensors(parts: Mapping[str, Any]) -> list[str]:
     largest = sorted(everything, key=lambda item: -item[1].numel())[:_LARGEST]
     for place, tensor in largest:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        lines.append(f"    {place} {dtype} {tuple(tensor.shape)}")
+        lines.append(f"    {place} {dtype} {_shape(tensor)}")
     return lines if everything else ["no tensors"]
 
 
-def _walk(value: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _walk(value: Any, place: str, within: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """The tensors in nested values; what lies in itself is passed over."""
     if isinstance(value, torch.Tensor):
         yield place, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{place}[{index}]")
+    elif id(value) not in within:
+        inside = (*within, id(value))
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from _walk(item, f"{place}.{key}" if place else str(key), inside)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                yield from _walk(item, f"{place}[{index}]", inside)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:  # which has no single one
+        return f"nested, of {tensor.size(0)} tensors"
+    return str(tuple(tensor.shape))
 
 
 def _groups(state: Mapping[str, Any]) -> list[str]:
@@ -126,7 +140,7 @@ def _groups(state: Mapping[str, Any]) -> list[str]:
         name = group.get("name", f"group {index}")
         kind = f" · {group['optimizer']}" if "optimizer" in group else ""
         lr = group.get("lr")
-        shown = f"{float(lr):.4g}" if lr is not None else "none"
+        shown = _figure(lr) if lr is not None else "none"
         lines.append(
             f"  {name}{kind} · {count} parameter{'s' if count != 1 else ''} · "
             f"lr {shown}{_rest(state, group)}"
@@ -136,15 +150,24 @@ def _groups(state: Mapping[str, Any]) -> list[str]:
 
 def _rest(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     """What an lr of 0 means, as far as the state tells."""
-    if group.get("lr") != 0.0 or "clock" not in group:
+    if _figure(group.get("lr")) != "0" or "clock" not in group:
         return ""
-    steps = [float(state["state"].get(index, {}).get("step", 0)) for index in group["params"]]
+    steps = [state["state"].get(index, {}).get("step", 0) for index in group["params"]]
     if group["clock"] == 0:
         return " (frozen, or its schedule begins at 0)"
-    return " (frozen)" if not any(steps) else " (frozen again, or its schedule is at 0)"
+    never = all(_figure(step) == "0" for step in steps)
+    return " (frozen)" if never else " (frozen again, or its schedule is at 0)"
+
+
+def _figure(value: Any) -> str:
+    """A number in four digits; of anything else what it is."""
+    try:
+        return f"{float(value):.4g}"
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return short(value)
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {_shape(value)}"
     return f"a {type(value).__name__}"

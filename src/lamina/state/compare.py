@@ -8,22 +8,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import TimeUnitError
+from ..optim.registry import is_whole_vector
 from ..resolved import ALWAYS, Resolved
 from ..schedules import Schedule
-from ..time import Run
+from ..time import LONGEST, Run
 from ..timeline import Values
-from .fit import belongs
-from .form import Entry, Saved
+from .fit import belongs, evaluations
+from .form import Entry, Saved, reading, short
 from .names import Matched
 from .report import Changed, settled_anew
 
+#: a hyperparameter is not a tensor of more numbers than that
+_FEW = 100
 #: two values are one if they differ by no more than this part of them: by rounding
 TOLERANCE = 1e-9
 
 
+@reading("the saved hyperparameters")
 def differences(
     saved: Saved, matched: Matched, resolved: Resolved, clock: int, values: Values
 ) -> tuple[Changed, ...]:
@@ -74,9 +79,11 @@ def _hyperparameters(
         timed = {key for key, _ in cell.moving}
         if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
             timed.add("lr")
+        if is_whole_vector(cell.optimizer):
+            hyper = {**hyper, "max_eval": evaluations(hyper)}
         for entry, count in sources.values():
             for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(entry.group[key]), _plain(hyper[key])
+                saved, now = _plain(_given(entry.group, key)), _plain(hyper[key])
                 if not close(saved, now):
                     rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
     found = [
@@ -87,10 +94,23 @@ def _hyperparameters(
     return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
 
 
+def _given(group: Mapping[str, Any], key: str) -> Any:
+    written = key == "max_eval" and group[key] is None and type(group.get("max_iter")) is int
+    return evaluations(group) if written else group[key]
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else tuple(value.reshape(-1).tolist())
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+    """A value that can be compared and shown; of what no hyperparameter is, the text alone."""
+    if isinstance(value, torch.Tensor) and 0 < value.numel() <= _FEW and not value.is_meta:
+        return _plain(value.item() if value.numel() == 1 else value.reshape(-1).tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (bool, float, str, type(None))):
+        return value
+    whole = isinstance(value, int) and abs(value) <= LONGEST
+    return value if whole else short(value)
 
 
 def close(a: Any, b: Any) -> bool:

@@ -17,6 +17,8 @@ from ..resolved import Cell
 from .form import MOMENTUM, Entry, number_of_steps
 
 _EMPTY = torch.empty(0)
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 #: entries of L-BFGS that are as long as all its parameters together
 _FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
@@ -48,6 +50,17 @@ def has_state(entry: Entry) -> bool:
     return bool(values) or number_of_steps("a parameter", step) > 0
 
 
+def keeps_nothing(entry: Entry, cell: Cell) -> bool:
+    """Whether an entry is of an optimizer that had nothing to keep: SGD without momentum.
+
+    torch saves nothing then, where lamina has the count of updates.
+    """
+    algorithm = cell.algorithm
+    if algorithm is None or entry.group.get("momentum") != 0 or not belongs(entry, cell):
+        return False
+    return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+
+
 def _family(algorithm: Algorithm | None) -> type | None:
     """The rule that an algorithm is a form of: Adam and AdamW share theirs."""
     bases = [] if algorithm is None else type(algorithm).__mro__
@@ -64,6 +77,24 @@ def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
             f"renamed={{{info.name!r}: None}}; if it had another name, with "
             f"renamed={{old name: {info.name!r}}}."
         )
+
+
+def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
+    """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
+    known = (*_REAL, *_COMPLEX) if param.is_complex() else _REAL
+    if not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+    elif value.layout != torch.strided or value.is_nested:
+        kind = "a sparse or nested tensor"
+    elif value.dtype not in known:
+        kind = str(value.dtype)
+    else:
+        return
+    raise StateError(
+        f"the saved {key} of {info.name!r} is of type {kind}; expected a dense tensor of "
+        f"{'complex' if param.is_complex() else 'real'} floating point numbers; nothing was "
+        "loaded."
+    )
 
 
 def own_entry(
@@ -88,17 +119,9 @@ def own_entry(
         if key not in saved:
             continue
         value = saved[key]
-        floating = isinstance(value, torch.Tensor) and (
-            value.is_floating_point() or value.is_complex()
-        )
-        if not floating:
-            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise StateError(
-                f"the saved {key} of {info.name!r} is of type {kind}; expected a tensor of "
-                "floating point numbers; nothing was loaded."
-            )
+        _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
-        fitted[key] = value.to(device=param.device, copy=True)
+        fitted[key] = value.detach().to(device=param.device, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
         needed |= {MOMENTUM} & set(algorithm.buffers)
@@ -163,6 +186,12 @@ def whole_entry(
     return fitted
 
 
+def evaluations(group: Mapping[str, Any]) -> Any:
+    """The most evaluations in a step of L-BFGS; torch writes its default out, lamina None."""
+    limit = group["max_eval"]
+    return group["max_iter"] * 5 // 4 if limit is None else limit
+
+
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -170,6 +199,7 @@ def _listed(value: Any) -> list[Any]:
 def copied(value: Any, device: torch.device | None) -> Any:
     """A copy of a nested value, its tensors on a device (None: where they are)."""
     if isinstance(value, torch.Tensor):
+        value = value.detach()
         return value.clone() if device is None else value.to(device=device, copy=True)
     if isinstance(value, Mapping):
         return {key: copied(each, device) for key, each in value.items()}

@@ -7,16 +7,16 @@ lies in the groups and drops other keys at the top. All of it is plain values.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import StateError
+from ..errors import LaminaError, StateError
 from ..parameters import clean_names
-from ..time import Run
+from ..time import LONGEST, LONGEST_RUN, Run
 
 #: the version that this lamina writes, and the newest that it reads
 FORMAT = 1
@@ -65,6 +65,27 @@ def run_record(run: Run) -> dict[str, int | None]:
     return {"steps": run.steps, "steps_per_epoch": run.steps_per_epoch}
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever a damaged state brings about into a `StateError` that says what was read."""
+    try:
+        yield
+    except (LaminaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise StateError(
+            f"{what} cannot be read ({type(error).__name__}: {text}); nothing was loaded. The "
+            "state was damaged, or changed by hand; use another one."
+        ) from error
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of steps, updates or reports."""
+    return type(value) is int and 0 <= value <= LONGEST
+
+
+@reading("the saved state")
 def read(saved: Any) -> Saved:
     """Check the form of a state; raises `StateError` with the name of what is wrong."""
     groups = _groups(saved)
@@ -74,7 +95,7 @@ def read(saved: Any) -> Saved:
     _refuse_doubles("parameter number", keys)
     entries = saved["state"]
     if not isinstance(entries, Mapping):
-        raise StateError(f"the saved 'state' is {_short(entries)}; expected a dict by parameter.")
+        raise StateError(f"the saved 'state' is {short(entries)}; expected a dict by parameter.")
     known, by_fqn = set(keys), _by_fqn(keys)
     stray = [key for key in entries if key not in known]
     if stray:
@@ -90,7 +111,14 @@ def read(saved: Any) -> Saved:
         values = entries.get(key)
         if values is not None and not isinstance(values, Mapping):
             called = f"parameter {key!r}" if names is None else repr(names[place])
-            raise StateError(f"the saved state of {called} is {_short(values)}; expected a dict.")
+            raise StateError(f"the saved state of {called} is {short(values)}; expected a dict.")
+        for name, value in (values or {}).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                called = f"parameter {key!r}" if names is None else repr(names[place])
+                raise StateError(
+                    f"the saved {name} of {called} is on the meta device, without data; nothing "
+                    "was loaded."
+                )
         if values and by_fqn:
             values = {name: value for name, value in values.items() if not _unread(name, value)}
         found.append(Entry(values, group, None if names is None else shapes.get(names[place])))
@@ -111,10 +139,10 @@ def number_of_steps(name: str, value: Any) -> int:
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         number = value.item()
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise StateError(f"the saved step of {name!r} is {_short(value)}; expected a number.")
-    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise StateError(f"the saved step of {name!r} is {short(value)}; expected a number.")
+    if not 0 <= number <= LONGEST or number != int(number):
         raise StateError(
-            f"the saved step of {name!r} is {number:g}; expected a whole number of updates."
+            f"the saved step of {name!r} is {short(number)}; expected a whole number of updates."
         )
     return int(number)
 
@@ -132,19 +160,19 @@ def _groups(saved: Any) -> list[Group]:
         )
     groups = saved["param_groups"]
     if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):
-        raise StateError(f"the saved 'param_groups' is {_short(groups)}; expected a list.")
+        raise StateError(f"the saved 'param_groups' is {short(groups)}; expected a list.")
     if not groups:
         raise StateError("the saved state has no parameter groups.")
     for place, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
             raise StateError(
-                f"the saved parameter group {place} is {_short(group)}; expected a dict with a "
+                f"the saved parameter group {place} is {short(group)}; expected a dict with a "
                 "list 'params'."
             )
         for key in group["params"]:
             if isinstance(key, bool) or not isinstance(key, (int, str)):
                 raise StateError(
-                    f"the saved parameter group {place} lists {_short(key)} as a parameter; "
+                    f"the saved parameter group {place} lists {short(key)} as a parameter; "
                     "expected its number."
                 )
     return list(groups)
@@ -152,7 +180,7 @@ def _groups(saved: Any) -> list[Group]:
 
 def _check_version(version: Any) -> None:
     if isinstance(version, bool) or not isinstance(version, int):
-        raise StateError(f"the saved format is {_short(version)}; expected a number.")
+        raise StateError(f"the saved format is {short(version)}; expected a number.")
     if version > FORMAT:
         raise StateError(
             f"the state was saved in format {version}, but this lamina reads formats up to "
@@ -168,16 +196,14 @@ def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
         named = [group for group in groups if group.get("param_names") is not None]
         if not named:
             return None
-        for group in groups:
-            names = group.get("param_names") or ()
+        listed = [_texts(group.get("param_names")) for group in groups]
+        for names, group in zip(listed, groups, strict=True):
             if len(names) != len(group["params"]):
                 raise StateError(
                     f"a saved group has {len(names)} names for {len(group['params'])} parameters; "
                     "expected one for each, in all groups or in none."
                 )
-        given = [name for group in groups for name in group["param_names"]]
-        if not all(isinstance(name, str) for name in given):
-            raise StateError("the saved 'param_names' are not all texts.")
+        given = [name for names in listed for name in names]
     _refuse_doubles("the parameter", given)
     cleaned = clean_names(given)
     return tuple(cleaned[name] for name in given)
@@ -194,14 +220,33 @@ def _unread(key: str, value: Any) -> bool:
     return isinstance(value, Mapping) and not value
 
 
+def _texts(names: Any) -> Sequence[str]:
+    if names is None:
+        return ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise StateError(f"the saved 'param_names' is {short(names)}; expected a list of texts.")
+    return names
+
+
 def _shapes(groups: list[Group]) -> dict[str, tuple[int, ...]]:
     """The shapes of parameters by clean name, as far as the groups tell."""
     found: dict[str, tuple[int, ...]] = {}
     for group in groups:
-        names, shapes = group.get("param_names") or (), group.get("param_shapes") or ()
-        if len(names) == len(shapes):
-            found.update(zip(names, map(tuple, shapes), strict=True))
+        names, shapes = _texts(group.get("param_names")), group.get("param_shapes")
+        rows = () if shapes is None else shapes
+        if not isinstance(rows, (list, tuple)) or not all(map(_is_shape, rows)):
+            raise StateError(
+                f"the saved 'param_shapes' is {short(shapes)}; expected a list of whole numbers "
+                "for each parameter."
+            )
+        if len(names) == len(rows):  # else torch.distributed.checkpoint made the groups anew
+            cleaned = clean_names(names)
+            found.update((cleaned[name], tuple(row)) for name, row in zip(names, rows, strict=True))
     return found
+
+
+def _is_shape(row: Any) -> bool:
+    return isinstance(row, (list, tuple)) and all(map(is_count, row))
 
 
 def _refuse_doubles(what: str, given: list[Any]) -> None:
@@ -213,8 +258,8 @@ def _refuse_doubles(what: str, given: list[Any]) -> None:
 def _clock(groups: list[Group]) -> int | None:
     clocks = [group["clock"] for group in groups if "clock" in group]
     for clock in clocks:
-        if not isinstance(clock, int) or isinstance(clock, bool) or clock < 0:
-            raise StateError(f"the saved clock is {_short(clock)}; expected a number of steps.")
+        if not is_count(clock):
+            raise StateError(f"the saved clock is {short(clock)}; expected a number of steps.")
     if len(set(clocks)) > 1:
         raise StateError(f"the saved groups have different clocks: {sorted(set(clocks))}.")
     return clocks[0] if clocks else None
@@ -227,13 +272,17 @@ def _run(groups: list[Group], key: str) -> Run | None:
         return None
     fits = isinstance(record, Mapping) and set(record) == {"steps", "steps_per_epoch"}
     lengths = list(record.values()) if fits else []
-    if not fits or not all(n is None or (type(n) is int and n > 0) for n in lengths):
+    if not fits or not all(n is None or (is_count(n) and 0 < n <= LONGEST_RUN) for n in lengths):
         raise StateError(
-            f"the saved {key} is {_short(record)}; expected its steps and steps_per_epoch."
+            f"the saved {key} is {short(record)}; expected its steps and steps_per_epoch."
         )
     return Run(record["steps"], record["steps_per_epoch"])
 
 
-def _short(value: Any) -> str:
-    text = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+def short(value: Any) -> str:
+    """A value in few letters, whatever it is."""
+    try:
+        text = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        text = f"a {type(value).__name__} that is too large to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -23,10 +23,11 @@ from .fit import (
     copied,
     guest_entry,
     has_state,
+    keeps_nothing,
     own_entry,
     whole_entry,
 )
-from .form import Entry, Saved, number_of_steps, read
+from .form import Entry, Saved, number_of_steps, read, reading
 from .lost import has_begun, refuse_lost
 from .names import match
 from .report import LoadReport, few
@@ -75,13 +76,14 @@ def prepare(
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
     fitting = _Fitting(dict(matched.entries), clock, lived, optimizer._guests)
-    if saved.by_fqn:
-        refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
-    if is_whole_vector(resolved.cells[0].optimizer):
-        fitting.whole(resolved, optimizer.param_groups)
-    else:
-        for index, group in enumerate(optimizer.param_groups):
-            fitting.cell(resolved.cells[index], group)
+    with reading("the saved state of the parameters"):
+        if saved.by_fqn:
+            refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
+        if is_whole_vector(resolved.cells[0].optimizer):
+            fitting.whole(resolved, optimizer.param_groups)
+        else:
+            for index, group in enumerate(optimizer.param_groups):
+                fitting.cell(resolved.cells[index], group)
     report = LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
@@ -141,12 +143,15 @@ class _Fitting:
             entry = self.entries.pop(info.name, None)
             self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
-                if self._has_begun(cell):
+                if entry is not None and keeps_nothing(entry, cell):
+                    self.kept.append(info.name)
+                elif self._has_begun(cell):
                     self.new.append(info.name)
             elif has_state(entry) and not belongs(entry, cell):
                 self.restarted.append(info.name)
             else:
-                self._keep(info, param, entry, cell)
+                with reading(f"the saved state of {info.name!r}"):
+                    self._keep(info, param, entry, cell, group)
                 if not own and cell.name not in self.groups:
                     self.groups[cell.name] = _carried(cell, group, entry.group)
         if not own:  # what nothing was saved of begins anew
@@ -158,11 +163,21 @@ class _Fitting:
         values = self._guests.begun.get(info.name, {})
         return {key: copied(value, None) for key, value in values.items()}
 
-    def _keep(self, info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell) -> None:
+    def _keep(
+        self,
+        info: ParamInfo,
+        param: torch.Tensor,
+        entry: Entry,
+        cell: Cell,
+        group: Mapping[str, Any],
+    ) -> None:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
-            self.state[param] = guest_entry(param, entry) or self._guest_begun(info)
+            fitted = guest_entry(param, entry)
+            if fitted:
+                self._guests.read(group, param, fitted)
+            self.state[param] = fitted or self._guest_begun(info)
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..admission import keeps_state
 from ..errors import StateError
-from ..guests import keeps_state
 from ..optim.registry import is_whole_vector
 from ..resolved import Cell, Resolved
 from ..timeline import Feedback, values_at

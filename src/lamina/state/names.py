@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import StateError, did_you_mean
-from ..parameters import ParamInfo
-from .form import Entry, Saved
+from ..parameters import ParamInfo, clean_names
+from .form import Entry, Saved, reading
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Matched:
     asked: list[str] = field(default_factory=list)
 
 
+@reading("the saved names")
 def match(
     saved: Saved, infos: Sequence[ParamInfo], renamed: Mapping[str, str | None] | None
 ) -> Matched:
@@ -77,6 +78,28 @@ def check_renamed(renamed: Any) -> None:
         )
 
 
+def renamed_cleanly(
+    renamed: Mapping[str, str | None], names: Iterable[str]
+) -> dict[str, str | None]:
+    """With what wrappers add to a name taken away, where it is not a clean name of the state.
+
+    Args:
+        renamed: from saved to present names, as they were given.
+        names: the clean names in the state.
+    """
+    check_renamed(renamed)
+    known = set(_paths(names))
+    found: dict[str, str | None] = {}
+    for old, new in renamed.items():
+        clean = old if old in known else clean_names([old])[old]
+        if clean in found:
+            raise StateError(
+                f"renamed: {clean!r} of the saved state is given twice, as {old!r} too."
+            )
+        found[clean] = new
+    return found
+
+
 def renamed_to(name: str, renamed: Mapping[str, str | None]) -> str | None:
     """The present name of a saved one, None if it is left out; the longest path wins."""
     hit = [old for old in renamed if name == old or name.startswith(f"{old}.")]
@@ -91,7 +114,7 @@ def _targets(
     names: Sequence[str], live: Mapping[str, str], renamed: Mapping[str, str | None]
 ) -> dict[str, str | None]:
     """The new name of each saved name that `renamed` speaks of; the longest path wins."""
-    check_renamed(renamed)
+    renamed = renamed_cleanly(renamed, names)
     found: dict[str, str | None] = {}
     for old in sorted(renamed, key=len):
         new = renamed[old]
@@ -144,9 +167,16 @@ def _by_position(saved: Saved, infos: Sequence[ParamInfo]) -> dict[str, Entry]:
 
 
 def _misfits(key: str, value: Any, info: ParamInfo) -> bool:
-    single = isinstance(value, torch.Tensor) and value.ndim == 0
-    shaped = isinstance(value, torch.Tensor) and key != "step" and not single
-    return shaped and key not in _WHOLE and tuple(value.shape) != info.shape
+    """Whether a saved value cannot be of a parameter: neither as large, nor a factor of that.
+
+    Factors, as Adafactor's, have some of its dimensions, in their order.
+    """
+    if not isinstance(value, torch.Tensor) or key == "step" or key in _WHOLE or value.ndim == 0:
+        return False
+    if value.numel() == info.numel:
+        return tuple(value.shape) != info.shape
+    sizes = iter(info.shape)
+    return not all(size in sizes for size in value.shape if size != 1)
 
 
 #: entries of L-BFGS, which are of all parameters

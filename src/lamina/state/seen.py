@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from ..feedback import REACTIONS
 from ..overrides import check_override
 from ..reporting import begin_all
 from ..resolved import Cell, Resolved
+from ..time import LONGEST
 from ..timeline import Feedback
-from .form import Entry, Group, Saved
+from .form import Entry, Group, Saved, is_count, reading, short
 from .names import Matched
 
 #: the keys of a group under which this is saved
@@ -35,10 +37,11 @@ def _unwritten(group: Group, key: str, absent: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
-        raise StateError(f"the saved {key} are not readable ({error}): {value[:60]!r}.") from None
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"the saved {key} are not readable ({error}): {short(value)}.") from None
 
 
+@reading("what the saved run has lived through")
 def lived_of(
     saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[Feedback, tuple[str, ...]]:
@@ -89,14 +92,19 @@ def _not_asked(saved: Saved, matched: Matched) -> list[Entry]:
 
 def _history(saved: Any) -> list[Any]:
     """A list of `[step, {hyperparameter: number}]`, as new lists."""
-    history = []
+    history: list[Any] = []
     for item in saved if isinstance(saved, (list, tuple)) else [saved]:
         pair: Any = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, None)
         begin, changed = pair
-        fits = type(begin) is int and begin >= 0 and isinstance(changed, Mapping)
+        fits = is_count(begin) and isinstance(changed, Mapping)
         if not fits or not all(isinstance(k, str) and _number(v) for k, v in changed.items()):
             raise StateError(
-                f"a saved override is {item!r}; expected [step, {{hyperparameter: number}}]."
+                f"a saved override is {short(item)}; expected [step, {{hyperparameter: number}}]."
+            )
+        if history and begin < history[-1][0]:
+            raise StateError(
+                f"a saved override begins at step {begin}, and the one before it at "
+                f"{history[-1][0]}; expected them in the order of their steps."
             )
         history.append([begin, dict(changed)])
     return history
@@ -120,7 +128,7 @@ def _feedback_of(
     telling = next((group for group in groups if "feedback" in group), {})
     saved = _unwritten(telling, "feedback", {})
     if not isinstance(saved, Mapping):
-        raise StateError(f"the saved feedback is {saved!r}; expected a dict by reaction.")
+        raise StateError(f"the saved feedback is {short(saved)}; expected a dict by reaction.")
     for key, seen in saved.items():
         _check_seen(key, seen)
     found = begin_all(resolved)
@@ -134,26 +142,43 @@ def _feedback_of(
 
 
 def _check_seen(key: Any, seen: Any) -> None:
+    """Raise `StateError` for what no reaction could have come to."""
     if not isinstance(seen, Mapping) or set(seen) not in _KEPT:
-        raise StateError(f"the saved feedback of {key!r} is {seen!r}, which no reaction keeps.")
+        raise StateError(
+            f"the saved feedback of {key!r} is {short(seen)}, which no reaction keeps."
+        )
     for name, value in seen.items():
         if name == "changes":
-            fits = isinstance(value, (list, tuple)) and all(map(_is_change, value))
-        elif name in ("best", "opened"):
+            fits = _are_changes(value)
+        elif name == "best":
             fits = value is None or _number(value)
-        else:
-            fits = isinstance(value, bool) if name in ("stop", "waited") else type(value) is int
+        elif name in ("stop", "waited"):
+            fits = isinstance(value, bool)
+        else:  # an early stop counts what has opened, a thaw has its step or none yet
+            fits = is_count(value) or (name == "opened" and value is None and "stop" not in seen)
         if not fits:
-            raise StateError(f"the saved feedback of {key!r} has {name}={value!r}.")
+            raise StateError(f"the saved feedback of {key!r} has {name}={short(value)}.")
 
 
-def _is_change(item: Any) -> bool:
-    pair = isinstance(item, (list, tuple)) and len(item) == 2
-    return pair and type(item[0]) is int and _number(item[1])
+def _are_changes(value: Any) -> bool:
+    """Whether a plateau can have left these `[step, multiplier]`: each is lower than the last."""
+    step, multiplier = 0, 1.0
+    for item in value if isinstance(value, (list, tuple)) else [None]:
+        if not isinstance(item, (list, tuple)) or len(item) != 2:
+            return False
+        if not (is_count(item[0]) and _number(item[1])):
+            return False
+        if item[0] < step or not 0 <= item[1] < multiplier:
+            return False
+        step, multiplier = item
+    return True
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that is no NaN, nor an int beyond all floats."""
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return type(value) is int and abs(value) <= LONGEST
 
 
 def _copied(value: Any) -> Any:

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ..errors import printable
 from .records import Event, StepRecord, Validation
 
 SHOWN_GROUPS = 3
@@ -107,7 +108,7 @@ class PlainDisplay:
 
     def say(self, text: str) -> None:
         """A line as it is: long ones are not cut, brackets in patterns are not markup."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
 
 class LiveDisplay:

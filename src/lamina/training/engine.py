@@ -67,7 +67,8 @@ def prepare(
     if start is None:
         settings, chosen, place = _begin(task, plan, asked, folder, extend)
     else:
-        settings = Settings.resumed(start.snapshot.settings, **asked)
+        settings = start.settings(**asked)
+        extend = start.way(settings) if extend is None else extend
         chosen, place = resumed_plan(start, task, plan)
     accelerator = settings.accelerator(cpu)
     session = None

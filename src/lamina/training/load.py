@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
+from ..files import legible
 from ..plan import Plan
 from .task import FROM_FILE, Task, spoken, where
 
@@ -48,7 +49,9 @@ def load_task(
             f"there is no task {text!r}; expected a Python file, or one of: "
             f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
         )
-    if not path.is_file():
+    with legible(path):
+        is_file = path.is_file()
+    if not is_file:
         raise TaskError(f"{text}: there is no such task file; check the path.")
     return Task(_plain(path.stem), _from_file(path))
 

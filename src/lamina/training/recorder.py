@@ -111,10 +111,29 @@ def cut_back(path: Path, length: int) -> None:
             new.write(kept)
 
 
-def recorded_lr(path: Path, length: int) -> list[tuple[int, dict[str, float]]]:
-    """The step and the lr of each group in every step record of the first bytes of a record."""
+def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, float]], int]:
+    """The lr of each group in the steps before the clock, from the first bytes of a record.
+
+    The steps follow each other: they begin after the last that is missing. The number is that of
+    damaged lines, which are passed over: a run goes on without them.
+    """
     if not path.exists():
-        return []
-    with path.open("rb") as file:
-        rows = map(json.loads, file.read(length).splitlines())
-        return [(row["step"], row["lr"]) for row in rows if row["kind"] == "step"]
+        return [], 0
+    with told(path), path.open("rb") as file:
+        rows = [_row(line) for line in file.read(length).splitlines()]
+    found = dict(row for row in rows if row)
+    first = clock
+    while first - 1 in found:
+        first -= 1
+    return [found[step] for step in range(first, clock)], rows.count(None)
+
+
+def _row(line: bytes) -> tuple[int, dict[str, float]] | tuple[()] | None:
+    """The step and the lr of a line; () of one that is of no step, None if it is damaged."""
+    try:
+        row = json.loads(line)
+        if row["kind"] != "step":
+            return ()
+        return int(row["step"]), {name: float(value) for name, value in row["lr"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None

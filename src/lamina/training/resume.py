@@ -6,16 +6,19 @@ Everything is read and checked before anything is changed.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint
-from ..errors import StateError, TaskError
+from ..errors import LaminaError, StateError, TaskError
 from ..plan import Plan
+from ..state.extend import WAYS
 from .load import choose_plan
 from .position import Position
-from .run_folder import PLAN, plan_text, read_about
+from .run_folder import ABOUT, PENDING, PLAN, PLAN_AS_PYTHON, plan_text, read_about
+from .settings import FREE, Settings
 from .snapshot import Snapshot, check_model
 from .task import Task
 
@@ -31,15 +34,32 @@ class Resumption:
         folder: that of the run.
         path: the checkpoint.
         snapshot: what it holds.
-        damaged: newer checkpoints whose checksum is wrong.
-        status: how the run ended, as `run.json` says.
+        damaged: newer checkpoints that cannot be used.
+        about: what `run.json` says: how the run ended, and what was asked for last, which a run
+            that was killed before it saved again has nowhere else.
     """
 
     folder: Path
     path: Path
     snapshot: Snapshot
     damaged: tuple[Path, ...]
-    status: str
+    about: Mapping[str, Any]
+
+    def settings(self, **asked: Any) -> Settings:
+        """The settings of the run, but for what is asked for now."""
+        last = {name: self.about[name] for name in FREE if name in self.about}
+        try:
+            return Settings.resumed({**self.snapshot.settings, **last}, **asked)
+        except StateError:
+            raise
+        except LaminaError as error:
+            Settings.resumed(self.snapshot.settings, **asked)  # what is asked for may be at fault
+            raise StateError(f"{self.folder / ABOUT}: {error} Correct it there.") from error
+
+    def way(self, settings: Settings) -> str | None:
+        """How the run was told to go on, if it is to have the length that it was told then."""
+        way = self.about.get("extend")
+        return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
 
     @property
     def text(self) -> str:
@@ -47,7 +67,7 @@ class Resumption:
         text = f"resumed from {self.path.name}"
         if self.damaged:
             names = ", ".join(path.name for path in self.damaged)
-            text += f"; passed over, since the checksum is wrong: {names}"
+            text += f"; passed over, since they are damaged: {names}"
         return text
 
 
@@ -77,7 +97,7 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
             f"{found.path}: the checkpoint is of step {snapshot.clock}; it was renamed. Give it "
             "back its name, or remove it."
         )
-    return Resumption(home, found.path, snapshot, found.damaged, str(about.get("status")))
+    return Resumption(home, found.path, snapshot, found.damaged, about)
 
 
 def saved_task(folder: str | os.PathLike[str]) -> str:
@@ -104,17 +124,31 @@ def resumed_plan(
     """The plan given, else the one the run began with; and where it is written."""
     if given is not None:
         return choose_plan(task, given)
-    path = found.folder / PLAN
-    if path.exists():
+    path, as_python = found.folder / PLAN, found.folder / PLAN_AS_PYTHON
+    name, text = _pending(found)
+    if name == PLAN:
+        return Plan.from_toml(text), str(found.folder / ABOUT)
+    if not name and path.exists():
         return Plan.from_toml(path), str(path)
+    if not name and as_python.exists():
+        text = as_python.read_text(encoding="utf-8", errors="replace")
     plan, place = choose_plan(task, None)
-    if plan_text(plan)[0] != found.snapshot.plan:
+    if plan_text(plan)[0] != (text or found.snapshot.plan):
         raise StateError(
             f"{found.folder}: there is no {PLAN} (it was removed, or the plan could not be written "
             "as TOML), and the task's own plan is another one now. Give the plan again, as it was "
             "or as it shall be."
         )
     return plan, place
+
+
+def _pending(found: Resumption) -> tuple[str, str]:
+    """The name and text of a plan whose file a kill kept from being written; or two times ""."""
+    pending = found.about.get(PENDING)
+    if not isinstance(pending, dict) or len(pending) != 1:
+        return "", ""
+    [(name, text)] = pending.items()
+    return (name, text) if name in (PLAN, PLAN_AS_PYTHON) and isinstance(text, str) else ("", "")
 
 
 def check_fits(found: Resumption, session: Session) -> None:
@@ -141,7 +175,7 @@ def _check_unfinished(found: Resumption, session: Session) -> None:
     """Raise if nothing is left to do; a run killed after its last save is not finished yet."""
     snapshot, run = found.snapshot, session.optimizer.resolved.run
     done, total = session.progress(snapshot.position(0)), run.steps or 0
-    closed = found.status == "finished" or total != snapshot.steps
+    closed = found.about.get("status") == "finished" or total != snapshot.steps
     if done > total or (done == total and snapshot.validated and closed):
         raise StateError(
             f"{found.folder}: the run is finished: it is at step {done} of {total}. To train "

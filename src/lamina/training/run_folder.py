@@ -20,18 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LaminaError, PlanError, StateError
-from ..files import atomic, remove_leftovers, told
+from ..files import atomic, legible, remove_leftovers, told
 from ..plan import Plan
 from ..preview import Preview
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
+#: where run.json holds a plan until that is in its own file
+PENDING = "plan"
 
 
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds something; it is not made yet."""
-    if folder.exists() and not folder.is_dir():
+    with told(folder):
+        is_there, is_folder = folder.exists(), folder.is_dir()
+        holds = is_folder and any(folder.iterdir())
+    if is_there and not is_folder:
         raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if holds:
         raise LaminaError(
             f"{folder}: the folder is not empty, and a run overwrites nothing; choose another "
             "with --out, or remove it."
@@ -85,12 +90,22 @@ class RunFolder:
         self.picture(preview)
 
     def resume(self, plan: Plan, preview: Preview, about: dict[str, Any], **seen: Any) -> None:
-        """Note that the run goes on, and from where."""
+        """Note that the run goes on, how, and from where.
+
+        `run.json` is written first and says all of it, also the plan until that has its own file:
+        a kill leaves everything that was asked for, or nothing of it.
+        """
         before = read_about(self.path)
-        for name in ("ended", "baseline"):
+        for name in ("ended", "baseline", PENDING):
             before.pop(name, None)
-        noted = [*before.get("resumed", []), {"at": _now(), **seen, "versions": versions()}]
+        earlier = before.get("resumed", [])
+        noted = [
+            *(earlier if isinstance(earlier, list) else [earlier]),
+            {"at": _now(), **seen, "versions": versions()},
+        ]
         self._about = {**before, **about, "status": "running", "resumed": noted}
+        text, name = plan_text(plan)
+        self._text(ABOUT, _json({**self._about, PENDING: {name: text}}))
         self._write_plan(plan)
         self._text(ABOUT, _json(self._about))
         self.picture(preview)
@@ -140,12 +155,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         StateError: if the folder is not that of a run.
     """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "there is no such folder"
+    with legible(folder):
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    if not is_folder:
+        what = "is a file" if is_there else "there is no such folder"
         raise StateError(f"{folder}: {what}; give the folder of a run, such as runs/reviews-....")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(
             f"{folder}: this is not the folder of a run: its {ABOUT} cannot be read ({error})."
         ) from error

@@ -156,20 +156,23 @@ class Session:
             folder.begin(self.plan, self.preview, self._about())
             return folder, Confirmer(0)
         snapshot, metrics = start.snapshot, start.folder / METRICS
+        lr, unread = recorded_lr(metrics, snapshot.recorded, snapshot.clock)
         cut_back(metrics, snapshot.recorded)
         tidy(start.path.parent, start.damaged)
         folder = RunFolder.again(start.folder)
         passed = [path.name for path in start.damaged]
         changed = str(self.optimizer.last_load).splitlines()[1:]
+        if unread:
+            changed.append(f"{METRICS}: {unread} damaged line{'s' * (unread > 1)} passed over")
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
         folder.resume(self.plan, self.preview, self._about(), **seen, changed=changed)
         text = "; ".join([start.text, *changed])
         for listener in listeners:
             listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", text))
-        rows = [row for row in recorded_lr(metrics, snapshot.recorded) if row[0] >= self.since]
-        confirmer = Confirmer(rows[0][0] if rows else snapshot.clock)
-        for _, lr in rows:
-            confirmer.note(lr)
+        lr = lr[max(0, len(lr) - (snapshot.clock - self.since)) :]  # what followed this plan
+        confirmer = Confirmer(snapshot.clock - len(lr))
+        for values in lr:
+            confirmer.note(values)
         return folder, confirmer
 
     def _run(self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver) -> str:
@@ -233,6 +236,7 @@ class Session:
             "task": self.task.name,
             "task_file": self.task.file,
             **asdict(self.settings),
+            "extend": self.extend,
             "steps": run.steps,
             "steps_per_epoch": run.steps_per_epoch,
             "processes": self.accelerator.num_processes,

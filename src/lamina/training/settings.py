@@ -16,6 +16,8 @@ from .task import Task
 PRECISIONS = ("no", "fp16", "bf16")
 #: with another one of these a run would not go on as it began
 EXACT = ("seed", "accumulate", "mixed_precision")
+#: what may differ when a run goes on
+FREE = ("epochs", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Settings:
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
-        """Those of a checkpoint, but for what was asked for and may differ.
+        """Those that the run has, but for what is asked for and may differ.
 
         Raises:
             StateError: if the run could not go on as it began.

@@ -1,0 +1,148 @@
+"""Taking an optimizer class in as a guest: built, tried on small tensors, refused with a reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .algorithms.base import Method
+from .errors import HyperparameterError, PlanError
+from .optim.registry import optimizer_name
+from .resolved import Cell
+
+
+def admit(
+    optimizer: type[torch.optim.Optimizer],
+    cells: Sequence[Cell],
+    groups: Sequence[dict[str, Any]],
+    state: Any,
+) -> torch.optim.Optimizer:
+    """Build a guest over some groups of a plan; it shares their dicts and the state.
+
+    Args:
+        optimizer: the guest's class.
+        cells: its cells, one for each group.
+        groups: its parameter groups, already in the plan's optimizer.
+        state: the state of the plan's optimizer, by parameter.
+
+    Raises:
+        PlanError: if the guest cannot be built as the plan says.
+    """
+    name = optimizer_name(optimizer)
+    if _needs_closure(optimizer):
+        raise PlanError(
+            f"the guest optimizer {name} evaluates the loss by itself (its step needs a closure), "
+            "which the gradients of a plan are not made for; use lamina.LBFGS, as the plan's only "
+            "optimizer."
+        )
+    first = [_first_values(cell) for cell in cells]
+    common = {k: v for k, v in first[0].items() if all(_same(each, k, v) for each in first)}
+    own = [{"params": group["params"]} for group in groups]
+    for values, group in zip(first, own, strict=True):
+        group.update({k: v for k, v in values.items() if k not in common})
+    try:
+        guest = optimizer(own, **common)
+    except Exception as error:
+        raise PlanError(
+            f"the guest optimizer {name} refused its settings ({type(error).__name__}: {error}); "
+            f"it was given {common}."
+        ) from error
+    moving = {key for cell in cells for key, _ in cell.moving}
+    if any(cell.schedule or cell.feedback or cell.rewarm for cell in cells):
+        moving.add("lr")
+    varying = (set().union(*first) - set(common)) | moving
+    fixed = sorted(varying - set(guest.defaults))
+    if fixed:
+        raise HyperparameterError(
+            f"{name} takes {', '.join(fixed)} only for all parameters and for good (it is not a "
+            "group setting there); give it one constant value in the plan."
+        )
+    _refuse_unlike(name, cells, groups[0]["params"][0])
+    for mine, theirs in zip(groups, guest.param_groups, strict=True):
+        for key, value in theirs.items():
+            mine.setdefault(key, value)
+    if guest.state and any(cell.frozen_state == "drop" for cell in cells):
+        raise PlanError(
+            f"frozen_state='drop': the guest optimizer {name} makes its state when it is built and "
+            "cannot begin it again; use frozen_state='keep'."
+        )
+    for param, entry in guest.state.items():  # some guests begin their state when they are built
+        state[param].update(entry)
+    guest.param_groups = list(groups)
+    guest.state = state
+    return guest
+
+
+def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:
+    inherited = getattr(optimizer, "algorithm", None)
+    if isinstance(inherited, Method) and inherited.unit == "vector":
+        return True
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> bool:
+    """Whether an update of a guest leaves state, tried on a small tensor of its own.
+
+    Args:
+        cell: a cell of the guest.
+        hyper: its values in that update.
+        like: a parameter, for the number of dimensions and the dtype.
+
+    Returns:
+        True also where the guest cannot be tried.
+    """
+    try:
+        guest = _tried(cell, [hyper], like)
+    except Exception:
+        return True
+    return any(guest.state.values())
+
+
+def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
+    """A guest of its own after one step of a small tensor for each of some groups' values."""
+    params = [torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype)) for _ in hypers]
+    guest = cell.optimizer([{"params": [param]} for param in params], **_first_values(cell))
+    for param, group, hyper in zip(params, guest.param_groups, hypers, strict=True):
+        param.grad = torch.ones_like(param)
+        group.update(hyper)
+    if callable(getattr(guest, "train", None)):
+        guest.train()
+    guest.step()
+    return guest
+
+
+def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None:
+    """Raise `PlanError` if the plan's groups come to differ in lr and the guest refuses that."""
+    courses = [
+        (dict(c.hyper)["lr"], c.schedule, c.feedback, c.rewarm, c.rewarm and c.windows)
+        for c in cells
+        if c.windows and "lr" in c.constants
+    ]
+    if all(course == courses[0] for course in courses):
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.5}], like)
+    except Exception:  # it cannot be tried
+        return
+    try:
+        _tried(cells[0], [{"lr": 0.5}, {"lr": 0.25}], like)
+    except Exception as error:
+        raise PlanError(
+            f"the guest optimizer {name} refuses groups whose learning rates differ "
+            f"({type(error).__name__}: {error}). Give all its parameters the same lr, schedule "
+            "and plateau, and no rewarm= where windows differ."
+        ) from error
+
+
+def _first_values(cell: Cell) -> dict[str, Any]:
+    """What a guest is built with: the first values of its cell with an lr, which some insist on."""
+    values = cell.values(0)
+    return values if values.get("lr", 1) else cell.values(1)
+
+
+def _same(values: Mapping[str, Any], key: str, value: Any) -> bool:
+    return key in values and bool(values[key] == value)
