@@ -51,12 +51,14 @@ def has_state(entry: Entry) -> bool:
 
 
 def keeps_nothing(entry: Entry, cell: Cell) -> bool:
-    """Whether an entry is of an optimizer that had nothing to keep: SGD without momentum.
+    """Whether an entry is of an optimizer of torch's that had nothing to keep: plain SGD.
 
-    torch saves nothing then, where lamina has the count of updates.
+    lamina has the count of updates then, which was lost where it is not.
     """
     algorithm = cell.algorithm
-    if algorithm is None or entry.group.get("momentum") != 0 or not belongs(entry, cell):
+    if algorithm is None or "clock" in entry.group:
+        return False
+    if entry.group.get("momentum") != 0 or not belongs(entry, cell):
         return False
     return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
 
