@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,14 +15,6 @@ from .errors import PlanError
 Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
 _dtype = attrgetter("dtype")
-
-
-class Kept(NamedTuple):
-    """A batch that is kept from step to step, and what it was made of."""
-
-    entries: list[Any]
-    layout: tuple[list[Any], ...]
-    batch: Batch
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +73,9 @@ class Engine(torch.optim.Optimizer):
 
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
         """One batch for each group that has gradients."""
+        layout = _layout([param for group in groups for param in group["params"]])
+        if layout != self.__dict__.get("_layout"):
+            self.__dict__["_layout"], self.__dict__["_batches"] = layout, {}
         batches = (self._batch(group) for group in groups)
         return [batch for batch in batches if batch is not None]
 
@@ -90,15 +85,15 @@ class Engine(torch.optim.Optimizer):
             return None
         state = self.state
         entries = [state[param] for param in params]
-        cache: dict[int, Kept] = self.__dict__.setdefault("_batches", {})
+        cache: dict[int, tuple[list[Any], Batch]] = self.__dict__.setdefault("_batches", {})
         known = cache.get(id(group))
         if known is not None and self._unchanged(known, params, entries):
-            batch = known.batch
+            batch = known[1]
             batch.grads, batch.hyper, batch.scale = grads, group, None
             batch.prefer = preference(group)
             return batch
         batch = self._new_batch(group, params, grads, entries)
-        cache[id(group)] = Kept(entries, _layout(params), batch)
+        cache[id(group)] = (entries, batch)
         return batch
 
     def _gather(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -128,13 +123,15 @@ class Engine(torch.optim.Optimizer):
         return begun(param)
 
     @staticmethod
-    def _unchanged(known: Kept, params: list[torch.Tensor], entries: list[Any]) -> bool:
+    def _unchanged(
+        known: tuple[list[Any], Batch], params: list[torch.Tensor], entries: list[Any]
+    ) -> bool:
         """Whether a kept batch still holds exactly these tensors (wrappers and users swap them)."""
-        batch = known.batch
-        if len(params) != len(batch.params) or _layout(params) != known.layout:
+        batch = known[1]
+        if len(params) != len(batch.params):
             return False
         columns = batch.columns.items()
-        rows = zip(params, batch.params, entries, known.entries, batch.steps, strict=True)
+        rows = zip(params, batch.params, entries, known[0], batch.steps, strict=True)
         for index, (param, its_param, entry, its_entry, step) in enumerate(rows):
             if param is not its_param or entry is not its_entry or entry.get("step") is not step:
                 return False
