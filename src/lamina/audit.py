@@ -52,6 +52,8 @@ class Audit:
 
     def begin(self, groups: Groups, active: Sequence[bool | None]) -> None:
         """Take the checksums of what is frozen from now on; what was known stays known."""
+        if self._model is None:
+            return
         watched = self._frozen(groups, active)
         self._known = {name: mark for name, mark in self._known.items() if name in watched}
         new = {name: item for name, item in watched.items() if name not in self._known}
@@ -71,6 +73,8 @@ class Audit:
         Raises:
             FrozenMovedError: with the names of what moved.
         """
+        if self._model is None:
+            return
         watched = self._frozen(groups, active)
         watched = {name: watched[name] for name in self._known if name in watched}
         now = _marks(watched)
@@ -106,9 +110,8 @@ class Audit:
         )
 
     def _frozen(self, groups: Groups, active: Sequence[bool | None]) -> dict[str, _Watched]:
+        assert self._model is not None
         frozen: dict[str, _Watched] = {}
-        if self._model is None:
-            return frozen
         live = tensors_by_name(self._model)
         for group, trains in zip(groups, active, strict=True):
             if trains:
