@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,14 @@ class Values:
     def __init__(self, resolved: Resolved, step: Any, feedback: Feedback) -> None:
         self._resolved = resolved
         self._feedback = feedback
-        self._scalar = np.ndim(step) == 0
-        self._steps = np.atleast_1d(np.asarray(step, dtype=np.float64))
+        self._given = step
+        self._scalar = isinstance(step, int) or np.ndim(step) == 0
         self._step = float(step) if self._scalar else 0.0
         self._curves: dict[Schedule, Any] = {}
+
+    @cached_property
+    def _steps(self) -> Any:
+        return np.atleast_1d(np.asarray(self._given, dtype=np.float64))
 
     def hyper(self, index: int) -> dict[str, Any]:
         """The hyperparameters of a cell; lr is 0 while it is frozen."""
