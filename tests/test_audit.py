@@ -386,3 +386,23 @@ def test_copies_go_on_watching():
         model.embeddings.weight.add_(1.0)
     with pytest.raises(FrozenMovedError, match=r"embeddings\.weight"):
         train(model, optimizer, 1)
+
+
+def test_statistics_may_move_while_their_module_is_let_go_by_hand():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    optimizer = lm.Plan("SGD", lr=0.1).build(model, steps=9, audit=True)
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def step():
+        model(x).sum().backward()
+        optimizer.step()
+
+    lm.freeze(model, ["0", "1"])
+    step()
+    lm.thaw(model, ["0", "1"])
+    model(x)  # the statistics are made anew on purpose
+    lm.freeze(model, ["0", "1"])
+    step()
+    model[1].running_mean += 1
+    with pytest.raises(FrozenMovedError, match=r"'1\.running_mean' should rest"):
+        optimizer.step()

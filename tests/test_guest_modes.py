@@ -148,18 +148,66 @@ def test_a_step_in_eval_mode_is_refused_by_the_guest_as_alone():
         one(model, optimizer, 1)
 
 
-def test_what_was_frozen_by_hand_stays_too():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen_in", ["train", "eval"])
+@pytest.mark.parametrize("thawed_in", ["train", "eval"])
+def test_what_is_frozen_by_hand_goes_along_with_the_modes(kind, frozen_in, thawed_in):
     model = small()
-    optimizer = lm.Plan(KINDS[0], lr=0.1).build(model, steps=STEPS)
+    optimizer = lm.Plan(kind, lr=0.1).build(model, steps=STEPS)
     optimizer.train()
     for step in range(3):
         one(model, optimizer, step)
+    training = values(model)
+    getattr(optimizer, frozen_in)()
     lm.freeze(model, "0")
-    before = values(model)
     optimizer.eval()
-    assert values(model)["0.weight"].equal(before["0.weight"])
-    assert not values(model)["1.weight"].equal(before["1.weight"])
+    averaged = values(model)
     optimizer.train()
     one(model, optimizer, 3)
-    assert values(model)["0.weight"].equal(before["0.weight"])
-    assert len(optimizer.param_groups[0]["params"]) == 4
+    getattr(optimizer, thawed_in)()
+    lm.thaw(model, "0")
+    for mode, wanted in (("eval", averaged), ("train", training)):
+        getattr(optimizer, mode)()
+        for name in ("0.weight", "0.bias"):
+            assert not averaged[name].allclose(training[name])
+            assert values(model)[name].allclose(wanted[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_state_loads_into_joined_groups_in_the_mode_of_what_trained(kind, mode):
+    model = small()
+    optimizer = plan(kind, frozen=True).build(model, steps=STEPS)
+    optimizer.train()
+    for step in range(4):
+        one(model, optimizer, step)
+    training = values(model)
+    getattr(optimizer, mode)()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = small()
+    other.load_state_dict(saved[0])
+    joined = lm.Plan(kind, lr=0.1).build(other, steps=STEPS, resume=saved[1])
+    joined.train()
+    for name, value in values(other).items():
+        assert value.allclose(training[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_of_weights_in_different_modes_is_refused(kind):
+    model = small()
+    optimizer = plan(kind, freeze=3).build(model, steps=STEPS)
+    optimizer.train()
+    for step in range(5):
+        one(model, optimizer, step)
+    optimizer.eval()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = small()
+    other.load_state_dict(saved[0])
+    with pytest.raises(lm.StateError, match=r"'default' joins .* in different modes.*train\(\)"):
+        lm.Plan(kind, lr=0.1).build(other, steps=STEPS, resume=saved[1])
+    optimizer.train()
+    training, saved = values(model), copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(training)
+    joined = lm.Plan(kind, lr=0.1).build(other, steps=STEPS, resume=saved)
+    joined.train()
+    assert all(value.equal(training[name]) for name, value in values(other).items())

@@ -26,6 +26,7 @@ class _Watched(NamedTuple):
     tensor: torch.Tensor
     loose: bool = False
     buffer_of: str | None = None
+    held: Held | None = None
 
 
 class _Mark(NamedTuple):
@@ -35,6 +36,8 @@ class _Mark(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     checksum: int
+    #: what held a buffer's module; one that was let go and held again is looked at anew
+    held: Held | None
 
 
 class Audit:
@@ -90,7 +93,9 @@ class Audit:
 
     def _moved(self, name: str, mark: _Mark, loose: bool) -> bool:
         known = self._known[name]
-        return mark[1:] != known[1:] and not (loose and mark.identity != known.identity)
+        if mark.held is not known.held or (loose and mark.identity != known.identity):
+            return False
+        return mark[1:4] != known[1:4]
 
     def _params_moved(self, names: Sequence[str], now: Mapping[str, _Mark], when: str) -> str:
         known, mark = self._known[names[0]], now[names[0]]
@@ -122,15 +127,16 @@ class Audit:
                     loose = hasattr(param, "to_local") or hasattr(live.get(name), "to_local")
                     frozen[name] = _Watched(param if loose else live.get(name, param), loose)
         for path, module in self._model.named_modules():
-            if isinstance(module.__dict__.get("train"), Held):
-                frozen.update(_buffers(path, module))
+            held = module.__dict__.get("train")
+            if isinstance(held, Held):
+                frozen.update(_buffers(path, module, held))
         return frozen
 
 
-def _buffers(path: str, module: nn.Module) -> dict[str, _Watched]:
+def _buffers(path: str, module: nn.Module, held: Held) -> dict[str, _Watched]:
     return {
         f"{path}.{key}" if path else key: _Watched(
-            buffer, key in module._non_persistent_buffers_set, path
+            buffer, key in module._non_persistent_buffers_set, path, held
         )
         for key, buffer in module._buffers.items()
         if buffer is not None
@@ -157,7 +163,7 @@ def _marks(watched: Mapping[str, _Watched]) -> dict[str, _Mark]:
     tensors = {id(item.tensor): item.tensor for item in watched.values()}  # tied ones once
     totals = dict(zip(tensors, checksums(tensors.values()), strict=True))
     return {
-        name: _Mark(id(it.tensor), it.tensor.shape, it.tensor.dtype, totals[id(it.tensor)])
+        name: _Mark(id(it.tensor), it.tensor.shape, it.tensor.dtype, totals[id(it.tensor)], it.held)
         for name, it in watched.items()
     }
 

@@ -93,6 +93,7 @@ class Guests:
 
         Schedule-free guests then move the weights, which what is frozen must not. It freezes at the
         end of a step, so in training mode, and takes no part in a change of modes until it thaws.
+        What was frozen by hand may thaw in either mode, and goes along with its group.
         """
         for guest in dict.fromkeys(self._of.values()):
             switch = getattr(guest, mode, None)
@@ -158,17 +159,12 @@ class Guests:
 
 @contextmanager
 def _alone(guest: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Let a guest see these groups only, without what was frozen by hand since the build."""
-    every, params = guest.param_groups, [group["params"] for group in groups]
-    guest.param_groups = groups
+    """Let a guest see these groups only."""
+    every, guest.param_groups = guest.param_groups, groups
     try:
-        for group in groups:
-            group["params"] = [param for param in group["params"] if param.requires_grad]
         yield
     finally:
         guest.param_groups = every
-        for group, its in zip(groups, params, strict=True):
-            group["params"] = its
 
 
 def _is_torchs(attribute: str) -> bool:

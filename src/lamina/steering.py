@@ -96,14 +96,14 @@ class Steerable(Engine):
     def train(self) -> None:
         """Put guests that have modes (schedule-free optimizers) into training mode.
 
-        What is frozen stays as it is.
+        What the plan froze stays as it is.
         """
         self._set_mode("train")
 
     def eval(self) -> None:
         """Put guests that have modes (schedule-free optimizers) into evaluation mode.
 
-        What is frozen stays as it is.
+        What the plan froze stays as it is.
         """
         self._set_mode("eval")
 

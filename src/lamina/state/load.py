@@ -139,6 +139,7 @@ class _Fitting:
     def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
         """Fit what was saved of the parameters of a cell."""
         own = cell.algorithm is not None
+        told: Entry | None = None  # the entry whose group speaks for this one
         for info, param in zip(cell.parameters, group["params"], strict=True):
             entry = self.entries.pop(info.name, None)
             self.state[param] = begun(param) if own else self._guest_begun(info)
@@ -152,11 +153,14 @@ class _Fitting:
             else:
                 with reading(f"the saved state of {info.name!r}"):
                     self._keep(info, param, entry, cell, group)
-                if not own and cell.name not in self.groups:
-                    self.groups[cell.name] = _carried(cell, group, entry.group)
+                if told is None or not has_state(told):
+                    told = entry
+                elif not own:
+                    _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
             first = _carried(cell, group, self._guests.begun_groups[cell.name])
-            self.groups[cell.name] = first | self.groups.get(cell.name, {})
+            saved = _carried(cell, group, told.group) if told else {}
+            self.groups[cell.name] = first | saved
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
         """The state of a guest's parameter as it was when the guest was built: mostly empty."""
@@ -209,6 +213,20 @@ def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     settings = inspect.signature(cell.optimizer).parameters.keys()
     keys = (group.keys() & saved.keys()) - OURS - settings - dict(cell.hyper).keys()
     return {key: copied(saved[key], None) for key in keys}
+
+
+def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
+    """Raise if a group would join weights of a schedule-free guest that lie in different modes.
+
+    What is frozen stays in the mode in which it froze, and the guest keeps one mode for a group.
+    """
+    modes = [entry.group.get("train_mode") for entry in (one, other) if has_state(entry)]
+    if len(modes) == 2 and modes[0] != modes[1]:
+        raise StateError(
+            f"group {cell.name!r} joins parameters whose groups were saved in different modes: "
+            f"some in training mode, as they froze, others after optimizer.eval(). Nothing was "
+            "loaded. Load with the plan of that run, call optimizer.train(), save, and load that."
+        )
 
 
 def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:
