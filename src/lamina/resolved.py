@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,11 +37,11 @@ class Setting:
     scale: Any
     curves: tuple[Schedule, ...] = ()
 
-    def value(self, step: int) -> Any:
-        """The value at a step."""
+    def value(self, curve: Callable[[Schedule], Any]) -> Any:
+        """The scale times what `curve` makes of each schedule."""
         value = self.scale
-        for curve in self.curves:
-            value = value * float(curve(step))
+        for schedule in self.curves:
+            value = value * curve(schedule)
         return value
 
 
@@ -104,20 +104,18 @@ class Cell:
 
     def values(self, step: int) -> dict[str, Any]:
         """The hyperparameters at a step as the rules give them; lr without schedule and window."""
-        return {
-            key: tuple(part.value(step) for part in setting)
-            if isinstance(setting, tuple)
-            else setting.value(step)
-            for key, setting in self.hyper
-        }
+        return self._values(lambda schedule: float(schedule(step)))
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The hyperparameters that never change; those that move stand in it with their scale."""
+        return self._values(lambda schedule: 1)
+
+    def _values(self, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
         return {
-            key: tuple(part.scale for part in setting)
+            key: tuple(part.value(curve) for part in setting)
             if isinstance(setting, tuple)
-            else setting.scale
+            else setting.value(curve)
             for key, setting in self.hyper
         }
 

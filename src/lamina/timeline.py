@@ -149,10 +149,7 @@ class Values:
         return float(factor[0]) if self._scalar else factor
 
     def _value(self, setting: Setting) -> Any:
-        value = setting.scale
-        for curve in setting.curves:
-            value = value * self._curve(curve)
-        return value
+        return setting.value(self._curve)
 
     def _curve(self, schedule: Schedule) -> Any:
         if schedule not in self._curves:

@@ -14,7 +14,9 @@ import torch
 from ..errors import HyperparameterError, did_you_mean
 
 Hyper = Mapping[str, Any]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: dtypes that are computed with in float32
+HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *HALF)
 State = dict[str, torch.Tensor]
 
 
@@ -199,7 +201,7 @@ def number(value: Any) -> float:
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a dtype fit for arithmetic: float32 for 16-bit floats, else its own."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

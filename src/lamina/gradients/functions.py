@@ -10,10 +10,11 @@ from typing import overload
 import torch
 from torch import nn
 
+from ..algorithms.base import HALF
 from ..errors import HyperparameterError, LaminaWarning, NonFiniteError
 from ..patterns import PatternLike
 from .given import Limits, Parameters, Part, number_of, parts_of
-from .norms import HALF, clamped, each_norm, total_norm, values_of
+from .norms import clamped, each_norm, total_norm, values_of
 
 
 @overload

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import widen
-
-#: dtypes whose norms, and products with a factor, are computed in float32
-HALF = (torch.float16, torch.bfloat16)
+from ..algorithms.base import HALF, widen
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:

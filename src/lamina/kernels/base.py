@@ -10,7 +10,6 @@ import torch
 
 from ..algorithms.base import Batch, begun_dtype, times
 
-HALF = (torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "xpu")
 
 

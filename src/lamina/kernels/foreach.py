@@ -7,14 +7,14 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from ..algorithms.base import Batch, begun_dtype, number
+from ..algorithms.base import HALF, Batch, begun_dtype, number
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
 from ..algorithms.layer_adaptive import LayerAdaptiveAdam
 from ..algorithms.muon import Muon
 from ..algorithms.rmsprop import RMSprop
 from . import per_tensor
-from .base import HALF, Kernel, is_dtensor, missing, scaled, short, tensor_refusal
+from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 
 @final

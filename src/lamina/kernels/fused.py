@@ -8,9 +8,9 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..algorithms.adam import Adam, AdamW
-from ..algorithms.base import Batch
+from ..algorithms.base import HALF, Batch
 from ..algorithms.sgd import SGD
-from .base import HALF, Kernel, is_dtensor, missing, scaled, short, tensor_refusal
+from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]
 
