@@ -216,12 +216,6 @@ def _undocumented_methods(cls: type) -> list[str]:
     ]
 
 
-def long_file(text: str, limit: int) -> list[str]:
-    """A file with more lines than fit the eye."""
-    lines = len(text.splitlines())
-    return [f"{lines} lines, at most {limit}"] if lines > limit else []
-
-
 def long_functions(tree: ast.Module, limit: int) -> list[str]:
     """Functions of more lines, docstring included, than fit the eye."""
     sizes = [(node, (node.end_lineno or 0) - node.lineno + 1) for node in functions(tree)]
