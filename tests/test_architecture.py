@@ -33,6 +33,7 @@ LAYERS = [
     "algorithms",
     "gradients",
     "kernels",
+    "run_state",
     "engine",
     "optim",
     "forms",
@@ -62,11 +63,11 @@ LAYERS = [
     "scheduler_view",
     "checks",
     "optimizer",
+    "verbs",
     "distributed",
     "plain",
     "checkpoint",
     "preview",
-    "report",
     "training",
     "tasks",
     "cli",
@@ -79,9 +80,9 @@ LAZY_UPWARD = {
     ("lamina.plan", "toml"): "Plan.from_toml, Plan.to_toml",
     ("lamina.plan", "preview"): "Plan.preview",
     ("lamina.plan", "optimizer"): "Plan.build",
-    ("lamina.preview", "report"): "a preview prints and draws itself",
     ("lamina.state.load", "optimizer"): "type of an argument",
     ("lamina.scheduler_view", "optimizer"): "type of an argument",
+    ("lamina.run_state", "state"): "type of a field",
 }
 
 

@@ -171,7 +171,8 @@ def test_state_follows_a_model_to_another_device():
     param.grad = None
     torch.utils.swap_tensors(param, nn.Parameter(torch.empty(3, 2, device="meta")))
     param.grad = torch.ones_like(param)
-    optimizer._batches.clear()  # between accelerators this is seen; meta has the number of the CPU
+    # Between accelerators this is seen; meta has the number of the CPU.
+    optimizer._kept_batches.clear()
     [batch] = optimizer._collect(optimizer.param_groups)
     assert batch.columns["square_avg"][0] is optimizer.state[param]["square_avg"]
     assert optimizer.state[param]["square_avg"].is_meta

@@ -6,7 +6,7 @@ from torch import nn
 
 import lamina as lm
 from lamina.preview import Preview
-from lamina.report.sampling import SAMPLES
+from lamina.preview.sampling import SAMPLES
 
 
 class Net(nn.Module):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lamina.report.confirm import confirm
+from lamina.preview.confirm import confirm
 from test_preview import Net, example
 
 

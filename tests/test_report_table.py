@@ -5,9 +5,9 @@ import io
 import pytest
 
 import lamina as lm
-from lamina.report.rows import number, span
-from lamina.report.sparkline import can_show, curve
-from lamina.report.table import shorten, text
+from lamina.preview.rows import number, span
+from lamina.preview.sparkline import can_show, curve
+from lamina.preview.table import shorten, text
 from test_preview import Net, example
 
 

@@ -48,7 +48,7 @@ def picture(model, optimizer):
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ],
-        "published": copy.deepcopy(optimizer._published),
+        "published": copy.deepcopy(optimizer._run_state.published),
         "active": list(optimizer._freezer.active),
         "flags": {name: p.requires_grad for name, p in model.named_parameters()},
         "modes": {name: module.training for name, module in model.named_modules()},

@@ -70,6 +70,7 @@ from .settings import by_depth, times, top_down
 from .state import LoadReport
 from .ties import Tie, tie, ties, untie
 from .timeline import Feedback, values_at
+from .verbs import override, report, should_stop, unwrap
 
 __version__ = "0.1.0"
 
@@ -135,14 +136,17 @@ __all__ = [
     "one_cycle_momentum",
     "one_minus_sqrt",
     "optim",
+    "override",
     "plateau",
     "polynomial",
     "read_distributed",
     "register_optimizer",
     "register_schedule",
     "repeat",
+    "report",
     "resolve",
     "scale",
+    "should_stop",
     "steps",
     "table",
     "thaw",
@@ -152,6 +156,7 @@ __all__ = [
     "top_down",
     "trainable",
     "untie",
+    "unwrap",
     "values_at",
     "warm_restarts",
     "warmup",

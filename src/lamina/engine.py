@@ -11,6 +11,7 @@ import torch
 from . import kernels
 from .algorithms.base import Algorithm, Batch, Method, begun_dtype
 from .errors import PlanError
+from .run_state import KeptBatches
 
 Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
@@ -36,6 +37,16 @@ class Engine(torch.optim.Optimizer):
     """
 
     algorithm: ClassVar[Method | None] = None
+    _kept_batches: KeptBatches
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._kept_batches = KeptBatches()
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_kept_batches"):  # a copy, or unpickled
+            self._kept_batches = KeptBatches()
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
         """The algorithm of a group."""
@@ -74,8 +85,7 @@ class Engine(torch.optim.Optimizer):
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
         """One batch for each group that has gradients."""
         layout = _layout([param for group in groups for param in group["params"]])
-        if layout != self.__dict__.get("_layout"):
-            self.__dict__["_layout"], self.__dict__["_batches"] = layout, {}
+        self._kept_batches.follow(layout)
         batches = (self._batch(group) for group in groups)
         return [batch for batch in batches if batch is not None]
 
@@ -85,7 +95,7 @@ class Engine(torch.optim.Optimizer):
             return None
         state = self.state
         entries = [state[param] for param in params]
-        cache: dict[int, tuple[list[Any], Batch]] = self.__dict__.setdefault("_batches", {})
+        cache = self._kept_batches.by_group
         known = cache.get(id(group))
         if known is not None and self._unchanged(known, params, entries):
             batch = known[1]
@@ -113,7 +123,7 @@ class Engine(torch.optim.Optimizer):
 
     def _drop_state(self, group: dict[str, Any]) -> None:
         """Release the state tensors of a group; its parameters begin again as at build."""
-        self.__dict__.get("_batches", {}).pop(id(group), None)  # kept batches hold them too
+        self._kept_batches.by_group.pop(id(group), None)  # kept batches hold them too
         for param in group["params"]:
             # A new dict: a state dict that was taken before holds the old one.
             self.state[param] = self._begun(group, param)

@@ -22,6 +22,7 @@ from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
+from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
 from .parameters import Owned, observe, walk
@@ -31,6 +32,7 @@ from .reporting import begin_all
 from .resolve import resolve_owned
 from .resolved import Cell, Finding, Resolved
 from .restoring import Restorable
+from .run_state import RunState
 from .scheduler_view import SchedulerView
 from .state import FORMAT, LoadReport, resume_from, run_record
 from .ties import Watched
@@ -40,9 +42,8 @@ from .timeline import values_at
 log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
-    *("_resolved", "_complete", "_freezer", "_algorithms", "_published", "_operations"),
-    *("_scope_of", "_infos", "_guests", "_whole_vector", "_audit", "_ties", "_received"),
-    *("_applied", "norms", "skipped", "last_load"),
+    *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state"),
 )
 
 
@@ -72,10 +73,7 @@ class Optimizer(Restorable):
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
         self._complete = False
-        self._applied: dict[str, dict[str, Any]] = {}
-        self.norms: dict[str, torch.Tensor] = {}
-        self.skipped = 0
-        self.last_load: LoadReport | None = None
+        self._run_state = RunState()
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
         self._received = Received()
@@ -110,7 +108,22 @@ class Optimizer(Restorable):
     @property
     def applied(self) -> dict[str, dict[str, Any]]:
         """The hyperparameters of every group in the step just done, by name; empty before it."""
-        return {name: dict(hyper) for name, hyper in self._applied.items()}
+        return {name: dict(hyper) for name, hyper in self._run_state.applied.items()}
+
+    @property
+    def norms(self) -> dict[str, torch.Tensor]:
+        """The gradient norm of each clip scope in the step just done, by the rule's name."""
+        return dict(self._run_state.norms)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were not taken because a gradient was not finite."""
+        return self._run_state.skipped
+
+    @property
+    def last_load(self) -> LoadReport | None:
+        """What the last load kept, restarted or dropped; None before the first."""
+        return self._run_state.last_load
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -143,6 +156,10 @@ class Optimizer(Restorable):
         """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
         return SchedulerView(self)
 
+    @property
+    def _notices(self) -> Notices:
+        return self._run_state.notices
+
     # --- the step ------------------------------------------------------------------------------
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
@@ -174,7 +191,7 @@ class Optimizer(Restorable):
 
     def _begin(self) -> list[dict[str, Any]]:
         """The groups that train in this step; the others are left without gradients."""
-        refuse_foreign_writes(self._published, self.param_groups, self.clock)
+        refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
@@ -187,8 +204,9 @@ class Optimizer(Restorable):
 
     def _advance(self) -> None:
         was = self._freezer.active
-        self._applied = self._published
-        self._publish(self.clock + 1, self._published)
+        run = self._run_state
+        run.applied = run.published
+        self._publish(self.clock + 1, run.published)
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
             rows = zip(self.param_groups, was, self._freezer.active, strict=True)
             self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
@@ -196,7 +214,7 @@ class Optimizer(Restorable):
     def _skip(self, error: NonFiniteError) -> None:
         if self.plan.nonfinite == "raise":
             raise error
-        self.skipped += 1
+        self._run_state.skipped += 1
         log.warning("step %d skipped: %s", self.clock, error)
 
     def _batch(self, group: dict[str, Any]) -> Batch | None:
@@ -218,7 +236,7 @@ class Optimizer(Restorable):
         self._guests.step(batches)
         kernels.carry_out(work)
         self._keep_grown(own)
-        wrote = self._guests.own_writes(self._published)
+        wrote = self._guests.own_writes(self._run_state.published)
         self._advance()
         if wrote:
             raise OwnershipError(f"{wrote} The step was taken.")
@@ -232,11 +250,13 @@ class Optimizer(Restorable):
             scope = self._scope_of[batch.hyper["name"]]
             if scope is not None:
                 members.setdefault(scope, []).append(batch)
-        self.norms = {}
+        run = self._run_state
+        norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
-            norm = operate(its, self._operations[scope], self._infos, self.clock, every)
+            norm = operate(its, run.operations[scope], self._infos, self.clock, every)
             if norm is not None:
-                self.norms[self._resolved.scopes[scope].name] = norm
+                norms[self._resolved.scopes[scope].name] = norm
+        run.norms = norms
 
     # --- values --------------------------------------------------------------------------------
 
@@ -248,19 +268,21 @@ class Optimizer(Restorable):
         resolved = self._resolved
         self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
         values = values_at(resolved, clock, self._feedback)
-        self._published = {}
+        published: dict[str, dict[str, Any]] = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = before.get(cell.name) if before else None
             if hyper is None or not cell.steady or group["overrides"]:
                 hyper = values.hyper(index)
                 group.update(hyper)
-            self._published[cell.name] = hyper
+            published[cell.name] = hyper
             group["clock"] = clock
         was = self._freezer.active
         self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
         self._drop_states(was)
         self._audit.begin(self.param_groups, self._freezer.active)
-        self._operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+        run = self._run_state
+        run.published = published
+        run.operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""

@@ -17,7 +17,8 @@ from .errors import StateError
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
-from .state import Loaded, LoadReport, prepare
+from .run_state import RunState
+from .state import Loaded, prepare
 from .state.fit import evaluations
 from .state.form import MOMENTUM
 from .state.load import OURS
@@ -35,7 +36,7 @@ class Restorable(Steerable):
     _audit: Audit
     _received: Received
     _ties: Watched
-    last_load: LoadReport | None
+    _run_state: RunState
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's shape, with what a plan needs to go on in the groups.
@@ -73,7 +74,8 @@ class Restorable(Steerable):
             StateError: if it does not fit; nothing was changed.
         """
         self._restore(state_dict, strict, renamed)
-        jumps = self.last_load.jumps if self.last_load else ()
+        report = self._run_state.last_load
+        jumps = report.jumps if report else ()
         if jumps:
             log.warning(
                 "the state's schedules fit a run of another length, and the plan's are used: "
@@ -108,7 +110,7 @@ class Restorable(Steerable):
     def _put(self, loaded: Loaded) -> None:
         """Exchange the state; nothing in here can fail."""
         self.state.update(loaded.state)
-        self.__dict__.pop("_batches", None)  # kept batches hold the old tensors
+        self._kept_batches.clear()  # kept batches hold the old tensors
         for group in self.param_groups:
             group["overrides"] = loaded.lived.overrides.get(group["name"], [])
             group["feedback"] = loaded.lived.seen
@@ -116,7 +118,7 @@ class Restorable(Steerable):
         self._audit.forget()
         self._received.begin(loaded.clock)
         self._publish(loaded.clock)
-        self.last_load = loaded.report
+        self._run_state.last_load = loaded.report
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The state in the form that torch's optimizer of the same name loads.

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import LaminaError, printable
 from ..preview import Preview
-from ..report.inspection import inspect as describe
+from ..preview.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
 from ..training.load import choose_plan, load_task, placed

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..optimizer import Optimizer
 from ..preview import Preview
-from ..report.confirm import Confirmation, confirm
+from ..preview.confirm import Confirmation, confirm
 from ..timeline import Feedback
 from .records import Event, StepRecord, Validation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..report.confirm import Confirmation
+from ..preview.confirm import Confirmation
 from .task import Task
 
 

@@ -206,7 +206,7 @@ def restore(found: Resumption, session: Session) -> Position:
             f"{found.path}: the checkpoint says step {snapshot.clock}, and the optimizer's state "
             f"in it step {session.optimizer.clock}; it was changed by hand. Use another."
         )
-    session.optimizer.skipped = snapshot.skipped
+    session.optimizer._run_state.skipped = snapshot.skipped
     session.model.load_state_dict(snapshot.model)
     if scaler is not None:
         scaler.load_state_dict(snapshot.scaler)

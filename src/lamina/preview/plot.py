@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..preview import Preview
+    from .preview import Preview
 
 #: peaks further apart than this are drawn on a logarithmic axis
 _LOG_RATIO = 20.0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from .rows import epochs, span
 
 if TYPE_CHECKING:
-    from ..preview import Preview
     from ..state import Resumed
+    from .preview import Preview
 
 #: gradient operations that are nothing but the usual clipping
 PLAIN_NORM = r"clip_norm [^,(]+"

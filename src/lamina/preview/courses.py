@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .rows import Row
 
 if TYPE_CHECKING:
-    from ..preview import Preview
+    from .preview import Preview
 
 _LABEL = 34
 #: told apart also by colour-blind readers (Okabe and Ito)

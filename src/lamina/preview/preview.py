@@ -11,23 +11,23 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from .explain import Explanation, explain
-from .findings import listed
-from .freezing import has_reducer
-from .parameters import observe, walk
-from .plan import Plan
-from .resolve import resolve_owned
-from .resolved import Finding, Resolved
-from .state import Resumed, resume_from
-from .time import Run
-from .timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
+from ..explain import Explanation, explain
+from ..findings import listed
+from ..freezing import has_reducer
+from ..parameters import observe, walk
+from ..plan import Plan
+from ..resolve import resolve_owned
+from ..resolved import Finding, Resolved
+from ..state import Resumed, resume_from
+from ..time import Run
+from ..timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from .report.rows import Row
+    from .rows import Row
 
 
 class Preview:
@@ -99,7 +99,7 @@ class Preview:
     @cached_property
     def peaks(self) -> tuple[tuple[float, int], ...]:
         """The largest lr of each group over all steps, and the first step that has it."""
-        from .report.sampling import peaks
+        from .sampling import peaks
 
         return peaks(self)
 
@@ -110,14 +110,14 @@ class Preview:
         Among them are the first and the last, every thaw and freeze, the bounds of the phases of
         schedules, and the peaks. Of a run of unknown length: where groups begin to train.
         """
-        from .report.sampling import sampled
+        from .sampling import sampled
 
         return sampled(self)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """One row for each parameter group."""
-        from .report.rows import rows
+        from .rows import rows
 
         return rows(self)
 
@@ -164,12 +164,12 @@ class Preview:
             TimeUnitError: if the length of the run is unknown.
             MissingExtraError: if matplotlib is not installed.
         """
-        from .report.plot import plot
+        from .plot import plot
 
         return plot(self, path, ax)
 
     def __str__(self) -> str:
-        from .report.table import text
+        from .table import text
 
         return text(self)
 
@@ -177,7 +177,7 @@ class Preview:
         return f"<Preview of {len(self.resolved.cells)} groups; print it, or see .rows>"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from .report.table import rich_parts
+        from .table import rich_parts
 
         yield from rich_parts(self, options.max_width, unicode=not options.ascii_only)
 

@@ -15,7 +15,7 @@ from ..schedules.base import Product, phases_of
 from ..time import Run
 
 if TYPE_CHECKING:
-    from ..preview import Preview
+    from .preview import Preview
 
 #: at about this many steps a long run is drawn
 SAMPLES = 2000

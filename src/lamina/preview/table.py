@@ -18,7 +18,7 @@ from .rows import Row, number, span
 from .sparkline import can_show, curve
 
 if TYPE_CHECKING:
-    from ..preview import Preview
+    from .preview import Preview
 
 #: without a terminal, as in a log file
 _WIDTH = 110

@@ -15,7 +15,7 @@ from ..timeline import Values
 from .sampling import windows
 
 if TYPE_CHECKING:
-    from ..preview import Preview
+    from .preview import Preview
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .rows import number
 
 if TYPE_CHECKING:
-    from ..preview import Preview
+    from .preview import Preview
 
 #: relative to the largest lr of a group; float64 rounds at 1e-16
 _TOLERANCE = 1e-12
