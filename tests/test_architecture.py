@@ -52,6 +52,7 @@ LAYERS = [
     "freezing",
     "audit",
     "received",
+    "monitor",
     "admission",
     "guests",
     "ownership",

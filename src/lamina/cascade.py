@@ -20,7 +20,11 @@ from .resolved import ALWAYS, NEVER, Link, Setting, Windows
 from .schedules import Schedule
 from .settings import ByDepth, Times, check_amount, python_number
 from .time import Run
-from .windows import settle, window_text
+from .windows import moves_window, settle, window_text
+
+
+#: keys that write the setting of another name
+_SAME = {"clip_norm": "gradients"}
 
 
 @dataclass
@@ -39,10 +43,22 @@ class Draft:
     operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
+    #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    #: the rules that match it, by their place in the plan, counted from 1
+    matched: list[int] = field(default_factory=list)
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
         self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
+
+
+    def credit(self, rule: int, key: str, value: object) -> None:
+        """Remember which rules a setting comes from; a factor keeps those before it."""
+        if isinstance(value, (Times, ByDepth)):
+            self.sources.setdefault(key, []).append(rule)
+        else:
+            self.sources[key] = [rule]
 
 
 def spelled(value: object) -> str:
@@ -115,6 +131,7 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
         below_top = 0 if rank is None else len(ranks) - 1 - rank
         if label not in draft.rules:
             draft.rules.append(label)
+        draft.matched.append(index)
         _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
 
 
@@ -132,9 +149,12 @@ def _apply(
         draft.optimizer = settings["optimizer"]
         for key in draft.hyper:
             draft.chains.pop(key, None)
+            draft.sources.pop(key, None)
         draft.hyper = _defaults(draft.optimizer)
         draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
     for key, value in settings.items():
+        if key not in WINDOW:
+            draft.credit(index, _SAME.get(key, key), value)
         if key in ("schedule", "hold", "frozen_state", "rewarm"):
             setattr(draft, key, value)
             draft.note(rule, key, value, value)
@@ -152,6 +172,8 @@ def _apply(
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
     if any(key in settings for key in WINDOW):
+        if moves_window(settings, info):
+            draft.credit(index, "window", None)
         draft.windows = settle(settings, below_top, info, run, where, draft.windows)
         text = {key: settings[key] for key in WINDOW if key in settings}
         shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())

@@ -214,7 +214,10 @@ class Plan:
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
     ) -> Optimizer:
-        """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
+        """Build the optimizer that carries the plan out on a model (see `lamina.Optimizer`).
+
+        Each finding (what is legal in the plan but suspicious) is given once as a `LaminaWarning`,
+        on rank 0 where several processes train; `optimizer.findings` has them all.
 
         Args:
             model: the model, as it will be trained.
@@ -240,7 +243,9 @@ class Plan:
         from .optimizer import Optimizer
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        return Optimizer(self, model, run, audit, resume, extend, renamed)
+        optimizer = Optimizer(self, model, run, audit, resume, extend, renamed)
+        optimizer.announce()
+        return optimizer
 
     def preview(
         self,

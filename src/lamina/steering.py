@@ -10,6 +10,7 @@ import torch
 from .engine import Engine
 from .freezing import Freezer
 from .guests import Guests
+from .monitor import Monitor
 from .overrides import check_chosen, select_groups
 from .reporting import changes, check_report, from_rank_zero, observe_all
 from .resolved import Resolved
@@ -24,6 +25,7 @@ class Steerable(Engine):
     _resolved: Resolved
     _freezer: Freezer
     _guests: Guests
+    _monitor: Monitor
 
     @property
     def clock(self) -> int:
@@ -87,6 +89,7 @@ class Steerable(Engine):
         for line in changes(seen, new):
             log.info("step %d: %s", self.clock, line)
         self._publish(self.clock)
+        self._monitor.reported(self.clock)
 
     @property
     def should_stop(self) -> bool:
