@@ -19,6 +19,7 @@ from .plan import Plan, Rule
 from .resolved import ALWAYS, NEVER, Link, Setting, Windows
 from .schedules import Schedule
 from .settings import ByDepth, Times, check_amount, python_number
+from .suggestions import nothing_matched
 from .time import Run
 from .windows import moves_window, settle, window_text
 
@@ -108,7 +109,8 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
     pattern = compile_pattern(rule.match)
     matched = [draft for draft in drafts if pattern.matches(draft.info)]
     if not matched:
-        raise PatternError(_nothing_matched(rule, [draft.info for draft in drafts]))
+        infos = [draft.info for draft in drafts]
+        raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, infos)}")
     depths: dict[str, int | None] = {}
     for draft in matched:
         found = pattern.depths(draft.info)
@@ -166,7 +168,8 @@ def _apply(
             draft.operations = None if operations is None else (index, operations)
             draft.note(rule, "gradients", operations, operations)
         elif key not in (*WINDOW, "optimizer"):
-            known_hyperparameter(draft.optimizer, key, f"{where} sets {key} on {info.name!r}")
+            place = f"{where} sets {key} on {info.name!r}"
+            known_hyperparameter(draft.optimizer, key, place, value)
             earlier = draft.hyper.get(key, Setting(1.0))
             result = _operate(earlier, value, info, below_top, f"{where}, {key}")
             draft.hyper[key] = result
@@ -204,18 +207,10 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
             value = python_number(value(info))
         except Exception as error:
             raise PlanError(
-                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}."
+                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. It "
+                "is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
+                "function of the step is written lamina.function(f)."
             ) from error
         check_amount(f"{where}, for {info.name!r}", "", value)
         value = float(value)
     return Setting(value)
-
-
-def _nothing_matched(rule: Rule, infos: Sequence[ParamInfo]) -> str:
-    from .suggestions import closest
-
-    near = closest(rule.label, [name for info in infos for name in info.names])
-    return (
-        f"rule {rule.label!r} matches none of the {len(infos)} parameters. "
-        f"The closest parameter names are: {', '.join(near)}."
-    )

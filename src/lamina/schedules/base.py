@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +64,20 @@ class Schedule(Spelled, ABC):
     def __rshift__(self, other: object) -> Schedule:
         """First this schedule for its length, then the other."""
         if not isinstance(other, Schedule):
-            return NotImplemented
+            raise _cannot_join(self, ">>", other)
         return Sequence((*phases_of(self), *phases_of(other)))
+
+    def __rrshift__(self, other: object) -> NoReturn:
+        raise _cannot_join(self, ">>", other)
 
     def __mul__(self, other: object) -> Schedule:
         """The product of two schedules, step by step."""
         if not isinstance(other, Schedule):
-            return NotImplemented
+            raise _cannot_join(self, "*", other)
         return Product(self, other)
+
+    def __rmul__(self, other: object) -> NoReturn:
+        raise _cannot_join(self, "*", other)
 
     def plot(
         self,
@@ -106,6 +112,18 @@ class Schedule(Spelled, ABC):
         last = (run.steps or 1) - 1
         places = np.unique(np.linspace(0, last, min(width, last + 1)).round())
         return sparkline(list(self.bind(run).at(places)), width)
+
+
+def _cannot_join(schedule: Schedule, op: str, other: object) -> ScheduleError:
+    """The error for what is joined with a schedule and is none."""
+    if isinstance(other, type) and issubclass(other, Schedule):
+        return ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
+    if op == "*" and isinstance(other, (int, float)):
+        return ScheduleError(
+            f"{schedule!r} cannot be multiplied with the number {other!r}; write lr={other!r} and "
+            f"schedule={schedule!r}, or as a schedule {schedule!r} * constant({other!r})."
+        )
+    return ScheduleError(f"{schedule!r} {op} {other!r}: {op!r} joins two schedules.")
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
