@@ -21,8 +21,6 @@ from .resolved import Finding, Resolved
 from .time import parse
 from .timeline import values_at
 
-#: steps without any gradient that are told of: one may be a batch that a trainer leaves out
-_WITHOUT_GRADIENT = 2
 #: the steps in which the weights are looked at
 _SAMPLED = (1, 10, 100, 300, 1000, 3000)
 #: how many numbers of a tensor are looked at
@@ -42,7 +40,7 @@ class Monitor:
         self.found: dict[str, Finding] = {}
         self._resolved = resolved
         self._notices = notices
-        self._without_gradient = 0
+        self._without_gradient: int | None = None  # the last step that had none
         self._had_report = False
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._clip = ClippedElsewhere()
@@ -87,6 +85,10 @@ class Monitor:
                 self._warn(_never_reported(key, reaction, clock), key)
         self._due = min((each for each in self._moments if each > clock), default=math.inf)
 
+    def loaded(self) -> None:
+        """Forget what was counted: the clock is that of a loaded state."""
+        self._epoch.forget()
+
     def _moments_to_look(self) -> list[float]:
         steps = self._resolved.run.steps
         ends: list[float] = [] if steps is None else [steps + 1]
@@ -129,11 +131,14 @@ class Monitor:
     # --- gradients -----------------------------------------------------------------------------
 
     def without_gradient(self, clock: int, active: Sequence[bool | None]) -> None:
-        """Note a step in which no parameter had a gradient."""
+        """Note a step in which no parameter had a gradient, and tell of two in a row.
+
+        A single one may be a batch that a trainer leaves out.
+        """
         if any(active):
-            self._without_gradient += 1
-            if self._without_gradient == _WITHOUT_GRADIENT:
+            if self._without_gradient is not None and self._without_gradient == clock - 1:
                 self._tell(_no_gradient(clock))
+            self._without_gradient = clock
 
     def measured(self, norms: Mapping[str, torch.Tensor]) -> None:
         """Look at the norms of a step, which were read on the host already."""
@@ -162,7 +167,7 @@ class Monitor:
     def compare(self, sample: Sample, clock: int) -> None:
         """Tell if most of the sampled numbers with a gradient are what they were."""
         lr, share = float(sample.batch.hyper["lr"]), sample.unchanged()
-        if share > 0.5 and lr >= 0.5 * self._peak(sample.batch.hyper["name"]):
+        if lr and share > 0.5 and lr >= 0.5 * self._peak(sample.batch.hyper["name"]):
             name = sample.batch.name_of(sample.index)
             self._samples = False
             self._tell(_rounds_away(name, sample.param.dtype, share, lr, clock))
@@ -183,6 +188,10 @@ class FirstEpoch:
     def __init__(self, planned: int | None) -> None:
         self.open = planned is not None
         self._begin: int | None = None
+
+    def forget(self) -> None:
+        """Begin anew, with the next whole epoch."""
+        self._begin = None
 
     def after_step(self, clock: int, skipped: int) -> int | None:
         """Return the length of the epoch once it has ended; it is looked at no more then."""
@@ -324,7 +333,7 @@ def _never_reported(key: str, reaction: Reaction, clock: int) -> Finding:
 def _no_gradient(clock: int) -> Finding:
     return Finding(
         "step-without-gradient",
-        f"no parameter had a gradient in step {clock}, nor in an earlier one: nothing was updated.",
+        f"no parameter had a gradient in the steps {clock - 1} and {clock}: nothing was updated.",
         "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If so it "
         "is, the loss does not depend on anything that trains (a detach, torch.no_grad, another "
         "copy of the model).",
