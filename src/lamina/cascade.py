@@ -23,7 +23,6 @@ from .suggestions import nothing_matched
 from .time import Run
 from .windows import moves_window, settle, window_text
 
-
 #: keys that write the setting of another name
 _SAME = {"clip_norm": "gradients"}
 
@@ -52,7 +51,6 @@ class Draft:
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
         self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
-
 
     def credit(self, rule: int, key: str, value: object) -> None:
         """Remember which rules a setting comes from; a factor keeps those before it."""
@@ -207,8 +205,8 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
             value = python_number(value(info))
         except Exception as error:
             raise PlanError(
-                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. It "
-                "is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
+                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. "
+                "It is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
                 "function of the step is written lamina.function(f)."
             ) from error
         check_amount(f"{where}, for {info.name!r}", "", value)

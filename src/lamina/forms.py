@@ -87,9 +87,9 @@ def _check_lone_thaw(given: Mapping[str, Any], where: str) -> None:
 def _check_setting(key: str, value: Any, where: str) -> Any:
     place = f"{where}, {key}"
     _refuse_uncalled(key, value, where)
-    if key not in CONTROLS and isinstance(value, (Schedule, Reaction)):
-        if meant := written_as(key, value):
-            raise HyperparameterError(f"{place}: there is no setting {key!r}.{meant}")
+    is_number = key in CONTROLS or not isinstance(value, (Schedule, Reaction))
+    if not is_number and (meant := written_as(key, value)):
+        raise HyperparameterError(f"{place}: there is no setting {key!r}.{meant}")
     if key == "optimizer":
         return optimizer_class(value)
     if key == "state_dtype":

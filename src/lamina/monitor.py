@@ -117,10 +117,11 @@ class Monitor:
         Each of N processes has an N-th of the batches: the commonest reason for a wrong length.
         """
         epoch, processes = self._resolved.run.steps_per_epoch, count_processes()
-        if not self._had_report and epoch is not None and processes > 1:
-            if abs(clock - math.ceil(epoch / processes)) <= 1:
+        first, self._had_report = not self._had_report, True
+        if first and epoch is not None and processes > 1:
+            share = math.ceil(epoch / processes)
+            if abs(clock - share) <= 1:
                 self._compare(clock)
-        self._had_report = True
 
     def _compare(self, length: int) -> None:
         """Tell if an epoch had another length than planned; a few steps may have been left out."""
@@ -334,8 +335,8 @@ def _no_gradient(clock: int) -> Finding:
     return Finding(
         "step-without-gradient",
         f"no parameter had a gradient in the steps {clock - 1} and {clock}: nothing was updated.",
-        "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If so it "
-        "is, the loss does not depend on anything that trains (a detach, torch.no_grad, another "
+        "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If it is "
+        "so, the loss does not depend on anything that trains (a detach, torch.no_grad, another "
         "copy of the model).",
     )
 

@@ -22,10 +22,9 @@ from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
-from .notices import Notices
-from .optim.registry import is_whole_vector, optimizer_name
 from .monitor import Monitor
 from .notices import Notices
+from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
 from .parameters import Owned, observe, walk
 from .plan import Plan
@@ -45,7 +44,7 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_notices", "_monitor"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_monitor"),
 )
 
 
@@ -79,7 +78,6 @@ class Optimizer(Restorable):
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
         self._received = Received()
-        self._notices = Notices()
         self._monitor = Monitor(resolved, self._notices)
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}

@@ -288,7 +288,9 @@ def _checked_rules(rules: object) -> tuple[Rule, ...]:
         written = ", ".join(filter(None, (_as_rule(rule) for rule in rules.items())))
         raise PlanError(f"rules is a dict; expected a list of rules: rules=[{written}].")
     if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise PlanError(f"rules={rules!r}: expected a list such as [lamina.Rule('head.*', lr=0.1)].")
+        raise PlanError(
+            f"rules={rules!r}: expected a list such as [lamina.Rule('head.*', lr=0.1)]."
+        )
     given = tuple(rules)
     for index, rule in enumerate(given):
         if isinstance(rule, Rule):
