@@ -214,7 +214,9 @@ def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
 
 def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
     """What is suspicious in the values of a group, each with its fix."""
-    name, values, found = optimizer_name(cell.optimizer), cell.constants, []
+    name, found = optimizer_name(cell.optimizer), []
+    moving = dict(cell.moving)
+    values = {key: value for key, value in cell.constants.items() if key not in moving}
     lr, usual = _largest_lr(cell, run), _LARGE_LR.get(name, 100.0)
     if lr > usual:
         found.append(

@@ -334,7 +334,7 @@ def _never_reported(key: str, reaction: Reaction, clock: int) -> Finding:
 def _no_gradient(clock: int) -> Finding:
     return Finding(
         "step-without-gradient",
-        f"no parameter had a gradient in the steps {clock - 1} and {clock}: nothing was updated.",
+        f"no parameter had a gradient in the steps {clock - 1} and {clock}; nothing was updated.",
         "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If it is "
         "so, the loss does not depend on anything that trains (a detach, torch.no_grad, another "
         "copy of the model).",

@@ -272,7 +272,7 @@ class Plan:
 
 
 def _with_depth(match: PatternLike) -> str:
-    """A pattern that captures layer numbers: the one that was given, if another word stands there."""
+    """A pattern that captures layer numbers; the one that was given, if it has another word."""
     if isinstance(match, str) and re.search(r"\{\w+\}", match):
         return re.sub(r"\{\w+\}", "{depth}", match, count=1)
     return "encoder.layer.{depth}.*"

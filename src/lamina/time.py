@@ -102,7 +102,7 @@ def parse(value: object) -> Time:
     raise TimeUnitError(f"{value!r} is not a length of time; {_HELP}.")
 
 
-def _as_steps(name: str, value: Any) -> str:
+def _as_steps(name: str, value: object) -> str:
     """How something that is no whole number is written as one, or an empty string."""
     if isinstance(value, float) and value.is_integer():
         return f" Write {name}={int(value)}."
@@ -133,7 +133,8 @@ def run_of(
     for name, value in (("steps", steps), ("steps_per_epoch", steps_per_epoch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TimeUnitError(
-                f"{name}={value!r} is not a whole number of optimizer steps.{_as_steps(name, value)}"
+                f"{name}={value!r} is not a whole number of optimizer steps."
+                f"{_as_steps(name, value)}"
             )
         if value is not None and value < 1:
             raise TimeUnitError(f"{name}={value} is out of range; expected 1 or more.")
