@@ -53,11 +53,12 @@ class Monitor:
         for finding in findings:
             self._warn(finding, str(finding))
 
-    def _tell(self, finding: Finding) -> None:
-        """Remember a finding about the run, and give it as a warning."""
-        if finding.code not in self.found:
-            self.found[finding.code] = finding
-            self._warn(finding, finding.code)
+    def _tell(self, finding: Finding, about: str = "") -> None:
+        """Remember a finding about the run (or a part of it), and give it as a warning."""
+        key = f"{finding.code} {about}"
+        if key not in self.found:
+            self.found[key] = finding
+            self._warn(finding, key)
 
     def _warn(self, finding: Finding, key: str) -> None:
         if is_first_process():
@@ -82,7 +83,7 @@ class Monitor:
             self._tell(_beyond(steps))
         for key, reaction in self._resolved.reactions:
             if clock >= self._deadline(reaction) and seen[key]["best"] is None:
-                self._warn(_never_reported(key, reaction, clock), key)
+                self._tell(_never_reported(key, reaction, clock), key)
         self._due = min((each for each in self._moments if each > clock), default=math.inf)
 
     def loaded(self) -> None:
@@ -335,8 +336,8 @@ def _no_gradient(clock: int) -> Finding:
     return Finding(
         "step-without-gradient",
         f"no parameter had a gradient in the steps {clock - 1} and {clock}; nothing was updated.",
-        "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If it is "
-        "so, the loss does not depend on anything that trains (a detach, torch.no_grad, another "
+        "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If "
+        "both are done, the loss depends on nothing that trains (a detach, torch.no_grad, another "
         "copy of the model).",
     )
 

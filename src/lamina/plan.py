@@ -289,7 +289,7 @@ def _checked_rules(rules: object) -> tuple[Rule, ...]:
         raise PlanError(f"rules is a dict; expected a list of rules: rules=[{written}].")
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise PlanError(
-            f"rules={rules!r}: expected a list such as [lamina.Rule('head.*', lr=0.1)]."
+            f"rules={rules!r}: expected a list such as rules=[lamina.Rule('head.*', lr=0.1)]."
         )
     given = tuple(rules)
     for index, rule in enumerate(given):

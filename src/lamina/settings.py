@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from .time import TimeLike
 class _Factor(Spelled):
     """A factor on what earlier rules gave, which is no number and cannot be multiplied with one."""
 
-    def __mul__(self, other: object) -> NoReturn:
-        given = repr(other) if isinstance(other, (int, float)) else "the number"
+    def __mul__(self, other: object) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
         raise PlanError(
             f"{self!r} cannot be multiplied with {other!r}: it is a factor on what earlier rules "
-            f"gave. Give the plan, or an earlier rule, lr={given}, and the rule lr={self!r}."
+            f"gave. Give the plan, or an earlier rule, lr={other!r}, and the rule lr={self!r}."
         )
 
     __rmul__ = __mul__

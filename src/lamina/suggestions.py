@@ -130,7 +130,6 @@ def _candidates(pattern: str, infos: Sequence[ParamInfo]) -> Iterator[str]:
         return
     if is_regular(pattern):
         yield f"re:{pattern}"
-        yield f"re:.*(?:{pattern.strip('^$')}).*"
     yield re.sub(r"\b(ndim|numel)\s*=\s*(?=\d)", r"\1==", pattern)
     yield re.sub(r"\b(?:n?dims?|ndimension)\s*(<=|>=|==|!=|=|<|>)\s*(\d)", _compared, pattern)
     yield re.sub(r"^~", "!", pattern)
@@ -144,6 +143,8 @@ def _candidates(pattern: str, infos: Sequence[ParamInfo]) -> Iterator[str]:
     yield _renamed(pattern, _without_prefix)
     yield _renamed(pattern, lambda name: _mended(name, names))
     yield _renamed(pattern, lambda name: _below_any(_mended(name, names)))
+    if is_regular(pattern):
+        yield f"re:.*(?:{pattern.strip('^$')}).*"
     yield _renamed(pattern, lambda name: f"*{name.strip('*')}*")
 
 

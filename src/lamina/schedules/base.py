@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -64,20 +64,20 @@ class Schedule(Spelled, ABC):
     def __rshift__(self, other: object) -> Schedule:
         """First this schedule for its length, then the other."""
         if not isinstance(other, Schedule):
-            raise _cannot_join(self, ">>", other)
+            return _refused(self, ">>", other)
         return Sequence((*phases_of(self), *phases_of(other)))
 
-    def __rrshift__(self, other: object) -> NoReturn:
-        raise _cannot_join(self, ">>", other)
+    def __rrshift__(self, other: object) -> Any:
+        return _refused(self, ">>", other)
 
     def __mul__(self, other: object) -> Schedule:
         """The product of two schedules, step by step."""
         if not isinstance(other, Schedule):
-            raise _cannot_join(self, "*", other)
+            return _refused(self, "*", other)
         return Product(self, other)
 
-    def __rmul__(self, other: object) -> NoReturn:
-        raise _cannot_join(self, "*", other)
+    def __rmul__(self, other: object) -> Any:
+        return _refused(self, "*", other)
 
     def plot(
         self,
@@ -114,16 +114,16 @@ class Schedule(Spelled, ABC):
         return sparkline(list(self.bind(run).at(places)), width)
 
 
-def _cannot_join(schedule: Schedule, op: str, other: object) -> ScheduleError:
-    """The error for what is joined with a schedule and is none."""
+def _refused(schedule: Schedule, op: str, other: object) -> Any:
+    """Raise `ScheduleError` for what people join with a schedule; of others Python says enough."""
     if isinstance(other, type) and issubclass(other, Schedule):
-        return ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
+        raise ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
     if op == "*" and isinstance(other, (int, float)):
-        return ScheduleError(
+        raise ScheduleError(
             f"{schedule!r} cannot be multiplied with the number {other!r}; write lr={other!r} and "
             f"schedule={schedule!r}, or as a schedule {schedule!r} * constant({other!r})."
         )
-    return ScheduleError(f"{schedule!r} {op} {other!r}: {op!r} joins two schedules.")
+    return NotImplemented
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
