@@ -10,10 +10,10 @@ import numpy as np
 
 from .cascade import Draft
 from .forms import CONTROLS
-from .optim.registry import is_whole_vector, optimizer_name
+from .optim.registry import hyperparameters, is_whole_vector, optimizer_name
 from .parameters import Observed
 from .plan import Plan, Rule
-from .resolved import NEVER, Cell, Finding, Scope, Trigger, Windows
+from .resolved import NEVER, Cell, Finding, Scope, Setting, Trigger, Windows
 from .time import Run
 
 #: how often dynamo compiles a function anew, where torch does not say
@@ -215,6 +215,7 @@ def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
 def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
     """What is suspicious in the values of a group, each with its fix."""
     name, found = optimizer_name(cell.optimizer), []
+    usual_lr = hyperparameters(cell.optimizer)["lr"]
     moving = dict(cell.moving)
     values = {key: value for key, value in cell.constants.items() if key not in moving}
     lr, usual = _largest_lr(cell, run), _LARGE_LR.get(name, 100.0)
@@ -223,7 +224,7 @@ def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
             (
                 f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
                 f"See whether an exponent lost its sign; the default of {name} is "
-                f"lr={cell.algorithm.defaults['lr']:g}.",
+                f"lr={usual_lr:g}.",
             )
         )
     decay = values.get("weight_decay", 0.0)
@@ -254,6 +255,7 @@ def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
 def _largest_lr(cell: Cell, run: Run) -> float:
     """About the largest lr of a group in the run, at some of its steps."""
     setting = dict(cell.hyper)["lr"]
+    assert isinstance(setting, Setting)  # the forms refuse several values of lr
     curves = [*setting.curves, *([cell.schedule] if cell.schedule is not None else [])]
     lr = setting.scale
     if curves:

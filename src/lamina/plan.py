@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import time
 from .errors import PlanError
 from .expressions import parse, spell
-from .feedback import EarlyStop, early_stop
+from .feedback import EarlyStop
 from .forms import NAMES, check_settings
 from .optim.registry import optimizer_class, optimizer_name
 from .patterns import PatternLike, compile_pattern
@@ -143,9 +143,9 @@ class Plan:
             raise PlanError(f"nonfinite_check={nonfinite_check!r}: expected 'norms' or 'all'.")
         if nonfinite not in ("raise", "skip"):
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
-        if stop is early_stop:
+        if isinstance(stop, type):
             raise PlanError(
-                "stop=early_stop is not called; write stop=lamina.early_stop('val_loss')."
+                f"stop={getattr(stop, 'spelling', stop.__name__)} is not called; write stop=lamina.early_stop('val_loss')."
             )
         if isinstance(stop, str):
             stop = parse(stop, NAMES, "plan, stop")

@@ -80,8 +80,12 @@ class DropIn(Engine):
 
     def _warn_of_unread(self, where: str, given: Mapping[str, Any]) -> None:
         """Warn of keys that neither the optimizer nor a scheduler reads; torch ignores them too."""
-        unread = [key for key in given if key not in {*self.defaults, *_READ_ELSEWHERE}]
-        unread = [key for key in unread if isinstance(key, str) and not key.startswith("_")]
+        unread = [
+            key
+            for key in given
+            if key not in {*self.defaults, *_READ_ELSEWHERE}
+            and not (str(key).startswith("_") or isinstance(given[key], str))  # labels
+        ]
         if not unread:
             return
         told = self.__dict__.setdefault("_unread", set())

@@ -64,20 +64,24 @@ class Schedule(Spelled, ABC):
     def __rshift__(self, other: object) -> Schedule:
         """First this schedule for its length, then the other."""
         if not isinstance(other, Schedule):
-            return _refused(self, ">>", other)
+            _refuse(self, ">>", other)
+            return NotImplemented
         return Sequence((*phases_of(self), *phases_of(other)))
 
     def __rrshift__(self, other: object) -> Any:
-        return _refused(self, ">>", other)
+        _refuse(self, ">>", other)
+        return NotImplemented
 
     def __mul__(self, other: object) -> Schedule:
         """The product of two schedules, step by step."""
         if not isinstance(other, Schedule):
-            return _refused(self, "*", other)
+            _refuse(self, "*", other)
+            return NotImplemented
         return Product(self, other)
 
     def __rmul__(self, other: object) -> Any:
-        return _refused(self, "*", other)
+        _refuse(self, "*", other)
+        return NotImplemented
 
     def plot(
         self,
@@ -114,7 +118,7 @@ class Schedule(Spelled, ABC):
         return sparkline(list(self.bind(run).at(places)), width)
 
 
-def _refused(schedule: Schedule, op: str, other: object) -> Any:
+def _refuse(schedule: Schedule, op: str, other: object) -> None:
     """Raise `ScheduleError` for what people join with a schedule; of others Python says enough."""
     if isinstance(other, type) and issubclass(other, Schedule):
         raise ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
@@ -123,7 +127,6 @@ def _refused(schedule: Schedule, op: str, other: object) -> Any:
             f"{schedule!r} cannot be multiplied with the number {other!r}; write lr={other!r} and "
             f"schedule={schedule!r}, or as a schedule {schedule!r} * constant({other!r})."
         )
-    return NotImplemented
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
