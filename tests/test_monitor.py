@@ -71,6 +71,14 @@ def test_a_resumed_build_tells_again():
     assert codes(lambda: plan.build(net(), steps=5, resume=state)) == ["lr-zero"]
 
 
+def test_with_several_processes_the_first_one_speaks(monkeypatch):
+    monkeypatch.setattr("lamina.monitor.is_first_process", lambda: False)
+    model, optimizer = built({"steps": 2}, rules=[lm.Rule("0.*", lr=0.0)])
+    assert codes(lambda: take(model, optimizer, 3)) == []
+    assert [finding.code for finding in optimizer.findings] == ["lr-zero"]
+    assert "beyond-the-end" in [finding.code for finding in optimizer.check(model)]
+
+
 # ------------------------------------------------------------------------------ the length of a run
 
 
@@ -125,6 +133,37 @@ def test_a_loader_of_another_length_is_told_at_the_end_of_the_first_epoch(monkey
     found = [finding for finding in optimizer.check(model) if finding.code == "another-length"]
     assert len(found) == len(told)
     assert not found or f"steps_per_epoch={taken}" in found[0].fix
+
+
+class Module(nn.Sequential):
+    """Stands for a LightningModule: it knows its trainer, which knows its length."""
+
+    def __init__(self, steps):
+        super().__init__(nn.Linear(8, 1))
+        self._trainer = types.SimpleNamespace(estimated_stepping_batches=steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (20, ["another-length"]),
+        (80, ["another-length"]),
+        (40, []),
+        (39, []),
+        (float("inf"), []),
+        (-1, []),
+        (None, []),
+    ],
+)
+def test_a_trainer_of_another_length_is_told_in_the_first_step(steps, told):
+    model, optimizer = built({"epochs": 2, "steps_per_epoch": 20}, Module(steps))
+    assert codes(lambda: take(model, optimizer, 1)) == told
+    assert codes(lambda: take(model, optimizer, 3)) == []
+    if told:  # as proposed
+        steps = model._trainer.estimated_stepping_batches
+        model, optimizer = built({"steps": steps}, Module(steps))
+        assert codes(lambda: take(model, optimizer, 1)) == []
+    copy.deepcopy(optimizer)
 
 
 def test_an_epoch_that_a_loaded_state_begins_in_the_middle_is_not_judged(monkeypatch):

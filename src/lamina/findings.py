@@ -223,8 +223,7 @@ def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
         found.append(
             (
                 f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
-                f"See whether an exponent lost its sign; the default of {name} is "
-                f"lr={usual_lr:g}.",
+                f"See whether an exponent lost its sign; the default of {name} is lr={usual_lr:g}.",
             )
         )
     decay = values.get("weight_decay", 0.0)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from .algorithms.base import HALF, Batch
 from .feedback import Reaction
@@ -36,13 +38,14 @@ class Monitor:
     rank 0 alone. It is no part of the state: a run that goes on looks again.
     """
 
-    def __init__(self, resolved: Resolved, notices: Notices) -> None:
+    def __init__(self, resolved: Resolved, notices: Notices, model: nn.Module) -> None:
         self.found: dict[str, Finding] = {}
         self._resolved = resolved
         self._notices = notices
         self._without_gradient: int | None = None  # the last step that had none
         self._had_report = False
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
+        self._trainer = LightningTrainer(model)
         self._clip = ClippedElsewhere()
         self._samples = _has_half(resolved)
         self._moments = self._moments_to_look()
@@ -74,6 +77,8 @@ class Monitor:
             skipped: how many were left out because of a gradient that was not finite.
             seen: what the reactions have seen.
         """
+        if self._trainer.open:
+            self._compare_with(self._trainer.steps())
         if self._epoch.open and (length := self._epoch.after_step(clock, skipped)):
             self._compare(length)
         if clock < self._due:
@@ -124,10 +129,16 @@ class Monitor:
             if abs(clock - share) <= 1:
                 self._compare(clock)
 
+    def _compare_with(self, steps: int | None) -> None:
+        """Tell if a trainer takes another number of steps than the run was planned for."""
+        planned = self._resolved.run.steps
+        if planned is not None and steps is not None and not _alike(steps, planned):
+            self._tell(_other_run(steps, planned))
+
     def _compare(self, length: int) -> None:
         """Tell if an epoch had another length than planned; a few steps may have been left out."""
         planned = self._resolved.run.steps_per_epoch
-        if planned is not None and abs(length - planned) > max(1, planned // 10):
+        if planned is not None and not _alike(length, planned):
             self._tell(_other_length(length, planned))
 
     # --- gradients -----------------------------------------------------------------------------
@@ -179,6 +190,30 @@ class Monitor:
         index = next(i for i, cell in enumerate(self._resolved.cells) if cell.name == name)
         steps = np.unique(np.linspace(0, (self._resolved.run.steps or 1000) - 1, 500).round())
         return float(np.max(values_at(self._resolved, steps).lr(index)))
+
+
+class LightningTrainer:
+    """The trainer of a LightningModule, which knows the length of its run once that has begun."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._module = weakref.ref(model) if hasattr(model, "_trainer") else None
+
+    @property
+    def open(self) -> bool:
+        """Return whether the trainer is still to be asked."""
+        return self._module is not None
+
+    def steps(self) -> int | None:
+        """Return the optimizer steps of the whole run, if they are known; ask once."""
+        module, self._module = self._module and self._module(), None
+        try:
+            steps = float(module._trainer.estimated_stepping_batches)  # type: ignore[union-attr, arg-type]
+        except Exception:  # there is no trainer, or it cannot tell
+            return None
+        return int(steps) if 0 < steps < math.inf else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_module": None}  # a copy has another model
 
 
 class FirstEpoch:
@@ -293,6 +328,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return not tensor.is_sparse and not hasattr(tensor, "to_local")
 
 
+def _alike(length: int, planned: int) -> bool:
+    """Return whether a length is the planned one but for a few steps that were left out."""
+    return abs(length - planned) <= max(1, planned // 10)
+
+
 # --- the findings --------------------------------------------------------------------------------
 
 
@@ -316,6 +356,16 @@ def _other_length(length: int, planned: int) -> Finding:
         f"windows take {_ratio(planned, length)} as they should.{why}",
         f"Build with steps_per_epoch={length}, the length of the loader that is iterated over "
         "(len(loader) after accelerator.prepare; the batches divided by the accumulated ones).",
+    )
+
+
+def _other_run(steps: int, planned: int) -> Finding:
+    return Finding(
+        "another-length",
+        f"the trainer takes {steps} optimizer steps, but {planned} were planned, so that schedules "
+        f"and windows take {_ratio(planned, steps)} as they should.",
+        "Build in configure_optimizers with steps=self.trainer.estimated_stepping_batches, which "
+        "counts processes and accumulated batches.",
     )
 
 

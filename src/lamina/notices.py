@@ -11,7 +11,7 @@ import torch
 from .errors import LaminaWarning
 
 #: packages whose frames lie between the user's line and lamina
-_INSIDE = ("lamina", "torch")
+_INSIDE = ("lamina", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
 
 
 def warn(message: str) -> None:

@@ -78,7 +78,7 @@ class Optimizer(Restorable):
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
         self._received = Received()
-        self._monitor = Monitor(resolved, self._notices)
+        self._monitor = Monitor(resolved, self._notices, model)
         self._freezer = Freezer(model, resolved.cells, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
