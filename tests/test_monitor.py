@@ -117,6 +117,8 @@ class Accelerate:
 
     _shared_state: dict[str, object] = {"initialized": True}  # noqa: RUF012
     end_of_dataloader = False
+    active_dataloader: object = None
+    num_steps = 1
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,27 @@ def test_a_trainer_of_another_length_is_told_in_the_first_step(steps, told):
         model, optimizer = built({"steps": steps}, Module(steps))
         assert codes(lambda: take(model, optimizer, 1)) == []
     copy.deepcopy(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulated", "told"),
+    [
+        (20, 1, []),
+        (80, 4, []),
+        (80, 1, []),
+        (10, 1, ["another-length"]),
+        (40, 4, ["another-length"]),
+    ],
+)
+def test_steps_that_a_scaler_left_out_are_no_other_length(monkeypatch, batches, accumulated, told):
+    stands_in = types.SimpleNamespace(GradientState=Accelerate)
+    monkeypatch.setitem(sys.modules, "accelerate.state", stands_in)
+    monkeypatch.setattr(Accelerate, "active_dataloader", range(batches))
+    monkeypatch.setattr(Accelerate, "num_steps", accumulated)
+    model, optimizer = built({"epochs": 4, "steps_per_epoch": 20})
+    take(model, optimizer, 5)
+    monkeypatch.setattr(Accelerate, "end_of_dataloader", True)
+    assert codes(lambda: take(model, optimizer, 1)) == told
 
 
 def test_an_epoch_that_a_loaded_state_begins_in_the_middle_is_not_judged(monkeypatch):

@@ -320,6 +320,37 @@ def test_what_a_message_proposes_works(wrong, proposal, right):
         run(right.format(proposal))
 
 
+# --------------------------------------------------------------- what is shown names what matters
+
+
+def test_explain_and_preview_name_ties():
+    model = Tied()
+    preview = lm.Plan("SGD", lr=0.1).preview(model, steps=5)
+    assert "tied, each updated once: encoder.weight = decoder.weight" in str(preview)
+    for name, other in (("encoder.weight", "decoder.weight"), ("decoder.weight", "encoder.weight")):
+        told = preview.explain(name)
+        assert told.names == ("encoder.weight", "decoder.weight")
+        assert f"tied: one parameter with {other}" in str(told)
+    assert "tied" not in str(preview.explain("middle.weight"))
+    assert "tied" not in str(lm.Plan("SGD", lr=0.1).preview(mlp(), steps=5))
+
+
+@pytest.mark.parametrize("length", [{"steps": 6}, {"epochs": 2, "steps_per_epoch": 3}])
+def test_explain_beyond_the_end_says_so(length):
+    optimizer = lm.Plan("SGD", lr=0.1, schedule=lm.linear(to=0.5)).build(mlp(), **length)
+    assert "beyond" not in str(optimizer.explain("body.weight", step=5))
+    told = optimizer.explain("body.weight", step=6)
+    assert told.end == 6
+    assert "beyond the end: the run has 6 steps, the last is 5" in str(told)
+    unknown = lm.Plan("SGD", lr=0.1).build(mlp()).explain("body.weight", step=10**6)
+    assert unknown.end is None
+
+
+def test_a_regular_expression_that_would_not_end_is_not_tried():
+    with pytest.raises(lm.PatternError, match="matches none"):
+        rule("re:(x+x+)+y")
+
+
 # ----------------------------------------------------------------------------------- findings
 
 #: a plan with a finding, the code, what it proposes, and the plan with that (in the place of {})

@@ -175,10 +175,11 @@ def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope
 def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
     """Rules of which later ones override every setting, for every parameter that they match."""
     findings = []
+    effective = {index for d in drafts for rules in d.sources.values() for index in rules}
     for index, rule in enumerate(plan.rules, 1):
-        hit = [draft for draft in drafts if index in draft.matched]
-        if any(index in rules for draft in hit for rules in draft.sources.values()):
+        if index in effective:
             continue
+        hit = [draft for draft in drafts if index in draft.matched]
         later = {other for draft in hit for other in draft.matched if other > index}
         if not later:  # top_down on parameters without a layer number says nothing of them
             continue

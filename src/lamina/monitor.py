@@ -224,6 +224,7 @@ class FirstEpoch:
 
     def __init__(self, planned: int | None) -> None:
         self.open = planned is not None
+        self._planned = planned or 0
         self._begin: int | None = None
 
     def forget(self) -> None:
@@ -237,12 +238,22 @@ class FirstEpoch:
         states = sys.modules.get("accelerate.state")
         if states is None or not states.GradientState._shared_state:  # no Accelerator was made
             self.open = False
-        elif states.GradientState().end_of_dataloader:
+        elif (state := states.GradientState()).end_of_dataloader:
             if self._begin is not None:
                 self.open = False
-                return clock + skipped - self._begin
+                return self._length(clock + skipped - self._begin, state)
             self._begin = clock + skipped
         return None
+
+    def _length(self, taken: int, state: Any) -> int | None:
+        """Return the steps taken, unless the loader has enough batches for those that were planned.
+
+        Then a GradScaler has left out the missing ones, or batches are accumulated by hand.
+        """
+        loader = state.active_dataloader
+        batches = len(loader) if hasattr(loader, "__len__") else 0
+        enough = math.ceil(batches / state.num_steps) >= self._planned
+        return None if taken < self._planned and enough else taken
 
 
 class ClippedElsewhere:

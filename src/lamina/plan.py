@@ -64,7 +64,7 @@ class Rule:
     match: PatternLike
     settings: tuple[tuple[str, Any], ...]
 
-    def __init__(self, match: PatternLike, /, **settings: Any) -> None:
+    def __init__(self, match: PatternLike, **settings: Any) -> None:
         pattern = compile_pattern(match)
         if not settings:
             raise PlanError(f"Rule({match!r}) sets nothing; give it a setting, such as lr=1e-3.")
@@ -145,7 +145,8 @@ class Plan:
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
         if isinstance(stop, type):
             raise PlanError(
-                f"stop={getattr(stop, 'spelling', stop.__name__)} is not called; write stop=lamina.early_stop('val_loss')."
+                f"stop={getattr(stop, 'spelling', stop.__name__)} is not called; write "
+                "stop=lamina.early_stop('val_loss')."
             )
         if isinstance(stop, str):
             stop = parse(stop, NAMES, "plan, stop")
