@@ -45,7 +45,7 @@ def codes(action):
 def built(length=None, model=None, optimizer="SGD", lr=0.01, **settings):
     model = model or net()
     plan = lm.Plan(optimizer, lr=lr, **settings)
-    return model, plan.build(model, **(length or {"steps": 200}))
+    return model, plan.build(model, **({"steps": 200} if length is None else length))
 
 
 # ------------------------------------------------------------------------- findings of the plan
@@ -257,7 +257,8 @@ METRICS = [
     ({"rules": [lm.Rule("0.*", thaw=lm.on_plateau("val_loss", patience=1))]}, EPOCHS, 11),
     ({"feedback": lm.plateau("val_loss", patience=20)}, EPOCHS, 50),
     ({"feedback": lm.plateau("val_loss", patience=5)}, {"steps": 30}, 30),
-    ({"feedback": lm.plateau("val_loss", patience="20%")}, {"steps": 30}, 7),
+    ({"feedback": lm.plateau("val_loss", patience="20%")}, {"steps": 30}, 14),
+    ({"feedback": lm.plateau("val_loss", patience="5 steps")}, {}, 21),
     ({"feedback": lm.plateau("val_loss", patience=500)}, {"epochs": 1, "steps_per_epoch": 9}, 10),
 ]
 

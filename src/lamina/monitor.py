@@ -104,9 +104,9 @@ class Monitor:
     def _deadline(self, reaction: Reaction) -> float:
         """Return the step by which the metric of a reaction should have come.
 
-        That is the end of its patience and one epoch more for the first report; where patience
-        counts reports, one an epoch is usual. At the latest it is the end of the run. A run of one
-        epoch may report after its last step.
+        That is the end of its patience and one epoch more for the first report (a quarter of a run
+        whose epochs are unknown); where patience counts reports, one an epoch is usual. At the
+        latest it is the end of the run. A run of one epoch may report after its last step.
         """
         run, settled = self._resolved.run, self._resolved.settled_for
         epoch, patience = run.steps_per_epoch, reaction.patience
@@ -114,7 +114,9 @@ class Monitor:
         if epoch is not None and last <= epoch:
             last += 1
         if not isinstance(patience, int):
-            return min(last, math.ceil(parse(patience).in_steps(settled)) + (epoch or 0) + 1)
+            waits = math.ceil(parse(patience).in_steps(settled))
+            grace = epoch or (3 * waits if run.steps is None else max(waits, run.steps // 4))
+            return min(last, waits + grace + 1)
         return last if epoch is None else min(last, (patience + 1) * epoch + 1)
 
     def reported(self, clock: int) -> None:
