@@ -351,6 +351,20 @@ def test_a_regular_expression_that_would_not_end_is_not_tried():
         rule("re:(x+x+)+y")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 5000 + ")$" * 5000, "a, " * 20_000, "(a)+ or " * 9000],
+    ids=["nested", "commas", "words"],
+)
+def test_a_hostile_pattern_is_refused_at_once(text):
+    with pytest.raises(lm.PatternError, match="cannot read the pattern"):
+        lm.Rule(text, lr=1)
+
+
+def test_a_pattern_may_be_given_by_name():
+    assert lm.Rule(match="bn.*", lr=1) == lm.Rule("bn.*", lr=1)
+
+
 # ----------------------------------------------------------------------------------- findings
 
 #: a plan with a finding, the code, what it proposes, and the plan with that (in the place of {})

@@ -19,7 +19,7 @@ from .time import Run
 #: how often dynamo compiles a function anew, where torch does not say
 _RECOMPILE_LIMIT = 8
 #: the lr above which an optimizer hardly ever trains: about 1 where a step has the length of lr
-_LARGE_LR = {"SGD": 100.0, "LARS": 1000.0, "LBFGS": 10.0} | dict.fromkeys(
+_LARGE_LR = {"SGD": 100.0, "LARS": 1000.0} | dict.fromkeys(
     ("Adam", "AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam", "Muon"), 1.0
 )
 

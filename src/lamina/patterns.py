@@ -29,6 +29,8 @@ PatternLike = str | Callable[[ParamInfo], bool]
 
 _COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d+)")
 _WORD = re.compile(r"(?:\{[^{}]*\}|\[[^\]]+\]|[^\s|&!(){}])+")
+#: for a longer text, which may be hostile, nothing is proposed
+LONG = 500
 _ONE_DEPTH = "{depth} may be captured once in a pattern; write one rule for each capture"
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
@@ -189,11 +191,11 @@ def _as_text(given: object) -> str:
 
 def is_regular(text: str) -> bool:
     """Return whether a text looks like a regular expression, and is one."""
-    if not re.search(r"\\[.dw]|\.[*+]|\)[$*+?]|^\^|\$$|\]\+|\(\?", text):
+    if len(text) > LONG or not re.search(r"\\[.dw]|\.[*+]|\)[$*+?]|^\^|\$$|\]\+|\(\?", text):
         return False
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -237,10 +239,10 @@ def _meant(text: str) -> str:
     """What a text that cannot be read is as a pattern, or an empty string."""
     if is_regular(text):
         return f" A regular expression is written {f're:{text}'!r}."
-    written = text
+    written = text if len(text) <= LONG else ""
     for pattern, symbol in _FOREIGN:
         written = re.sub(pattern, symbol, written)
-    if written == text:
+    if written in ("", text):
         return ""
     try:
         _Parser(written).whole()

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import PatternError, did_you_mean
 from .parameters import ParamInfo
-from .patterns import PatternLike, compile_pattern, is_regular
+from .patterns import LONG, PatternLike, compile_pattern, is_regular
 
 #: within a pattern: what is not a glob over names, and a glob
 _OTHER = re.compile(r"((?:ndim|numel)\s*[<>=!]=?\s*\d+|type:[^\s|&!()]+)")
@@ -112,6 +112,8 @@ def nothing_matched(pattern: PatternLike, infos: Sequence[ParamInfo]) -> str:
 
 def better_pattern(pattern: str, infos: Sequence[ParamInfo]) -> str | None:
     """Return a pattern like a given one that matches some parameter, if there is an obvious one."""
+    if len(pattern) > LONG:
+        return None
     for candidate in dict.fromkeys(_candidates(pattern, infos)):
         try:
             compiled = compile_pattern(candidate)
