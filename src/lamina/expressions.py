@@ -225,7 +225,7 @@ class _Parser:
         return self.call(name, args, kwargs)
 
     def called(self, name: str) -> str:
-        """How a name is called, or which name is."""
+        """Return how a name is called, or which name was meant."""
         if name not in self.names:
             return f".{did_you_mean(name, self.names)}" if did_you_mean(name, self.names) else ""
         try:

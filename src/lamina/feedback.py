@@ -57,7 +57,7 @@ class Reaction(Spelled, ABC):
 
 
 def _as_name(metric: object) -> str:
-    """A metric such as 'val/loss' as a name that an argument can have."""
+    """Return a metric such as 'val/loss' as a name that an argument can have."""
     name = re.sub(r"\W+", "_", metric).strip("_") if isinstance(metric, str) else ""
     return name if name.isidentifier() else "val_loss"
 

@@ -173,7 +173,7 @@ def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope
 
 
 def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
-    """Rules of which later ones override every setting, for every parameter that they match."""
+    """Find rules of which later ones override every setting for all their parameters."""
     findings = []
     effective = {index for d in drafts for rules in d.sources.values() for index in rules}
     for index, rule in enumerate(plan.rules, 1):
@@ -201,7 +201,7 @@ def _keys(rule: Rule) -> str:
 
 
 def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
-    """Values that are legal and hardly ever meant."""
+    """Find values that are legal and hardly ever meant."""
     found: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         if cell.windows and cell.algorithm is not None:
@@ -214,7 +214,7 @@ def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
 
 
 def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
-    """What is suspicious in the values of a group, each with its fix."""
+    """Return what is suspicious in the values of a group, each with its fix."""
     name, found = optimizer_name(cell.optimizer), []
     usual_lr = hyperparameters(cell.optimizer)["lr"]
     moving = dict(cell.moving)
@@ -253,7 +253,7 @@ def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
 
 
 def _largest_lr(cell: Cell, run: Run) -> float:
-    """About the largest lr of a group in the run, at some of its steps."""
+    """Return about the largest lr of a group in the run, from some of its steps."""
     setting = dict(cell.hyper)["lr"]
     assert isinstance(setting, Setting)  # the forms refuse several values of lr
     curves = [*setting.curves, *([cell.schedule] if cell.schedule is not None else [])]

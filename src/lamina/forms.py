@@ -132,7 +132,7 @@ def _refuse_uncalled(key: str, value: Any, where: str) -> None:
 
 
 def _calls(name: str, constructor: Callable[..., Any]) -> list[str]:
-    """Calls of a constructor: without arguments, as in its example, and as a factor or a value."""
+    """Return calls of a constructor: without arguments, as in its example, with usual ones."""
     shown = re.search(rf">>> .*?({name}\([^()]*\))", constructor.__doc__ or "")
     example = [shown[1]] if shown else []
     return [f"{name}()", *example, f"{name}(to=0.0)", f"{name}(1.0, 0.0)"]
@@ -229,7 +229,7 @@ def _as_schedule(value: Any) -> str:
 
 
 def _as_factor(schedule: Schedule) -> str:
-    """How a schedule with a start alone is written, whose number was meant as its end."""
+    """Return how a schedule is written whose only number was meant as its end."""
     text = re.sub(r"^(\w+)\(([\d.e+-]+)\)$", r"\1(to=\2)", repr(schedule))
     return f" To end at a share of lr, write schedule={text}." if text != repr(schedule) else ""
 

@@ -50,7 +50,7 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
 
 
 def _meant(resolved: Resolved, rule: str) -> str:
-    """A pattern like a given one that covers whole groups, as a clause; empty if there is none."""
+    """Return a clause with a similar pattern that covers whole groups, or an empty string."""
     infos = [info for cell in resolved.cells for info in cell.parameters]
     better = better_pattern(rule, infos)
     try:

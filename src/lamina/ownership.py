@@ -26,7 +26,7 @@ def refuse_foreign_writes(
 
 
 def _cause_and_fix(name: str, key: str, now: Any, value: Any, group: Mapping[str, Any]) -> str:
-    """Who wrote a value and what to do; a torch scheduler leaves `initial_lr` in the group."""
+    """Return who wrote a value and what to do; torch schedulers leave `initial_lr` in groups."""
     if "initial_lr" in group:
         return (
             "a torch scheduler that was made for this optimizer wrote it (a trainer makes one by "

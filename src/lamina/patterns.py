@@ -179,7 +179,7 @@ def compile_pattern(pattern: PatternLike) -> Pattern:
 
 
 def _as_text(given: object) -> str:
-    """How something that is no pattern is written as one, or an empty string."""
+    """Return how something that is no pattern is written as one, or an empty string."""
     if isinstance(given, (list, tuple)) and given and all(isinstance(one, str) for one in given):
         return f" Several patterns are one: {' | '.join(given)!r}."
     if isinstance(given, type) and issubclass(given, nn.Module):
@@ -236,7 +236,7 @@ _FOREIGN = (
 
 
 def _meant(text: str) -> str:
-    """What a text that cannot be read is as a pattern, or an empty string."""
+    """Return how a text that cannot be read is written as a pattern, or an empty string."""
     if is_regular(text):
         return f" A regular expression is written {f're:{text}'!r}."
     written = text if len(text) <= LONG else ""

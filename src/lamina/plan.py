@@ -273,14 +273,14 @@ class Plan:
 
 
 def _with_depth(match: PatternLike) -> str:
-    """A pattern that captures layer numbers; the one that was given, if it has another word."""
+    """Return a pattern that captures layer numbers: the given one, if it has another word."""
     if isinstance(match, str) and re.search(r"\{\w+\}", match):
         return re.sub(r"\{\w+\}", "{depth}", match, count=1)
     return "encoder.layer.{depth}.*"
 
 
 def _checked_rules(rules: object) -> tuple[Rule, ...]:
-    """The rules of a plan; raises `PlanError` for anything but a list of rules."""
+    """Return the rules of a plan; raise `PlanError` for anything but a list of rules."""
     if isinstance(rules, Rule):
         raise PlanError(f"rules={rules!r} is one rule; expected a list: rules=[{rules!r}].")
     if rules is None:
@@ -304,7 +304,7 @@ def _checked_rules(rules: object) -> tuple[Rule, ...]:
 
 
 def _as_rule(given: object) -> str:
-    """What is almost a rule (a dict, or a pattern with a dict) as a rule; empty if it is not."""
+    """Return how a dict, or a pattern with a dict, is written as a rule, or an empty string."""
     match: object = None
     settings: object = None
     if isinstance(given, Mapping):

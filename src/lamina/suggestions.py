@@ -80,7 +80,7 @@ _SETTINGS = (
 
 
 def _plain(value: object) -> str:
-    """A value as the user would write it."""
+    """Return a value as the user would write it."""
     from .expressions import spell
 
     if isinstance(value, (list, tuple)):
@@ -153,14 +153,14 @@ def _candidates(pattern: str, infos: Sequence[ParamInfo]) -> Iterator[str]:
 
 
 def _renamed(pattern: str, change: Callable[[str], str]) -> str:
-    """A pattern with its globs changed; classes and comparisons stay."""
+    """Change the globs of a pattern; classes and comparisons stay."""
     parts = _OTHER.split(pattern)
     parts[::2] = [_NAME.sub(lambda found: change(found[0]), part) for part in parts[::2]]
     return "".join(parts)
 
 
 def _below_any(name: str) -> str:
-    """A glob for a name under any prefix; that of a module means everything below it."""
+    """Return a glob for a name under any prefix; a module means everything below it."""
     return f"*.{name}" if re.search(r"[*?\[]", name) else f"*.{name}.*"
 
 
@@ -169,20 +169,20 @@ def _compared(found: re.Match[str]) -> str:
 
 
 def _without_prefix(name: str) -> str:
-    """A name without the first part: that of a wrapper, or of a module around this one."""
+    """Remove the prefix of a wrapper, or of a module around this one."""
     for prefix in _WRAPPERS:
         name = name.removeprefix(prefix)
     return name
 
 
 def _mended(name: str, names: Sequence[str]) -> str:
-    """A glob with each of its parts exchanged for the nearest that the model has."""
+    """Exchange each part of a glob for the nearest one that the model has."""
     parts = {part for each in names for part in each.split(".")}
     return ".".join(_nearest(part, parts) for part in name.split("."))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like a given one; itself if there is none, or if it is a glob."""
+    """Return the known word most like a given one, or the given one if none is near."""
     if not word.isidentifier():
         return word
     by_lower: dict[str, str] = {}
@@ -197,7 +197,7 @@ def _types(infos: Sequence[ParamInfo]) -> set[str]:
 
 
 def _own_types(infos: Sequence[ParamInfo]) -> set[str]:
-    """The class names of owners, without most of the base classes that do not tell them apart."""
+    """Return the class names of owners without private base classes."""
     return {name for name in _types(infos) if not name.startswith("_")}
 
 

@@ -103,14 +103,14 @@ def parse(value: object) -> Time:
 
 
 def _as_steps(name: str, value: object) -> str:
-    """How something that is no whole number is written as one, or an empty string."""
+    """Return how something that is no whole number is written as one, or an empty string."""
     if isinstance(value, float) and value.is_integer():
         return f" Write {name}={int(value)}."
     return f" Write {name}=len(loader)." if hasattr(value, "__len__") else ""
 
 
 def _with_unit(amount: float) -> str:
-    """A number as the times that it may mean, with a comma after each."""
+    """Return the times that a number may mean, with a comma after each."""
     if not 0 <= amount < LONGEST_RUN:
         return ""
     digits = _decimal(Fraction(str(amount)))

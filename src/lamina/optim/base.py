@@ -199,7 +199,7 @@ _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
 
 
 def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
-    """What was most likely meant by a key that nothing reads."""
+    """Return what was most likely meant by a key that nothing reads."""
     value, lr = group[key], group.get("lr")
     target, _, form = ALIASES.get(key.lower(), "").partition("=")
     if form == "lamina.times({})":

@@ -228,7 +228,7 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
 
 
 def _ties(preview: Preview) -> str:
-    """The parameters with several names; of many the first few."""
+    """List the parameters with several names; of many the first few."""
     ties = [
         " = ".join(info.names)
         for cell in preview.resolved.cells
