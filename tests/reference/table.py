@@ -84,16 +84,20 @@ ROWS = [
         {"amsgrad": True, "weight_decay": 0.1},
         {"maximize": True},
     ),
-    *_rows(
-        "Muon",
-        torch.optim.Muon,
-        None,  # bfloat16 in the middle: no re-write in float64 could say more than torch
-        {"lr": 0.003, "momentum": 0.8, "weight_decay": 0.2},
-        {},
-        {"nesterov": False, "weight_decay": 0.0},
-        {"adjust_lr_fn": "match_rms_adamw"},
-        {"ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2), "adjust_lr_fn": "original"},
-        shapes=MATRICES,
+    *(  # torch has it since 2.9
+        _rows(
+            "Muon",
+            torch.optim.Muon,
+            None,  # bfloat16 in the middle: no re-write in float64 could say more than torch
+            {"lr": 0.003, "momentum": 0.8, "weight_decay": 0.2},
+            {},
+            {"nesterov": False, "weight_decay": 0.0},
+            {"adjust_lr_fn": "match_rms_adamw"},
+            {"ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2), "adjust_lr_fn": "original"},
+            shapes=MATRICES,
+        )
+        if hasattr(torch.optim, "Muon")
+        else ()
     ),
     *_rows(
         "LARS",
