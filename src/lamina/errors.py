@@ -93,8 +93,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-#: the oldest versions of optional packages that work, as pyproject.toml has them: a package that was
-#: installed without lamina's extra may be older
+#: the oldest versions of optional packages that work, as in pyproject.toml: a package that was not
+#: installed through an extra of lamina may be older
 OLDEST = {
     "accelerate": "1.1",
     "matplotlib": "3.9",
