@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,7 +185,7 @@ def test_two_processes_without_accelerators_train_together(order, tmp_path):
     assert not (tmp_path / "runs").exists()
     one, other = seen(tmp_path, 0), seen(tmp_path, 1)
     for epoch in (slice(0, 6), slice(6, 12)):  # each point in exactly one of the two
-        assert sorted(sum(one[epoch] + other[epoch], [])) == list(range(48))
+        assert sorted(chain(*one[epoch], *other[epoch])) == list(range(48))
     assert one[:6] != one[6:]
 
 
@@ -200,8 +201,6 @@ def test_two_processes_equal_one_with_batches_of_double_size(order, tmp_path, mo
     assert [a + b for a, b in zip(seen(tmp_path, 0), seen(tmp_path, 1), strict=True)] == seen(
         tmp_path, "alone"
     )
-    ends = [
-        checkpoint.newest(Path(name) / "checkpoints").content["model"] for name in ("one", "two")
-    ]
-    for name, weight in ends[0].items():
-        torch.testing.assert_close(ends[1][name], weight, rtol=1e-5, atol=1e-6)
+    one, two = (checkpoint.newest(Path(name) / "checkpoints").content for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import random
 import types
+from itertools import chain
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_without_a_generator_the_seed_decides(tmp_path):
         train(made, tmp_path / name, seed=seed)
         orders[name] = made.seen
     assert orders["a"] == orders["b"] != orders["c"]
-    assert sorted(sum(orders["a"][:6], [])) == list(range(POINTS))
+    assert sorted(chain(*orders["a"][:6])) == list(range(POINTS))
 
 
 def test_a_sampler_without_a_generator_draws_from_the_seeded_source(tmp_path):

@@ -1,4 +1,4 @@
-"""Which versions are supported: bounds with reasons, tried, and named where a package is too old."""
+"""Which versions are supported: bounds with reasons, which are tried and named in errors."""
 
 import re
 import sys
@@ -84,7 +84,7 @@ def test_the_oldest_versions_are_installed():
         assert metadata.version(name) == version, name
 
 
-# ------------------------------------------------------------------------- a package that is too old
+# ---------------------------------------------------------------------- a package that is too old
 
 
 @pytest.mark.parametrize("package", errors.OLDEST)
@@ -126,7 +126,7 @@ def test_the_command_line_names_an_old_package_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("lamina: The command line needs typer 0.16 or newer")
 
 
-# ------------------------------------------------------------------------------- torch's own versions
+# -------------------------------------------------------------------------- torch's own versions
 
 
 class Old:
