@@ -30,7 +30,6 @@ SEEN = os.pathsep.join([str(Path(TASK).parent), *sys.path])
         ({"WORLD_SIZE": "1", "RANK": "0"}, Launch(1, "")),
         ({"WORLD_SIZE": "4", "RANK": "3"}, Launch(4, "WORLD_SIZE=4")),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Launch(2, "WORLD_SIZE=2")),
-        ({"WORLD_SIZE": "2"}, Launch(1, "")),  # left over: this process has no number
         ({"WORLD_SIZE": "many", "RANK": "0"}, Launch(1, "")),
         ({"PMI_SIZE": "3", "PMI_RANK": "0"}, Launch(3, "PMI_SIZE=3")),
         (
@@ -88,9 +87,26 @@ def test_more_processes_than_gpus_are_refused_before_they_meet(torchrun, monkeyp
         devices.begin(Settings(), cpu=False)
 
 
-def test_a_size_that_was_left_over_does_not_stop_one_process(monkeypatch, tmp_path):
+@pytest.mark.parametrize("cpu", [False, True])
+def test_one_of_several_that_does_not_know_which_is_refused(cpu, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert fit(training_task, cpu=False, epochs=1, out=tmp_path / "run").steps == 7
+    with pytest.raises(LaminaError, match=r"WORLD_SIZE=2 .* RANK is not set.*unset WORLD_SIZE"):
+        fit(training_task, cpu=cpu, out=tmp_path / "run")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert fit(training_task, cpu=True, epochs=1, out=tmp_path / "run").steps == 7
+
+
+def test_a_run_that_could_not_begin_leaves_nothing_to_the_next(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        accelerate.PartialState(cpu=True)
+        raise ValueError("not so")
+
+    import accelerate
+
+    monkeypatch.setattr(accelerate, "Accelerator", refuse)
+    with pytest.raises(LaminaError, match=r"cannot train so \(not so\)"):
+        fit(training_task, cpu=True, out=tmp_path / "run")
+    assert accelerate.PartialState._shared_state == {}
 
 
 def test_fp16_without_a_gpu_is_refused_also_where_the_launcher_chose_it(monkeypatch, tmp_path):

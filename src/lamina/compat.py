@@ -7,22 +7,26 @@ that torch saved could go to the wrong parameter. Each name here says which vers
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .errors import LaminaError
 
-try:  # since 2.13
-    from torch.optim import swap_in_optimizer_params_and_state
-except ImportError:
 
-    def swap_in_optimizer_params_and_state(*args: Any, **keywords: Any) -> Any:
-        """Raise `LaminaError`: this version of torch has no such function."""
-        raise LaminaError(
-            "swap_in_optimizer_params_and_state is torch's own and came with torch 2.13, but this "
-            f"is torch {torch.__version__}. Update it with: pip install 'torch>=2.13'"
-        )
+def _not_yet(*args: Any, **keywords: Any) -> Any:
+    """Raise `LaminaError`: this version of torch has no such function."""
+    raise LaminaError(
+        "swap_in_optimizer_params_and_state is torch's own and came with torch 2.13, but this is "
+        f"torch {torch.__version__}. Update it with: pip install 'torch>=2.13'"
+    )
+
+
+#: torch's own since 2.13
+swap_in_optimizer_params_and_state: Callable[..., Any] = getattr(
+    torch.optim, "swap_in_optimizer_params_and_state", _not_yet
+)
 
 
 def update_lr(scheduler: Any, epoch: float | None = None) -> None:

@@ -16,8 +16,8 @@ import torch
 from ..errors import LaminaError
 from .settings import Settings
 
-#: what launchers set: the variable with the number of processes, and those with a process' own
-#: number, of which one must be set too (a number of processes alone may be left over)
+#: what launchers set: the variable with the number of processes, and those with the number of this
+#: one, of which one must be set too
 _LAUNCHERS = (
     ("WORLD_SIZE", ("RANK", "LOCAL_RANK")),
     ("PMI_SIZE", ("PMI_RANK",)),
@@ -38,6 +38,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
     Args:
         environment: the environment variables.
+
+    Raises:
+        LaminaError: if there are several, and this one does not know which of them it is.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
@@ -45,8 +48,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
         return Launch(size, f"the process group of {size}")
     for variable, ranks in _LAUNCHERS:
         text = environment.get(variable, "")
-        if text.isdecimal() and int(text) > 1 and any(rank in environment for rank in ranks):
-            return Launch(int(text), f"{variable}={text}")
+        if not text.isdecimal() or int(text) <= 1:
+            continue
+        if not any(rank in environment for rank in ranks):
+            raise LaminaError(
+                f"{variable}={text} says that {text} processes train together, but {ranks[0]} is "
+                "not set, so this one does not know which of them it is. Start them with torchrun, "
+                f"or unset {variable} to train in one process."
+            )
+        return Launch(int(text), f"{variable}={text}")
     return Launch(1, "")
 
 
@@ -82,9 +92,13 @@ def begin(settings: Settings, cpu: bool) -> Any:
 
 def end(accelerator: Any) -> None:
     """End the processes' group and forget the settings, which Accelerate keeps as globals."""
+    accelerator.end_training()
+    _forget()
+
+
+def _forget() -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    accelerator.end_training()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -103,9 +117,10 @@ def _accelerator(settings: Settings, cpu: bool) -> Any:
             dataloader_config=DataLoaderConfiguration(data_seed=settings.seed),
         )
     except ValueError as error:
+        _forget()  # or the next run in this process would find half of this one's settings
         raise LaminaError(
             f"mixed_precision={settings.mixed_precision!r}, cpu={cpu}: this device cannot train so "
-            f"({error}). Choose another precision, or 'no'."
+            f"({error}). Choose another precision or 'no', or correct what is named there."
         ) from error
 
 
