@@ -12,7 +12,8 @@ TORCH  := torch==2.13.0
 OLDEST_PYTHON ?= $(if $(shell command -v python3.11),python3.11,$(PYTHON))
 OLDEST        ?= .venv-oldest
 # Those that say most about torch, NumPy and the extras in a minute or two.
-CORE := tests/test_versions.py
+CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops optimizer gradients \
+	state state_torch guests preview report_plot training loaders devices cli cli_arguments)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,20 +85,16 @@ ROWS = [
         {"amsgrad": True, "weight_decay": 0.1},
         {"maximize": True},
     ),
-    *(  # torch has it since 2.9
-        _rows(
-            "Muon",
-            torch.optim.Muon,
-            None,  # bfloat16 in the middle: no re-write in float64 could say more than torch
-            {"lr": 0.003, "momentum": 0.8, "weight_decay": 0.2},
-            {},
-            {"nesterov": False, "weight_decay": 0.0},
-            {"adjust_lr_fn": "match_rms_adamw"},
-            {"ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2), "adjust_lr_fn": "original"},
-            shapes=MATRICES,
-        )
-        if hasattr(torch.optim, "Muon")
-        else ()
+    *_rows(
+        "Muon",
+        getattr(torch.optim, "Muon", None),  # since 2.9
+        None,  # bfloat16 in the middle: no re-write in float64 could say more than torch
+        {"lr": 0.003, "momentum": 0.8, "weight_decay": 0.2},
+        {},
+        {"nesterov": False, "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2), "adjust_lr_fn": "original"},
+        shapes=MATRICES,
     ),
     *_rows(
         "LARS",
@@ -134,5 +131,11 @@ ROWS = [
     ),
 ]
 #: what has an oracle of each kind
-IN_TORCH = [row for row in ROWS if row.torch_class is not None]
+#: those that this version of torch can do
+IN_TORCH = [
+    row
+    for row in ROWS
+    if row.torch_class is not None
+    and row.options.keys() <= inspect.signature(row.torch_class).parameters.keys()
+]
 IN_PAPER = [row for row in ROWS if row.scalar is not None]
