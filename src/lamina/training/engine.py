@@ -45,8 +45,7 @@ def prepare(
         task: a task, its module, or the path of its file.
         plan: a plan, or the path or text of one; by default the task's own.
         epochs: passes over the data, not necessarily whole ones.
-        seed: of the weights, dropout and, where the task's loader has no generator or sampler of
-            its own, the order of the data.
+        seed: of the weights, dropout and, unless its loader has a generator, the order of the data.
         accumulate: batches per optimizer step.
         mixed_precision: "no", "fp16" or "bf16"; by default as `accelerate launch` says, else no.
         save_every: the time from one checkpoint to the next, such as "500 steps"; by default an
@@ -77,9 +76,7 @@ def prepare(
     accelerator = begin(settings, cpu)
     session = None
     try:
-        data = task.data(settings.seed)
-        if seed is not None and accelerator.is_main_process:
-            _tell_whose_order(task, data, seed)
+        data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
         with placed(place):
             session = Session(*made, folder, start, extend)
@@ -94,14 +91,16 @@ def _require_packages() -> None:
     require("matplotlib", "train", "Training (the picture of the plan)")
 
 
-def _tell_whose_order(task: Task, data: Data, seed: int) -> None:
-    """Warn if a seed that was asked for cannot reach the order of the training data."""
-    if has_own_order(data.train) and not task.takes("seed"):
+def _data(task: Task, seed: int, asked: int | None) -> Data:
+    """Return the task's data; warn if a seed that was asked for cannot reach its order."""
+    data = task.data(seed)
+    if asked is not None and has_own_order(data.train) and not task.takes("seed"):
         warn(
-            f"seed={seed} was given, but the order of the training data comes from the generator "
+            f"seed={asked} was given, but the order of the training data comes from the generator "
             f"that data() of {task.place} makes; the seed sets only the weights and dropout. To "
             "have it set the order too, let data(seed) take it."
         )
+    return data
 
 
 def _begin(
