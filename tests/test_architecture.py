@@ -31,6 +31,7 @@ LAYERS = [
     "patterns",
     "suggestions",
     "settings",
+    "history",
     "feedback",
     "algorithms",
     "gradients",

@@ -27,9 +27,19 @@ from collections.abc import Iterable
 from importlib import metadata
 from types import ModuleType
 
+_LONGEST_MESSAGE = 2000
+
 
 class LaminaError(Exception):
-    """Base of every error that lamina raises on purpose."""
+    """Base of every error that lamina raises on purpose.
+
+    Of a very long message the middle is left out: what it quotes may come from a broken file.
+    """
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        if isinstance(message, str) and len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:1200]} [...] {message[-600:]}"
+        super().__init__(message, *more)
 
 
 class PlanError(LaminaError, ValueError):
@@ -86,6 +96,11 @@ def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
     near = difflib.get_close_matches(given.lower(), list(by_lower), n=limit, cutoff=0.6)
     close = [by_lower[word] for word in near]
     return f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """Return a text for an error message; of a long one its beginning."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def printable(text: str) -> str:

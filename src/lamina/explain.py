@@ -8,6 +8,7 @@ from typing import Any
 from .cascade import spelled
 from .errors import PatternError
 from .expressions import spell
+from .history import LONGEST_HISTORY
 from .optim.registry import optimizer_name
 from .resolved import Cell, Link, Resolved
 from .suggestions import missing_name
@@ -81,7 +82,11 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))
         if key == "lr":
             chain = (*chain, *_lr_factors(values, cell, step, chains))
-        for begin, changed in feedback.overrides.get(cell.name, ()):
+        history = feedback.overrides.get(cell.name, ())
+        if len(history) == LONGEST_HISTORY and step < history[0][0]:
+            link = Link("overrides", f"those before step {history[0][0]} are not kept", "")
+            chain = (*chain, link)
+        for begin, changed in history:
             if key in changed and begin <= step:
                 chain = (*chain, Link(f"override at {begin}", spelled(changed[key]), ""))
         lines.append(Line(key, spelled(value), chain))

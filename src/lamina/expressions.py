@@ -28,6 +28,7 @@ _TOKEN = re.compile(
 # A hostile plan must not reach Python's recursion limit, nor its limit on the digits of a number.
 _MAX_DEPTH = 50
 _MAX_PARTS = 100
+_MAX_PARTS_IN_ALL = 200
 _MAX_DIGITS = 100
 _SHOWN = 120
 #: words that are values
@@ -108,6 +109,7 @@ class _Parser:
         self.text, self.names, self.where = text, names, where
         self.position = 0
         self.depth = 0
+        self.joined = 0
 
     def fail(self, reason: str) -> NoReturn:
         text = _piece(self.text, self.position)
@@ -150,6 +152,9 @@ class _Parser:
             if len(parts) == _MAX_PARTS:
                 self.fail(f"more than {_MAX_PARTS} parts are joined by {op!r}")
             parts.append(part())
+            self.joined += 1  # in nested brackets too: compositions are trees, walked recursively
+            if self.joined == _MAX_PARTS_IN_ALL:
+                self.fail(f"more than {_MAX_PARTS_IN_ALL} parts are joined in all")
         value = parts[0]
         for other in parts[1:]:
             value = self.combine(op, value, other)

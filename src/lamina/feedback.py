@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from . import time
 from .errors import PlanError
 from .expressions import Spelled
+from .history import extended
 from .time import Run, TimeLike
 
 #: what a reaction has seen: plain numbers only
@@ -158,7 +159,7 @@ class Plateau(Reaction):
             lower = max(now * self.factor, self.min_factor)
             new.update(bad=0, since=step, cooldown=self.cooldown)
             if lower < now:
-                new["changes"] = [*seen["changes"], [step, lower]]
+                new["changes"] = extended(seen["changes"], step, lower)
         return new
 
 

@@ -52,8 +52,13 @@ WINDOW = ("frozen", "thaw", "freeze")
 FROZEN_STATE = ("keep", "drop")
 
 
+_BEYOND_FLOATS = 10**308
+
+
 def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings with texts parsed, each of the form that its place needs."""
+    for key, value in settings.items():
+        _refuse_endless_numbers(key, value, where)
     given = {key: _check_setting(key, value, where) for key, value in settings.items()}
     if given.get("frozen") is not None and ("thaw" in given or "freeze" in given):
         raise PlanError(
@@ -67,6 +72,18 @@ def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             "at its place in the order."
         )
     return given
+
+
+def _refuse_endless_numbers(key: str, value: Any, where: str) -> None:
+    """Refuse an integer that no float can hold; Python does not even print very long ones."""
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, int) and abs(item) >= _BEYOND_FLOATS:
+            # Python refuses to print integers of thousands of digits.
+            shown = f"{str(item)[:12]}..." if item.bit_length() < 10_000 else "an endless number"
+            raise PlanError(
+                f"{where}, {key}={shown}: a whole number of {item.bit_length()} bits was given; "
+                "expected a number that a float can hold, less than 1e308."
+            )
 
 
 def _check_lone_thaw(given: Mapping[str, Any], where: str) -> None:

@@ -17,20 +17,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NoReturn
 
+import regex
 import torch
 from torch import nn
 
-from .errors import PatternError
+from .errors import PatternError, shortened
 from .parameters import ParamInfo
 
 PatternLike = str | Callable[[ParamInfo], bool]
 
-_COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d+)")
+_COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d{1,18})(?!\d)")
 _WORD = re.compile(r"(?:\{[^{}]*\}|\[[^\]]+\]|[^\s|&!(){}])+")
 #: for a longer text, which may be hostile, nothing is proposed
 LONG = 500
+#: a pattern is written by hand; a longer one comes from a broken or hostile file
+_LONGEST = 20_000
+#: processor seconds for one pattern on one name; ordinary ones take microseconds
+_TIME_LIMIT = 0.5
 _ONE_DEPTH = "{depth} may be captured once in a pattern; write one rule for each capture"
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
@@ -66,13 +72,10 @@ class Glob(Pattern):
     text: str
 
     def matches(self, info: ParamInfo) -> bool:
-        return any(_compile_glob(self.text).fullmatch(name) for name in info.names)
+        return any(_matched(self.text, False, name) for name in info.names)
 
     def depths(self, info: ParamInfo) -> frozenset[int]:
-        if not self.captures:
-            return frozenset()
-        found = (_compile_glob(self.text).fullmatch(name) for name in info.names)
-        return frozenset(int(match["depth"]) for match in found if match)
+        return _depths(self.text, False, info) if self.captures else frozenset()
 
     @property
     def captures(self) -> int:
@@ -86,17 +89,14 @@ class Regex(Pattern):
     expression: str
 
     def matches(self, info: ParamInfo) -> bool:
-        return any(re.fullmatch(self.expression, name) for name in info.names)
+        return any(_matched(self.expression, True, name) for name in info.names)
 
     def depths(self, info: ParamInfo) -> frozenset[int]:
-        if not self.captures:
-            return frozenset()
-        found = (re.fullmatch(self.expression, name) for name in info.names)
-        return frozenset(int(match["depth"]) for match in found if match)
+        return _depths(self.expression, True, info) if self.captures else frozenset()
 
     @property
     def captures(self) -> int:
-        return int("depth" in re.compile(self.expression).groupindex)
+        return int("depth" in _compile_regex(self.expression).groupindex)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class OfType(Pattern):
     text: str
 
     def matches(self, info: ParamInfo) -> bool:
-        return any(_compile_glob(self.text).fullmatch(name) for name in info.types)
+        return any(_matched(self.text, False, name) for name in info.types)
 
 
 @dataclass(frozen=True)
@@ -194,38 +194,109 @@ def is_regular(text: str) -> bool:
     if len(text) > LONG or not re.search(r"\\[.dw]|\.[*+]|\)[$*+?]|^\^|\$$|\]\+|\(\?", text):
         return False
     try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
+        _compile_regex(text)
+    except _UNREADABLE:
         return False
     return True
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> Pattern:
+    if len(text) > _LONGEST:
+        raise PatternError(
+            f"a pattern of {len(text):,} characters was given, which begins {text[:60]!r}; "
+            f"expected at most {_LONGEST:,}. Write several rules, or a function."
+        )
     return _Parser(text).whole()
 
 
 @lru_cache(maxsize=4096)
-def _compile_glob(text: str) -> re.Pattern[str]:
-    parts = re.findall(r"\{[^{}]*\}|\[[^\]]+\]|.", text)
-    wild = False
-    expression = ""
-    for part in parts:
-        if part == "{depth}":
-            expression += r"(?P<depth>\d+)"
-        elif part.startswith("{"):
-            expression += "(?:" + "|".join(
-                re.escape(word.strip()) for word in part[1:-1].split(",")
-            )
-            expression += ")"
-        elif part.startswith("[") and len(part) > 2:
-            inside = re.sub(r"([\\\[&|~]|--)", r"\\\1", part[1:-1])
-            expression += f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
-            wild = True
+def _compile_regex(expression: str) -> regex.Pattern[str]:
+    return regex.compile(expression)
+
+
+@lru_cache(maxsize=4096)
+def _compile_glob(text: str) -> regex.Pattern[str]:
+    """Translate a glob; what lies between two `*` is matched where it first occurs.
+
+    A later place could only leave less of the name to the rest of the glob, so that the search is
+    never taken up again: a name is read once, however many `*` there are. That needs a part of one
+    length; others (`{a,bcd}`, `{depth}`) may be tried at several places.
+    """
+    parts = _PARTS.findall(re.sub(r"\*+", "*", text))
+    if not any(part in "*?" or part.startswith("[") for part in parts):
+        return regex.compile("".join(map(_part, parts)) + r"(?:\..*)?", regex.DOTALL)
+    stars = [index for index, part in enumerate(parts) if part == "*"]
+    pieces = [parts[begin + 1 : end] for begin, end in pairwise([-1, *stars, len(parts)])]
+    expression = "".join(map(_part, pieces[0]))
+    for index, piece in enumerate(pieces[1:], 1):
+        inside = "".join(map(_part, piece))
+        if index < len(pieces) - 1 and all(map(_has_one_length, piece)):
+            expression += f"(?>.*?{inside})"
         else:
-            expression += {"*": ".*", "?": "."}.get(part, re.escape(part))
-            wild = wild or part in "*?"
-    return re.compile(expression if wild else expression + r"(?:\..*)?", re.DOTALL)
+            expression += f".*{inside}"
+    return regex.compile(expression, regex.DOTALL)
+
+
+_PARTS = re.compile(r"\{[^{}]*\}|\[[^\]]+\]|.", re.DOTALL)
+
+
+def _part(part: str) -> str:
+    """Return the regular expression of one part of a glob that is not `*`."""
+    if part == "{depth}":
+        return r"(?P<depth>\d+)"
+    if part.startswith("{") and len(part) > 1:
+        return "(?:" + "|".join(re.escape(word) for word in _words(part)) + ")"
+    if part.startswith("[") and len(part) > 2:
+        inside = re.sub(r"([\\\[&|~]|--)", r"\\\1", part[1:-1])
+        return f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
+    return "." if part == "?" else re.escape(part)
+
+
+def _words(part: str) -> list[str]:
+    return [word.strip() for word in part[1:-1].split(",")]
+
+
+def _has_one_length(part: str) -> bool:
+    """Return whether everything that a part of a glob matches is equally long."""
+    if part == "{depth}":
+        return False
+    return not part.startswith("{") or len(set(map(len, _words(part)))) == 1
+
+
+def _matched(text: str, is_regex: bool, name: str) -> regex.Match[str] | None:
+    """Match a whole name; raise `PatternError` if that takes too long."""
+    compiled = _compile_regex(text) if is_regex else _compile_glob(text)
+    try:
+        return compiled.fullmatch(name, timeout=_TIME_LIMIT)
+    except TimeoutError:
+        raise PatternError(
+            f"the pattern {shortened(text)!r} takes too long on the name {shortened(name)!r}: its "
+            "repetitions can share the same characters in too many ways. "
+            "Write fewer * or +, or plain names."
+        ) from None
+
+
+def _depths(text: str, is_regex: bool, info: ParamInfo) -> frozenset[int]:
+    """Return the layer numbers that a pattern captures from the names of a parameter."""
+    found = set()
+    for name in info.names:
+        match = _matched(text, is_regex, name)
+        captured = match["depth"] if match else None
+        if captured is None:
+            continue
+        if not re.fullmatch(r"\d{1,18}", captured):
+            raise PatternError(
+                f"the pattern {shortened(text)!r} captures {shortened(captured)!r} from "
+                f"{shortened(name)!r} as depth, which is no "
+                r"layer number; let the group match digits only: (?P<depth>\d+)."
+            )
+        found.add(int(captured))
+    return frozenset(found)
+
+
+#: what compiling an expression can raise: contradictory flags, huge counts, deep nesting
+_UNREADABLE = (regex.error, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 #: how other languages join patterns
@@ -257,8 +328,8 @@ class _Parser:
 
     def fail(self, reason: str) -> NoReturn:
         raise PatternError(
-            f"cannot read the pattern {self.text!r} at character {self.position + 1}: {reason}."
-            f"{_meant(self.text)}"
+            f"cannot read the pattern {shortened(self.text)!r} at character "
+            f"{self.position + 1}: {reason}.{_meant(self.text)}"
         )
 
     def whole(self) -> Pattern:
@@ -323,16 +394,16 @@ class _Parser:
             self.fail(_ONE_DEPTH)
         try:
             _compile_glob(word[0])
-        except re.error as error:
-            self.fail(f"the glob {word[0]!r} cannot be read ({error})")
+        except _UNREADABLE as error:
+            self.fail(f"the glob {shortened(word[0])!r} cannot be read ({error})")
         self.position = word.end()
         return OfType(word[0]) if of_type else Glob(word[0])
 
     def regex(self) -> Pattern:
         expression = self.text[self.position :].strip()
         try:
-            re.compile(expression)
-        except re.error as error:
+            _compile_regex(expression)
+        except _UNREADABLE as error:
             self.fail(f"the regular expression cannot be read ({error})")
         self.position = len(self.text)
         return Regex(expression)

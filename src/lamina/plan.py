@@ -131,6 +131,7 @@ class Plan:
 
     def __init__(
         self,
+        /,
         optimizer: type | str,
         *,
         rules: Iterable[Rule] = (),

@@ -24,7 +24,7 @@ from .parameters import Observed, Owned, observe, walk
 from .plan import Plan
 from .resolved import Cell, Resolved, Scope, Setting, Trigger
 from .schedules import Schedule
-from .schedules.base import Floats
+from .schedules.base import EXACT, Floats, boundaries, steps_to_check
 from .time import Run
 
 #: a schedule over an unknown run is judged on this many steps
@@ -151,9 +151,16 @@ class _Binder:
 
     def __init__(self, planned: Run, run: Run) -> None:
         self.run = planned
-        self.steps = np.arange(run.steps or _HORIZON, dtype=np.float64)
+        self.length = run.steps or _HORIZON
+        self.every = steps_to_check(self.length)
         self.known: dict[Schedule, Schedule] = {}
         self.judged: set[Schedule] = set()
+
+    def steps(self, curves: tuple[Schedule, ...]) -> Floats:
+        """The steps at which the values of schedules are checked."""
+        if self.length <= EXACT:
+            return self.every
+        return steps_to_check(self.length, set().union(*map(boundaries, curves)))
 
     def optional(self, schedule: Schedule | None) -> Schedule | None:
         return None if schedule is None else self.schedule(schedule)
@@ -179,14 +186,15 @@ class _Binder:
         if not setting.curves:
             return setting.scale, setting.scale
         values = setting.scale
+        steps = self.steps(setting.curves)
         for curve in setting.curves:
-            values = values * curve.at(self.steps)
+            values = values * curve.at(steps)
         return float(values.min()), float(values.max())
 
     def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:
         for curve in curves:
             if curve not in self.judged:
-                judge_values(curve, self.steps, where)
+                judge_values(curve, self.steps((curve,)), where)
                 self.judged.add(curve)
 
 
@@ -195,9 +203,9 @@ def judge_values(schedule: Schedule, steps: Floats, where: str) -> None:
     values = schedule.at(steps)
     bad = ~((values >= 0) & np.isfinite(values))
     if bad.any():
-        step = int(np.argmax(bad))
+        place = int(np.argmax(bad))
         raise ScheduleError(
-            f"{where}: {schedule!r} gives {values[step]:g} at step {step}; "
+            f"{where}: {schedule!r} gives {values[place]:g} at step {steps[place]:g}; "
             "expected a finite number of at least 0 at every step."
         )
 

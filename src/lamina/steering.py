@@ -10,6 +10,7 @@ import torch
 from .engine import Engine
 from .freezing import Freezer
 from .guests import Guests
+from .history import extended
 from .monitor import Monitor
 from .overrides import check_chosen, select_groups
 from .reporting import changes, check_report, from_rank_zero, observe_all
@@ -65,7 +66,7 @@ class Steerable(Engine):
             group = self.param_groups[index]
             before = group["overrides"][-1][1] if group["overrides"] else {}
             kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
-            group["overrides"] = [*group["overrides"], [self.clock, kept]]
+            group["overrides"] = extended(group["overrides"], self.clock, kept)
             log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
         self._publish(self.clock)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .errors import ScheduleError
 from .gradients.operation import Operation
+from .history import value_at
 from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger
 from .schedules import Schedule
 
@@ -93,24 +94,24 @@ class Values:
 
     def inside(self, cell: Cell) -> Any:
         """Whether a cell trains."""
-        inside: Any = False if self._scalar else np.zeros(self._steps.shape, dtype=bool)
-        for begin, end in self._feedback.windows(cell):
-            step = self._step if self._scalar else self._steps
-            inside = inside | ((step >= begin) & (step < end))
-        return inside
-
-    def _since(self, begin: float, now: Any, before: Any) -> Any:
-        """`now` from a step on, `before` until then."""
+        windows = self._feedback.windows(cell)
         if self._scalar:
-            return now if self._step >= begin else before
-        return np.where(self._steps >= begin, now, before)
+            return any(begin <= self._step < end for begin, end in windows)
+        inside = np.zeros(self._steps.shape, dtype=bool)
+        for begin, end in windows:
+            inside |= (self._steps >= begin) & (self._steps < end)
+        return inside
 
     def _override(self, values: dict[str, Any], cell: Cell) -> None:
         history = self._feedback.overrides.get(cell.name, ())
+        if self._scalar:  # one look, however many overrides there were
+            values.update(value_at(history, self._step, {}))
+            return
         planned = {key: values[key] for _, changed in history for key in changed}
         for begin, changed in history:
             for key, value in planned.items():
-                values[key] = self._since(begin, changed.get(key, value), values[key])
+                now = changed.get(key, value)
+                values[key] = np.where(self._steps >= begin, now, values[key])
 
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """The gradient operations of a scope with their numbers."""
@@ -133,19 +134,25 @@ class Values:
 
     def reaction(self, key: str) -> Any:
         """The multiplier of a plateau; one that has not reacted yet is 1."""
+        changes = self._feedback.seen.get(key, {}).get("changes", ())
+        if self._scalar:
+            return value_at(changes, self._step, 1.0)
         factor: Any = 1.0
-        for begin, multiplier in self._feedback.seen.get(key, {}).get("changes", ()):
-            factor = self._since(begin, multiplier, factor)
+        for begin, multiplier in changes:
+            factor = np.where(self._steps >= begin, multiplier, factor)
         return factor
 
     def _rewarm(self, cell: Cell) -> Any:
         """The factor after a thaw; a part that trains from step 0 has no thaw."""
         assert cell.rewarm is not None
-        factor = np.ones_like(self._steps)
-        for begin, _ in self._feedback.windows(cell):
-            since = self._steps - begin
-            if begin > 0 and (since >= 0).any():
-                factor = np.where(since >= 0, cell.rewarm.at(np.maximum(since, 0.0)), factor)
+        thaws = [begin for begin, _ in self._feedback.windows(cell) if 0 < begin < math.inf]
+        place = np.searchsorted(thaws, self._steps, side="right")
+        if not place.any():
+            return 1.0 if self._scalar else np.ones_like(self._steps)
+        # Only the last thaw before a step counts, so that one evaluation serves all of them.
+        latest = np.array([math.inf, *thaws])[place]
+        since = np.where(place > 0, self._steps - latest, 0.0)
+        factor = np.where(place > 0, cell.rewarm.at(since), 1.0)
         return float(factor[0]) if self._scalar else factor
 
     def _value(self, setting: Setting) -> Any:

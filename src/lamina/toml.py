@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from .errors import LaminaError, PlanError
+from .errors import LaminaError, PlanError, shortened
 from .expressions import Spelled, spell
 from .gradients.operations import Apply
 from .optim.registry import OPTIMIZERS, optimizer_name
 from .plan import Plan, Rule
 from .schedules import function as Function
+
+#: no plan is larger, and a parser should not be handed a file of gigabytes
+_LARGEST = 1_000_000
+#: tomllib remembers every beginning of a dotted key, which takes gigabytes for a long one
+_ENDLESS_KEY = re.compile(r"(?<![\w.-])(?:[\w-]*+\.){40}")
+_BETWEEN_PARTS = re.compile(r"[ \t\"']+")
+#: what a value can cause that no check foresaw: a number beyond all floats, endless nesting
+_CAUSED_BY_TEXT = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
@@ -24,20 +33,30 @@ def read(source: str | os.PathLike[str]) -> Plan:
         return _plan(source, "plan text")
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise PlanError(f"{path}: there is no such plan file; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read as a plan file ({error}).") from error
+        raise PlanError(
+            f"{shortened(str(path))}: cannot be read as a plan file ({shortened(str(error))})."
+        ) from error
     return _plan(text, str(path))
 
 
 def _plan(text: str, where: str) -> Plan:
+    if len(text) > _LARGEST:
+        raise PlanError(
+            f"{where}: a plan has at most {_LARGEST:,} characters; this is longer, and not read."
+        )
     try:
+        if _ENDLESS_KEY.search(_BETWEEN_PARTS.sub("", text)):
+            raise ValueError("a key of more than 40 parts; the keys of a plan have one")
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number with too many digits is a ValueError
         raise PlanError(
-            f'{where}: this is not TOML ({error}). A plan looks like: optimizer = "AdamW", '
+            f"{where}: this is not TOML ({shortened(str(error))}). "
+            'A plan looks like: optimizer = "AdamW", '
             'lr = 2e-5, then [[rule]] tables with match = "...".'
         ) from error
     rules = table.pop("rule", [])
@@ -55,6 +74,10 @@ def _plan(text: str, where: str) -> Plan:
         return Plan(rules=[_rule(rule, index) for index, rule in enumerate(rules, 1)], **table)
     except LaminaError as error:
         raise type(error)(f"{where}: {error}") from error
+    except _CAUSED_BY_TEXT as error:
+        raise PlanError(
+            f"{where}: this cannot be a plan ({type(error).__name__}: {shortened(str(error))})."
+        ) from error
 
 
 def _misspelled(key: str, table: dict[str, Any]) -> str:

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..resolved import Cell
-from ..schedules import Schedule
-from ..schedules.base import Product, phases_of
-from ..time import Run
+from ..schedules.base import EXACT, boundaries, steps_to_check
 
 if TYPE_CHECKING:
     from .preview import Preview
@@ -24,19 +22,25 @@ _BLOCK = 1 << 15
 
 
 def peaks(preview: Preview) -> tuple[tuple[float, int], ...]:
-    """The largest lr of each group over all steps, and the first step that has it."""
+    """The largest lr of each group over all steps, and the first step that has it.
+
+    Of very long runs, over the steps that `steps_to_check` gives.
+    """
     cells = preview.resolved.cells
     kinds = [_lr_key(preview, cell) for cell in cells]
     owner = {kind: kinds.index(kind) for kind in kinds}  # groups with the same lr are searched once
     best = dict.fromkeys(owner.values(), (-1.0, 0))
     total = preview.run.steps or 0
-    for begin in range(0, total, _BLOCK):
-        values = preview.values(np.arange(begin, min(begin + _BLOCK, total)))
+    marks = _all_joints(preview) if total > EXACT else set[int]()
+    steps = steps_to_check(total, marks).astype(np.int64)
+    for begin in range(0, len(steps), _BLOCK):
+        block = steps[begin : begin + _BLOCK]
+        values = preview.values(block)
         for index, (peak, _) in best.items():
             lr = values.lr(index)
             place = int(np.argmax(lr))
             if lr[place] > peak:
-                best[index] = (float(lr[place]), begin + place)
+                best[index] = (float(lr[place]), int(block[place]))
     return tuple(best[owner[kind]] for kind in kinds)
 
 
@@ -52,21 +56,34 @@ def _lr_key(preview: Preview, cell: Cell) -> Any:
 def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     """The steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
-    cells = list(preview.resolved.cells)
-    if preview.resumed is not None and preview.resumed.before is not None:
-        cells += preview.resumed.before.cells  # whose joints are those of the past
-    spans = [windows(preview, cell) for cell in cells]
     if steps is None:
+        spans = [windows(preview, cell) for cell in _all_cells(preview)]
         return np.array(sorted({0, *(begin for each in spans for begin, _ in each)}))
     if steps <= SAMPLES:
         return np.arange(steps)
     marks = {0, steps - 1, *(step for _, step in preview.peaks)}
-    joints = set().union(*(_joints(cell, each) for cell, each in zip(cells, spans, strict=True)))
+    joints = _all_joints(preview)
     if preview.resumed is not None:
         joints |= {preview.resumed.clock}
     marks |= {step for joint in joints for step in (joint - 1, joint) if 0 <= step < steps}
     evenly = np.linspace(0, steps - 1, max(2, SAMPLES - len(marks))).astype(np.int64)
     return np.union1d(evenly, np.array(sorted(marks), dtype=np.int64))
+
+
+def _all_cells(preview: Preview) -> list[Cell]:
+    """Return the groups of the plan, of a resumed run also those of its past."""
+    cells = list(preview.resolved.cells)
+    if preview.resumed is not None and preview.resumed.before is not None:
+        cells += preview.resumed.before.cells
+    return cells
+
+
+def _all_joints(preview: Preview) -> set[int]:
+    """Return every step at which a group thaws or freezes, or one of its schedules turns."""
+    found: set[int] = set()
+    for cell in _all_cells(preview):
+        found |= _joints(cell, windows(preview, cell))
+    return found
 
 
 def windows(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
@@ -92,21 +109,5 @@ def _joints(cell: Cell, spans: Iterable[tuple[int, int | None]]) -> set[int]:
     found = {step for pair in spans for step in pair if step is not None}
     if cell.rewarm is not None:
         for begin in tuple(found):
-            found |= _bounds(cell.rewarm, begin)
-    return found.union(*(_bounds(curve, 0) for curve in set(curves)))
-
-
-def _bounds(schedule: Schedule, begin: float) -> set[int]:
-    """The first steps of the phases of a schedule, and the step after its end."""
-    if isinstance(schedule, Product):
-        return _bounds(schedule.left, begin) | _bounds(schedule.right, begin)
-    found: set[int] = set()
-    for phase in phases_of(schedule):
-        if phase is not schedule:
-            found |= _bounds(phase, begin)
-        length = phase.duration(Run())
-        if length is None:
-            break
-        begin += float(length)
-        found.add(math.ceil(begin))
-    return found
+            found |= boundaries(cell.rewarm, begin)
+    return found.union(*(boundaries(curve, 0) for curve in set(curves)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -275,3 +276,49 @@ def spell_part(schedule: Schedule, quote: bool) -> str:
 def steps_text(amount: Fraction) -> str:
     """An amount of steps for an error."""
     return f"{float(amount):g} steps"
+
+
+def boundaries(schedule: Schedule, begin: float = 0) -> set[int]:
+    """Return the first steps of the phases of a bound schedule, and the step after its end.
+
+    Args:
+        schedule: bound to a run.
+        begin: the step at which it starts.
+    """
+    if isinstance(schedule, Product):
+        return boundaries(schedule.left, begin) | boundaries(schedule.right, begin)
+    found: set[int] = set()
+    for phase in phases_of(schedule):
+        if phase is not schedule:
+            found |= boundaries(phase, begin)
+        length = phase.duration(Run())
+        if length is None:
+            break
+        begin += float(length)
+        found.add(math.ceil(begin))
+    return found
+
+
+#: a run of at most so many steps is looked at step by step
+EXACT = 1 << 22
+_STRATA = 1 << 20
+
+
+def steps_to_check(steps: int, marks: Iterable[int] = ()) -> Floats:
+    """Return the steps of a run at which values are checked, in order.
+
+    All of them for runs of up to `EXACT` steps; a longer run would need gigabytes for that. Of it,
+    one step out of each of 2^20 equal parts is taken, not evenly, so that a cyclic schedule is not
+    always met at the same place of its cycle, and those beside the marks.
+
+    Args:
+        steps: the length of the run.
+        marks: steps that must not be missed, such as the boundaries of phases.
+    """
+    if steps <= EXACT:
+        return np.arange(steps, dtype=np.float64)
+    places = np.arange(_STRATA) + np.random.default_rng(0).random(_STRATA)
+    spread = (places * (steps / _STRATA)).astype(np.int64)
+    beside = {mark + shift for mark in marks for shift in (-1, 0, 1)} | {0, steps - 1}
+    kept = np.array([step for step in beside if 0 <= step < steps], dtype=np.int64)
+    return np.union1d(spread, kept).astype(np.float64)
