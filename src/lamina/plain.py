@@ -78,3 +78,47 @@ def _check_plain(value: Any, place: str) -> None:
             raise StateError(
                 f"{place} is {value!a}, which is no text that can be written."
             ) from None
+
+
+#: how many values a state may hold, each counted as often as it is met: one that trains a hundred
+#: thousand parameters holds a million
+_MOST_VALUES = 10_000_000
+
+
+def check_size(value: Any, place: str) -> None:
+    """Raise `StateError` if walking through nested values would take without end.
+
+    A list may stand in another one many times, that one in a third and so on: a file of 2 kB then
+    holds more values than there are atoms. Each object is looked at once here.
+
+    Args:
+        value: what a file held.
+        place: the file, for the error.
+    """
+    sizes: dict[int, float] = {}
+    entered: set[int] = set()
+    stack: list[tuple[Any, bool]] = [(value, False)]
+    while stack:
+        each, is_done = stack.pop()
+        if id(each) in sizes:
+            continue
+        parts = _parts(each)
+        if is_done:
+            # What contains itself is not done yet, and counts as one value there.
+            sizes[id(each)] = 1.0 + sum(sizes.get(id(part), 1.0) for part in parts)
+        elif id(each) not in entered:
+            entered.add(id(each))
+            stack.append((each, True))
+            stack += [(part, False) for part in parts if id(part) not in sizes]
+    if sizes[id(value)] > _MOST_VALUES:
+        raise StateError(
+            f"{place}: it holds more than {_MOST_VALUES:,} values, since its lists stand in each "
+            "other again and again. No optimizer's state is like that, and it is not read."
+        )
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the values that lie in a value, keys of dicts included."""
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []

@@ -126,7 +126,7 @@ def run(
 ) -> None:
     """Announce the plan, train TASK by it, and show the result."""
     with spoken():
-        saved = None if resume is None else partial(saved_task, resume)
+        saved = None if resume is None else partial(saved_task, resume, BUILTIN)
         source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
         session = prepare(
             load_task(source, BUILTIN),

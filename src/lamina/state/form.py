@@ -7,6 +7,7 @@ lies in the groups and drops other keys at the top. All of it is plain values.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -282,7 +283,10 @@ def _run(groups: list[Group], key: str) -> Run | None:
 def short(value: Any) -> str:
     """A value in few letters, whatever it is."""
     try:
-        text = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        # Of nested values only what is shown is looked at: written out, some would never end.
+        text = (
+            f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
+        )
     except (ValueError, RecursionError):  # thousands of digits, or of brackets
         text = f"a {type(value).__name__} that is too large to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint
-from ..errors import LaminaError, StateError, TaskError
+from ..errors import LaminaError, StateError, TaskError, shortened
 from ..plan import Plan
 from ..state.extend import WAYS
 from .load import choose_plan
@@ -100,22 +100,48 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
     return Resumption(home, found.path, snapshot, found.damaged, about)
 
 
-def saved_task(folder: str | os.PathLike[str]) -> str:
-    """The task that a run was begun with, as `load_task` takes it.
+def saved_task(folder: str | os.PathLike[str], builtin: Mapping[str, str] | None = None) -> str:
+    """Return the task that a run was begun with, as `load_task` takes it.
 
-    A file inside the run's folder is refused: resuming runs code, so that it must be one's own.
+    Resuming runs the code of the task, and run.json may be somebody else's. So the name in it must
+    be that of a built-in task, and a file must be given by its whole path and lie outside the
+    folder of the run; any other has to be named on the command line.
+
+    Args:
+        folder: that of the run.
+        builtin: the modules of the built-in tasks by name.
+
+    Raises:
+        StateError: if run.json names no task.
+        TaskError: if the task is one that only the user can vouch for.
     """
     home = Path(folder)
     about = read_about(home)
-    source = about.get("task_file") or about.get("task")
-    if not isinstance(source, str):
-        raise StateError(f"{home}: run.json does not name the task; name it before --resume.")
-    if about.get("task_file") and home.resolve() in Path(source).resolve().parents:
+    name, file = about.get("task"), about.get("task_file")
+    again = f"name it before --resume if you trust it: lamina run TASK.py --resume {home}."
+    if file is None:
+        if not isinstance(name, str):
+            raise StateError(f"{home}: run.json does not name the task; {again}")
+        if name not in (builtin or {}):
+            raise TaskError(
+                f"{home}: run.json names the task {shortened(name)!r}, which is not a built-in "
+                f"one, and gives no file of it; {again}"
+            )
+        return name
+    if not isinstance(file, str) or not os.path.isabs(file) or "\0" in file:
         raise TaskError(
-            f"{home}: the task file {source} lies in the folder of the run; name it on the command "
-            "line, before --resume, if you trust it."
+            f"{home}: run.json gives {shortened(repr(file))} as the task's file; expected its "
+            f"whole path. To go on with a file of your own, {again}"
         )
-    return source
+    try:
+        inside = home.resolve() in Path(file).resolve().parents
+    except (OSError, RuntimeError, ValueError):
+        inside = True
+    if inside:
+        raise TaskError(
+            f"{home}: the task file {shortened(file)} lies in the folder of the run; {again}"
+        )
+    return file
 
 
 def resumed_plan(
