@@ -159,7 +159,7 @@ def test_a_bad_step_can_be_skipped_and_counted():
     assert (optimizer.skipped, optimizer.clock) == (1, 1)
 
 
-def test_without_a_norm_the_check_is_asked_for():
+def test_without_a_norm_gradients_are_looked_at_unless_that_is_declined():
     for check, raises in (("norms", False), ("all", True)):
         model = model_with_gradients()
         model[2].bias.grad[0] = math.nan

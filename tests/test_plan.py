@@ -29,7 +29,7 @@ README = lm.Plan(
 )
 PLANS = [
     README,
-    lm.Plan("SGD", lr=0.1, nonfinite="skip", nonfinite_check="all"),
+    lm.Plan("SGD", lr=0.1, nonfinite="skip", nonfinite_check="norms"),
     lm.Plan(lm.Adam, lr=lm.linear(0.1, 0.2), betas=(0.8, 0.99), amsgrad=True, schedule=None),
     lm.Plan(lm.SGD, rules=[lm.Rule("*", optimizer=lm.AdamW, lr=1.0, thaw=3, freeze="90%")]),
     lm.Plan(lm.SGD, lr=1, clip_norm=lm.linear(1.0, 0.5), rules=[lm.Rule("a", clip_norm=None)]),

@@ -41,7 +41,7 @@ def find(
         *_lr_zero(cells),
         *_rules_without_effect(plan, drafts),
         *_suspicious(cells, run),
-        *_skip_without_norm(plan, cells, scopes),
+        *_unchecked(plan, cells, scopes),
         *model_findings(
             {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
         ),
@@ -145,9 +145,9 @@ def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
     ]
 
 
-def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> list[Finding]:
-    """Parameters whose bad gradients are not seen, though the plan says what to do about them."""
-    if plan.nonfinite != "skip" or plan.nonfinite_check == "all":
+def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> list[Finding]:
+    """Return parameters whose bad gradients nobody sees, since the plan looks at norms only."""
+    if plan.nonfinite_check == "all":
         return []
     measured = {
         index
@@ -164,10 +164,10 @@ def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope
         return []
     return [
         Finding(
-            "skip-without-norm",
-            "nonfinite='skip' skips a step where a norm shows a NaN or infinite gradient, but no "
-            f"norm is computed of {listed(names)}: theirs would reach the weights.",
-            "Pass nonfinite_check='all', or clip their norm (clip_norm=).",
+            "gradients-unchecked",
+            "nonfinite_check='norms' looks for NaN and infinite gradients only where a norm is "
+            f"computed, and none is of {listed(names)}: theirs would reach the weights.",
+            "Leave nonfinite_check out, or clip their norm (clip_norm=).",
         )
     ]
 

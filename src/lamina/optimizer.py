@@ -255,16 +255,17 @@ class Optimizer(Restorable):
 
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""
-        if every := self.plan.nonfinite_check == "all":
-            check_finite(batches, self.clock)
-        members: dict[int, list[Batch]] = {}
+        every = self.plan.nonfinite_check == "all"
+        members: dict[int | None, list[Batch]] = {}
         for batch in batches:
-            scope = self._scope_of[batch.hyper["name"]]
-            if scope is not None:
-                members.setdefault(scope, []).append(batch)
+            members.setdefault(self._scope_of[batch.hyper["name"]], []).append(batch)
+        without = members.pop(None, [])
+        if every:
+            check_finite(without, self.clock)
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
+            assert scope is not None
             norm = operate(its, run.operations[scope], self._infos, self.clock, every)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm

@@ -109,8 +109,8 @@ class Plan:
         rules: later rules win, setting by setting.
         nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
             name, or `"skip"` the step; where it is looked for is the next argument's.
-        nonfinite_check: where to look for them: `"norms"`, wherever a norm is computed anyway,
-            or `"all"` gradients, which reads each of them once more.
+        nonfinite_check: which gradients are looked at: `"all"`, each by the norm of its rule, or
+            once more where none is computed; or `"norms"`, only where a norm is computed anyway.
         stop: when to set `optimizer.should_stop`: `early_stop(...)`.
         **settings: the settings of `Rule`, for every parameter.
 
@@ -136,7 +136,7 @@ class Plan:
         *,
         rules: Iterable[Rule] = (),
         nonfinite: str = "raise",
-        nonfinite_check: str = "norms",
+        nonfinite_check: str = "all",
         stop: EarlyStop | str | None = None,
         **settings: Any,
     ) -> None:
@@ -175,7 +175,7 @@ class Plan:
         parts = [optimizer_name(self.optimizer), *_pairs(self.settings)]
         if self.nonfinite != "raise":
             parts.append(f"nonfinite={self.nonfinite!r}")
-        if self.nonfinite_check != "norms":
+        if self.nonfinite_check != "all":
             parts.append(f"nonfinite_check={self.nonfinite_check!r}")
         if self.stop is not None:
             parts.append(f"stop={self.stop!r}")

@@ -103,7 +103,7 @@ def write(plan: Plan) -> str:
     table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
     if plan.nonfinite != "raise":
         table["nonfinite"] = plan.nonfinite
-    if plan.nonfinite_check != "norms":
+    if plan.nonfinite_check != "all":
         table["nonfinite_check"] = plan.nonfinite_check
     if plan.stop is not None:
         table["stop"] = spell(plan.stop, quote=False)

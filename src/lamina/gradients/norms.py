@@ -67,6 +67,14 @@ def finite(norms: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all())
 
 
+def every_finite(grads: Sequence[torch.Tensor]) -> bool:
+    """Return whether every number of every gradient is finite; reads each once, all in one go.
+
+    A norm that is finite proves it. One that is not may have overflowed, which a second look tells.
+    """
+    return not grads or finite(each_norm(grads)) or all(map(all_finite, grads))
+
+
 def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """The numbers brought into [-limit, limit]; torch takes no limit that their dtype cannot hold.
 

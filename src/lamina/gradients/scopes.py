@@ -9,7 +9,7 @@ import torch
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
 from ..parameters import ParamInfo
-from .norms import all_finite, each_norm, finite
+from .norms import all_finite, each_norm, every_finite, finite
 from .operation import Operation, Work
 
 #: the operations of a scope with their numbers at this step
@@ -29,7 +29,7 @@ def operate(
 ) -> torch.Tensor | None:
     """Run a scope's operations over its batches, which then hold the changed gradients.
 
-    With `every`, what a function of the user's returned is looked at, norm or not.
+    With `every`, the gradients that come out are looked at, norm or not.
 
     Returns:
         The norm of the scope before its first `clip_norm`, or None.
@@ -45,7 +45,10 @@ def operate(
     for operation, amount in steps:
         operation.run(work, amount)
     bad = bool(work.norms) and not finite(work.norms)
-    if bad or (every and work.made and _first_bad(work.made[-1][1]) is not None):
+    # A norm has read all of them, but for what a function of the user's made of them since.
+    if every and not bad and (not work.norms or work.made):
+        bad = not every_finite(work.grads)
+    if bad:
         raise _cause(batches, work, clock)
     taken = 0
     for batch in batches:
@@ -57,7 +60,9 @@ def operate(
 
 
 def check_finite(batches: Sequence[Batch], clock: int) -> None:
-    """Raise `NonFiniteError` for the first gradient that is not finite, norm or not."""
+    """Raise `NonFiniteError` for the first gradient that is not finite."""
+    if every_finite([grad for batch in batches for grad in batch.grads]):
+        return
     for batch in batches:
         for name, grad in zip(batch.names, batch.grads, strict=True):
             if not all_finite(grad):
