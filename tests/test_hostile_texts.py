@@ -101,6 +101,16 @@ def test_globs_match_what_backtracking_matches():
 
 
 @pytest.mark.parametrize(
+    "expression",
+    ["a{i}", "(a){e}", "a{1}", "a{1,}b", "a{,2}b", r"a\{i}", "[a{i}]+", "a{s<=1}b", "a{}"],
+)
+def test_expressions_mean_what_they_mean_in_python(expression):
+    mine = compile_pattern(f"re:{expression}")
+    for name in ("a", "b", "aa", "ab", "aab", "ac", "a{i}", "a{e}", "a{s<=1}b", "a{}", "i", "{"):
+        assert mine.matches(info(name)) == bool(re.fullmatch(expression, name)), name
+
+
+@pytest.mark.parametrize(
     ("expression", "words"),
     [
         (r"re:(?P<depth>[a-z]+)\..*", ["'encoder'", r"(?P<depth>\d+)"]),
@@ -156,6 +166,12 @@ def test_every_text_is_read_or_refused_in_a_short_message(text):
     with pytest.raises(lm.LaminaError) as caught:
         str(lm.Plan.from_toml(text).preview(model, steps=20))
     assert len(str(caught.value)) <= 2000
+
+
+def test_a_long_pattern_is_refused_and_several_short_ones_are_taken():
+    with pytest.raises(lm.PatternError, match="which begins 'aaa.*Write several rules"):
+        compile_pattern("a" * 30_000)
+    compile_pattern(" | ".join(["a" * 100] * 100))
 
 
 def test_a_large_plan_file_is_not_read_whole(tmp_path):

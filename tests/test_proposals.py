@@ -357,7 +357,7 @@ def test_a_regular_expression_that_would_not_end_is_not_tried():
     ids=["nested", "commas", "words"],
 )
 def test_a_hostile_pattern_is_refused_at_once(text):
-    with pytest.raises(lm.PatternError, match="cannot read the pattern"):
+    with pytest.raises(lm.PatternError, match="cannot read the pattern|a pattern of"):
         lm.Rule(text, lr=1)
 
 
@@ -380,10 +380,10 @@ FINDINGS = [
     ("plan(model=by_hand())", "frozen-by-model", "frozen=True", "rule('bn', model=by_hand(), {})"),
     ("rule('bn', lr=0)", "lr-zero", "frozen=True", "rule('bn', {})"),
     (
-        "plan(nonfinite='skip')",
-        "skip-without-norm",
-        "nonfinite_check='all'",
-        "plan(nonfinite='skip', {})",
+        "plan(nonfinite_check='norms')",
+        "gradients-unchecked",
+        "clip_norm=",
+        "plan(nonfinite_check='norms', clip_norm=1.0)",
     ),
     (
         "rules(Rule('bn', lr=1), Rule('*', lr=0.5))",
@@ -557,6 +557,7 @@ ELSEWHERE = {
     "test_optim_errors.py": ("differentiable=True",),
     "test_optim_interface.py": ("capturable=True",),
     "test_guests.py": ("has no default for",),
+    "test_hostile_texts.py": ("which begins", "takes too long"),
 }
 
 

@@ -41,12 +41,13 @@ class Draft:
     hold: bool = True
     frozen_state: str = "keep"
     operations: tuple[int, tuple[Operation, ...]] | None = None
-    rules: list[str] = field(default_factory=list)
+    #: the labels of the rules that match it, in order; a dict, as there may be thousands
+    rules: dict[str, None] = field(default_factory=dict)
     chains: dict[str, list[Link]] = field(default_factory=dict)
     #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
     sources: dict[str, list[int]] = field(default_factory=dict)
-    #: the rules that match it, by their place in the plan, counted from 1
-    matched: list[int] = field(default_factory=list)
+    #: the rules that match it: bit n stands for rule n of the plan, counted from 1
+    matched: int = 0
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
@@ -129,9 +130,8 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
         info = replace(draft.info, depth=depth, rank=rank)
         label = rule.label if depth is None else rule.label.replace("{depth}", str(depth))
         below_top = 0 if rank is None else len(ranks) - 1 - rank
-        if label not in draft.rules:
-            draft.rules.append(label)
-        draft.matched.append(index)
+        draft.rules[label] = None
+        draft.matched |= 1 << index
         _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
 
 

@@ -77,12 +77,16 @@ def _nothing_trains(drafts: Sequence[Draft]) -> list[Finding]:
 
 
 def _set_but_never_trains(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+    touched: dict[str, list[Draft]] = {}  # collected once: rules may be as many as parameters
+    for draft in drafts:
+        for label in {link.rule for link in draft.chains.get("lr", ())}:
+            touched.setdefault(label, []).append(draft)
     findings = []
     for rule in plan.rules:
         keys = [key for key, _ in rule.settings if key not in CONTROLS or key == "optimizer"]
         if "lr" not in keys:
             continue
-        hit = [d for d in drafts if any(link.rule == rule.label for link in d.chains.get("lr", ()))]
+        hit = touched.get(rule.label, [])
         if hit and all(draft.windows == NEVER for draft in hit):
             names = listed([draft.info.name for draft in hit])
             findings.append(
@@ -179,11 +183,15 @@ def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
     for index, rule in enumerate(plan.rules, 1):
         if index in effective:
             continue
-        hit = [draft for draft in drafts if index in draft.matched]
-        later = {other for draft in hit for other in draft.matched if other > index}
+        beside = 0  # every rule that matches a parameter of this one
+        for draft in drafts:
+            if draft.matched >> index & 1:
+                beside |= draft.matched
+        later = beside >> (index + 1)
         if not later:  # top_down on parameters without a layer number says nothing of them
             continue
-        names = listed([repr(plan.rules[other - 1].label) for other in sorted(later)])
+        others = [rule for place, rule in enumerate(plan.rules[index:]) if later >> place & 1]
+        names = listed([repr(other.label) for other in others])
         findings.append(
             Finding(
                 "rule-without-effect",

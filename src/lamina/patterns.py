@@ -210,9 +210,15 @@ def _parse(text: str) -> Pattern:
     return _Parser(text).whole()
 
 
+#: in Python's expressions a plain brace; the `regex` package would read approximate matching there
+_PLAIN_BRACE = re.compile(r"(?<!\\)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d+\})")
+
+
 @lru_cache(maxsize=4096)
 def _compile_regex(expression: str) -> regex.Pattern[str]:
-    return regex.compile(expression)
+    """Compile an expression of Python's syntax for the `regex` package, which keeps to a time."""
+    re.compile(expression)
+    return regex.compile(_PLAIN_BRACE.sub(r"\{", expression))
 
 
 @lru_cache(maxsize=4096)
@@ -296,7 +302,7 @@ def _depths(text: str, is_regex: bool, info: ParamInfo) -> frozenset[int]:
 
 
 #: what compiling an expression can raise: contradictory flags, huge counts, deep nesting
-_UNREADABLE = (regex.error, ValueError, OverflowError, RecursionError, MemoryError)
+_UNREADABLE = (re.error, regex.error, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 #: how other languages join patterns
