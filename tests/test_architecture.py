@@ -17,6 +17,7 @@ MAX_FUNCTION = 60
 
 # In the order data visits them: a module may import what stands before it, never what comes after.
 LAYERS = [
+    "_startup",
     "errors",
     "compat",
     "notices",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# isort: off
+from . import _startup  # before anything that takes time  # noqa: F401
+
+# isort: on
 from . import checkpoint, optim
 from .distributed import load_distributed, read_distributed
 from .errors import (

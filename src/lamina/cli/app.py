@@ -13,11 +13,13 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
+from .. import _startup
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
 from ..preview.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
+from ..training.interrupts import raising_on_terminate, signal_of
 from ..training.load import choose_plan, load_task, placed
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
@@ -59,17 +61,24 @@ Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step
 
 @contextmanager
 def spoken() -> Iterator[None]:
-    """Errors as one paragraph and exit code 2; Ctrl-C as a line and 130; no traceback."""
+    """Errors as one paragraph and exit code 2; an interruption as a line; no traceback.
+
+    The exit code of an interruption is the usual one: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    _startup.raise_on_ctrl_c()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raising_on_terminate():
             warnings.showwarning = _show_warning
             yield
     except LaminaError as error:
         print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("lamina: interrupted; nothing more was saved.", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + signal_of(error)) from None
+    finally:
+        if _startup.is_command_line():
+            _startup.end_quietly_on_signals()
 
 
 def _show_warning(
@@ -155,8 +164,8 @@ def run(
                 with display(console, passes, steps, session.earlier) as shown:
                     result = session.train([shown])
                 summary(console, result)
-        if result.interrupted:
-            raise typer.Exit(130)
+        if result.interrupted is not None:
+            raise typer.Exit(128 + result.interrupted)
 
 
 @app.command()

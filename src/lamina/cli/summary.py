@@ -14,7 +14,7 @@ from ..training.result import Result
 
 def summary(console: Console, result: Result) -> None:
     """Print what came of a run and where it is."""
-    if result.interrupted:
+    if result.interrupted is not None:
         print(interruption(result), file=sys.stderr)
     noun = result.task.examples
     rows = [(f"{name} on held-out {noun}", f"{value:.4g}") for name, value in _order(result)]

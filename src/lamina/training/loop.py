@@ -51,7 +51,7 @@ class Loop:
         accumulate: batches per step.
         randomness: the random sources of this process.
         listeners: told of everything.
-        interrupted: asked after each step; stops the run with `KeyboardInterrupt`.
+        interrupted: asked after each step; what is true stops the run with `KeyboardInterrupt`.
         at_rest: called between steps and after validations, when the run could be saved.
         position: where the run begins.
         earlier: seconds that were trained before.
@@ -68,7 +68,7 @@ class Loop:
     accumulate: int
     randomness: Randomness
     listeners: Sequence[Listener]
-    interrupted: Callable[[], bool] = lambda: False
+    interrupted: Callable[[], object] = lambda: None
     at_rest: Callable[[Loop], None] = lambda _: None
     position: Position = field(default_factory=Position)
     earlier: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 
 from ..preview.confirm import Confirmation
 from .task import Task
@@ -24,4 +25,5 @@ class Result:
     checkpoint: Path | None = None
     baseline: dict[str, float] = field(default_factory=dict)
     confirmation: Confirmation | None = None
-    interrupted: bool = False
+    #: the signal that stopped the run before its end (SIGINT, SIGTERM); None if it was not stopped
+    interrupted: Signals | None = None

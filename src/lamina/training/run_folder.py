@@ -55,6 +55,7 @@ class RunFolder:
 
     def __init__(self, folder: Path | None, task: str) -> None:
         self.saved: list[str] = []
+        self._about: dict[str, Any] = {}
         if folder is not None:
             check_free(folder)
             with told(folder):
@@ -78,7 +79,7 @@ class RunFolder:
     def again(cls, folder: Path) -> RunFolder:
         """The folder of a run that goes on, cleared of files that it was killed while writing."""
         made = cls.__new__(cls)
-        made.path, made.saved = folder, []
+        made.path, made.saved, made._about = folder, [], {}
         with told(folder):
             for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
                 remove_leftovers(folder / name)
@@ -118,6 +119,11 @@ class RunFolder:
         self._text(name, text)
         with told(other):
             other.unlink(missing_ok=True)
+
+    @property
+    def status(self) -> str:
+        """How the run is on record: running, finished, interrupted or failed."""
+        return str(self._about.get("status", ""))
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..time import run_of
 from .confirmer import Confirmer
 from .devices import end
 from .evaluate import check_watched
-from .interrupts import patient
+from .interrupts import graceful_interrupt, signal_of
 from .loaders import training_loader, validation_loader
 from .loop import Loop
 from .position import Position, Randomness
@@ -126,23 +127,25 @@ class Session:
             self.accelerator.wait_for_everyone()
         if not self.is_main:
             saver = Saver(self)
-            loop = self._loop([], lambda: False, saver)
+            loop = self._loop([], lambda: None, saver)
             loop.run()
             saver.finish(loop)
             return self._result(loop, began)
-        folder, confirmer = self._folder(listeners)
-        recorder = Recorder(folder.path / METRICS)
-        folder.saved.append(METRICS)
-        saver = Saver(self, folder.path, recorder)
-        with patient(self.accelerator.num_processes == 1) as pressed:
-            loop = self._loop([recorder, confirmer, *listeners], pressed, saver)
-            status = self._run(loop, folder, recorder, saver)
+        with graceful_interrupt(self.accelerator.num_processes == 1) as asked_to_stop:
+            folder, confirmer = self._folder(listeners)
+            with _closing(folder):
+                recorder = Recorder(folder.path / METRICS)
+                folder.saved.append(METRICS)
+                saver = Saver(self, folder.path, recorder)
+                loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
+                stopped = self._run(loop, folder, recorder, saver)
+            stopped = stopped and (asked_to_stop() or stopped)
         baseline: dict[str, float] = {}
-        if status == "finished":
+        if stopped is None:
             try:
                 baseline = self.task.baseline(self.data)
-            except KeyboardInterrupt:
-                status = "interrupted"
+            except KeyboardInterrupt as error:
+                stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
                 folder.end("finished", baseline=baseline, **self._found(loop))
         return replace(
@@ -152,7 +155,7 @@ class Session:
             checkpoint=saver.newest,
             baseline=baseline,
             confirmation=confirmer.confirm(self.optimizer),
-            interrupted=status == "interrupted",
+            interrupted=stopped,
         )
 
     def _folder(self, listeners: Sequence[Listener]) -> tuple[RunFolder, Confirmer]:
@@ -182,15 +185,21 @@ class Session:
             confirmer.note(values)
         return folder, confirmer
 
-    def _run(self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver) -> str:
-        """Train, and write what came of it however it ends."""
-        status = "failed"
+    def _run(
+        self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver
+    ) -> Signals | None:
+        """Train, and write what came of it however it ends.
+
+        Returns:
+            The signal that stopped the run, or None if it went to its end.
+        """
+        status, stopped = "failed", None
         try:
             loop.run()
             saver.finish(loop)
             status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except KeyboardInterrupt as error:
+            status, stopped = "interrupted", signal_of(error)
         finally:
             with suppress(RuntimeError):  # an error of the device, which is told already
                 loop.flush(alone=True)
@@ -201,7 +210,7 @@ class Session:
             if status != "finished":
                 with suppress(LaminaError) if status == "failed" else nullcontext():
                     folder.end(status, **self._found(loop))
-        return status
+        return stopped
 
     def _result(self, loop: Loop, began: float) -> Result:
         last = loop.last
@@ -213,7 +222,7 @@ class Session:
             seconds=time.perf_counter() - began,
         )
 
-    def _loop(self, heard: Sequence[Listener], pressed: Callable[[], bool], saver: Saver) -> Loop:
+    def _loop(self, heard: Sequence[Listener], pressed: Callable[[], object], saver: Saver) -> Loop:
         from accelerate.utils import set_seed
 
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
@@ -272,6 +281,18 @@ class Session:
         if kind is None:  # no process may end its group while another still talks to it
             self.accelerator.wait_for_everyone()
         self.close()
+
+
+@contextmanager
+def _closing(folder: RunFolder) -> Iterator[None]:
+    """Let no run that ended, however it did, be on record as one that still runs."""
+    try:
+        yield
+    except BaseException as error:
+        if folder.status == "running":
+            with suppress(LaminaError):
+                folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
 
 
 def batches(task: Task, loader: Any) -> int:
