@@ -304,7 +304,7 @@ def test_a_scheduler_of_ones_own():
     optimizer = optimizer_of()
     scheduler = Halve(optimizer)
     advance(optimizer, [scheduler], 3)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 8.0})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1.0})
     advance(optimizer, [scheduler], 1)
     assert scheduler.get_last_lr() == [lr / 16 for lr in (*RATES, 8.0)]
 

@@ -40,6 +40,8 @@ class Method:
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     #: hyperparameters that count something
     counts: ClassVar[tuple[str, ...]] = ()
+    #: hyperparameters that may be infinite
+    unbounded: ClassVar[tuple[str, ...]] = ()
     #: whether a gradient may be sparse
     sparse: ClassVar[bool] = False
 
@@ -48,6 +50,8 @@ class Method:
         for key, value in hyper.items():
             self.known(key)
             if key in self.limits:
+                if key in self.unbounded and value == math.inf:
+                    continue
                 for label, number in self._numbers(key, value):
                     check_number(self.name, label, number, *self.limits[key])
                 if key in self.counts and value != int(value):
@@ -195,8 +199,20 @@ def begun_dtype(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
 
 
 def number(value: Any) -> float:
-    """A hyperparameter as a Python number; a tensor on an accelerator is waited for."""
-    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
+    """Return a hyperparameter as a Python number; a tensor on an accelerator is waited for.
+
+    Under autograd a tensor that requires a gradient stays one.
+    """
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.requires_grad and torch.is_grad_enabled():
+        return value  # type: ignore[return-value]
+    return float(value.item())
+
+
+def root(value: float) -> float:
+    """Return the square root of what `number` returned."""
+    return math.sqrt(value) if isinstance(value, float) else value**0.5
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:

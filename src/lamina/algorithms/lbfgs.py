@@ -68,6 +68,7 @@ class LBFGS(Method):
         "history_size": (1, math.inf),
     }
     counts: ClassVar[tuple[str, ...]] = ("max_iter", "max_eval", "history_size")
+    unbounded: ClassVar[tuple[str, ...]] = ("tolerance_grad", "tolerance_change")
     options: ClassVar[tuple[str, ...]] = ("line_search_fn",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"line_search_fn": (None, "strong_wolfe")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -41,7 +42,8 @@ class DropIn(Engine):
         defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
         super().__init__(params, defaults)
         # a tensor belongs to the groups: a group that is added later gets what was given here
-        self.defaults = {key: _own(self._plain(key, v)) for key, v in self.defaults.items()}
+        own = _as_given if implementation.get("differentiable") else _own
+        self.defaults = {key: own(self._plain(key, v)) for key, v in self.defaults.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
@@ -60,13 +62,14 @@ class DropIn(Engine):
         group["params"] = given if isinstance(given, (torch.Tensor, set)) else list(given)
         names, params = _split(group)
         where = self._where(len(self.param_groups), names)
-        self._check_params(where, names, params)
+        differentiable = group.get("differentiable", self.defaults.get("differentiable"))
+        self._check_params(where, names, params, differentiable=bool(differentiable))
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(where, group["state_dtype"])
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         for key, value in group.items():
-            if isinstance(value, torch.Tensor) and key != "params":
+            if isinstance(value, torch.Tensor) and key != "params" and not differentiable:
                 used = any(other.get(key) is value for other in self.param_groups)
                 group[key] = _own(value) if used else value
         try:
@@ -100,12 +103,22 @@ class DropIn(Engine):
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
-            raise HyperparameterError(
-                f"{where}: differentiable=True is not supported; use "
-                f"torch.optim.{type(self).__name__} for that."
-            )
+            self._check_differentiable(where, given)
         if given.get("fused") and given.get("foreach"):
             raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
+
+    def _check_differentiable(self, where: str, given: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        if "differentiable" not in inspect.signature(type(self)).parameters:
+            raise HyperparameterError(
+                f"{where}: {name} has no differentiable form; SGD, RMSprop, Adam and AdamW have."
+            )
+        for key in ("fused", "foreach", "capturable"):
+            if given.get(key):
+                raise HyperparameterError(
+                    f"{where}: differentiable=True goes by the rule as it is written, one tensor "
+                    f"at a time, and {key}=True by another way; leave one of them out."
+                )
 
     def _plain(self, key: str, value: Any) -> Any:
         """A value as Python's: a NumPy number in a group makes checkpoints unloadable."""
@@ -114,7 +127,9 @@ class DropIn(Engine):
         value = python_number(value)
         return bool(value) if isinstance(self.algorithm.defaults.get(key), bool) else value
 
-    def _check_params(self, where: str, names: list[str], params: list[Any]) -> None:
+    def _check_params(
+        self, where: str, names: list[str], params: list[Any], *, differentiable: bool
+    ) -> None:
         seen = {
             id(param): name
             for index, group in enumerate(self.param_groups)
@@ -123,7 +138,7 @@ class DropIn(Engine):
         for name, param in zip(names, params, strict=True):
             if not isinstance(param, torch.Tensor):
                 raise PlanError(f"{where}: {name} is a {type(param).__name__}; expected a tensor.")
-            if not (param.is_leaf or param.retains_grad):
+            if not (differentiable or param.is_leaf or param.retains_grad):
                 raise PlanError(
                     f"{where}: {name} is not a leaf tensor (it was computed from others, as by "
                     ".to() or an operation), so it never gets a gradient; pass the original."
@@ -146,7 +161,19 @@ class DropIn(Engine):
         for group in self.param_groups:
             if group.get("capturable"):
                 _refuse_uncapturable(group, self._batch(group))
-        super()._update()
+        if any(group.get("differentiable") for group in self.param_groups):
+            self._differentiate()
+        else:
+            super()._update()
+
+    def _differentiate(self) -> None:
+        """Update the groups that ask for it under autograd, and the others as ever."""
+        batches = self._collect(self.param_groups)
+        for batch in batches:
+            if batch.hyper.get("differentiable"):
+                kernels.differentiate(batch)
+        kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
+        self._keep_grown(batches)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,6 +239,10 @@ def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_given(value: Any) -> Any:
+    return value
 
 
 def _own(value: Any) -> Any:

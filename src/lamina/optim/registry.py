@@ -140,6 +140,12 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
     """
     if key in _SETTINGS:
         raise HyperparameterError(f"{where}, which is a setting of the plan, not a hyperparameter.")
+    if key == "differentiable":
+        raise HyperparameterError(
+            f"{where}, which a plan does not have: its steps are not recorded by autograd. To "
+            "differentiate through steps, use an optimizer without a plan: "
+            "lamina.optim.AdamW(params, differentiable=True)."
+        )
     known = hyperparameters(optimizer)
     own = _OWN if algorithm_of(optimizer) is not None else ()
     if key not in (*known, *own):

@@ -13,7 +13,7 @@ from ...errors import ScheduleError
 from ...schedules.shape import Shape
 from ...time import Run
 from .base import LRScheduler
-from .ledger import Rate, Record, rounded
+from .ledger import Group, Rate, Record, rounded
 
 
 @lru_cache(maxsize=128)
@@ -83,6 +83,12 @@ class Curve(LRScheduler):
         if expected == 0 or before == 0 or (before == wave and source is self):
             return record.plain
         return self._follow(record.plain, expected, target, wave / before)
+
+    def _join(self, index: int, group: Group) -> None:
+        first, record = self._ledger.records[0], self._ledger.records[index]
+        wave = self._wave(max(self.last_epoch, 0))
+        if record.brought and _same(first, self._closed(float(self.base_lrs[0]), wave)):
+            record.plain = self._closed(record.base, wave)  # not in proportion: there is a floor
 
     def _get_closed_form_lr(self) -> list[Rate]:
         wave = self._wave(self.last_epoch)

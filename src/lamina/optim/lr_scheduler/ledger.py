@@ -195,10 +195,10 @@ class Ledger:
     def _explain(self, record: Record) -> None:
         """Find the learning rate without multipliers that gives what was written."""
         factor = self._factor(record)
-        if record.written == rounded(record.group["lr"], record.base * factor):
-            record.plain = record.base
-        elif factor != 0:
-            record.plain = record.written / factor
+        if factor == 0:
+            return  # what a factor of 0 hides is in the state of its scheduler
+        whole = rounded(record.group["lr"], record.base * factor) == record.written
+        record.plain = record.base if whole else record.written / factor
 
     def _admit(self, groups: Sequence[Group]) -> None:
         """Take in groups added later: their learning rate is their value now.
