@@ -89,8 +89,8 @@ def test_through_betas_and_complex_parameters():
 def test_groups_with_and_without_it_in_one_optimizer():
     first, plain = begin(), nn.Parameter(torch.ones(2))
     param = first.clone()
-    groups = [{"params": [param], "differentiable": True}, {"params": [plain]}]
-    optimizer = optim.SGD(groups, lr=0.1, momentum=0.9)
+    groups = [{"params": [param]}, {"params": [plain], "differentiable": False}]
+    optimizer = optim.SGD(groups, lr=0.1, momentum=0.9, differentiable=True)
     param.grad = param.clone() * 2
     plain.grad = torch.ones(2)
     optimizer.step()
@@ -161,7 +161,7 @@ def test_tolerances_of_lbfgs_may_be_infinite(key, search):
             loss.backward()
             return loss
 
-        losses = [float(optimizer.step(closure)) for _ in range(3)]
+        losses = [optimizer.step(closure).item() for _ in range(3)]
         rows.append([losses, param.tolist(), optimizer.state[param]["func_evals"]])
     assert rows[1] == rows[0]
     with pytest.raises(HyperparameterError, match="tolerance_grad=-inf"):

@@ -63,7 +63,7 @@ class DropIn(Engine):
         names, params = _split(group)
         where = self._where(len(self.param_groups), names)
         differentiable = group.get("differentiable", self.defaults.get("differentiable"))
-        self._check_params(where, names, params, differentiable=bool(differentiable))
+        self._check_params(where, names, params)
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(where, group["state_dtype"])
         for key, default in self.defaults.items():
@@ -127,9 +127,7 @@ class DropIn(Engine):
         value = python_number(value)
         return bool(value) if isinstance(self.algorithm.defaults.get(key), bool) else value
 
-    def _check_params(
-        self, where: str, names: list[str], params: list[Any], *, differentiable: bool
-    ) -> None:
+    def _check_params(self, where: str, names: list[str], params: list[Any]) -> None:
         seen = {
             id(param): name
             for index, group in enumerate(self.param_groups)
@@ -138,7 +136,8 @@ class DropIn(Engine):
         for name, param in zip(names, params, strict=True):
             if not isinstance(param, torch.Tensor):
                 raise PlanError(f"{where}: {name} is a {type(param).__name__}; expected a tensor.")
-            if not (differentiable or param.is_leaf or param.retains_grad):
+            computed = not (param.is_leaf or param.retains_grad)
+            if computed and not self.defaults.get("differentiable"):  # as in torch
                 raise PlanError(
                     f"{where}: {name} is not a leaf tensor (it was computed from others, as by "
                     ".to() or an operation), so it never gets a gradient; pass the original."

@@ -35,8 +35,13 @@ def prepare(scheduler: Any, optimizer: Optimizer, last_epoch: int = -1) -> None:
     ledger = scheduler._ledger = ledger_of(optimizer)
     # One of torch's schedulers on the same optimizer writes past the ledger, and what it wrote
     # cannot be told from an edit by hand.
-    alone = not hasattr(optimizer.step, "_wrapped_by_lr_sched")
-    ledger.begin(optimizer.param_groups, rebase=last_epoch == -1 and alone)
+    beside = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    stepped = getattr(innermost(optimizer), "_opt_called", False)
+    ledger.begin(
+        optimizer.param_groups,
+        rebase=last_epoch == -1 and not beside,
+        beside=beside and not stepped,
+    )
 
 
 def _separate_tensors(optimizer: Optimizer) -> None:

@@ -115,14 +115,17 @@ class Ledger:
 
     # --- schedulers that are made --------------------------------------------------------------
 
-    def begin(self, groups: Sequence[Group], *, rebase: bool) -> None:
+    def begin(self, groups: Sequence[Group], *, rebase: bool, beside: bool = False) -> None:
         """Take in a scheduler that is being made.
 
         Args:
             groups: the groups of the optimizer.
             rebase: make a learning rate that was edited by hand the initial one.
+            beside: a scheduler that writes past the ledger was made, and has not stepped yet.
         """
-        self._take_in(groups)
+        new = self._take_in(groups)
+        for record in new if beside else ():
+            record.start = record.base
         if rebase:
             self._rebase()
         self.read(groups)
@@ -146,17 +149,19 @@ class Ledger:
         for record in self.records:
             record.base = float(record.group.get("initial_lr", record.group["lr"]))
 
-    def _take_in(self, groups: Sequence[Group]) -> None:
+    def _take_in(self, groups: Sequence[Group]) -> list[Record]:
         """Open records for groups that are there before any scheduler, or were restored."""
-        first = not self.records
+        first, new = not self.records, []
         for index, group in enumerate(groups):
             if not first and index >= len(self.records):
-                return  # added later: `read` takes it in
+                break  # added later: `read` takes it in
             if first or self.records[index].group is not group:
                 lr = float(group["lr"])
                 found = lr if "initial_lr" in group else None
                 record = Record(index, group, lr, lr, float(group.get("initial_lr", lr)), lr, found)
                 self.records[index : index + 1] = [record]
+                new.append(record)
+        return new
 
     # --- what others did to the groups ---------------------------------------------------------
 
@@ -273,11 +278,15 @@ class Ledger:
 
     def overwrite(self) -> None:
         """Prepare for a scheduler that is made and does not go on from what was there before."""
+        self.settle()
+        for record in self.records:
+            record.start = record.base
+
+    def settle(self) -> None:
+        """Let the multipliers of schedulers that were there before be part of what is there."""
         for multiplier in self.multipliers:
             if not multiplier.current:
                 self.leave(multiplier)
-        for record in self.records:
-            record.start = record.base
 
     # --- writing -------------------------------------------------------------------------------
 
