@@ -67,6 +67,14 @@ def untouched(optimizer):
 
 
 WAYS = [untouched, partial, plain_function, callable_object, bound_to_another, compiled]
+#: dynamo runs torch's step inside the graph, which takes seconds to compile; ours stays outside
+CASES = [
+    pytest.param(cls, way, marks=[pytest.mark.slow] * (cls is torch.optim.SGD and way is compiled))
+    for cls in (torch.optim.SGD, optim.SGD)
+    for way in WAYS
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 MAKERS = {
     "StepLR": lambda o: ours.StepLR(o, 1, 0.5),
     "LambdaLR": lambda o: ours.LambdaLR(o, lambda e: 0.5**e),
@@ -80,8 +88,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("replace", WAYS)
-@pytest.mark.parametrize("cls", [torch.optim.SGD, optim.SGD])
+@pytest.mark.parametrize(("cls", "replace"), CASES)
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_scheduler_is_made_for_a_replaced_step(name, cls, replace):
     optimizer, plain = optimizer_of(cls), optimizer_of(cls)
@@ -95,9 +102,8 @@ def test_a_scheduler_is_made_for_a_replaced_step(name, cls, replace):
     assert torch.equal(*[each.param_groups[0]["params"][0] for each in (optimizer, plain)])
 
 
-@pytest.mark.parametrize("replace", WAYS)
+@pytest.mark.parametrize(("cls", "replace"), CASES)
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("cls", [torch.optim.SGD, optim.SGD])
 def test_a_scheduler_that_steps_first_is_told_and_only_that(cls, replace, late):
     for early in (True, False):
         optimizer = optimizer_of(cls)
@@ -179,9 +185,9 @@ def test_accelerates_wrapper_of_an_optimizer():
 def test_an_epoch_is_announced_as_deprecated_where_torch_does():
     for module in (theirs, ours):
         optimizer = optimizer_of()
+        plateau, steps = module.ReduceLROnPlateau(optimizer), module.StepLR(optimizer, 2)
         optimizer.step()
-        plateau = module.ReduceLROnPlateau(optimizer)
-        for act in (lambda s=module.StepLR(optimizer, 2): s.step(5), lambda: plateau.step(1.0, 3)):
+        for act in (lambda s=steps: s.step(5), lambda p=plateau: p.step(1.0, 3)):
             with pytest.warns(UserWarning, match="The epoch parameter in `scheduler.step") as told:
                 act()
             assert len(told) == 1
