@@ -396,7 +396,9 @@ def test_torchs_schedulers_beside_ours_work_as_beside_their_own(first):
         makers = [TORCHS[first], TORCHS[second]]
         rows = advance(wanted, together(theirs, wanted, makers), 12)
         modules = (theirs, ours) if flip else (ours, theirs)
-        parts = [lambda _, o, m=m, make=make: make(m, o) for m, make in zip(modules, makers)]
+        parts = [
+            lambda _, o, m=m, make=make: make(m, o) for m, make in zip(modules, makers, strict=True)
+        ]
         optimizer = optimizer_of()
         got = advance(optimizer, together(ours, optimizer, parts), 12)
         assert_rows(got, rows, (first, second, together.__name__, flip))

@@ -1,4 +1,4 @@
-"""`optimizer.step` replaced by anything callable: schedulers are made, and count steps, all the same."""
+"""`optimizer.step` replaced by anything callable: schedulers still count steps."""
 
 import copy
 import functools
@@ -80,9 +80,7 @@ MAKERS = {
     "LambdaLR": lambda o: ours.LambdaLR(o, lambda e: 0.5**e),
     "OneCycleLR": lambda o: ours.OneCycleLR(o, 0.1, 10, cycle_momentum=False),
     "WarmRestarts": lambda o: ours.CosineAnnealingWarmRestarts(o, 4),
-    "SequentialLR": lambda o: ours.SequentialLR(
-        o, [ours.LinearLR(o, 0.5), ours.StepLR(o, 1)], [3]
-    ),
+    "SequentialLR": lambda o: ours.SequentialLR(o, [ours.LinearLR(o, 0.5), ours.StepLR(o, 1)], [3]),
     "ChainedScheduler": lambda o: ours.ChainedScheduler([ours.LinearLR(o), ours.StepLR(o, 1)]),
     "Plateau": lambda o: ours.ReduceLROnPlateau(o),
 }

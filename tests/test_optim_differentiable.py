@@ -1,4 +1,4 @@
-"""differentiable=True: the update is recorded by autograd, in every optimizer where torch has it."""
+"""differentiable=True: the update is recorded by autograd, wherever torch has it."""
 
 import copy
 import math
@@ -94,7 +94,9 @@ def test_groups_with_and_without_it_in_one_optimizer():
     param.grad = param.clone() * 2
     plain.grad = torch.ones(2)
     optimizer.step()
-    torch.testing.assert_close(torch.autograd.grad(param.sum(), first)[0], torch.full_like(first, 0.8))
+    torch.testing.assert_close(
+        torch.autograd.grad(param.sum(), first)[0], torch.full_like(first, 0.8)
+    )
     assert plain.tolist() == pytest.approx([0.9, 0.9])
     assert plain.is_leaf
 

@@ -6,4 +6,13 @@ from .base import Kernel
 from .differentiable import differentiate
 from .pick import KERNELS, apply, assign, carry_out, choose, step_device
 
-__all__ = ["KERNELS", "Kernel", "apply", "assign", "carry_out", "choose", "differentiate", "step_device"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "apply",
+    "assign",
+    "carry_out",
+    "choose",
+    "differentiate",
+    "step_device",
+]

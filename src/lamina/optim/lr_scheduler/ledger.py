@@ -147,7 +147,8 @@ class Ledger:
     def based(self) -> None:
         """Take over the initial learning rates, which a scheduler that is made may set."""
         for record in self.records:
-            record.base = float(record.group.get("initial_lr", record.group["lr"]))
+            key = "initial_lr" if "initial_lr" in record.group else "lr"
+            record.base = float(record.group[key])
 
     def _take_in(self, groups: Sequence[Group]) -> list[Record]:
         """Open records for groups that are there before any scheduler, or were restored."""
@@ -337,8 +338,8 @@ class Ledger:
         when the scheduler was made gets it back.
         """
         for index, (record, lr) in enumerate(zip(self.records, saved, strict=False)):
-            live = index < len(scheduler.optimizer.param_groups)
-            group = scheduler.optimizer.param_groups[index] if live else None
+            groups = scheduler.optimizer.param_groups
+            group = groups[index] if index < len(groups) else None
             if group is not record.group or self._edited(record):
                 continue
             put(record.group, lr if record.found is None else record.found)
