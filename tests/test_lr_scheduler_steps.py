@@ -158,7 +158,8 @@ def test_schedulers_of_both_libraries_share_one_note_of_the_steps():
         schedulers = [first.StepLR(optimizer, 1), second.ExponentialLR(optimizer, 0.9)]
         optimizer.step()
         for scheduler in schedulers:
-            scheduler.step()
+            scheduler.step()  # a warning would be an error
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.009)
 
 
 def test_accelerates_wrapper_of_an_optimizer():
