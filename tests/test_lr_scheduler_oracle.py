@@ -279,7 +279,14 @@ def test_every_scheduler_resumes_in_every_order_of_restoring(name, kind):
 
 
 @pytest.mark.parametrize("first", OWN)
-@pytest.mark.parametrize("together", TOGETHER)
+@pytest.mark.parametrize(
+    "together",
+    [
+        chained,
+        pytest.param(sequential, marks=pytest.mark.slow),
+        pytest.param(side_by_side, marks=pytest.mark.slow),
+    ],
+)
 def test_every_pair_resumes_in_every_order_of_restoring(first, together):
     some = ("Lambda up", "Multiplicative", "Linear", "Cosine floor", "Restarts", "Constant 0")
     for second in some:

@@ -130,10 +130,18 @@ def test_a_leaf_is_refused_by_name_and_a_plan_says_where_it_is_possible():
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("options", [{}, {"foreach": False}])
-def test_betas_may_be_tensors(name, options):
-    betas = (torch.tensor(0.8), torch.tensor(0.99))
+@pytest.mark.parametrize(
+    "betas",
+    [
+        (torch.tensor(0.8), torch.tensor(0.99)),
+        (torch.tensor([0.8]), torch.tensor([0.99])),
+        torch.tensor([0.8, 0.99]),
+        (torch.tensor(0.8), 0.99),
+    ],
+)
+def test_betas_may_be_tensors(name, options, betas):
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    theirs = getattr(torch.optim, name)([params[0]], betas=betas, foreach=False)
+    theirs = getattr(torch.optim, name)([params[0]], betas=(0.8, 0.99))
     ours = getattr(optim, name)([params[1]], betas=betas, **options)
     for step in range(5):
         for param, optimizer in zip(params, (theirs, ours), strict=True):
@@ -147,6 +155,8 @@ def test_betas_may_be_tensors(name, options):
 def test_betas_of_several_numbers_are_refused():
     with pytest.raises(HyperparameterError, match=r"betas\[0\]=tensor"):
         optim.Adam([nn.Parameter(torch.ones(1))], betas=(torch.ones(2) / 2, 0.9))
+    with pytest.raises(HyperparameterError, match="expected 2 numbers"):
+        optim.Adam([nn.Parameter(torch.ones(1))], betas=torch.ones(3) / 2)
 
 
 @pytest.mark.parametrize("key", ["tolerance_grad", "tolerance_change"])

@@ -87,6 +87,8 @@ class Method:
         if key not in self.components:
             return [(key, value)]
         count = self.components[key]
+        if isinstance(value, torch.Tensor) and value.ndim == 1:
+            value = tuple(value)
         if not isinstance(value, (tuple, list)) or len(value) != count:
             raise HyperparameterError(
                 f"{self.name} was given {key}={value!r}; expected {count} numbers, "
