@@ -18,6 +18,7 @@ from .audit import Audit
 from .checks.live import examine
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
+from .exchange import Exchange
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
@@ -43,7 +44,7 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange"),
 )
 
 
@@ -78,12 +79,14 @@ class Optimizer(Restorable):
         self._ties = Watched(model, owned)
         self._received = Received()
         self._freezer = Freezer(model, resolved.cells, owned)
+        self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         self._complete = True
+        self._exchange.settle(self.param_groups, at_build=True)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
@@ -149,6 +152,7 @@ class Optimizer(Restorable):
         Returns:
             A finding for each thing that is not as it was, or that cannot be meant.
         """
+        self._follow_model()
         known = (self.param_groups, self.state, model, after, self.last_load, self._received)
         return examine(self._resolved, *known)
 
@@ -172,6 +176,8 @@ class Optimizer(Restorable):
         # A method over all parameters at once evaluates the loss itself, several times. It is given
         # all groups, so that it knows parameters by their place among all, and leaves out what has
         # no gradient.
+        self._follow_model()
+        self._exchange.settle(self.param_groups)
         self._begin()
 
         def evaluate() -> Any:
@@ -226,6 +232,10 @@ class Optimizer(Restorable):
 
     def _update(self) -> None:
         batches = self._collect(self._begin())
+        if self._exchange.fewer(sum(len(batch.params) for batch in batches)):
+            if self._follow_model():
+                batches = self._collect(self._begin())
+            self._exchange.settle(self.param_groups)
         try:
             self._operate(batches)
         except NonFiniteError as error:
@@ -244,8 +254,8 @@ class Optimizer(Restorable):
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""
         if every := self.plan.nonfinite_check == "all":
-            check_finite(batches, self.clock)
-        members: dict[int, list[Batch]] = {}
+            check_finite(batches, self.clock, self._exchange.shards)
+        members = self._shared_scopes()
         for batch in batches:
             scope = self._scope_of[batch.hyper["name"]]
             if scope is not None:
@@ -253,10 +263,17 @@ class Optimizer(Restorable):
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every)
+            shards = self._exchange.shards_of(scope)
+            norm = operate(its, run.operations[scope], self._infos, self.clock, every, shards)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
+
+    def _shared_scopes(self) -> dict[int, list[Batch]]:
+        """The scopes in whose norms every process takes part, if it has a gradient or not."""
+        training = (g["name"] for g, now in zip(self.param_groups, self._freezer.active) if now)
+        scopes = dict.fromkeys(self._scope_of[name] for name in training)
+        return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
 
     # --- values --------------------------------------------------------------------------------
 
@@ -286,6 +303,7 @@ class Optimizer(Restorable):
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
+        self._follow_model()
         self._freezer.release(self.param_groups)
 
     # --- torch's interface ---------------------------------------------------------------------

@@ -53,7 +53,11 @@ def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
 
     Formula: `(sum |x|^p)^(1/p)` over every number of every tensor; the largest |x| for p = inf.
     """
-    norms = each_norm(tensors, p)
+    return total(each_norm(tensors, p), p)
+
+
+def total(norms: Sequence[torch.Tensor], p: float) -> torch.Tensor:
+    """The p-norm of what several p-norms are of."""
     device = norms[0].device
     together = torch.stack([norm.to(device) for norm in norms])
     return together.max() if math.isinf(p) else torch.linalg.vector_norm(together, p)
