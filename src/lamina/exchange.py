@@ -33,7 +33,7 @@ class Exchange:
     FSDP2 puts new parameters into the model, which the optimizer must adopt; FSDP1 leaves each
     process a part of the old ones, so that what needs whole tensors is refused and norms are put
     together. A look costs some microseconds for each parameter, so that a step takes one only if
-    fewer gradients came than before (see `fewer`).
+    gradients are missing: what was exchanged has none.
     """
 
     def __init__(self, model: nn.Module, resolved: Resolved, owned: Sequence[Owned]) -> None:
@@ -41,7 +41,7 @@ class Exchange:
         self._model = model
         self._resolved = resolved
         self._places = [[places[info.name] for info in cell.parameters] for cell in resolved.cells]
-        #: how many gradients came in the last step, None to look before the next one
+        #: how many gradients came in the last step, None before the first
         self._gradients: int | None = None
         self._shards: dict[int, Shards] = {}
         self._whole: Shards | None = None
@@ -50,10 +50,18 @@ class Exchange:
         """Without process groups, which cannot be copied; the next step looks again."""
         return {**self.__dict__, "_gradients": None, "_shards": {}, "_whole": None}
 
-    def fewer(self, gradients: int) -> bool:
-        """Return whether a step has fewer gradients than the last one, or is the first."""
+    def is_due(self, gradients: int, groups: Groups) -> bool:
+        """Return whether a step should look at the model before it goes on.
+
+        Args:
+            gradients: how many there are in this step.
+            groups: the groups that train in it.
+        """
         before, self._gradients = self._gradients, gradients
-        return before is None or gradients < before
+        if before is not None:
+            return gradients < before
+        params = [param for group in groups for param in group["params"]]
+        return gradients < len(params) or any(map(is_flattened, params))
 
     def shards_of(self, scope: int) -> Shards | None:
         """Return how the parameters of a clip scope are spread over processes, if by FSDP1."""

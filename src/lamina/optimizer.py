@@ -231,8 +231,9 @@ class Optimizer(Restorable):
         return self._guests.batch(group, params, grads, self._names(group, params))
 
     def _update(self) -> None:
-        batches = self._collect(self._begin())
-        if self._exchange.fewer(sum(len(batch.params) for batch in batches)):
+        training = self._begin()
+        batches = self._collect(training)
+        if self._exchange.is_due(sum(len(batch.params) for batch in batches), training):
             if self._follow_model():
                 batches = self._collect(self._begin())
             self._exchange.settle(self.param_groups)

@@ -22,8 +22,16 @@ def is_dtensor(tensor: Any) -> bool:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process' part of a sharded tensor; of any other, the tensor."""
-    part: torch.Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[operator]
+    sharded: Any = tensor
+    part: torch.Tensor = sharded.to_local() if is_dtensor(tensor) else tensor
     return part
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor in full, as every process then has it; others as they are."""
+    sharded: Any = tensor
+    full: torch.Tensor = sharded.full_tensor() if is_dtensor(tensor) else tensor
+    return full
 
 
 def is_flattened(tensor: torch.Tensor) -> bool:
@@ -106,13 +114,12 @@ def laid_out_as(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     keeps its part, and nothing is sent.
     """
     if not is_dtensor(param):
-        whole: torch.Tensor = value.full_tensor() if is_dtensor(value) else value  # type: ignore[operator]
-        return whole.to(param.device)
+        return whole_of(value).to(param.device)
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     if is_dtensor(value):
         if value.device_mesh == mesh and value.placements == placements:  # type: ignore[attr-defined]
             return value
-        value = value.full_tensor()  # type: ignore[operator]
+        value = whole_of(value)
     from torch.distributed.tensor import DTensor, Replicate
 
     copies = [Replicate()] * mesh.ndim

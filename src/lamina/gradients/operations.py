@@ -12,7 +12,8 @@ from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..parameters import ParamInfo
 from ..settings import check_amount, python_number
-from .norms import clamped, gathered, values_of
+from ..sharding import whole_of
+from .norms import clamped, values_of
 from .operation import Amount, Grads, Operation, Work
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -138,7 +139,7 @@ class AGC(Operation):
             norm, weight = _unit_norm(dense), _unit_norm(param).clamp(min=self.eps)
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
             clipped.append(times(dense, factor))
-            work.norms.append(gathered(norm.sum()))
+            work.norms.append(whole_of(norm.sum()))
         work.grads = clipped
 
 
