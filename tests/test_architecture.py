@@ -49,6 +49,7 @@ LAYERS = [
     "explain",
     "ties",
     "manual",
+    "reducers",
     "freezing",
     "audit",
     "received",
