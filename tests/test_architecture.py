@@ -50,6 +50,7 @@ LAYERS = [
     "explain",
     "ties",
     "manual",
+    "reducers",
     "freezing",
     "audit",
     "received",

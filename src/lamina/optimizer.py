@@ -199,6 +199,8 @@ class Optimizer(Restorable):
         """The groups that train in this step; the others are left without gradients."""
         refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
+        if not self._freezer.flags.settled:
+            self._freezer.settle(self.param_groups, self.clock)
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
         return [group for group, active in pairs if active]
@@ -295,7 +297,8 @@ class Optimizer(Restorable):
             published[cell.name] = hyper
             group["clock"] = clock
         was = self._freezer.active
-        self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        active = [*map(values.active, range(len(resolved.cells)))]
+        self._freezer.follow(self.param_groups, active, clock)
         self._drop_states(was)
         self._audit.begin(self.param_groups, self._freezer.active)
         run = self._run_state

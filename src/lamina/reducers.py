@@ -1,0 +1,335 @@
+"""Which parameters DistributedDataParallel reduces, measured; and what that means for freezing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import PlanError
+from .findings import listed
+from .resolved import ALWAYS, Cell, Finding
+
+Groups = Sequence[dict[str, Any]]
+_PROBE = "lamina: whether anything keeps this node"
+#: why `requires_grad` stays on while a parameter is frozen
+REDUCED, MAY_BE_WRAPPED = "reduced", "may be wrapped"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What DistributedDataParallel does with the gradients of some parameters, by their ids.
+
+    `held` are in a reducer, of whichever wrapper; `missed` are inside a wrapper whose reducer does
+    not hold them; `left_out` are what a wrapper was told to ignore. `kept` are parameters whose
+    gradients something else collects: not a wrapper that was found, but their node is kept alive.
+    """
+
+    held: frozenset[int] = frozenset()
+    missed: frozenset[int] = frozenset()
+    left_out: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
+
+
+_NOTHING = Reduction()
+
+
+def is_distributed() -> bool:
+    """Return whether this process is in a process group, without which nothing is reduced."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def measure(model: nn.Module, params: Iterable[torch.Tensor]) -> Reduction:
+    """Measure which parameters the reducers of DistributedDataParallel hold.
+
+    A reducer keeps the autograd node of a parameter alive, which otherwise lives only as long as a
+    graph that uses it. So a wrapper holds at most the parameters inside it whose node is alive, and
+    its log says how many it holds. A model inside a wrapper does not know it, hence the search.
+
+    Args:
+        model: what the plan was given: the wrapper, a module with wrappers inside, or a module
+            inside one.
+        params: the parameters of the plan.
+    """
+    if not is_distributed():
+        return _NOTHING
+    params = [param for param in params if not is_sharded(param)]
+    alive = {id(param) for param in params if _is_alive(param)}
+    if not alive:
+        return _NOTHING
+    held: set[int] = set()
+    missed: set[int] = set()
+    left_out: set[int] = set()
+    for ids in _wrapped_ids(model, params):
+        held |= ids.held
+        missed |= ids.missed
+        left_out |= ids.left_out
+    ours = {id(param) for param in params}
+    return Reduction(
+        frozenset(held & ours),
+        frozenset(missed & ours),
+        frozenset((left_out & ours) - held - missed),
+        frozenset(alive - held - missed - left_out),
+    )
+
+
+def is_sharded(param: torch.Tensor) -> bool:
+    """Return whether FSDP has a parameter, whose gradients DDP then does not reduce."""
+    return type(param).__name__ == "DTensor" or bool(getattr(param, "_fsdp_flattened", False))
+
+
+def _is_alive(param: torch.Tensor) -> bool:
+    """Return whether anything keeps the node that accumulates a parameter's gradient."""
+    if not (param.is_floating_point() or param.is_complex()):
+        return False
+    if not param.is_leaf or param.is_inference():
+        return False
+    flag = param.requires_grad
+    with torch.enable_grad():
+        param.requires_grad_(True)  # without it, there is no node to ask for
+        _node(param).metadata[_PROBE] = True
+        kept = _node(param).metadata.pop(_PROBE, False)
+        param.requires_grad_(flag)
+    return bool(kept)
+
+
+def _node(param: torch.Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(param).node
+
+
+def _wrapped_ids(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[Reduction]:
+    """Yield what each wrapper does that decides over some parameters.
+
+    Wrappers in the model are those that train it; others matter for what is in none of them.
+    """
+    inside = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    covered = {id(param) for wrapper in inside for param in wrapper.module.parameters()}
+    for wrapper in inside:
+        yield _reduction_of(wrapper)
+    rest = {id(param) for param in params} - covered
+    if not rest:
+        return
+    if len(_living_wrappers(rest)) > 1:  # one may be left over from wrapping the model before
+        gc.collect()
+    for wrapper in _living_wrappers(rest):
+        found = _reduction_of(wrapper)
+        yield Reduction(found.held & rest, found.missed & rest, found.left_out & rest)
+
+
+def _living_wrappers(ids: set[int]) -> list[DistributedDataParallel]:
+    """All wrappers in this process that have one of these parameters inside."""
+    # `isinstance` would ask proxies for their class, which may load whatever they stand for.
+    found = (it for it in gc.get_objects() if issubclass(type(it), DistributedDataParallel))
+    return [it for it in found if not ids.isdisjoint(map(id, it.module.parameters()))]
+
+
+def _reduction_of(wrapper: DistributedDataParallel) -> Reduction:
+    ignored = wrapper.parameters_to_ignore
+    named = dict(wrapper.module.named_parameters())
+    left_out = frozenset(id(param) for name, param in named.items() if name in ignored)
+    inside = [param for name, param in named.items() if name not in ignored]
+    if getattr(wrapper, "reducer", None) is None:  # all of its reductions are delayed ones
+        return Reduction(left_out=left_out)
+    held = frozenset(id(param) for param in inside if _is_alive(param))
+    if len(held) != wrapper._get_ddp_logging_data()["num_parameter_tensors"]:
+        # A graph that is still referenced keeps nodes too. The buckets are exact, but to list them
+        # torch allocates as much as all gradients.
+        buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+        held = frozenset(id(param) for bucket in buckets for param in bucket.parameters())
+    return Reduction(held, frozenset(map(id, inside)) - held, left_out)
+
+
+class FlagKeeper:
+    """Knows which parameters must keep `requires_grad` on while they are frozen.
+
+    A reducer waits for the gradient of everything it holds, and never learns of what it does not
+    hold. So what it holds keeps the flag, and a hook keeps its gradients at zero while it is
+    frozen: no norm, of a trainer either, sees them. Which those are is measured at build, at the
+    first step (the model may have been wrapped in between), and whenever a window opens or closes.
+    In a process group, what trains later keeps the flag until the first step.
+
+    Args:
+        model: what the plan was built on.
+        cells: the cells of the plan.
+    """
+
+    def __init__(self, model: nn.Module, cells: Sequence[Cell]) -> None:
+        self._model = model
+        self._cells = cells
+        #: whether the parameters were measured in a step, that is after any wrapping
+        self.settled = False
+        self._found = _NOTHING
+        self._foreign: frozenset[int] = frozenset()
+        #: by parameter, the handle of the hook that keeps its gradients at zero
+        self._hooks = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and what was measured: a copy has parameters of its own."""
+        fresh = {"settled": False, "_found": _NOTHING, "_foreign": frozenset()}
+        return {**self.__dict__, **fresh, "_hooks": WeakTensorKeyDictionary()}
+
+    def measure(self, groups: Groups, clock: int, *, in_step: bool) -> None:
+        """Measure what is reduced, as things are now.
+
+        Args:
+            groups: the parameter groups, one for each cell.
+            clock: the step that comes next.
+            in_step: whether this is a step, before which the model was wrapped if ever.
+
+        Raises:
+            PlanError: if a parameter must train from now on that the reducer does not hold, though
+                it holds others; nothing was changed.
+        """
+        found = self.look(groups, in_step=in_step)
+        missing = list(not_reduced(self._cells, groups, found, clock))
+        if missing:
+            self.settled = False  # so that the next step looks again
+            raise PlanError(" ".join(refusal(missing, found, in_step)))
+
+    def look(self, groups: Groups, *, in_step: bool) -> Reduction:
+        """Measure what is reduced, without judging it."""
+        found = measure(self._model, [param for group in groups for param in group["params"]])
+        if not in_step:  # in a step, the loss may still be there, and with it all nodes
+            self._foreign = found.kept
+        self._found = found
+        self.settled = in_step
+        return found
+
+    def reason(self, cell: Cell, param: torch.Tensor, clock: int) -> str | None:
+        """Return why a parameter keeps the flag while it is frozen, or None if it does not.
+
+        Args:
+            cell: the cell of the parameter.
+            param: the parameter.
+            clock: the step that comes next.
+        """
+        if id(param) in self._found.held or id(param) in self._foreign:
+            return REDUCED
+        wrapping = is_distributed() and not self.settled and not self._found.held
+        if wrapping and trains_from(cell, clock) and not is_sharded(param):
+            return MAY_BE_WRAPPED
+        return None
+
+    def keeps(self, cell: Cell, param: torch.Tensor, clock: int) -> bool:
+        """Return whether a parameter keeps the flag while it is frozen."""
+        return self.reason(cell, param, clock) is not None
+
+    def is_zeroed(self, param: torch.Tensor) -> bool:
+        """Return whether a hook keeps the gradients of a parameter at zero."""
+        return param in self._hooks
+
+    def zero(self, param: torch.Tensor) -> None:
+        """Keep the gradients of a parameter at zero from now on."""
+        if param.requires_grad and param not in self._hooks:
+            self._hooks[param] = param.register_hook(torch.zeros_like)
+
+    def let_go(self, param: torch.Tensor) -> None:
+        """Let a parameter have gradients again."""
+        handle = self._hooks.pop(param, None)
+        if handle is not None:
+            handle.remove()
+
+
+def trains_from(cell: Cell, clock: int) -> bool:
+    """Return whether a cell trains at a step or after it."""
+    return any(end is None or end > clock for _, end in cell.windows)
+
+
+def not_reduced(
+    cells: Sequence[Cell], groups: Groups, found: Reduction, clock: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters that train from now on without being reduced, though others are."""
+    if not found.held:
+        return
+    fine = (found.held - found.missed) | found.left_out
+    for cell, group in zip(cells, groups, strict=True):
+        if trains_from(cell, clock):
+            for info, param in zip(cell.parameters, group["params"], strict=True):
+                if id(param) not in fine and not is_sharded(param):
+                    yield info.name, param
+
+
+def refusal(
+    missing: Sequence[tuple[str, torch.Tensor]], found: Reduction, in_step: bool = False
+) -> tuple[str, str]:
+    """Return why parameters that must train cannot, and the fix.
+
+    Args:
+        missing: their names and tensors.
+        found: what was measured.
+        in_step: whether the model was wrapped after the plan was built.
+    """
+    inside = [name for name, param in missing if id(param) in found.missed]
+    names = listed(inside or [name for name, _ in missing])
+    drift = "the processes would drift apart"
+    if not inside:
+        return (
+            f"the plan trains {names}, which no DistributedDataParallel wraps, though one wraps "
+            f"other parameters of the model: nothing averages the gradients, and {drift}.",
+            "Wrap the whole model, or freeze this part (frozen=True).",
+        )
+    if any(id(param) in found.held for _, param in missing):
+        return (
+            f"two DistributedDataParallel wrappers are around {names}, and only one of them "
+            f"reduces it: with the other, {drift}.",
+            "Build the plan on the wrapper that is called, or delete the other one first.",
+        )
+    cause = (
+        f"the plan trains {names} at some step, but requires_grad was off when "
+        f"DistributedDataParallel wrapped the model: nothing averages the gradients, and {drift}."
+    )
+    if in_step:
+        return cause, (
+            "No step was taken. Build the plan after torch.distributed is initialised, or wrap "
+            "first and then build."
+        )
+    pattern = " | ".join(inside) if len(inside) <= 3 else "*"
+    return cause, (
+        "Turn requires_grad on before wrapping, since the plan freezes by itself: unwrap "
+        f"(model = model.module), lamina.thaw(model, {pattern!r}), wrap again, then build."
+    )
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the wrapping of a model means for `requires_grad`, as a build would find it.
+
+    `kept` has the names of parameters that keep the flag on while they are frozen, each with the
+    reason; `findings` what the build would refuse.
+    """
+
+    kept: Mapping[str, str]
+    findings: tuple[Finding, ...] = ()
+
+
+def flags_of(
+    model: nn.Module, cells: Sequence[Cell], tensors: Mapping[str, torch.Tensor], clock: int
+) -> Flags:
+    """Look at how a model is wrapped, and change nothing.
+
+    Args:
+        model: the model.
+        cells: the cells of the plan.
+        tensors: the parameters by name.
+        clock: the step that comes next.
+    """
+    groups = [{"params": [tensors[info.name] for info in cell.parameters]} for cell in cells]
+    keeper = FlagKeeper(model, cells)
+    found = keeper.look(groups, in_step=False)
+    missing = list(not_reduced(cells, groups, found, clock))
+    findings = (Finding("not-reduced", *refusal(missing, found)),) if missing else ()
+    kept = {
+        info.name: reason
+        for cell in cells
+        if cell.windows != ALWAYS
+        for info in cell.parameters
+        if (reason := keeper.reason(cell, tensors[info.name], clock))
+    }
+    return Flags(kept, findings)
