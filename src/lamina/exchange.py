@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .admission import works_on_parts
 from .errors import PlanError
 from .optim.registry import method_of, optimizer_name
 from .parameters import Owned
+from .reducers import is_distributed
 from .resolved import Cell, Resolved
 from .sharding import (
     FlatPart,
@@ -27,13 +29,43 @@ Groups = Sequence[dict[str, Any]]
 _FSDP1 = "FSDP1 (FullyShardedDataParallel)"
 
 
+class BeforeForward:
+    """A hook on a model that is called once, before the first forward, and then removes itself.
+
+    It has what it calls by a weak reference: a copy of the model does not copy an optimizer, and
+    its hook does nothing.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[], None]) -> None:
+        self._call: weakref.WeakMethod[Any] | None = weakref.WeakMethod(call)
+        self._handle: Any = model.register_forward_pre_hook(self, prepend=True)
+
+    def __call__(self, *_: Any) -> None:
+        """Call, and remove the hook."""
+        if torch.compiler.is_compiling():  # traced, it would be called for ever: the step settles
+            return
+        call = self._call() if self._call is not None else None
+        self.remove()
+        if call is not None:
+            call()
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_call": None, "_handle": None}
+
+
 class Exchange:
     """Looks at what wrappers have done to the parameters of a model since the last time.
 
     FSDP2 puts new parameters into the model, which the optimizer must adopt; FSDP1 leaves each
     process a part of the old ones, so that what needs whole tensors is refused and norms are put
-    together. A look costs some microseconds for each parameter, so that a step takes one only if
-    gradients are missing: what was exchanged has none.
+    together. A look costs some microseconds for each parameter, so that only the first step takes
+    one, and one in which gradients are missing: what was exchanged has none.
     """
 
     def __init__(self, model: nn.Module, resolved: Resolved, owned: Sequence[Owned]) -> None:
@@ -50,18 +82,10 @@ class Exchange:
         """Without process groups, which cannot be copied; the next step looks again."""
         return {**self.__dict__, "_gradients": None, "_shards": {}, "_whole": None}
 
-    def is_due(self, gradients: int, groups: Groups) -> bool:
-        """Return whether a step should look at the model before it goes on.
-
-        Args:
-            gradients: how many there are in this step.
-            groups: the groups that train in it.
-        """
+    def misses(self, gradients: int) -> bool:
+        """Return whether a step has fewer gradients than the last one: there it should look."""
         before, self._gradients = self._gradients, gradients
-        if before is not None:
-            return gradients < before
-        params = [param for group in groups for param in group["params"]]
-        return gradients < len(params) or any(map(is_flattened, params))
+        return before is not None and gradients < before and is_distributed()
 
     def shards_of(self, scope: int) -> Shards | None:
         """Return how the parameters of a clip scope are spread over processes, if by FSDP1."""
@@ -89,6 +113,15 @@ class Exchange:
                     params[index] = live
                     found = True
         return found
+
+    def show_flags(self, groups: Groups) -> None:
+        """Give the copies that FSDP2 has gathered by now the flags of the parameters."""
+        for group, rows in zip(groups, self._places, strict=True):
+            for param, places in zip(group["params"], rows, strict=True):
+                module, attribute = places[0]
+                shown = module._parameters.get(attribute)
+                if shown is not None and shown is not param and is_dtensor(param):
+                    shown.requires_grad_(param.requires_grad)
 
     def settle(self, groups: Groups, at_build: bool = False) -> None:
         """Refuse what cannot be right with the parameters as they are, and spread the norms.

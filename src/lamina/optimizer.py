@@ -18,7 +18,7 @@ from .audit import Audit
 from .checks.live import examine
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
-from .exchange import Exchange
+from .exchange import BeforeForward, Exchange
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
@@ -29,12 +29,14 @@ from .ownership import refuse_foreign_writes
 from .parameters import Owned, observe, walk
 from .plan import Plan
 from .received import Received
+from .reducers import is_distributed
 from .reporting import begin_all
 from .resolve import resolve_owned
 from .resolved import Cell, Finding, Resolved
 from .restoring import Restorable
 from .run_state import RunState
 from .scheduler_view import SchedulerView
+from .sharding import is_sharded
 from .state import FORMAT, LoadReport, resume_from, run_record
 from .ties import Watched
 from .time import Run
@@ -95,6 +97,8 @@ class Optimizer(Restorable):
             self._publish(0)
         else:  # which may fail, so it comes before anything is set on the model
             self._restore(resume, renamed=renamed)
+        if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
+            BeforeForward(model, self._settle_shards)
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -176,8 +180,6 @@ class Optimizer(Restorable):
         # A method over all parameters at once evaluates the loss itself, several times. It is given
         # all groups, so that it knows parameters by their place among all, and leaves out what has
         # no gradient.
-        self._follow_model()
-        self._exchange.settle(self.param_groups)
         self._begin()
 
         def evaluate() -> Any:
@@ -200,10 +202,28 @@ class Optimizer(Restorable):
         refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
         if not self._freezer.flags.settled:
-            self._freezer.settle(self.param_groups, self.clock)
+            self._settle_wrapping()
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
         return [group for group, active in pairs if active]
+
+    def _settle_wrapping(self) -> None:
+        """Take the model as wrappers have left it, in the first step and where gradients miss."""
+        if is_distributed():
+            self._follow_model()
+            self._exchange.settle(self.param_groups)
+        self._freezer.settle(self.param_groups, self.clock)
+
+    def _settle_shards(self) -> None:
+        """Do so before the first forward: in its step, a trainer clips before ours begins.
+
+        What a reducer of DDP holds has its gradients at zero from the build on; FSDP has made
+        other parameters, and computes gradients of what has the flag.
+        """
+        self._follow_model()
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            self._settle_wrapping()
+            self._exchange.show_flags(self.param_groups)
 
     def _drop_frozen(self) -> None:
         for group, active in zip(self.param_groups, self._freezer.active, strict=True):
@@ -233,12 +253,10 @@ class Optimizer(Restorable):
         return self._guests.batch(group, params, grads, self._names(group, params))
 
     def _update(self) -> None:
-        training = self._begin()
-        batches = self._collect(training)
-        if self._exchange.is_due(sum(len(batch.params) for batch in batches), training):
-            if self._follow_model():
-                batches = self._collect(self._begin())
-            self._exchange.settle(self.param_groups)
+        batches = self._collect(self._begin())
+        if self._exchange.misses(sum(len(batch.params) for batch in batches)):
+            self._settle_wrapping()
+            batches = self._collect(self._begin())
         try:
             self._operate(batches)
         except NonFiniteError as error:

@@ -34,6 +34,11 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether FSDP, or tensor parallelism, has cut up this parameter."""
+    return is_dtensor(tensor) or is_flattened(tensor)
+
+
 def is_flattened(tensor: torch.Tensor) -> bool:
     """Return whether FSDP1 has put this parameter into a flat one, or whether it is a flat one."""
     return bool(getattr(tensor, _FLATTENED, False))
