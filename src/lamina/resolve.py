@@ -103,7 +103,7 @@ def _refuse_tensors(cells: tuple[Cell, ...], owned: dict[str, Owned]) -> None:
         for info in cell.parameters:
             refusal = cell.algorithm.refusal(owned[info.name].tensor)
             if refusal:
-                raise PlanError(f"{info.name!r} {refusal}, by a rule such as 'ndim<2'.")
+                raise PlanError(f"{info.name!r} {refusal}.")
 
 
 def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:

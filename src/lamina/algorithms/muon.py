@@ -69,11 +69,15 @@ class Muon(Algorithm):
         if why := super().refusal(param):
             return why
         if param.is_complex():
-            return "is complex, and Muon is for real matrices; give it another optimizer"
+            return (
+                "is complex, and Muon is for real matrices; give it another optimizer, by a rule "
+                "of its name"
+            )
         if param.ndim != 2:
             return (
                 f"has shape {tuple(param.shape)}, and Muon is for matrices; give biases, norms, "
-                "convolutions and embeddings another optimizer, such as AdamW"
+                "convolutions and embeddings another optimizer, such as AdamW, by a rule such as "
+                "'ndim<2'"
             )
         return ""
 
