@@ -17,6 +17,7 @@ from .errors import StateError
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
+from .sharding import is_flattened
 from .run_state import RunState
 from .state import Loaded, prepare
 from .state.fit import evaluations
@@ -45,6 +46,10 @@ class Restorable(Steerable):
         """
         self._follow_model()
         state = super().state_dict()
+        if any(is_flattened(param) for group in self.param_groups for param in group["params"]):
+            # FSDP1 puts states of a flat parameter together only if those it finds are alike.
+            entries = state["state"].items()
+            state["state"] = {n: entry for n, entry in entries if not _never_updated(entry)}
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
             for key in ("param_names", "param_shapes", "run", "planned"):
@@ -214,3 +219,8 @@ class Restorable(Steerable):
     def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         # Guests make their state themselves, where they find an empty one.
         return {} if group["name"] in self._guests else super()._begun(group, param)
+
+
+def _never_updated(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry says no more than that a parameter was never updated."""
+    return entry.keys() == {"step"} and not float(entry["step"])
