@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError
 from .findings import listed
@@ -116,9 +117,12 @@ def _wrapped_ids(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[R
     rest = {id(param) for param in params} - covered
     if not rest:
         return
-    if len(_living_wrappers(rest)) > 1:  # one may be left over from wrapping the model before
+    outside = _living_wrappers(rest)
+    if len(outside) > 1:  # one may be left over from wrapping the model before
+        del outside
         gc.collect()
-    for wrapper in _living_wrappers(rest):
+        outside = _living_wrappers(rest)
+    for wrapper in outside:
         found = _reduction_of(wrapper)
         yield Reduction(found.held & rest, found.missed & rest, found.left_out & rest)
 
@@ -167,13 +171,19 @@ class FlagKeeper:
         self.settled = False
         self._found = _NOTHING
         self._foreign: frozenset[int] = frozenset()
-        #: by parameter, the handle of the hook that keeps its gradients at zero
-        self._hooks = WeakTensorKeyDictionary()
+        #: by the id of a parameter: itself, and the hook that keeps its gradients at zero
+        self._hooks: dict[int, tuple[weakref.ref[torch.Tensor], RemovableHandle]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and what was measured: a copy has parameters of its own."""
+        """Without what was measured: the parameters of a copy are in no reducer."""
         fresh = {"settled": False, "_found": _NOTHING, "_foreign": frozenset()}
-        return {**self.__dict__, **fresh, "_hooks": WeakTensorKeyDictionary()}
+        zeroed = [param for known, _ in self._hooks.values() if (param := known()) is not None]
+        return {**self.__dict__, **fresh, "_hooks": zeroed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hooks={})
+        for param in state["_hooks"]:  # copies of parameters have no hooks
+            self.zero(param)
 
     def measure(self, groups: Groups, clock: int, *, in_step: bool) -> None:
         """Measure what is reduced, as things are now.
@@ -223,18 +233,19 @@ class FlagKeeper:
 
     def is_zeroed(self, param: torch.Tensor) -> bool:
         """Return whether a hook keeps the gradients of a parameter at zero."""
-        return param in self._hooks
+        known = self._hooks.get(id(param))
+        return known is not None and known[0]() is param
 
     def zero(self, param: torch.Tensor) -> None:
         """Keep the gradients of a parameter at zero from now on."""
-        if param.requires_grad and param not in self._hooks:
-            self._hooks[param] = param.register_hook(torch.zeros_like)
+        if param.requires_grad and not self.is_zeroed(param):
+            handle = param.register_hook(torch.zeros_like)
+            self._hooks[id(param)] = (weakref.ref(param), handle)
 
     def let_go(self, param: torch.Tensor) -> None:
         """Let a parameter have gradients again."""
-        handle = self._hooks.pop(param, None)
-        if handle is not None:
-            handle.remove()
+        if self.is_zeroed(param):
+            self._hooks.pop(id(param))[1].remove()
 
 
 def trains_from(cell: Cell, clock: int) -> bool:
