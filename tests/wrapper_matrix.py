@@ -184,6 +184,10 @@ class Loop:
         """Undo what the plan did to the model."""
         self.optimizer.release()
 
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Compute the output for a batch."""
+        return self.model(batch)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients."""
         loss.backward()
@@ -213,7 +217,7 @@ def train(loop: Callable[[nn.Module, str, Build], Loop], task: Task) -> Weights:
         else:
             running.next_phase(task.built, build)
         for batch in data:
-            running.backward(loss_of(running.model(batch)))
+            running.backward(loss_of(running.forward(batch)))
             if task.limit is not None:
                 running.clip(task.limit)
             running.optimizer.step()
@@ -288,6 +292,108 @@ def new_accelerator(**settings: Any) -> Any:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=True, **settings)
+
+
+# ------------------------------------------------------------------------------------------ FSDP
+
+
+class Sharded(Loop):
+    """FSDP2: `fully_shard` on each layer and on the whole, which exchanges the parameters."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def weights(self) -> Weights:
+        return {name: param.full_tensor() for name, param in self.model.named_parameters()}
+
+
+class AcceleratedSharded(Sharded):
+    """FSDP2 by Accelerate, which prepares a model only together with its optimizer."""
+
+    def __init__(self, model: nn.Module, built: str, build: Build) -> None:
+        self.accelerator = sharding_accelerator()
+        self.model, self.optimizer = self.accelerator.prepare(model, build(model))
+
+    def next_phase(self, built: str, build: Build) -> None:
+        self.release()
+        self.optimizer = build(self.model)
+
+    def release(self) -> None:
+        self._plans().release()
+
+    def _plans(self) -> lm.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip(self, limit: float) -> None:
+        self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+
+    def report(self) -> None:
+        report(self._plans())
+
+
+def sharding_accelerator() -> Any:
+    """An Accelerator for FSDP2, which it offers on accelerators only if it is asked to."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    accelerator = new_accelerator()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    return accelerator
+
+
+class FlatSharded(Loop):
+    """FSDP1, each layer in a wrapper of its own; in float32, since it clips in nothing else."""
+
+    options: Mapping[str, Any] = {"use_orig_params": True}
+    nested = True
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch.float())
+
+    def __init__(self, model: nn.Module, built: str, build: Build) -> None:
+        super().__init__(model.float(), built, build)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        policy = ModuleWrapPolicy({nn.Linear}) if self.nested else None
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(
+            model, device_id=device, auto_wrap_policy=policy, **self.options
+        )
+
+    def clip(self, limit: float) -> None:
+        self.model.clip_grad_norm_(limit)
+
+    def weights(self) -> Weights:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(self.model):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): param.detach().double()
+                for name, param in self.model.named_parameters()
+            }
+
+
+class FlatShardedWhole(FlatSharded):
+    """FSDP1, all layers in one wrapper, so that some are on one process only."""
+
+    nested = False
+
+
+class Flattened(FlatSharded):
+    """FSDP1 that puts one flat parameter in the place of those of a layer."""
+
+    options = {"use_orig_params": False}
 
 
 # --------------------------------------------------------------------------------------- Lightning
@@ -383,6 +489,11 @@ WRAPPERS = {
     "accelerate": Wrapper(
         functools.partial(train, Accelerated), ("together", "separately", "wrapper", "inner")
     ),
+    "FSDP2": Wrapper(functools.partial(train, Sharded), ("before", "wrapper")),
+    "accelerate FSDP2": Wrapper(functools.partial(train, AcceleratedSharded), ("together",)),
+    "FSDP1": Wrapper(functools.partial(train, FlatSharded)),
+    "FSDP1, one wrapper": Wrapper(functools.partial(train, FlatShardedWhole)),
+    "FSDP1, use_orig_params=False": Wrapper(functools.partial(train, Flattened)),
 }
 #: how a row says where the plan was built
 SAID = {

@@ -10,7 +10,7 @@ from torch import nn
 
 from .holding import Holder
 from .parameters import Owned, mark_frozen
-from .reducers import FlagKeeper, trains_from
+from .reducers import MAY_BE_WRAPPED, FlagKeeper, trains_from
 from .resolved import Cell
 
 Groups = Sequence[dict[str, Any]]
@@ -61,6 +61,12 @@ class Freezer:
             for place, param in enumerate(() if self.active[index] else group["params"]):
                 if self.flags.keeps(cell, param, clock) != self.flags.is_zeroed(param):
                     self._rest(index, place, param, clock)
+
+    def keeps_for_wrapping(self, groups: Groups, clock: int) -> bool:
+        """Return whether a frozen parameter keeps the flag only because DDP may yet wrap it."""
+        rows = zip(self._cells, groups, self.active, strict=True)
+        resting = ((cell, param) for cell, group, now in rows if not now for param in group["params"])
+        return any(self.flags.reason(*each, clock) == MAY_BE_WRAPPED for each in resting)
 
     def release(self, groups: Groups) -> None:
         """Give every parameter back the `requires_grad` it had before the plan, and its module."""

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import PlanError
 from .findings import listed
 from .resolved import ALWAYS, Cell, Finding
+from .sharding import is_sharded
 
 Groups = Sequence[dict[str, Any]]
 _PROBE = "lamina: whether anything keeps this node"
@@ -61,7 +62,7 @@ def measure(model: nn.Module, params: Iterable[torch.Tensor]) -> Reduction:
     """
     if not is_distributed():
         return _NOTHING
-    params = [param for param in params if not is_sharded(param)]
+    params = [param for param in params if not is_sharded(param)]  # FSDP reduces those itself
     alive = {id(param) for param in params if _is_alive(param)}
     if not alive:
         return _NOTHING
@@ -79,11 +80,6 @@ def measure(model: nn.Module, params: Iterable[torch.Tensor]) -> Reduction:
         frozenset((left_out & ours) - held - missed),
         frozenset(alive - held - missed - left_out),
     )
-
-
-def is_sharded(param: torch.Tensor) -> bool:
-    """Return whether FSDP has a parameter, whose gradients DDP then does not reduce."""
-    return type(param).__name__ == "DTensor" or bool(getattr(param, "_fsdp_flattened", False))
 
 
 def _is_alive(param: torch.Tensor) -> bool:

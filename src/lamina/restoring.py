@@ -43,6 +43,7 @@ class Restorable(Steerable):
 
         Tensors and plain values only; the tensors are the live ones, not copies.
         """
+        self._follow_model()
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
@@ -90,6 +91,7 @@ class Restorable(Steerable):
         strict: bool = False,
         renamed: Mapping[str, str | None] | None = None,
     ) -> None:
+        self._follow_model()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # what a hook changes is not the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -167,6 +169,7 @@ class Restorable(Steerable):
                 torch.distributed.checkpoint.load(state, checkpoint_id=path)
                 set_optimizer_state_dict(model, optimizer, state)
         """
+        self._follow_model()
         groups, active = self.param_groups, list(self._freezer.active)
         given: list[tuple[int, torch.Tensor, bool]] = []
         added: list[tuple[torch.Tensor, dict[str, Any], list[str]]] = []
