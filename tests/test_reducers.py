@@ -362,6 +362,54 @@ def test_what_a_wrapper_was_told_to_leave_alone_follows_its_windows(group):
     lm.Plan(lm.SGD, lr=0.1).build(ddp, steps=5)
 
 
+@pytest.mark.parametrize("on", ["wrapper", "inner"])
+def test_what_is_turned_off_after_wrapping_is_named(group, on):
+    model = mlp()
+    ddp = DDP(model)
+    model.body.requires_grad_(False)
+    plan = lm.Plan(lm.SGD, lr=0.1)
+    with pytest.raises(lm.PlanError, match=r"body\.weight, body\.bias was turned off after"):
+        plan.build(ddp if on == "wrapper" else model, steps=5)
+    loss_of(ddp).backward()
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction"):  # torch's own
+        loss_of(ddp)
+
+
+@pytest.mark.parametrize("wrapping", ["static_graph", "find_unused"])
+def test_what_is_turned_off_after_wrapping_rests_where_torch_allows_it(group, wrapping):
+    model, alone = mlp(), mlp()
+    ddp = DDP(model, **WRAPPINGS[wrapping])
+    for each in (model, alone):
+        each.body.requires_grad_(False)
+    plan = lm.Plan(lm.SGD, lr=0.1)
+    optimizer, other = plan.build(ddp, steps=5), plan.build(alone, steps=5)
+    assert steps(ddp, optimizer, 5, clip=0.1) == steps(alone, other, 5, clip=0.1)
+    assert equal(model.state_dict(), alone.state_dict())
+    assert flags(model) == {"head.weight", "head.bias"}
+
+
+def test_what_an_earlier_plan_left_behind_does_not_stop_a_later_one(group):
+    model, alone = mlp(), mlp()
+    ddp = DDP(model)
+    NEVER.build(ddp, steps=5)  # and never released
+    plan = lm.Plan(lm.SGD, lr=0.1)
+    steps(ddp, plan.build(ddp, steps=5), 3)
+    steps(alone, plan.build(alone, steps=5), 3)
+    assert equal(model.state_dict(), alone.state_dict())
+
+
+def test_thawing_by_hand_frees_what_a_plan_left_behind(group):
+    model = mlp()
+    ddp = DDP(model)
+    NEVER.build(ddp, steps=5)
+    rows = {row.name: (row.trainable, row.why) for row in lm.trainable(model)}
+    assert rows["body.weight"] == (False, "frozen by a plan")
+    assert rows["head.weight"] == (True, "")
+    assert lm.thaw(model, "body") == tuple(BODY)
+    loss_of(model).backward()
+    assert model.body.weight.grad.any()
+
+
 # --------------------------------------------------------------------------- release, copies, words
 
 
