@@ -393,7 +393,7 @@ class FlatShardedWhole(FlatSharded):
 class Flattened(FlatSharded):
     """FSDP1 that puts one flat parameter in the place of those of a layer."""
 
-    options = {"use_orig_params": False}
+    options: Mapping[str, Any] = {"use_orig_params": False}
 
 
 # --------------------------------------------------------------------------------------- Lightning

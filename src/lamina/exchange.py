@@ -22,6 +22,7 @@ from .sharding import (
     is_dtensor,
     is_flattened,
     lasting_parameters,
+    tell_flat_parameters,
     unit_refusal,
 )
 
@@ -115,7 +116,8 @@ class Exchange:
         return found
 
     def show_flags(self, groups: Groups) -> None:
-        """Give the copies that FSDP2 has gathered by now the flags of the parameters."""
+        """Let FSDP, in whose forward the flags were set, take notice of them."""
+        tell_flat_parameters(self._model)
         for group, rows in zip(groups, self._places, strict=True):
             for param, places in zip(group["params"], rows, strict=True):
                 module, attribute = places[0]
@@ -180,12 +182,6 @@ class Exchange:
                     f"{info.name!r} is cut up by {_FSDP1}, and the model given to the plan is "
                     "inside the wrapper, which alone knows how. Build the plan on the wrapper "
                     "itself, after wrapping."
-                )
-            if part is not None and not part.trains:
-                raise PlanError(
-                    f"{info.name!r} trains at some step, but {_FSDP1} wrapped the model while it "
-                    "was frozen, and computes no gradient for it. Wrap the model first, and build "
-                    "the plan on the wrapper."
                 )
             for operation in operations:
                 if operation.whole or (operation.each and _is_flat(param)):

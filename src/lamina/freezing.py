@@ -18,6 +18,7 @@ from .reducers import (
     trains_from,
 )
 from .resolved import Cell
+from .sharding import is_sharded
 
 Groups = Sequence[dict[str, Any]]
 
@@ -65,7 +66,10 @@ class Freezer:
         self.flags.measure(groups, clock, in_step=True)
         for index, (cell, group) in enumerate(zip(self._cells, groups, strict=True)):
             for place, param in enumerate(() if self.active[index] else group["params"]):
-                if self.flags.keeps(cell, param, clock) != has_zero_gradients(param):
+                keeps = self.flags.keeps(cell, param, clock)
+                zeroed = has_zero_gradients(param)
+                # What FSDP2 made of a parameter has its flag, and not its hook.
+                if keeps != zeroed or (is_sharded(param) and param.requires_grad):
                     self._rest(index, place, param, clock)
 
     def keeps_for_wrapping(self, groups: Groups, clock: int) -> bool:

@@ -144,12 +144,11 @@ class FlatPart:
     """What FSDP1 says of one parameter that it has put into a flat one.
 
     `group` is the process group over which it is sharded, None where each process has all of it;
-    `shape` that of the whole; `trains` whether the flat one gets gradients at all.
+    `shape` that of the whole.
     """
 
     group: Any
     shape: tuple[int, ...]
-    trains: bool
 
 
 def flat_parts(model: nn.Module) -> dict[int, FlatPart]:
@@ -158,16 +157,26 @@ def flat_parts(model: nn.Module) -> dict[int, FlatPart]:
     It is known only to the wrappers in the model: below one of them, nothing tells.
     """
     found: dict[int, FlatPart] = {}
-    for module in model.modules():
-        handle = getattr(module, "_handle", None) if _is_fsdp1(module) else None
-        if handle is None:
-            continue
+    for handle in _fsdp1_handles(model):
         flat = handle.flat_param
         group = handle.process_group if handle.uses_sharded_strategy else None
-        found[id(flat)] = FlatPart(group, tuple(flat.shape), flat.requires_grad)
+        found[id(flat)] = FlatPart(group, tuple(flat.shape))
         for param, shape in zip(flat._params or (), flat._shapes, strict=False):
-            found[id(param)] = FlatPart(group, tuple(shape), flat.requires_grad)
+            found[id(param)] = FlatPart(group, tuple(shape))
     return found
+
+
+def tell_flat_parameters(model: nn.Module) -> None:
+    """Let flat parameters take notice of flags that were set since the forward began."""
+    for handle in _fsdp1_handles(model):
+        handle._reset_flat_param_grad_info_if_needed()
+
+
+def _fsdp1_handles(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        handle = getattr(module, "_handle", None) if _is_fsdp1(module) else None
+        if handle is not None:
+            yield handle
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
