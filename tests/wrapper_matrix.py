@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import os
@@ -392,7 +393,7 @@ class FlatShardedWhole(FlatSharded):
 class Flattened(FlatSharded):
     """FSDP1 that puts one flat parameter in the place of those of a layer."""
 
-    options = {"use_orig_params": False}
+    options: Mapping[str, Any] = {"use_orig_params": False}
 
 
 # --------------------------------------------------------------------------------------- Lightning
@@ -572,6 +573,7 @@ def work(rank: int, folder: str) -> None:
     environment |= {"LOCAL_WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     os.environ.update({key: str(value) for key, value in environment.items()})
     warnings.simplefilter("ignore")
+    gc.freeze()  # what was imported is looked through in no cell
     join_group(rank, folder, PROCESSES, PATIENCE)
     expected = torch.load(Path(folder).parent / "expected.pt")
     with Path(folder, f"{rank}.jsonl").open("w") as file:

@@ -10,7 +10,13 @@ from torch import nn
 
 from .holding import Holder
 from .parameters import Owned, mark_frozen
-from .reducers import MAY_BE_WRAPPED, FlagKeeper, trains_from
+from .reducers import (
+    MAY_BE_WRAPPED,
+    FlagKeeper,
+    free_gradients,
+    has_zero_gradients,
+    trains_from,
+)
 from .resolved import Cell
 from .sharding import is_sharded
 
@@ -60,7 +66,8 @@ class Freezer:
         self.flags.measure(groups, clock, in_step=True)
         for index, (cell, group) in enumerate(zip(self._cells, groups, strict=True)):
             for place, param in enumerate(() if self.active[index] else group["params"]):
-                keeps, zeroed = self.flags.keeps(cell, param, clock), self.flags.is_zeroed(param)
+                keeps = self.flags.keeps(cell, param, clock)
+                zeroed = has_zero_gradients(param)
                 # What FSDP2 made of a parameter has its flag, and not its hook.
                 if keeps != zeroed or (is_sharded(param) and param.requires_grad):
                     self._rest(index, place, param, clock)
@@ -68,14 +75,16 @@ class Freezer:
     def keeps_for_wrapping(self, groups: Groups, clock: int) -> bool:
         """Return whether a frozen parameter keeps the flag only because DDP may yet wrap it."""
         rows = zip(self._cells, groups, self.active, strict=True)
-        resting = ((cell, param) for cell, group, now in rows if not now for param in group["params"])
+        resting = (
+            (cell, param) for cell, group, now in rows if not now for param in group["params"]
+        )
         return any(self.flags.reason(*each, clock) == MAY_BE_WRAPPED for each in resting)
 
     def release(self, groups: Groups) -> None:
         """Give every parameter back the `requires_grad` it had before the plan, and its module."""
         for cell, places, group in zip(self._cells, self._places, groups, strict=True):
             for info, held_by, param in zip(cell.parameters, places, group["params"], strict=True):
-                self.flags.let_go(param)
+                free_gradients(param)
                 param.requires_grad_(info.requires_grad)
                 mark_frozen(held_by, False)
         self._holder.release()
@@ -96,7 +105,7 @@ class Freezer:
             drop_gradients(params)
         for place, param in enumerate(params):
             if active:
-                self.flags.let_go(param)
+                free_gradients(param)
                 param.requires_grad_(True)
                 mark_frozen(self._places[index][place], False)
             else:
@@ -112,7 +121,7 @@ class Freezer:
         if keeps:
             self.flags.zero(param)
         else:
-            self.flags.let_go(param)
+            free_gradients(param)
         # What was frozen before the plan came is not the plan's doing: no mark.
         mark_frozen(self._places[index][place], not keeps and cell.parameters[place].requires_grad)
 

@@ -209,10 +209,16 @@ class Optimizer(Restorable):
 
     def _settle_wrapping(self) -> None:
         """Take the model as wrappers have left it, in the first step and where gradients miss."""
+        adopted = is_distributed() and self._follow_model()
         if is_distributed():
-            self._follow_model()
             self._exchange.settle(self.param_groups)
-        self._freezer.settle(self.param_groups, self.clock)
+        # Where gradients miss for another reason, as in models that choose a part of themselves,
+        # the search for wrappers would cost more than the step.
+        if adopted or not self._freezer.flags.settled or self._is_sharded():
+            self._freezer.settle(self.param_groups, self.clock)
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
 
     def _settle_shards(self) -> None:
         """Do so before the first forward: in its step, a trainer clips before ours begins.
@@ -221,7 +227,7 @@ class Optimizer(Restorable):
         other parameters, and computes gradients of what has the flag.
         """
         self._follow_model()
-        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+        if self._is_sharded():
             self._settle_wrapping()
             self._exchange.show_flags(self.param_groups)
 
@@ -292,7 +298,9 @@ class Optimizer(Restorable):
 
     def _shared_scopes(self) -> dict[int, list[Batch]]:
         """The scopes in whose norms every process takes part, if it has a gradient or not."""
-        training = (g["name"] for g, now in zip(self.param_groups, self._freezer.active) if now)
+        training = (
+            g["name"] for g, now in zip(self.param_groups, self._freezer.active, strict=True) if now
+        )
         scopes = dict.fromkeys(self._scope_of[name] for name in training)
         return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
 

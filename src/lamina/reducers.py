@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import PlanError
 from .findings import listed
@@ -28,14 +29,20 @@ class Reduction:
     """What DistributedDataParallel does with the gradients of some parameters, by their ids.
 
     `held` are in a reducer, of whichever wrapper; `missed` are inside a wrapper whose reducer does
-    not hold them; `left_out` are what a wrapper was told to ignore. `kept` are parameters whose
+    not hold them; `left_out` are what a wrapper was told to ignore. `starved` are held, but have
+    the flag off, and the wrapper waits for a gradient of each. `kept` are parameters whose
     gradients something else collects: not a wrapper that was found, but their node is kept alive.
     """
 
     held: frozenset[int] = frozenset()
     missed: frozenset[int] = frozenset()
     left_out: frozenset[int] = frozenset()
+    starved: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
+
+    def among(self, ids: AbstractSet[int]) -> Reduction:
+        """Return the same of some parameters only."""
+        return Reduction(*(getattr(self, field.name) & ids for field in fields(self)))
 
 
 _NOTHING = Reduction()
@@ -65,20 +72,14 @@ def measure(model: nn.Module, params: Iterable[torch.Tensor]) -> Reduction:
     alive = {id(param) for param in params if _is_alive(param)}
     if not alive:
         return _NOTHING
-    held: set[int] = set()
-    missed: set[int] = set()
-    left_out: set[int] = set()
-    for ids in _wrapped_ids(model, params):
-        held |= ids.held
-        missed |= ids.missed
-        left_out |= ids.left_out
-    ours = {id(param) for param in params}
-    return Reduction(
-        frozenset(held & ours),
-        frozenset(missed & ours),
-        frozenset((left_out & ours) - held - missed),
-        frozenset(alive - held - missed - left_out),
+    each = list(_reductions(model, params))
+    held, missed, left_out, starved = (
+        frozenset().union(*(getattr(found, name) for found in each))
+        for name in ("held", "missed", "left_out", "starved")
     )
+    kept = frozenset(alive - held - missed - left_out)
+    found = Reduction(held, missed, left_out - held - missed, starved, kept)
+    return found.among(set(map(id, params)))
 
 
 def _is_alive(param: torch.Tensor) -> bool:
@@ -100,7 +101,7 @@ def _node(param: torch.Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(param).node
 
 
-def _wrapped_ids(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[Reduction]:
+def _reductions(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[Reduction]:
     """Yield what each wrapper does that decides over some parameters.
 
     Wrappers in the model are those that train it; others matter for what is in none of them.
@@ -112,11 +113,13 @@ def _wrapped_ids(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[R
     rest = {id(param) for param in params} - covered
     if not rest:
         return
-    if len(_living_wrappers(rest)) > 1:  # one may be left over from wrapping the model before
+    outside = _living_wrappers(rest)
+    if len(outside) > 1:  # one may be left over from wrapping the model before
+        del outside
         gc.collect()
-    for wrapper in _living_wrappers(rest):
-        found = _reduction_of(wrapper)
-        yield Reduction(found.held & rest, found.missed & rest, found.left_out & rest)
+        outside = _living_wrappers(rest)
+    for wrapper in outside:
+        yield _reduction_of(wrapper).among(rest)
 
 
 def _living_wrappers(ids: set[int]) -> list[DistributedDataParallel]:
@@ -139,7 +142,10 @@ def _reduction_of(wrapper: DistributedDataParallel) -> Reduction:
         # torch allocates as much as all gradients.
         buckets = wrapper.reducer._get_zeros_like_grad_buckets()
         held = frozenset(id(param) for bucket in buckets for param in bucket.parameters())
-    return Reduction(held, frozenset(map(id, inside)) - held, left_out)
+    off = frozenset(id(param) for param in inside if not param.requires_grad)
+    patient = wrapper.find_unused_parameters or wrapper.static_graph
+    starved = frozenset() if patient else held & off
+    return Reduction(held, frozenset(map(id, inside)) - held, left_out, starved)
 
 
 class FlagKeeper:
@@ -163,13 +169,20 @@ class FlagKeeper:
         self.settled = False
         self._found = _NOTHING
         self._foreign: frozenset[int] = frozenset()
-        #: by parameter, the handle of the hook that keeps its gradients at zero
-        self._hooks = WeakTensorKeyDictionary()
+        #: what was given a hook, for copies, which have none
+        self._zeroed: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and what was measured: a copy has parameters of its own."""
+        """Without what was measured: the parameters of a copy are in no reducer."""
         fresh = {"settled": False, "_found": _NOTHING, "_foreign": frozenset()}
-        return {**self.__dict__, **fresh, "_hooks": WeakTensorKeyDictionary()}
+        params = [param for known in self._zeroed.values() if (param := known()) is not None]
+        zeroed = [param for param in params if has_zero_gradients(param)]
+        return {**self.__dict__, **fresh, "_zeroed": zeroed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _zeroed={})
+        for param in state["_zeroed"]:
+            self.zero(param)
 
     def measure(self, groups: Groups, clock: int, *, in_step: bool) -> None:
         """Measure what is reduced, as things are now.
@@ -184,10 +197,10 @@ class FlagKeeper:
                 it holds others; nothing was changed.
         """
         found = self.look(groups, in_step=in_step)
-        missing = list(not_reduced(self._cells, groups, found, clock))
-        if missing:
+        refused = refusal(self._cells, groups, found, clock, in_step=in_step)
+        if refused:
             self.settled = False  # so that the next step looks again
-            raise PlanError(" ".join(refusal(missing, found, in_step)))
+            raise PlanError(" ".join(refused))
 
     def look(self, groups: Groups, *, in_step: bool) -> Reduction:
         """Measure what is reduced, without judging it."""
@@ -217,20 +230,34 @@ class FlagKeeper:
         """Return whether a parameter keeps the flag while it is frozen."""
         return self.reason(cell, param, clock) is not None
 
-    def is_zeroed(self, param: torch.Tensor) -> bool:
-        """Return whether a hook keeps the gradients of a parameter at zero."""
-        return param in self._hooks
-
     def zero(self, param: torch.Tensor) -> None:
         """Keep the gradients of a parameter at zero from now on."""
-        if param.requires_grad and param not in self._hooks:
-            self._hooks[param] = param.register_hook(torch.zeros_like)
+        if param.requires_grad:
+            zero_gradients(param)
+            self._zeroed[id(param)] = weakref.ref(param)
 
-    def let_go(self, param: torch.Tensor) -> None:
-        """Let a parameter have gradients again."""
-        handle = self._hooks.pop(param, None)
-        if handle is not None:
-            handle.remove()
+
+def zero_gradients(param: torch.Tensor) -> None:
+    """Keep the gradients of a parameter at zero, until `free_gradients`."""
+    if not has_zero_gradients(param):
+        param.register_hook(_zero)
+
+
+def free_gradients(param: torch.Tensor) -> None:
+    """Undo `zero_gradients`, whichever plan called it."""
+    hooks = param._backward_hooks or {}
+    for key in [key for key, hook in hooks.items() if hook is _zero]:
+        del hooks[key]
+
+
+def has_zero_gradients(param: torch.Tensor) -> bool:
+    """Return whether a hook keeps the gradients of a parameter at zero."""
+    return any(hook is _zero for hook in (param._backward_hooks or {}).values())
+
+
+def _zero(gradient: torch.Tensor) -> torch.Tensor:
+    # A new tensor: autograd may give the same one to somebody else. A product would keep a NaN.
+    return torch.zeros_like(gradient)
 
 
 def trains_from(cell: Cell, clock: int) -> bool:
@@ -253,43 +280,77 @@ def not_reduced(
 
 
 def refusal(
-    missing: Sequence[tuple[str, torch.Tensor]], found: Reduction, in_step: bool = False
-) -> tuple[str, str]:
-    """Return why parameters that must train cannot, and the fix.
+    cells: Sequence[Cell], groups: Groups, found: Reduction, clock: int, *, in_step: bool = False
+) -> tuple[str, str] | None:
+    """Return why the plan cannot train under the wrappers there are, and the fix; None if it can.
 
     Args:
-        missing: their names and tensors.
+        cells: the cells of the plan.
+        groups: the parameter groups, one for each cell.
         found: what was measured.
+        clock: the step that comes next.
         in_step: whether the model was wrapped after the plan was built.
     """
+    missing = list(not_reduced(cells, groups, found, clock))
     inside = [name for name, param in missing if id(param) in found.missed]
-    names = listed(inside or [name for name, _ in missing])
-    drift = "the processes would drift apart"
-    if not inside:
-        return (
-            f"the plan trains {names}, which no DistributedDataParallel wraps, though one wraps "
-            f"other parameters of the model: nothing averages the gradients, and {drift}.",
-            "Wrap the whole model, or freeze this part (frozen=True).",
-        )
-    if any(id(param) in found.held for _, param in missing):
-        return (
-            f"two DistributedDataParallel wrappers are around {names}, and only one of them "
-            f"reduces it: with the other, {drift}.",
-            "Build the plan on the wrapper that is called, or delete the other one first.",
-        )
+    if inside and any(id(param) in found.held for _, param in missing):
+        return _refuse_two(listed(inside))
+    if inside:
+        return _refuse_late(inside, in_step)
+    if missing:
+        return _refuse_unwrapped(listed([name for name, _ in missing]))
+    starved = [
+        info.name
+        for cell, group in zip(cells, groups, strict=True)
+        if not trains_from(cell, clock)
+        for info, param in zip(cell.parameters, group["params"], strict=True)
+        if id(param) in found.starved
+    ]
+    return _refuse_starved(listed(starved)) if starved and not in_step else None
+
+
+_DRIFT = "nothing averages the gradients, and the processes would drift apart."
+
+
+def _refuse_late(names: Sequence[str], in_step: bool) -> tuple[str, str]:
     cause = (
-        f"the plan trains {names} at some step, but requires_grad was off when "
-        f"DistributedDataParallel wrapped the model: nothing averages the gradients, and {drift}."
+        f"the plan trains {listed(names)} at some step, but requires_grad was off when "
+        f"DistributedDataParallel wrapped the model: {_DRIFT}"
     )
     if in_step:
         return cause, (
             "No step was taken. Build the plan after torch.distributed is initialised, or wrap "
             "first and then build."
         )
-    pattern = " | ".join(inside) if len(inside) <= 3 else "*"
+    pattern = " | ".join(names) if len(names) <= 3 else "*"
     return cause, (
         "Turn requires_grad on before wrapping, since the plan freezes by itself: unwrap "
         f"(model = model.module), lamina.thaw(model, {pattern!r}), wrap again, then build."
+    )
+
+
+def _refuse_two(names: str) -> tuple[str, str]:
+    return (
+        f"two DistributedDataParallel wrappers are around {names}, and only one of them reduces "
+        f"it: with the other, {_DRIFT}",
+        "Build the plan on the wrapper that is called, or delete the other one first.",
+    )
+
+
+def _refuse_unwrapped(names: str) -> tuple[str, str]:
+    return (
+        f"the plan trains {names}, which no DistributedDataParallel wraps, though one wraps "
+        f"other parameters of the model: {_DRIFT}",
+        "Wrap the whole model, or freeze this part (frozen=True).",
+    )
+
+
+def _refuse_starved(names: str) -> tuple[str, str]:
+    return (
+        f"requires_grad of {names} was turned off after DistributedDataParallel wrapped the model, "
+        "whose reducer waits for their gradients and reduces nothing without them.",
+        "Turn it on again and freeze them in the plan (frozen=True), or turn it off before "
+        "wrapping.",
     )
 
 
@@ -319,8 +380,8 @@ def flags_of(
     groups = [{"params": [tensors[info.name] for info in cell.parameters]} for cell in cells]
     keeper = FlagKeeper(model, cells)
     found = keeper.look(groups, in_step=False)
-    missing = list(not_reduced(cells, groups, found, clock))
-    findings = (Finding("not-reduced", *refusal(missing, found)),) if missing else ()
+    refused = refusal(cells, groups, found, clock)
+    findings = (Finding("not-reduced", *refused),) if refused else ()
     kept = {
         info.name: reason
         for cell in cells
