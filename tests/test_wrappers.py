@@ -22,6 +22,9 @@ SOME = {
     Cell("DDP, find_unused_parameters", "wrapper", "freeze", "trainer"): "equal",
     Cell("DDP, find_unused_parameters", "inner", "two phases", "plan"): "equal",
     Cell("DDP", "wrapper", "thaw", "plan"): "equal",
+    Cell("FSDP2", "before", "top_down", "trainer"): "equal",
+    Cell("FSDP1", "before", "thaw", "trainer"): "equal",
+    Cell("FSDP1, one wrapper", "before", "freeze", "plan"): "Build the plan on the wrapper itself",
 }
 
 

@@ -17,8 +17,8 @@ from .errors import StateError
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
-from .sharding import is_flattened
 from .run_state import RunState
+from .sharding import is_flattened
 from .state import Loaded, prepare
 from .state.fit import evaluations
 from .state.form import MOMENTUM
