@@ -73,7 +73,7 @@ def _family(algorithm: Algorithm | None) -> type | None:
 def check_shape(
     info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
 ) -> None:
-    """Raise `StateError`, with the way around it, unless a shape is `wanted`, by default the parameter's."""
+    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
     expected = info.shape if wanted is None else tuple(wanted)
     if tuple(shape) != expected:
         raise StateError(
