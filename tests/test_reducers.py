@@ -382,7 +382,8 @@ def test_what_is_turned_off_after_wrapping_rests_where_torch_allows_it(group, wr
     for each in (model, alone):
         each.body.requires_grad_(False)
     plan = lm.Plan(lm.SGD, lr=0.1)
-    optimizer, other = plan.build(ddp, steps=5), plan.build(alone, steps=5)
+    with pytest.warns(lm.LaminaWarning, match="frozen-by-model"):
+        optimizer, other = plan.build(ddp, steps=5), plan.build(alone, steps=5)
     assert steps(ddp, optimizer, 5, clip=0.1) == steps(alone, other, 5, clip=0.1)
     assert equal(model.state_dict(), alone.state_dict())
     assert flags(model) == {"head.weight", "head.bias"}
