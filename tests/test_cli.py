@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import training_task
-from lamina import Plan, TaskError, checkpoint
+from lamina import LaminaWarning, Plan, TaskError, checkpoint
 from lamina.cli import main
 from lamina.cli.app import app
 
@@ -109,6 +110,16 @@ def test_show_with_a_length_a_picture_and_findings():
     assert "thaw-after-end" in result.stdout
     assert "<svg" in Path("lr.svg").read_text()
     assert not Path("runs").exists()
+
+
+def test_run_shows_a_finding_once():
+    text = 'optimizer = "SGD"\nlr = 0.1\n[[rule]]\nmatch = "head.*"\nthaw = "200 steps"\n'
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call("run", TASK, plan_file(text), "--cpu", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("thaw-after-end") == 1
+    assert [each for each in caught if issubclass(each.category, LaminaWarning)] == []
 
 
 def test_explain_prints_the_chain():

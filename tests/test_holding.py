@@ -3,6 +3,7 @@
 import copy
 import pickle
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -88,7 +89,10 @@ def test_a_build_lets_go_of_what_it_does_not_hold(before, then):
 
 def test_a_build_holds_what_is_still_frozen_by_hand():
     model = by_hand(net())
-    plan(lr=0.2).build(model)
+    with pytest.warns(lm.LaminaWarning) as told:
+        plan(lr=0.2).build(model)
+    codes = [str(each.message).partition(":")[0] for each in told]
+    assert codes == ["lr-never-trains", "frozen-by-model"]
     assert resting(model.train()) == BODY
 
 
@@ -201,7 +205,9 @@ def test_eval_while_held_is_remembered():
 def test_release_keeps_what_was_held_by_hand():
     model = by_hand(net())
     for then in ({}, {"frozen": False}, {"thaw": 2}, {"frozen": True, "hold": False}):
-        optimizer = plan(**then).build(model, steps=9)
+        told = nullcontext() if then else pytest.warns(lm.LaminaWarning, match="frozen-by-model")
+        with told:
+            optimizer = plan(**then).build(model, steps=9)
         model, optimizer = copy.deepcopy((model, optimizer))
         optimizer.release()
         assert resting(model.train()) == BODY

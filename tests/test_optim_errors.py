@@ -85,6 +85,48 @@ def test_muon_is_for_matrices():
         optim.Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
 
+@pytest.mark.parametrize("prefer", [None, False], ids=["fast", "readable"])
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (3, 8, 5), (4, 2, 3, 3, 3), (2, 1, 1, 1)])
+def test_muon_takes_a_convolution_as_the_matrix_of_its_first_dimension(shape, adjust, prefer):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    filters = nn.Parameter(start.clone())
+    matrix = nn.Parameter(start.flatten(1).clone())
+    if len(shape) == 4:
+        filters.data = filters.data.to(memory_format=torch.channels_last)
+    how = {"lr": 0.02, "adjust_lr_fn": adjust}
+    ours = optim.Muon([filters], foreach=prefer, **how)
+    theirs = torch.optim.Muon([matrix], **how)
+    for _ in range(5):
+        grad = torch.randn(shape)
+        filters.grad, matrix.grad = grad.clone(), grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+        # a last digit that differs may become one of bfloat16 in the iteration
+        close = {"rtol": 1e-2, "atol": 1e-3} if prefer is False else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(filters.detach().flatten(1), matrix.detach(), **close)
+    state = ours.state[filters]["momentum_buffer"]
+    assert state.shape == shape
+    twin = nn.Parameter(filters.detach().clone())
+    resumed = optim.Muon([twin], foreach=prefer, **how)
+    resumed.load_state_dict(ours.state_dict())
+    filters.grad, twin.grad = grad.clone(), grad.clone()
+    ours.step()
+    resumed.step()
+    assert torch.equal(filters, twin)
+
+
+def test_muon_trains_the_convolutions_of_a_plan():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    rule = lm.Rule("ndim<2", optimizer=lm.AdamW, lr=1e-3)
+    optimizer = lm.Plan(lm.Muon, lr=0.02, rules=[rule]).build(net, steps=3)
+    before = [param.detach().clone() for param in net.parameters()]
+    net(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, net.parameters()))
+
+
 def test_torch_still_says_what_it_says():
     with pytest.raises(TypeError, match="iterable of Tensors"):
         optim.SGD(matrix())

@@ -159,7 +159,7 @@ def test_a_foreign_write_is_refused_by_name_and_can_be_undone(key, written):
     with pytest.raises(lm.OwnershipError) as caught:
         optimizer.step()
     message = str(caught.value)
-    for word in [repr(group["name"]), f"{key}={written!r}", repr(right), "Change the plan"]:
+    for word in [repr(group["name"]), f"{key}={written!r}", repr(right), "change the plan"]:
         assert word in message, message
     takes = isinstance(written, float)  # what override takes
     assert (f"optimizer.override({key}={written!r}" in message) == takes, message
@@ -183,7 +183,7 @@ def test_a_scheduler_of_torch_is_a_foreign_writer():
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     train(model, optimizer, 1)
     scheduler.step()
-    with pytest.raises(lm.OwnershipError, match="a scheduler"):
+    with pytest.raises(lm.OwnershipError, match=r"a torch scheduler .*scheduler_view"):
         train(model, optimizer, 1)
 
 

@@ -191,7 +191,8 @@ def test_what_the_user_froze_is_a_first_rule():
     model.body.weight.requires_grad_(False)
     plan = lm.Plan("SGD", lr=0.1)
     for _ in range(2):  # a rebuild sees the same
-        optimizer = plan.build(model)
+        with pytest.warns(lm.LaminaWarning, match="frozen-by-model"):
+            optimizer = plan.build(model)
         assert [finding.code for finding in optimizer.findings] == ["frozen-by-model"]
         assert not model.body.weight.requires_grad
     lm.Plan("SGD", lr=0.1, rules=[lm.Rule("body", frozen=False)]).build(model)

@@ -177,7 +177,7 @@ def test_numpy_numbers_become_pythons(kind):
     plan = lm.Plan(
         lm.SGD,
         lr=kind(1),
-        weight_decay=lambda info: kind(1),
+        weight_decay=lambda info: kind(0),
         rules=[lm.Rule("head", momentum=kind(0), lr=lm.times(kind(1)), clip_norm=kind(2))],
     )
     for group in plan.build(mlp(), steps=2).param_groups:

@@ -35,6 +35,7 @@ def planned(name: str, state: str = "drop", clip: float | None = None) -> lm.Pla
         lr=0.1,
         clip_norm=clip,
         nonfinite="skip",
+        nonfinite_check="all",
         rules=[
             lm.Rule("body", **TURNS, frozen_state=state),
             lm.Rule("body.weight", optimizer=optimizer, **hyper),

@@ -1,5 +1,7 @@
 """Where a plan meets a model: cells, the cascade, windows, findings, and values over time."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -233,8 +235,13 @@ FINDINGS = [
 
 @pytest.mark.parametrize(("plan", "codes"), FINDINGS)
 def test_findings_have_a_code_a_cause_with_names_and_a_fix(plan, codes):
-    preview, optimizer = plan.preview(mlp(), steps=10), plan.build(mlp(), steps=10)
+    preview = plan.preview(mlp(), steps=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = plan.build(mlp(), steps=10)
     assert [finding.code for finding in preview.findings] == codes
+    assert [str(each.message) for each in caught] == [*map(str, preview.findings)]
+    assert {each.category for each in caught} <= {lm.LaminaWarning}
     assert preview.findings == optimizer.findings
     for finding in preview.findings:
         assert finding.message

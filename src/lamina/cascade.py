@@ -19,8 +19,12 @@ from .plan import Plan, Rule
 from .resolved import ALWAYS, NEVER, Link, Setting, Windows
 from .schedules import Schedule
 from .settings import ByDepth, Times, check_amount, python_number
+from .suggestions import nothing_matched
 from .time import Run
-from .windows import settle, window_text
+from .windows import moves_window, settle, window_text
+
+#: keys that write the setting of another name
+_SAME = {"clip_norm": "gradients"}
 
 
 @dataclass
@@ -39,10 +43,21 @@ class Draft:
     operations: tuple[int, tuple[Operation, ...]] | None = None
     rules: list[str] = field(default_factory=list)
     chains: dict[str, list[Link]] = field(default_factory=dict)
+    #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    #: the rules that match it, by their place in the plan, counted from 1
+    matched: list[int] = field(default_factory=list)
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
         self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
+
+    def credit(self, rule: int, key: str, value: object) -> None:
+        """Remember which rules a setting comes from; a factor keeps those before it."""
+        if isinstance(value, (Times, ByDepth)):
+            self.sources.setdefault(key, []).append(rule)
+        else:
+            self.sources[key] = [rule]
 
 
 def spelled(value: object) -> str:
@@ -92,7 +107,8 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
     pattern = compile_pattern(rule.match)
     matched = [draft for draft in drafts if pattern.matches(draft.info)]
     if not matched:
-        raise PatternError(_nothing_matched(rule, [draft.info for draft in drafts]))
+        infos = [draft.info for draft in drafts]
+        raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, infos)}")
     depths: dict[str, int | None] = {}
     for draft in matched:
         found = pattern.depths(draft.info)
@@ -115,6 +131,7 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
         below_top = 0 if rank is None else len(ranks) - 1 - rank
         if label not in draft.rules:
             draft.rules.append(label)
+        draft.matched.append(index)
         _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
 
 
@@ -132,9 +149,12 @@ def _apply(
         draft.optimizer = settings["optimizer"]
         for key in draft.hyper:
             draft.chains.pop(key, None)
+            draft.sources.pop(key, None)
         draft.hyper = _defaults(draft.optimizer)
         draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
     for key, value in settings.items():
+        if key not in WINDOW:
+            draft.credit(index, _SAME.get(key, key), value)
         if key in ("schedule", "hold", "frozen_state", "rewarm"):
             setattr(draft, key, value)
             draft.note(rule, key, value, value)
@@ -146,12 +166,15 @@ def _apply(
             draft.operations = None if operations is None else (index, operations)
             draft.note(rule, "gradients", operations, operations)
         elif key not in (*WINDOW, "optimizer"):
-            known_hyperparameter(draft.optimizer, key, f"{where} sets {key} on {info.name!r}")
+            place = f"{where} sets {key} on {info.name!r}"
+            known_hyperparameter(draft.optimizer, key, place, value)
             earlier = draft.hyper.get(key, Setting(1.0))
             result = _operate(earlier, value, info, below_top, f"{where}, {key}")
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
     if any(key in settings for key in WINDOW):
+        if moves_window(settings, info):
+            draft.credit(index, "window", None)
         draft.windows = settle(settings, below_top, info, run, where, draft.windows)
         text = {key: settings[key] for key in WINDOW if key in settings}
         shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
@@ -182,18 +205,10 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
             value = python_number(value(info))
         except Exception as error:
             raise PlanError(
-                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}."
+                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. "
+                "It is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
+                "function of the step is written lamina.function(f)."
             ) from error
         check_amount(f"{where}, for {info.name!r}", "", value)
         value = float(value)
     return Setting(value)
-
-
-def _nothing_matched(rule: Rule, infos: Sequence[ParamInfo]) -> str:
-    from .suggestions import closest
-
-    near = closest(rule.label, [name for info in infos for name in info.names])
-    return (
-        f"rule {rule.label!r} matches none of the {len(infos)} parameters. "
-        f"The closest parameter names are: {', '.join(near)}."
-    )

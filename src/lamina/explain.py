@@ -10,7 +10,7 @@ from .errors import PatternError
 from .expressions import spell
 from .optim.registry import optimizer_name
 from .resolved import Cell, Link, Resolved
-from .suggestions import closest
+from .suggestions import missing_name
 from .timeline import Feedback, Values, values_at
 from .windows import window_text
 
@@ -26,17 +26,31 @@ class Line:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a parameter does at a step and why; prints as text."""
+    """What a parameter does at a step and why; prints as text.
+
+    `names` are all names of a tied parameter; `end` is how many steps the run has, if that is known
+    and the step is beyond them.
+    """
 
     name: str
     step: int
     group: str
     active: bool
     lines: tuple[Line, ...]
+    names: tuple[str, ...] = ()
+    end: int | None = None
 
     def __str__(self) -> str:
         state = "trains" if self.active else "is frozen"
         text = [f"{self.name} at step {self.step}: {state}, in group {self.group!r}"]
+        others = [name for name in self.names if name != self.name]
+        if others:
+            text.append(f"  tied: one parameter with {', '.join(others)}, updated once")
+        if self.end is not None:
+            text.append(
+                f"  beyond the end: the run has {self.end} steps, the last is {self.end - 1}; "
+                "schedules hold their last values"
+            )
         for line in self.lines:
             text.append(f"  {line.key} = {line.value}")
             width = max((len(link.rule) for link in line.chain), default=0)
@@ -48,9 +62,9 @@ class Explanation:
 
 
 def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Explanation:
-    """The explanation of one parameter; raises `PatternError` with the closest names."""
+    """Explain one parameter; raises `PatternError` with the closest names."""
     if name not in resolved.cell_of:
-        near = ", ".join(closest(name, list(resolved.cell_of)))
+        near = missing_name(name, list(resolved.cell_of))
         raise PatternError(f"there is no parameter {name!r}; the closest are: {near}.")
     index = resolved.cell_of[name]
     cell = resolved.cells[index]
@@ -80,7 +94,11 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         )
         together = f"{shown} (all of rule {resolved.scopes[cell.scope].name!r} together)"
         lines.append(Line("gradients", together, chains.get("gradients", ())))
-    return Explanation(name, step, cell.name, bool(values.active(index)), tuple(lines))
+    names = next(info.names for info in cell.parameters if name in info.names)
+    steps = resolved.run.steps
+    end = steps if steps is not None and step >= steps else None
+    active = bool(values.active(index))
+    return Explanation(name, step, cell.name, active, tuple(lines), names, end)
 
 
 def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> list[Link]:

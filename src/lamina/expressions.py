@@ -208,8 +208,7 @@ class _Parser:
         if name in WORDS:
             return WORDS[name]
         if not self.take("("):
-            name = _piece(name)
-            self.fail(f"{name!r} is not a value; a call is written {name}(...)")
+            self.fail(f"{_piece(name)!r} is not a value{self.called(name)}")
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         while not self.take(")"):
@@ -224,6 +223,16 @@ class _Parser:
                 self.expect(")")
                 break
         return self.call(name, args, kwargs)
+
+    def called(self, name: str) -> str:
+        """Return how a name is called, or which name was meant."""
+        if name not in self.names:
+            return f".{did_you_mean(name, self.names)}" if did_you_mean(name, self.names) else ""
+        try:
+            self.names[name]()
+        except (TypeError, PlanError):  # it needs arguments
+            return f"; a call is written {name}(...)"
+        return f"; a call is written {name}()"
 
     def keyword(self) -> str | None:
         match = self.peek()

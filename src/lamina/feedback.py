@@ -7,6 +7,7 @@ one, so that it is saved with the optimizer and nothing is lost on resume.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -42,7 +43,7 @@ class Reaction(Spelled, ABC):
         if not (isinstance(self.metric, str) and self.metric.isidentifier()):
             raise PlanError(
                 f"{self.spelling} was given the metric {self.metric!r}; expected the name used in "
-                "optimizer.report(...), such as 'val_loss'."
+                f"optimizer.report(...), such as {_as_name(self.metric)!r}."
             )
         if mode not in ("min", "max"):
             raise PlanError(f"{self.spelling} was given mode={mode!r}; expected 'min' or 'max'.")
@@ -53,6 +54,12 @@ class Reaction(Spelled, ABC):
                 raise PlanError(
                     f"{self.spelling} was given {key}={number!r}; expected a number of at least 0."
                 )
+
+
+def _as_name(metric: object) -> str:
+    """Return a metric such as 'val/loss' as a name that an argument can have."""
+    name = re.sub(r"\W+", "_", metric).strip("_") if isinstance(metric, str) else ""
+    return name if name.isidentifier() else "val_loss"
 
 
 def key_of(kind: str, reaction: Any) -> str:

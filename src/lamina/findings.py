@@ -6,16 +6,22 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .cascade import Draft
 from .forms import CONTROLS
-from .optim.registry import is_whole_vector
+from .optim.registry import hyperparameters, is_whole_vector, optimizer_name
 from .parameters import Observed
-from .plan import Plan
-from .resolved import NEVER, Cell, Finding, Scope, Trigger, Windows
+from .plan import Plan, Rule
+from .resolved import NEVER, Cell, Finding, Scope, Setting, Trigger, Windows
 from .time import Run
 
 #: how often dynamo compiles a function anew, where torch does not say
 _RECOMPILE_LIMIT = 8
+#: the lr above which an optimizer hardly ever trains: about 1 where a step has the length of lr
+_LARGE_LR = {"SGD": 100.0, "LARS": 1000.0} | dict.fromkeys(
+    ("Adam", "AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam", "Muon"), 1.0
+)
 
 
 def find(
@@ -33,6 +39,8 @@ def find(
         *_thaw_after_end(drafts, run),
         *_frozen_by_model(drafts),
         *_lr_zero(cells),
+        *_rules_without_effect(plan, drafts),
+        *_suspicious(cells, run),
         *_skip_without_norm(plan, cells, scopes),
         *model_findings(
             {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
@@ -162,6 +170,99 @@ def _skip_without_norm(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope
             "Pass nonfinite_check='all', or clip their norm (clip_norm=).",
         )
     ]
+
+
+def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+    """Find rules of which later ones override every setting for all their parameters."""
+    findings = []
+    effective = {index for d in drafts for rules in d.sources.values() for index in rules}
+    for index, rule in enumerate(plan.rules, 1):
+        if index in effective:
+            continue
+        hit = [draft for draft in drafts if index in draft.matched]
+        later = {other for draft in hit for other in draft.matched if other > index}
+        if not later:  # top_down on parameters without a layer number says nothing of them
+            continue
+        names = listed([repr(plan.rules[other - 1].label) for other in sorted(later)])
+        findings.append(
+            Finding(
+                "rule-without-effect",
+                f"rule {rule.label!r} ({_keys(rule)}) has no effect: later rules win, and all that "
+                f"it sets is set again by {names}.",
+                "Put general rules first and special ones after them: move it behind them, or drop "
+                "it.",
+            )
+        )
+    return findings
+
+
+def _keys(rule: Rule) -> str:
+    return ", ".join(f"{key}=" for key, _ in rule.settings)
+
+
+def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
+    """Find values that are legal and hardly ever meant."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell.windows and cell.algorithm is not None:
+            for what in _hardly_meant(cell, run):
+                found.setdefault(what, []).append(repr(cell.name))
+    return [
+        Finding("suspicious-value", f"group {listed(names)}: {what[0]}", what[1])
+        for what, names in found.items()
+    ]
+
+
+def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
+    """Return what is suspicious in the values of a group, each with its fix."""
+    name, found = optimizer_name(cell.optimizer), []
+    usual_lr = hyperparameters(cell.optimizer)["lr"]
+    moving = dict(cell.moving)
+    values = {key: value for key, value in cell.constants.items() if key not in moving}
+    lr, usual = _largest_lr(cell, run), _LARGE_LR.get(name, 100.0)
+    if lr > usual:
+        found.append(
+            (
+                f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
+                f"See whether an exponent lost its sign; the default of {name} is lr={usual_lr:g}.",
+            )
+        )
+    decay = values.get("weight_decay", 0.0)
+    if decay >= 1:
+        found.append(
+            (
+                f"weight_decay={decay:g} pulls the weights to 0 faster than most gradients move "
+                "them.",
+                "Usual are 0 to 0.1.",
+            )
+        )
+    betas = values.get("betas", (0.0, 0.0))
+    if betas[0] > betas[1]:
+        found.append(
+            (
+                f"betas={betas!r} remember the direction longer than the size of gradients; they "
+                "look swapped.",
+                f"Write betas=({betas[1]!r}, {betas[0]!r}).",
+            )
+        )
+    if values.get("momentum", 0.0) >= 1:
+        found.append(
+            (f"momentum={values['momentum']:g} never forgets a gradient.", "Usual is momentum=0.9.")
+        )
+    return found
+
+
+def _largest_lr(cell: Cell, run: Run) -> float:
+    """Return about the largest lr of a group in the run, from some of its steps."""
+    setting = dict(cell.hyper)["lr"]
+    assert isinstance(setting, Setting)  # the forms refuse several values of lr
+    curves = [*setting.curves, *([cell.schedule] if cell.schedule is not None else [])]
+    lr = setting.scale
+    if curves:
+        steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
+        for curve in curves:
+            lr = lr * curve.at(steps)
+    return float(np.max(lr))
 
 
 def stray_findings(seen: Observed) -> list[Finding]:

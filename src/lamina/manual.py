@@ -16,7 +16,7 @@ from .holding import let_go, needs
 from .parameters import MARK, Owned, collect, mark_frozen, observe
 from .patterns import PatternLike, compile_pattern
 from .reducers import free_gradients, has_zero_gradients
-from .suggestions import closest
+from .suggestions import nothing_matched
 from .ties import refuse_wrapped
 
 #: a pattern, or a list of exact names of parameters or modules
@@ -196,12 +196,8 @@ def _choose(
         pattern = compile_pattern(match)
         chosen = [item for item in owned if pattern.matches(item.info)]
         if not chosen:
-            names = [name for item in owned for name in item.info.names]
-            near = ", ".join(closest(match, names)) if isinstance(match, str) else ""
-            raise PatternError(
-                f"{action}: {match!r} matches none of the {len(owned)} parameters."
-                f"{f' The closest parameter names are: {near}.' if near else ''}"
-            )
+            said = nothing_matched(match, [item.info for item in owned])
+            raise PatternError(f"{action}: {match!r} {said}")
         return owned, chosen
     return owned, _exactly(owned, list(match), action)
 

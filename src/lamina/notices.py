@@ -6,10 +6,12 @@ import sys
 import warnings
 from types import FrameType
 
+import torch
+
 from .errors import LaminaWarning
 
 #: packages whose frames lie between the user's line and lamina
-_INSIDE = ("lamina", "torch")
+_INSIDE = ("lamina", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
 
 
 def warn(message: str) -> None:
@@ -19,6 +21,13 @@ def warn(message: str) -> None:
         message: what was found and how to fix it.
     """
     warnings.warn(message, LaminaWarning, stacklevel=_level_of_caller())
+
+
+def is_first_process() -> bool:
+    """Return whether this is rank 0, or the only process: what all find alike, one says."""
+    distributed = torch.distributed
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    return alone or distributed.get_rank() == 0
 
 
 class Notices:

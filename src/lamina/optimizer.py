@@ -23,6 +23,7 @@ from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
+from .monitor import Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
@@ -46,7 +47,7 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
 )
 
 
@@ -80,6 +81,7 @@ class Optimizer(Restorable):
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
         self._received = Received()
+        self._monitor = Monitor(resolved, self._notices, model)
         self._freezer = Freezer(model, resolved.cells, owned)
         self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
@@ -158,7 +160,11 @@ class Optimizer(Restorable):
         """
         self._follow_model()
         known = (self.param_groups, self.state, model, after, self.last_load, self._received)
-        return examine(self._resolved, *known)
+        return (*examine(self._resolved, *known), *self._monitor.found.values())
+
+    def announce(self) -> None:
+        """Give each finding as a `LaminaWarning`, once; `Plan.build` does it."""
+        self._monitor.announce(self.findings)
 
     def scheduler_view(self) -> LRScheduler:
         """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
@@ -244,6 +250,7 @@ class Optimizer(Restorable):
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
             rows = zip(self.param_groups, was, self._freezer.active, strict=True)
             self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
+        self._monitor.after_step(self.clock, self.skipped, self.param_groups[0]["feedback"])
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.plan.nonfinite == "raise":
@@ -263,6 +270,8 @@ class Optimizer(Restorable):
         if self._exchange.misses(sum(len(batch.params) for batch in batches)):
             self._settle_wrapping()
             batches = self._collect(self._begin())
+        if not batches:
+            self._monitor.without_gradient(self.clock, self._freezer.active)
         try:
             self._operate(batches)
         except NonFiniteError as error:
@@ -271,7 +280,10 @@ class Optimizer(Restorable):
         own = [batch for batch in batches if batch.hyper["name"] not in self._guests]
         work = kernels.assign(own)  # which may refuse a gradient, as guests may: both come first
         self._guests.step(batches)
+        sample = self._monitor.sample(own, self.clock)
         kernels.carry_out(work)
+        if sample is not None:
+            self._monitor.compare(sample, self.clock)
         self._keep_grown(own)
         wrote = self._guests.own_writes(self._run_state.published)
         self._advance()
@@ -295,6 +307,8 @@ class Optimizer(Restorable):
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
+        if norms:
+            self._monitor.measured(norms)
 
     def _shared_scopes(self) -> dict[int, list[Batch]]:
         """The scopes in whose norms every process takes part, if it has a gradient or not."""

@@ -15,6 +15,7 @@ from .optim.registry import (
 )
 from .patterns import compile_pattern
 from .resolved import Cell, Resolved
+from .suggestions import better_pattern
 
 
 def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
@@ -43,9 +44,20 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
         names = [cell.name for cell in cells]
         raise PatternError(
             f"override: {rule!r} is neither a group nor a pattern that covers one; groups are "
-            f"{', '.join(map(repr, names))}.{did_you_mean(rule, names)}"
+            f"{', '.join(map(repr, names))}.{_meant(resolved, rule) or did_you_mean(rule, names)}"
         )
     return chosen
+
+
+def _meant(resolved: Resolved, rule: str) -> str:
+    """Return a clause with a similar pattern that covers whole groups, or an empty string."""
+    infos = [info for cell in resolved.cells for info in cell.parameters]
+    better = better_pattern(rule, infos)
+    try:
+        found = better is not None and select_groups(resolved, better)
+    except PatternError:  # it covers a part of a group
+        found = False
+    return f" Did you mean {better!r}?" if found else ""
 
 
 def check_chosen(
@@ -70,7 +82,7 @@ def check_override(cell: Cell, hyper: Mapping[str, float | None], step: int = 0)
         raise PlanError("override was given nothing to change, such as lr=1e-4.")
     for key, value in hyper.items():
         where = f"override of {cell.name!r} sets {key}"
-        known_hyperparameter(cell.optimizer, key, where)
+        known_hyperparameter(cell.optimizer, key, where, value)
         if key in options(cell.optimizer):
             raise PlanError(
                 f"{where}, which chooses a variant of {optimizer_name(cell.optimizer)} and is one "

@@ -19,14 +19,28 @@ def refuse_foreign_writes(
             now = group.get(key, _MISSING)
             if now is not value and now != value:
                 given = "nothing" if now is _MISSING else repr(now)
-                way = ""
-                if _is_number(now) and _is_number(value):
-                    way = f", or call optimizer.override({key}={given}, rule={name!r})"
                 raise OwnershipError(
                     f"group {name!r} has {key}={given}, but the plan published {key}={value!r} "
-                    f"for step {step}: something else wrote it (a scheduler, or "
-                    f"group[{key!r}] = ...). Change the plan{way}."
+                    f"for step {step}: {_cause_and_fix(name, key, now, value, group)}"
                 )
+
+
+def _cause_and_fix(name: str, key: str, now: Any, value: Any, group: Mapping[str, Any]) -> str:
+    """Return who wrote a value and what to do; torch schedulers leave `initial_lr` in groups."""
+    if "initial_lr" in group:
+        return (
+            "a torch scheduler that was made for this optimizer wrote it (a trainer makes one by "
+            "itself). The plan moves the values: make no scheduler, and give a trainer that wants "
+            "one optimizer.scheduler_view(), which changes nothing."
+        )
+    way = ""
+    if _is_number(now) and _is_number(value):
+        also = " (which its schedule still multiplies)" if key == "lr" else ""
+        way = f", or call optimizer.override({key}={now!r}, rule={name!r}){also}"
+    return (
+        f"something else wrote it (a scheduler, or group[{key!r}] = ...). Instead of a scheduler "
+        f"use optimizer.scheduler_view(); instead of writing by hand, change the plan{way}."
+    )
 
 
 def _is_number(value: Any) -> bool:

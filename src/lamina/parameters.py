@@ -105,9 +105,12 @@ def walk(model: nn.Module) -> tuple[Owned, ...]:
 def collect(model: nn.Module) -> tuple[Owned, ...]:
     """`walk` without its refusal of Parameters that share memory."""
     if not isinstance(model, nn.Module):
-        raise PlanError(
-            f"a model of type {type(model).__name__} was given; expected a torch.nn.Module."
-        )
+        what, fix = f"of type {type(model).__name__}", ""
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            what, fix = f"that is the class {model.__name__}", f" Make one: {model.__name__}(...)."
+        elif isinstance(model, Iterable):
+            fix = " Pass the model itself, not model.parameters()."
+        raise PlanError(f"a model {what} was given; expected a torch.nn.Module.{fix}")
     places = _places(model)
     cleaned = clean_names(places)
     by_identity: dict[int, list[str]] = {}

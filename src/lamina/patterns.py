@@ -29,6 +29,8 @@ PatternLike = str | Callable[[ParamInfo], bool]
 
 _COMPARISON = re.compile(r"(ndim|numel)\s*(<=|>=|==|!=|<|>)\s*(\d+)")
 _WORD = re.compile(r"(?:\{[^{}]*\}|\[[^\]]+\]|[^\s|&!(){}])+")
+#: for a longer text, which may be hostile, nothing is proposed
+LONG = 500
 _ONE_DEPTH = "{depth} may be captured once in a pattern; write one rule for each capture"
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
@@ -172,20 +174,35 @@ def compile_pattern(pattern: PatternLike) -> Pattern:
         given = f"a {type(pattern).__name__}"
     raise PatternError(
         f"{given} is not a pattern; expected a string such as 'encoder.*', "
-        "or a function (ParamInfo) -> bool."
+        f"or a function (ParamInfo) -> bool.{_as_text(pattern)}"
     )
+
+
+def _as_text(given: object) -> str:
+    """Return how something that is no pattern is written as one, or an empty string."""
+    if isinstance(given, (list, tuple)) and given and all(isinstance(one, str) for one in given):
+        return f" Several patterns are one: {' | '.join(given)!r}."
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return f" The parameters of a class of modules are {f'type:{given.__name__}'!r}."
+    if isinstance(given, nn.Module):
+        return " A module is given by its name in the model."
+    return ""
+
+
+def is_regular(text: str) -> bool:
+    """Return whether a text looks like a regular expression, and is one."""
+    if len(text) > LONG or not re.search(r"\\[.dw]|\.[*+]|\)[$*+?]|^\^|\$$|\]\+|\(\?", text):
+        return False
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> Pattern:
-    parser = _Parser(text)
-    pattern = parser.either()
-    parser.space()
-    if parser.position < len(text):
-        parser.fail("expected '|', '&' or the end")
-    if pattern.captures > 1:
-        parser.fail(_ONE_DEPTH)
-    return pattern
+    return _Parser(text).whole()
 
 
 @lru_cache(maxsize=4096)
@@ -211,6 +228,29 @@ def _compile_glob(text: str) -> re.Pattern[str]:
     return re.compile(expression if wild else expression + r"(?:\..*)?", re.DOTALL)
 
 
+#: how other languages join patterns
+_FOREIGN = (
+    *((r"\s*\|\|\s*", " | "), (r"\s*&&\s*", " & "), (r"\s*,\s*(?![^{\[]*[}\]])", " | ")),
+    *((r"\s+or\s+", " | "), (r"\s+and\s+", " & "), (r"\bnot\s+", "!"), (r"(type|re):\s+", r"\1:")),
+)
+
+
+def _meant(text: str) -> str:
+    """Return how a text that cannot be read is written as a pattern, or an empty string."""
+    if is_regular(text):
+        return f" A regular expression is written {f're:{text}'!r}."
+    written = text if len(text) <= LONG else ""
+    for pattern, symbol in _FOREIGN:
+        written = re.sub(pattern, symbol, written)
+    if written in ("", text):
+        return ""
+    try:
+        _Parser(written).whole()
+    except PatternError:
+        return ""
+    return f" Write {written!r}."
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text, self.position, self.depth = text, 0, 0
@@ -218,7 +258,17 @@ class _Parser:
     def fail(self, reason: str) -> NoReturn:
         raise PatternError(
             f"cannot read the pattern {self.text!r} at character {self.position + 1}: {reason}."
+            f"{_meant(self.text)}"
         )
+
+    def whole(self) -> Pattern:
+        pattern = self.either()
+        self.space()
+        if self.position < len(self.text):
+            self.fail("expected '|', '&' or the end")
+        if pattern.captures > 1:
+            self.fail(_ONE_DEPTH)
+        return pattern
 
     def space(self) -> None:
         while self.text[self.position : self.position + 1].isspace():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class Rule:
     match: PatternLike
     settings: tuple[tuple[str, Any], ...]
 
-    def __init__(self, match: PatternLike, /, **settings: Any) -> None:
+    def __init__(self, match: PatternLike, **settings: Any) -> None:
         pattern = compile_pattern(match)
         if not settings:
             raise PlanError(f"Rule({match!r}) sets nothing; give it a setting, such as lr=1e-3.")
@@ -72,7 +73,7 @@ class Rule:
         if layered and not pattern.captures:
             raise PlanError(
                 f"Rule({match!r}): {layered}={given[layered]!r} needs layer numbers; capture them "
-                "in the pattern, such as 'encoder.layer.{depth}.*'."
+                f"in the pattern, such as {_with_depth(match)!r}."
             )
         if "optimizer" in given and "lr" not in given:
             raise PlanError(
@@ -142,14 +143,19 @@ class Plan:
             raise PlanError(f"nonfinite_check={nonfinite_check!r}: expected 'norms' or 'all'.")
         if nonfinite not in ("raise", "skip"):
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
+        if isinstance(stop, type):
+            raise PlanError(
+                f"stop={getattr(stop, 'spelling', stop.__name__)} is not called; write "
+                "stop=lamina.early_stop('val_loss')."
+            )
         if isinstance(stop, str):
             stop = parse(stop, NAMES, "plan, stop")
         if stop is not None and not isinstance(stop, EarlyStop):
-            raise PlanError(f"stop={stop!r}: expected early_stop(...).")
-        rules = tuple(rules)
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise PlanError(f"rules contains {rule!r}; expected lamina.Rule(pattern, ...).")
+            raise PlanError(
+                f"stop={stop!r}: expected early_stop(...), such as "
+                f"lamina.early_stop({getattr(stop, 'metric', 'val_loss')!r})."
+            )
+        rules = _checked_rules(rules)
         given = check_settings(settings, "plan")
         for key, value in given.items():
             if isinstance(value, (Times, ByDepth, TopDown)):
@@ -214,7 +220,10 @@ class Plan:
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
     ) -> Optimizer:
-        """The optimizer that carries the plan out on a model (see `lamina.Optimizer`).
+        """Build the optimizer that carries the plan out on a model (see `lamina.Optimizer`).
+
+        Each finding (what is legal in the plan but suspicious) is given once as a `LaminaWarning`,
+        on rank 0 where several processes train; `optimizer.findings` has them all.
 
         Args:
             model: the model, as it will be trained.
@@ -240,7 +249,9 @@ class Plan:
         from .optimizer import Optimizer
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        return Optimizer(self, model, run, audit, resume, extend, renamed)
+        optimizer = Optimizer(self, model, run, audit, resume, extend, renamed)
+        optimizer.announce()
+        return optimizer
 
     def preview(
         self,
@@ -259,6 +270,51 @@ class Plan:
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
         return preview_of(self, model, run, resume, extend, renamed)
+
+
+def _with_depth(match: PatternLike) -> str:
+    """Return a pattern that captures layer numbers: the given one, if it has another word."""
+    if isinstance(match, str) and re.search(r"\{\w+\}", match):
+        return re.sub(r"\{\w+\}", "{depth}", match, count=1)
+    return "encoder.layer.{depth}.*"
+
+
+def _checked_rules(rules: object) -> tuple[Rule, ...]:
+    """Return the rules of a plan; raise `PlanError` for anything but a list of rules."""
+    if isinstance(rules, Rule):
+        raise PlanError(f"rules={rules!r} is one rule; expected a list: rules=[{rules!r}].")
+    if rules is None:
+        raise PlanError("rules=None: expected a list; without rules, write rules=[].")
+    if isinstance(rules, Mapping):
+        written = ", ".join(filter(None, (_as_rule(rule) for rule in rules.items())))
+        raise PlanError(f"rules is a dict; expected a list of rules: rules=[{written}].")
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise PlanError(
+            f"rules={rules!r}: expected a list such as rules=[lamina.Rule('head.*', lr=0.1)]."
+        )
+    given = tuple(rules)
+    for index, rule in enumerate(given):
+        if isinstance(rule, Rule):
+            continue
+        if isinstance(rule, (list, tuple)) and all(isinstance(each, Rule) for each in rule):
+            raise PlanError(f"rules[{index}] is a list of rules; put it in with a star: *rules.")
+        written = _as_rule(rule) or "lamina.Rule(pattern, ...)"
+        raise PlanError(f"rules contains {rule!r}; expected {written}.")
+    return given
+
+
+def _as_rule(given: object) -> str:
+    """Return how a dict, or a pattern with a dict, is written as a rule, or an empty string."""
+    match: object = None
+    settings: object = None
+    if isinstance(given, Mapping):
+        settings = dict(given)
+        match = next((settings.pop(key) for key in ("match", "pattern") if key in settings), None)
+    elif isinstance(given, tuple) and len(given) == 2:
+        match, settings = given
+    if not isinstance(match, str) or not isinstance(settings, Mapping):
+        return ""
+    return f"lamina.Rule({', '.join([repr(match), *_pairs(tuple(settings.items()))])})"
 
 
 def _argument_text(value: object) -> str:

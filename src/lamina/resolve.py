@@ -97,13 +97,22 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
 
 def _refuse_tensors(cells: tuple[Cell, ...], owned: dict[str, Owned]) -> None:
     """Raise `PlanError` for a parameter that its optimizer cannot train (Muon on a vector)."""
-    for cell in cells:
-        if cell.algorithm is None or not cell.windows:
-            continue
-        for info in cell.parameters:
-            refusal = cell.algorithm.refusal(owned[info.name].tensor)
-            if refusal:
-                raise PlanError(f"{info.name!r} {refusal}.")
+    refused = {
+        info.name: (info, refusal)
+        for cell in cells
+        if cell.algorithm is not None and cell.windows
+        for info in cell.parameters
+        if (refusal := cell.algorithm.refusal(owned[info.name].tensor))
+    }
+    if refused:
+        name, (_, refusal) = next(iter(refused.items()))
+        small = "ndim<2" if any(info.ndim < 2 for info, _ in refused.values()) else None
+        others = [info.name for info, _ in refused.values() if info.ndim >= 2]
+        pattern = " | ".join(([small] if small else []) + others)
+        raise PlanError(
+            f"{name!r} {refusal}, by a last rule: "
+            f"lamina.Rule({pattern!r}, optimizer=lamina.AdamW, lr=1e-3)."
+        )
 
 
 def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:

@@ -124,6 +124,7 @@ class Restorable(Steerable):
             group.update(loaded.groups.get(group["name"], {}))
         self._audit.forget()
         self._received.begin(loaded.clock)
+        self._monitor.loaded()
         self._publish(loaded.clock)
         self._run_state.last_load = loaded.report
 

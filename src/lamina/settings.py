@@ -15,8 +15,22 @@ from .schedules import Schedule
 from .time import TimeLike
 
 
+class _Factor(Spelled):
+    """A factor on what earlier rules gave, which is no number and cannot be multiplied with one."""
+
+    def __mul__(self, other: object) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        raise PlanError(
+            f"{self!r} cannot be multiplied with {other!r}: it is a factor on what earlier rules "
+            f"gave. Give the plan, or an earlier rule, lr={other!r}, and the rule lr={self!r}."
+        )
+
+    __rmul__ = __mul__
+
+
 @dataclass(frozen=True, repr=False)
-class Times(Spelled):
+class Times(_Factor):
     """A factor on what earlier rules gave: a number, or a schedule that is a factor.
 
     Formula: `earlier * factor`. In TOML also written `"x0.1"`.
@@ -45,7 +59,7 @@ class Times(Spelled):
 
 
 @dataclass(frozen=True, repr=False)
-class ByDepth(Spelled):
+class ByDepth(_Factor):
     """Geometric decay by layer: the top layer keeps its value, each lower one has it times rate.
 
     Formula: `earlier * rate ** (ranks below the top layer)`; the layers are those that the rule's

@@ -11,6 +11,7 @@ from .engine import Engine
 from .exchange import Exchange
 from .freezing import Freezer
 from .guests import Guests
+from .monitor import Monitor
 from .overrides import check_chosen, select_groups
 from .reporting import changes, check_report, from_rank_zero, observe_all
 from .resolved import Resolved
@@ -26,6 +27,7 @@ class Steerable(Engine):
     _freezer: Freezer
     _guests: Guests
     _exchange: Exchange
+    _monitor: Monitor
 
     @property
     def clock(self) -> int:
@@ -101,6 +103,7 @@ class Steerable(Engine):
         for line in changes(seen, new):
             log.info("step %d: %s", self.clock, line)
         self._publish(self.clock)
+        self._monitor.reported(self.clock)
 
     @property
     def should_stop(self) -> bool:

@@ -97,10 +97,25 @@ def parse(value: object) -> Time:
         return Time(Fraction(value), "steps")
     if isinstance(value, float):
         raise TimeUnitError(
-            f"{value!r} has no unit; write '{value:g} epochs', '{value * 100:g}%' of the run, "
-            "or a whole number of steps."
+            f"{value!r} has no unit; write {_with_unit(value)}or a whole number of steps."
         )
     raise TimeUnitError(f"{value!r} is not a length of time; {_HELP}.")
+
+
+def _as_steps(name: str, value: object) -> str:
+    """Return how something that is no whole number is written as one, or an empty string."""
+    if isinstance(value, float) and value.is_integer():
+        return f" Write {name}={int(value)}."
+    return f" Write {name}=len(loader)." if hasattr(value, "__len__") else ""
+
+
+def _with_unit(amount: float) -> str:
+    """Return the times that a number may mean, with a comma after each."""
+    if not 0 <= amount < LONGEST_RUN:
+        return ""
+    digits = _decimal(Fraction(str(amount)))
+    share = f"'{_decimal(Fraction(str(amount)) * 100)}%' of the run, " if amount <= 1 else ""
+    return f"'{digits} epochs', {share}"
 
 
 def run_of(
@@ -117,7 +132,10 @@ def run_of(
     """
     for name, value in (("steps", steps), ("steps_per_epoch", steps_per_epoch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TimeUnitError(f"{name}={value!r} is not a whole number of optimizer steps.")
+            raise TimeUnitError(
+                f"{name}={value!r} is not a whole number of optimizer steps."
+                f"{_as_steps(name, value)}"
+            )
         if value is not None and value < 1:
             raise TimeUnitError(f"{name}={value} is out of range; expected 1 or more.")
         if value is not None and value > LONGEST_RUN:

@@ -50,7 +50,7 @@ def settle(
         trigger = Trigger(key_of(f"thaw of {where.removeprefix('rule ')}", thaw), thaw)
         return ((trigger, None),)
     if isinstance(thaw, TopDown):
-        if info.rank is None and freeze is None:
+        if not moves_window(settings, info):
             return earlier  # a parameter without a layer number is unchanged by layer operators
         thaws: list[Moment] = []  # without one, only the rule's freeze= holds
         if info.rank is not None:
@@ -65,6 +65,15 @@ def settle(
             f"{_said(thaws[0])}; freeze later, or thaw in shorter steps."
         )
     return _spans(_alternating(thaws, freezes, f"{where}: {info.name!r}"))
+
+
+def moves_window(settings: Mapping[str, Any], info: ParamInfo) -> bool:
+    """Return whether a rule that gives windows gives this parameter one.
+
+    `top_down` alone leaves a parameter without a layer number as it was.
+    """
+    by_layer = isinstance(settings.get("thaw"), TopDown)
+    return not by_layer or info.rank is not None or settings.get("freeze") is not None
 
 
 def _moments(kind: str, given: Any, run: Run) -> list[Moment]:

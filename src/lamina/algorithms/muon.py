@@ -14,6 +14,9 @@ from .base import Algorithm, Hyper, State, number, widen
 class Muon(Algorithm):
     """Momentum orthogonalized by Newton-Schulz steps; for each matrix theta of A x B numbers.
 
+    A tensor of more dimensions, such as the weight of a convolution, is the matrix of its first
+    dimension and all others.
+
         b_t     = momentum * b_{t-1} + (1 - momentum) * g_t
         u_t     = b_t                            (nesterov: (1 - momentum) * g_t + momentum * b_t)
         o_t     = NS(u_t), about U V' of the singular value decomposition u_t = U S V'
@@ -69,15 +72,11 @@ class Muon(Algorithm):
         if why := super().refusal(param):
             return why
         if param.is_complex():
+            return "is complex, and Muon is for real matrices; give it another optimizer"
+        if param.ndim < 2:
             return (
-                "is complex, and Muon is for real matrices; give it another optimizer, by a rule "
-                "of its name"
-            )
-        if param.ndim != 2:
-            return (
-                f"has shape {tuple(param.shape)}, and Muon is for matrices; give biases, norms, "
-                "convolutions and embeddings another optimizer, such as AdamW, by a rule such as "
-                "'ndim<2'"
+                f"has shape {tuple(param.shape)}, and Muon is for matrices and convolutions; give "
+                "biases, norms and scalars another optimizer, such as AdamW"
             )
         return ""
 
@@ -103,9 +102,10 @@ class Muon(Algorithm):
         return change, {**state, "momentum_buffer": buffer.to(old.dtype)}
 
 
-def orthogonalized(matrix: torch.Tensor, hyper: Hyper) -> torch.Tensor:
-    """The Newton-Schulz iteration, in bfloat16."""
+def orthogonalized(direction: torch.Tensor, hyper: Hyper) -> torch.Tensor:
+    """Return the result of the Newton-Schulz iteration, in bfloat16, in the shape of the tensor."""
     a, b, c = (number(each) for each in hyper["ns_coefficients"])
+    matrix = direction.flatten(1)
     tall = matrix.size(0) > matrix.size(1)
     x = matrix.bfloat16()
     x = x.T if tall else x
@@ -113,12 +113,12 @@ def orthogonalized(matrix: torch.Tensor, hyper: Hyper) -> torch.Tensor:
     for _ in range(int(hyper["ns_steps"])):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return (x.T if tall else x).reshape(direction.shape)
 
 
 def lr_ratio(hyper: Hyper, shape: torch.Size) -> float:
     """What the learning rate of a matrix is multiplied by."""
-    rows, columns = shape
+    rows, columns = shape[0], math.prod(shape[1:])
     if hyper["adjust_lr_fn"] == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / max(columns, 1)))

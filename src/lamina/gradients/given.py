@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import HyperparameterError, LaminaWarning, PatternError, PlanError, did_you_mean
+from ..errors import HyperparameterError, LaminaWarning, PatternError, PlanError
 from ..parameters import collect
 from ..patterns import PatternLike, compile_pattern
+from ..suggestions import nothing_matched
 
 #: a tensor, tensors or `(name, tensor)` pairs, a parameter group, or a module
 Parameters = torch.Tensor | Iterable[Any] | Mapping[str, Any] | nn.Module
@@ -52,11 +53,8 @@ def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> li
     for pattern in numbers:
         hit = [item.info.name for item in owned if compile_pattern(pattern).matches(item.info)]
         if not hit:
-            names = [name for item in owned for name in item.info.names]
-            raise PatternError(
-                f"{argument}: {pattern!r} matches none of the {len(owned)} parameters."
-                f"{did_you_mean(str(pattern), names)}"
-            )
+            said = nothing_matched(pattern, [item.info for item in owned])
+            raise PatternError(f"{argument}: {pattern!r} {said}")
         chosen |= dict.fromkeys(hit, pattern)
     parts = []
     for pattern, number in numbers.items():

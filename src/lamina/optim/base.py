@@ -13,8 +13,10 @@ from .. import kernels
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Method, dtype_name
 from ..engine import Engine
-from ..errors import HyperparameterError, PlanError, StateError
+from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
+from ..notices import warn
 from ..settings import python_number
+from ..suggestions import ALIASES
 
 
 class DropIn(Engine):
@@ -73,7 +75,28 @@ class DropIn(Engine):
             raise HyperparameterError(f"{where}: {error}") from error
         self._refuse_implementation(where, group)
         group = {k: v if k == "params" else self._plain(k, v) for k, v in group.items()}
+        self._warn_of_unread(where, param_group)
         super().add_param_group(group)
+
+    def _warn_of_unread(self, where: str, given: Mapping[str, Any]) -> None:
+        """Warn of keys that neither the optimizer nor a scheduler reads; torch ignores them too."""
+        unread = [
+            key
+            for key in given
+            if key not in {*self.defaults, *_READ_ELSEWHERE}
+            and not (str(key).startswith("_") or isinstance(given[key], str))  # labels
+        ]
+        if not unread:
+            return
+        told = self.__dict__.setdefault("_unread", set())
+        for key in unread:
+            if key not in told:
+                told.add(key)
+                known = [key for key in self.defaults if key not in _IMPLEMENTATION]
+                warn(
+                    f"{where}: nothing reads the key {key!r}, so that it has no effect."
+                    f"{_instead(key, given, known)}"
+                )
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
@@ -165,6 +188,30 @@ class DropIn(Engine):
         self.__setstate__({})  # a subclass fills in what older states lack, as in torch
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+#: group keys that schedulers, torch itself or people's logs read
+_READ_ELSEWHERE = (
+    *("params", "param_names", "name", "group_name", "initial_lr", "max_lr", "min_lr"),
+    *("base_momentum", "max_momentum", "swa_lr", "lr", "fused", "foreach", "maximize"),
+)
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+
+
+def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
+    """Return what was most likely meant by a key that nothing reads."""
+    value, lr = group[key], group.get("lr")
+    target, _, form = ALIASES.get(key.lower(), "").partition("=")
+    if form == "lamina.times({})":
+        product = f"{lr * value:.6g}" if _is_number(lr) and _is_number(value) else f"lr * {value!r}"
+        return f" Give the group its learning rate: 'lr': {product}."
+    if target in known:
+        return f" Write {target!r}: {form.format(repr(value))}."
+    return did_you_mean(key, known)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _own(value: Any) -> Any:

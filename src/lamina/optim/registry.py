@@ -9,6 +9,7 @@ import torch
 
 from ..algorithms.base import Algorithm, Method
 from ..errors import HyperparameterError, PlanError, did_you_mean
+from ..suggestions import unknown_setting
 
 #: optimizer classes by the name under which plans write them
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {}
@@ -34,13 +35,19 @@ def register_optimizer(name: str, optimizer: type) -> None:
     OPTIMIZERS[name] = optimizer
 
 
+_PASS_THE_CLASS = " Any subclass of torch.optim.Optimizer can be passed itself, without a name."
+
+
 def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
     """The optimizer class that a plan names."""
     if isinstance(given, str):
         if given not in OPTIMIZERS:
+            short = given.rpartition(".")[2]
+            near = [name for name in OPTIMIZERS if name.lower() == short.lower()]
+            hint = f" Did you mean {near[0]!r}?" if near else did_you_mean(given, OPTIMIZERS)
             raise PlanError(
                 f"the optimizer {given!r} is not registered; registered are "
-                f"{', '.join(OPTIMIZERS)}.{did_you_mean(given, OPTIMIZERS)}"
+                f"{', '.join(OPTIMIZERS)}.{hint or _PASS_THE_CLASS}"
             )
         return OPTIMIZERS[given]
     if isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
@@ -126,8 +133,11 @@ def counts(optimizer: type) -> tuple[str, ...]:
     return () if method is None else method.counts
 
 
-def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
-    """Raise `HyperparameterError` if the optimizer does not have this hyperparameter."""
+def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = None) -> None:
+    """Raise `HyperparameterError` if the optimizer does not have this hyperparameter.
+
+    `value` is what was given for it, to say how it is written.
+    """
     if key in _SETTINGS:
         raise HyperparameterError(f"{where}, which is a setting of the plan, not a hyperparameter.")
     known = hyperparameters(optimizer)
@@ -136,7 +146,7 @@ def known_hyperparameter(optimizer: type, key: str, where: str) -> None:
         name = optimizer_name(optimizer)
         raise HyperparameterError(
             f"{where}, but its optimizer {name} has no hyperparameter {key!r}; it has "
-            f"{', '.join([*known, *own])}.{did_you_mean(key, [*known, *own, *_SETTINGS])}"
+            f"{', '.join([*known, *own])}.{unknown_setting(key, value, [*known, *own])}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import require
+from ..findings import listed
 from .header import PLAIN_NORM, facts, header
 from .rows import Row, number, span
 from .sparkline import can_show, curve
@@ -226,6 +227,17 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, max(width, 30)) or [""]]
 
 
+def _ties(preview: Preview) -> str:
+    """List the parameters with several names; of many the first few."""
+    ties = [
+        " = ".join(info.names)
+        for cell in preview.resolved.cells
+        for info in cell.parameters
+        if len(info.names) > 1
+    ]
+    return listed(ties)
+
+
 def _notes(preview: Preview, dropped: Sequence[str], width: int) -> list[str]:
     """What stands below the table: clip scopes, columns left out, findings."""
     lines = []
@@ -239,6 +251,8 @@ def _notes(preview: Preview, dropped: Sequence[str], width: int) -> list[str]:
         lines += _wrapped([f"{'clip norm' if norms else 'gradients'}: {said}"], width)
     if dropped:
         lines += _wrapped([f"left out at this width: {', '.join(dropped)}"], width)
+    if tied := _ties(preview):
+        lines += _wrapped([f"tied, each updated once: {tied}"], width)
     for finding in preview.findings:
         wrapped = textwrap.wrap(f"{_MARK}{finding}", max(width, 30), subsequent_indent=_GAP)
         lines += ["", *wrapped] if finding is preview.findings[0] else wrapped

@@ -64,14 +64,24 @@ class Schedule(Spelled, ABC):
     def __rshift__(self, other: object) -> Schedule:
         """First this schedule for its length, then the other."""
         if not isinstance(other, Schedule):
+            _refuse(self, ">>", other)
             return NotImplemented
         return Sequence((*phases_of(self), *phases_of(other)))
+
+    def __rrshift__(self, other: object) -> Any:
+        _refuse(self, ">>", other)
+        return NotImplemented
 
     def __mul__(self, other: object) -> Schedule:
         """The product of two schedules, step by step."""
         if not isinstance(other, Schedule):
+            _refuse(self, "*", other)
             return NotImplemented
         return Product(self, other)
+
+    def __rmul__(self, other: object) -> Any:
+        _refuse(self, "*", other)
+        return NotImplemented
 
     def plot(
         self,
@@ -106,6 +116,17 @@ class Schedule(Spelled, ABC):
         last = (run.steps or 1) - 1
         places = np.unique(np.linspace(0, last, min(width, last + 1)).round())
         return sparkline(list(self.bind(run).at(places)), width)
+
+
+def _refuse(schedule: Schedule, op: str, other: object) -> None:
+    """Raise `ScheduleError` for what people join with a schedule; of others Python says enough."""
+    if isinstance(other, type) and issubclass(other, Schedule):
+        raise ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
+    if op == "*" and isinstance(other, (int, float)):
+        raise ScheduleError(
+            f"{schedule!r} cannot be multiplied with the number {other!r}; write lr={other!r} and "
+            f"schedule={schedule!r}, or as a schedule {schedule!r} * constant({other!r})."
+        )
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:

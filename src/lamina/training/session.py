@@ -14,7 +14,9 @@ from torch import nn
 
 from ..checkpoint import tidy
 from ..errors import LaminaError, TaskError
+from ..optimizer import Optimizer
 from ..plan import Plan
+from ..time import run_of
 from .confirmer import Confirmer
 from .evaluate import check_watched, shard
 from .interrupts import patient
@@ -57,11 +59,14 @@ class Session:
             "epochs": self.settings.epochs,
             "steps_per_epoch": batches(self.task, self.train_loader),
             "accumulate": self.settings.accumulate,
+        }
+        going_on: dict[str, Any] = {
             "resume": None if self.start is None else self.start.snapshot.optimizer,
             "extend": self.extend,
         }
-        self.preview = self.plan.preview(model, **length)
-        self.optimizer = self.plan.build(model, **length)
+        self.preview = self.plan.preview(model, **length, **going_on)
+        # Not by plan.build, which warns of the findings: the preview prints them.
+        self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
         self.begins = Position() if self.start is None else restore(self.start, self)
         self._check_watched()
 
