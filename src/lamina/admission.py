@@ -102,6 +102,38 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
     return any(guest.state.values())
 
 
+def works_on_parts(cell: Cell) -> bool:
+    """Whether a guest updates two parts of a tensor as it updates the whole, tried on small ones.
+
+    Returns:
+        False also where the guest cannot be tried.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(4, 4, 4, generator=generator, dtype=torch.float64)
+    try:
+        whole = _trained(cell, [start], [[grad] for grad in grads])
+        cuts = [[*each.reshape(-1).split([5, 11])] for each in (start, *grads)]
+        parts = _trained(cell, cuts[0], cuts[1:])
+    except Exception:
+        return False
+    return torch.allclose(whole[0].reshape(-1), torch.cat(parts), rtol=1e-9, atol=1e-12)
+
+
+def _trained(
+    cell: Cell, starts: Sequence[torch.Tensor], steps: Sequence[Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Tensors after some steps of a guest of their own."""
+    params = [torch.nn.Parameter(start.clone()) for start in starts]
+    guest: Any = cell.optimizer([{"params": params}], **_first_values(cell))
+    if callable(getattr(guest, "train", None)):
+        guest.train()
+    for grads in steps:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        guest.step()
+    return [param.detach() for param in params]
+
+
 def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
     """A guest of its own after one step of a small tensor for each of some groups' values."""
     params = [torch.nn.Parameter(torch.ones([1] * like.ndim, dtype=like.dtype)) for _ in hypers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from . import kernels
 from .algorithms.base import Algorithm, Batch, Method, begun_dtype
 from .errors import PlanError
 from .run_state import KeptBatches
+from .sharding import laid_out_as, unit_refusal
 
 Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
@@ -38,15 +39,25 @@ class Engine(torch.optim.Optimizer):
 
     algorithm: ClassVar[Method | None] = None
     _kept_batches: KeptBatches
+    #: the parameters of all groups as they were last seen, changed in place
+    _seen_params: list[torch.Tensor]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._kept_batches = KeptBatches()
+        self._seen_params = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_kept_batches"):  # a copy, or unpickled
             self._kept_batches = KeptBatches()
+        if not hasattr(self, "_seen_params"):
+            self._seen_params = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch."""
+        super().add_param_group(param_group)
+        self._follow_exchanged()
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
         """The algorithm of a group."""
@@ -84,6 +95,7 @@ class Engine(torch.optim.Optimizer):
 
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
         """One batch for each group that has gradients."""
+        self._follow_exchanged()
         layout = _layout([param for group in groups for param in group["params"]])
         self._kept_batches.follow(layout)
         batches = (self._batch(group) for group in groups)
@@ -105,6 +117,56 @@ class Engine(torch.optim.Optimizer):
         batch = self._new_batch(group, params, grads, entries)
         cache[id(group)] = (entries, batch)
         return batch
+
+    def _follow_exchanged(self) -> None:
+        """Let the state follow to tensors that took the place of others in the groups.
+
+        `fully_shard`, and accelerate with it, make new parameters of the same shape; the state
+        would stay with the old ones.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        known = self._seen_params
+        if len(known) == len(params) and all(map(is_, params, known)):
+            return
+        if len(known) == len(params):
+            now, before = set(map(id, params)), set(map(id, known))
+            self._move_state(
+                [
+                    (place, old, new)
+                    for place, (old, new) in enumerate(zip(known, params, strict=True))
+                    if id(old) not in now and id(new) not in before
+                ]
+            )
+        known[:] = params
+
+    def _move_state(self, exchanged: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> None:
+        """Give new tensors the state of those whose place they took, laid out as they are.
+
+        What has state already keeps it: its user has moved it.
+        """
+        moved: dict[torch.Tensor, dict[str, Any]] = {}
+        for place, old, new in exchanged:
+            if old not in self.state or self.state.get(new):
+                continue
+            if new.shape != old.shape:
+                self._begin_anew(place, old, new)
+                continue
+            moved[new] = {
+                key: laid_out_as(value, new) if _is_of_its_shape(value, old) else value
+                for key, value in self.state[old].items()
+            }
+        self.state.update(moved)
+        for _, old, new in exchanged:
+            if new in moved:
+                del self.state[old]
+
+    def _begin_anew(self, place: int, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Meet a tensor of another shape in the place of one: as in torch, it begins anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, in torch's form."""
+        self._follow_exchanged()
+        return super().state_dict()
 
     def _gather(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The parameters of a group that have a gradient, and the gradients."""
@@ -159,6 +221,9 @@ class Engine(torch.optim.Optimizer):
     ) -> Batch:
         algorithm = self.algorithm_for(group)
         names = self._names(group, params)
+        for index, param in enumerate(params) if algorithm.unit != "element" else ():
+            if why := unit_refusal(algorithm.name, algorithm.unit, param):
+                raise PlanError(f"parameter {names[index] if names else index!r} {why}.")
         for index, (param, entry) in enumerate(zip(params, entries, strict=True)):
             _follow(repr(names[index]) if names else f"number {index}", algorithm, param, entry)
             self._ensure_state(algorithm, param, entry, group)
@@ -237,6 +302,10 @@ def _follow(name: str, algorithm: Algorithm, param: torch.Tensor, entry: dict[st
         elif value.device != param.device or value.stride() != param.stride():
             entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
             entry[key].copy_(value)
+
+
+def _is_of_its_shape(value: Any, param: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == param.shape
 
 
 def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .holding import hold as hold_module
 from .holding import let_go, needs
 from .parameters import MARK, Owned, collect, mark_frozen, observe
 from .patterns import PatternLike, compile_pattern
+from .reducers import free_gradients, has_zero_gradients
 from .suggestions import nothing_matched
 from .ties import refuse_wrapped
 
@@ -83,8 +84,9 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
         ('1.bias',)
     """
     owned, chosen = _choose(model, match, "thaw")
-    changed = tuple(item.info.name for item in chosen if not item.tensor.requires_grad)
+    changed = tuple(item.info.name for item in chosen if not _trains(item))
     for item in chosen:
+        free_gradients(item.tensor)
         item.tensor.requires_grad_(True)
         mark_frozen(item.places, False)
     touched = {item.info.name for item in chosen}
@@ -162,7 +164,7 @@ def trainable(model: nn.Module) -> Trainable:
             item.info.names,
             item.info.shape,
             item.info.numel,
-            item.tensor.requires_grad,
+            _trains(item),
             _why(item),
         )
         for item in owned
@@ -171,9 +173,15 @@ def trainable(model: nn.Module) -> Trainable:
     return Trainable(rows, notes)
 
 
+def _trains(item: Owned) -> bool:
+    return item.tensor.requires_grad and not has_zero_gradients(item.tensor)
+
+
 def _why(item: Owned) -> str:
-    if item.tensor.requires_grad:
+    if _trains(item):
         return ""
+    if item.tensor.requires_grad:
+        return "frozen by a plan"
     marked = any(attribute in getattr(module, MARK, ()) for module, attribute in item.places)
     return "frozen by a plan" if marked else "frozen by hand"
 

@@ -18,6 +18,7 @@ from .audit import Audit
 from .checks.live import examine
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
+from .exchange import BeforeForward, Exchange
 from .explain import Explanation, explain
 from .freezing import Freezer, drop_gradients
 from .gradients.scopes import check_finite, operate
@@ -29,12 +30,14 @@ from .ownership import refuse_foreign_writes
 from .parameters import Owned, observe, walk
 from .plan import Plan
 from .received import Received
+from .reducers import is_distributed
 from .reporting import begin_all
 from .resolve import resolve_owned
 from .resolved import Cell, Finding, Resolved
 from .restoring import Restorable
 from .run_state import RunState
 from .scheduler_view import SchedulerView
+from .sharding import is_sharded
 from .state import FORMAT, LoadReport, resume_from, run_record
 from .ties import Watched
 from .time import Run
@@ -44,7 +47,7 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_monitor"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
 )
 
 
@@ -80,12 +83,14 @@ class Optimizer(Restorable):
         self._received = Received()
         self._monitor = Monitor(resolved, self._notices, model)
         self._freezer = Freezer(model, resolved.cells, owned)
+        self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         self._complete = True
+        self._exchange.settle(self.param_groups, at_build=True)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
@@ -94,6 +99,8 @@ class Optimizer(Restorable):
             self._publish(0)
         else:  # which may fail, so it comes before anything is set on the model
             self._restore(resume, renamed=renamed)
+        if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
+            BeforeForward(model, self._settle_shards)
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -151,6 +158,7 @@ class Optimizer(Restorable):
         Returns:
             A finding for each thing that is not as it was, or that cannot be meant.
         """
+        self._follow_model()
         known = (self.param_groups, self.state, model, after, self.last_load, self._received)
         return (*examine(self._resolved, *known), *self._monitor.found.values())
 
@@ -199,9 +207,35 @@ class Optimizer(Restorable):
         """The groups that train in this step; the others are left without gradients."""
         refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
+        if not self._freezer.flags.settled:
+            self._settle_wrapping()
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
         return [group for group, active in pairs if active]
+
+    def _settle_wrapping(self) -> None:
+        """Take the model as wrappers have left it, in the first step and where gradients miss."""
+        adopted = is_distributed() and self._follow_model()
+        if is_distributed():
+            self._exchange.settle(self.param_groups)
+        # Where gradients miss for another reason, as in models that choose a part of themselves,
+        # the search for wrappers would cost more than the step.
+        if adopted or not self._freezer.flags.settled or self._is_sharded():
+            self._freezer.settle(self.param_groups, self.clock)
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
+
+    def _settle_shards(self) -> None:
+        """Do so before the first forward: in its step, a trainer clips before ours begins.
+
+        What a reducer of DDP holds has its gradients at zero from the build on; FSDP has made
+        other parameters, and computes gradients of what has the flag.
+        """
+        self._follow_model()
+        if self._is_sharded():
+            self._settle_wrapping()
+            self._exchange.show_flags(self.param_groups)
 
     def _drop_frozen(self) -> None:
         for group, active in zip(self.param_groups, self._freezer.active, strict=True):
@@ -233,6 +267,9 @@ class Optimizer(Restorable):
 
     def _update(self) -> None:
         batches = self._collect(self._begin())
+        if self._exchange.misses(sum(len(batch.params) for batch in batches)):
+            self._settle_wrapping()
+            batches = self._collect(self._begin())
         if not batches:
             self._monitor.without_gradient(self.clock, self._freezer.active)
         try:
@@ -256,8 +293,8 @@ class Optimizer(Restorable):
     def _operate(self, batches: Sequence[Batch]) -> None:
         """Run the gradient operations of every scope."""
         if every := self.plan.nonfinite_check == "all":
-            check_finite(batches, self.clock)
-        members: dict[int, list[Batch]] = {}
+            check_finite(batches, self.clock, self._exchange.shards)
+        members = self._shared_scopes()
         for batch in batches:
             scope = self._scope_of[batch.hyper["name"]]
             if scope is not None:
@@ -265,12 +302,21 @@ class Optimizer(Restorable):
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every)
+            shards = self._exchange.shards_of(scope)
+            norm = operate(its, run.operations[scope], self._infos, self.clock, every, shards)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
         if norms:
             self._monitor.measured(norms)
+
+    def _shared_scopes(self) -> dict[int, list[Batch]]:
+        """The scopes in whose norms every process takes part, if it has a gradient or not."""
+        training = (
+            g["name"] for g, now in zip(self.param_groups, self._freezer.active, strict=True) if now
+        )
+        scopes = dict.fromkeys(self._scope_of[name] for name in training)
+        return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
 
     # --- values --------------------------------------------------------------------------------
 
@@ -291,7 +337,8 @@ class Optimizer(Restorable):
             published[cell.name] = hyper
             group["clock"] = clock
         was = self._freezer.active
-        self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        active = [*map(values.active, range(len(resolved.cells)))]
+        self._freezer.follow(self.param_groups, active, clock)
         self._drop_states(was)
         self._audit.begin(self.param_groups, self._freezer.active)
         run = self._run_state
@@ -300,6 +347,7 @@ class Optimizer(Restorable):
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
+        self._follow_model()
         self._freezer.release(self.param_groups)
 
     # --- torch's interface ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import PlanError
 from .memory import overlapping, relation
+from .sharding import flat_parts, lasting_parameters, shard_origins
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -115,14 +116,16 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     by_identity: dict[int, list[str]] = {}
     for raw, (_, _, tensor) in places.items():
         by_identity.setdefault(id(tensor), []).append(raw)
+    flat = flat_parts(model)
     found = []
     for raws in by_identity.values():
         tensor = places[raws[0]][2]
+        shape = flat[id(tensor)].shape if id(tensor) in flat else tensor.shape
         owners = tuple((places[raw][0], places[raw][1]) for raw in raws)
         info = ParamInfo(
             name=cleaned[raws[0]],
             names=tuple(cleaned[raw] for raw in raws),
-            shape=tuple(tensor.shape),
+            shape=tuple(shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             types=frozenset(base.__name__ for owner, _ in owners for base in type(owner).__mro__),
             requires_grad=tensor.requires_grad or _frozen_by_plan(owners),
@@ -134,9 +137,17 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """Every place that holds a parameter, by its name with all prefixes of wrappers."""
+    """Every place that holds a parameter, by its name with all prefixes of wrappers.
+
+    Where FSDP2 shows a gathered copy for a while, the sharded parameter stands for it.
+    """
+    lasting = lasting_parameters(model)
     return {
-        f"{path}.{attribute}" if path else attribute: (module, attribute, tensor)
+        f"{path}.{attribute}" if path else attribute: (
+            module,
+            attribute,
+            lasting.get((id(module), attribute), tensor),
+        )
         for path, module in model.named_modules(remove_duplicate=False)
         for attribute, tensor in module._parameters.items()
         if tensor is not None
@@ -194,15 +205,10 @@ def _split_by_sharding(model: nn.Module, owned: Iterable[Owned]) -> tuple[tuple[
     """Ties across groups of `fully_shard`: it makes a parameter of its own for each group."""
     name_of = {(id(at), key): item.info.name for item in owned for at, key in item.places}
     found: dict[int, dict[str, None]] = {}
-    for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", None)  # only of what FSDP2 wraps
-        for group in getattr(state(), "_fsdp_param_groups", ()) if state else ():
-            for sharded in group.fsdp_params:
-                at = sharded._module_info
-                origin = getattr(sharded, "_orig_param_uid", None)  # torch before 2.13 has none
-                name = name_of.get((id(at.module), at.param_name))
-                if origin is not None and name is not None:
-                    found.setdefault(origin, {})[name] = None
+    for module, attribute, origin in shard_origins(model):
+        name = name_of.get((id(module), attribute))
+        if name is not None:
+            found.setdefault(origin, {})[name] = None
     return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 

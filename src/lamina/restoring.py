@@ -18,6 +18,7 @@ from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
 from .run_state import RunState
+from .sharding import is_flattened
 from .state import Loaded, prepare
 from .state.fit import evaluations
 from .state.form import MOMENTUM
@@ -43,7 +44,12 @@ class Restorable(Steerable):
 
         Tensors and plain values only; the tensors are the live ones, not copies.
         """
+        self._follow_model()
         state = super().state_dict()
+        if any(is_flattened(param) for group in self.param_groups for param in group["params"]):
+            # FSDP1 puts states of a flat parameter together only if those it finds are alike.
+            entries = state["state"].items()
+            state["state"] = {n: entry for n, entry in entries if not _never_updated(entry)}
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
             for key in ("param_names", "param_shapes", "run", "planned"):
@@ -90,6 +96,7 @@ class Restorable(Steerable):
         strict: bool = False,
         renamed: Mapping[str, str | None] | None = None,
     ) -> None:
+        self._follow_model()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # what a hook changes is not the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -168,6 +175,7 @@ class Restorable(Steerable):
                 torch.distributed.checkpoint.load(state, checkpoint_id=path)
                 set_optimizer_state_dict(model, optimizer, state)
         """
+        self._follow_model()
         groups, active = self.param_groups, list(self._freezer.active)
         given: list[tuple[int, torch.Tensor, bool]] = []
         added: list[tuple[torch.Tensor, dict[str, Any], list[str]]] = []
@@ -212,3 +220,8 @@ class Restorable(Steerable):
     def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         # Guests make their state themselves, where they find an empty one.
         return {} if group["name"] in self._guests else super()._begun(group, param)
+
+
+def _never_updated(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry says no more than that a parameter was never updated."""
+    return entry.keys() == {"step"} and not float(entry["step"])

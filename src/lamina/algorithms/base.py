@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import HyperparameterError, did_you_mean
+from ..sharding import unit_refusal
 
 Hyper = Mapping[str, Any]
 #: dtypes that are computed with in float32
@@ -72,7 +73,7 @@ class Method:
 
     def refusal(self, param: torch.Tensor) -> str:
         """Why this method cannot train a tensor at all (of its shape, say), or ""."""
-        return ""
+        return unit_refusal(self.name, self.unit, param)
 
     def known(self, key: str) -> None:
         """Raise `HyperparameterError` if `key` is not a hyperparameter of this algorithm."""

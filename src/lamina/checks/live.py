@@ -13,6 +13,7 @@ from ..optim.registry import is_whole_vector
 from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
 from ..received import Received
 from ..resolved import Cell, Finding, Resolved
+from ..sharding import is_flattened
 from ..state import LoadReport
 from ..ties import broken, by_name, tie_again
 from ..timeline import Feedback
@@ -165,6 +166,7 @@ def _silent(
             silent, since = info.name not in received.names, float(received.since)
         else:
             silent = info.name not in new and not float(state[param]["step"])
+            silent = silent and (param.numel() > 0 or not is_flattened(param))  # no part of it here
             since = _count_began(cell, clock, seen)
         if silent and _steps_trained(cell, clock, seen, since) >= after:
             names.append(info.name)

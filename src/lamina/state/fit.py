@@ -70,12 +70,15 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
-def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
-    """Raise `StateError`, with the way around it, unless a shape is the parameter's."""
-    if tuple(shape) != info.shape:
+def check_shape(
+    info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
+) -> None:
+    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
+    expected = info.shape if wanted is None else tuple(wanted)
+    if tuple(shape) != expected:
         raise StateError(
             f"the saved {what} of {info.name!r} has shape {tuple(shape)}, but the parameter has "
-            f"{info.shape}; nothing was loaded. To begin its state anew, load with "
+            f"{expected}; nothing was loaded. To begin its state anew, load with "
             f"renamed={{{info.name!r}: None}}; if it had another name, with "
             f"renamed={{old name: {info.name!r}}}."
         )
@@ -122,7 +125,7 @@ def own_entry(
             continue
         value = saved[key]
         _check_numbers(info, key, value, param)
-        check_shape(info, key, value.shape)
+        check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
         fitted[key] = value.detach().to(device=param.device, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):

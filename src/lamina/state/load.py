@@ -15,6 +15,7 @@ from ..guests import Guests
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
 from ..resolved import Cell, Resolved
+from ..sharding import is_flattened
 from ..timeline import Feedback, values_at
 from .compare import differences
 from .fit import (
@@ -144,7 +145,9 @@ class _Fitting:
             entry = self.entries.pop(info.name, None)
             self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
-                if entry is not None and keeps_nothing(entry, cell):
+                # Of parts of FSDP1, what was never updated is left out of a saved state.
+                part = entry is not None and is_flattened(param) and "clock" in entry.group
+                if entry is not None and (part or keeps_nothing(entry, cell)):
                     self.kept.append(info.name)
                 elif self._has_begun(cell):
                     self.new.append(info.name)
