@@ -111,9 +111,12 @@ def test_pytest_refuses_unknown_marks_and_stale_xfails(tmp_path):
 
 
 def test_ci_runs_every_gate():
-    assert "exec make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "\nmake test-oldest\nexec make test\n" in text
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     lines = run("make", "-n", "test").stdout.splitlines()
     for gate in ("ruff check", "ruff format --check", "bin/mypy", "-m pytest"):
         assert any(gate in line for line in lines), gate
     assert "-m pytest" in lines[-1]  # so that pytest's closing line is the last one printed
+    oldest = run("make", "-n", "test-oldest").stdout.splitlines()
+    assert ".venv-oldest/bin/python -m pytest" in oldest[-1]

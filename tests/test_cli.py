@@ -200,7 +200,7 @@ def test_an_interrupted_download(monkeypatch):
     [
         (["run", "review"], ["there is no task 'review'", "Did you mean 'reviews'"]),
         (["run", "gone.py"], ["gone.py", "no such task file"]),
-        (["run", "plan.toml"], ["plan.toml", "a plan, not a task", "lamina run reviews plan.toml"]),
+        (["run", "plan.toml"], ["no task is named", "lamina run reviews plan.toml"]),
         (["run", TASK, "gone.toml"], ["gone.toml", "no such plan file"]),
         (["run", TASK, "--cpu", "--epochs", "nan"], ["epochs=nan"]),
         (["run", TASK, "--cpu", "--mixed-precision", "fp16"], ["mixed_precision='fp16'"]),

@@ -23,9 +23,11 @@ ALGORITHMS = {
     "AdamW": (lm.AdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
     "RMSprop": (lm.RMSprop, torch.optim.RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
     "guest": (torch.optim.NAdam, torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.1}),
-    "Muon": (lm.optim.Muon, torch.optim.Muon, {"lr": 0.01, "weight_decay": 0.1}),
     "LBFGS": (lm.optim.LBFGS, torch.optim.LBFGS, {"lr": 0.1, "max_iter": 4}),
 }
+if hasattr(torch.optim, "Muon"):  # since 2.9
+    muon = {"lr": 0.01, "weight_decay": 0.1}
+    ALGORITHMS["Muon"] = (lm.optim.Muon, torch.optim.Muon, muon)
 LEFT_OVER = ["left over", "zeroed", "none"]
 LOOPS = ["plain", "AMP", "accumulation", "closure"]
 KINDS = ["BatchNorm", "dropout", "tied"]

@@ -11,7 +11,7 @@
     ├── NonFiniteError (also ArithmeticError)   a gradient is NaN or infinite
     ├── StateError (also ValueError)            a state that cannot be loaded
     ├── TaskError                   a task or its data is missing or broken
-    └── MissingExtraError (also ImportError)    an optional package is not installed
+    └── MissingExtraError (also ImportError)    an optional package is missing or too old
 
     LaminaWarning (a UserWarning)   legal, but a known trap: the message names the way around it
 
@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
+from importlib import metadata
 from types import ModuleType
 
 
@@ -91,8 +93,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+#: the oldest versions of optional packages that work, as in pyproject.toml: a package that was not
+#: installed through an extra of lamina may be older
+OLDEST = {
+    "accelerate": "1.1",
+    "matplotlib": "3.10",
+    "rich": "13.7",
+    "transformers": "4.46",
+    "typer": "0.16",
+}
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it."""
+    """Import an optional package, or say which extra brings it.
+
+    Raises:
+        MissingExtraError: if it is not installed, cannot be imported, or is too old.
+    """
+    _check_version(module.partition(".")[0], purpose)
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -100,3 +118,26 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {module.split('.')[0]!r}, which cannot be imported "
             f"({error}). Install it with: pip install 'lamina[{extra}]'"
         ) from error
+
+
+def _check_version(package: str, purpose: str) -> None:
+    """Raise `MissingExtraError` if an installed package is older than those that work.
+
+    It is not imported for that: what is too old may fail in many ways while it is imported.
+    """
+    oldest = OLDEST.get(package)
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return  # the import will say so
+    if oldest is not None and _release(found) < _release(oldest):
+        raise MissingExtraError(
+            f"{purpose} needs {package} {oldest} or newer, but {found} is installed. Update it "
+            f"with: pip install --upgrade '{package}>={oldest}'"
+        )
+
+
+def _release(version: str) -> list[int]:
+    """Return the numbers that a version begins with: [2, 6, 0] of "2.6.0+cu124"."""
+    leading = re.match(r"\d+(?:\.\d+)*", version)
+    return [int(number) for number in leading[0].split(".")] if leading else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,7 @@ ROWS = [
     ),
     *_rows(
         "Muon",
-        torch.optim.Muon,
+        getattr(torch.optim, "Muon", None),  # since 2.9
         None,  # bfloat16 in the middle: no re-write in float64 could say more than torch
         {"lr": 0.003, "momentum": 0.8, "weight_decay": 0.2},
         {},
@@ -130,5 +131,11 @@ ROWS = [
     ),
 ]
 #: what has an oracle of each kind
-IN_TORCH = [row for row in ROWS if row.torch_class is not None]
+#: those that this version of torch can do
+IN_TORCH = [
+    row
+    for row in ROWS
+    if row.torch_class is not None
+    and row.options.keys() <= inspect.signature(row.torch_class).parameters.keys()
+]
 IN_PAPER = [row for row in ROWS if row.scalar is not None]

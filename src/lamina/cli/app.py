@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 
-from ..errors import LaminaError, printable
+from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
 from ..preview.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
@@ -22,6 +24,7 @@ from ..training.run_folder import own_version
 from ..training.session import batches
 from ..training.settings import Settings
 from ..training.task import Task
+from .arguments import check_parameter, task_and_plan
 from .summary import summary
 
 app = typer.Typer(
@@ -32,14 +35,24 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-TaskName = Annotated[
+TaskWord = Annotated[
     str | None,
-    typer.Argument(help=f"A Python file or the name of a built-in task; by default {DEFAULT}."),
+    typer.Argument(
+        metavar="TASK",
+        help=f"A Python file or the name of a built-in task; with no task and no plan, {DEFAULT}.",
+        show_default=False,
+    ),
+]
+PlanWord = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PLAN.toml", help="A plan for that task; by default its own.", show_default=False
+    ),
 ]
 TaskOption = Annotated[
-    str, typer.Option("--task", help="A Python file or the name of a built-in task.")
+    str | None,
+    typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
 ]
-PlanFile = Annotated[Path | None, typer.Argument(help="A plan in TOML; the task's own by default.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
 
@@ -48,13 +61,30 @@ Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step
 def spoken() -> Iterator[None]:
     """Errors as one paragraph and exit code 2; Ctrl-C as a line and 130; no traceback."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except LaminaError as error:
         print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("lamina: interrupted; nothing more was saved.", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print lamina's own warnings as it prints errors: there is no line of the user's."""
+    if issubclass(category, LaminaWarning):
+        print(f"lamina: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _version(wanted: bool) -> None:
@@ -74,10 +104,13 @@ def _options(
 
 @app.command()
 def run(
-    task: TaskName = None,
-    plan: PlanFile = None,
+    task: TaskWord = None,
+    plan: PlanWord = None,
+    task_option: TaskOption = None,
     epochs: Epochs = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, dropout and the order of data.")
+    ] = None,
     accumulate: Accumulate = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one.")] = None,
     resume: Annotated[Path | None, typer.Option(help="The folder of a run to go on with.")] = None,
@@ -91,12 +124,13 @@ def run(
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
 ) -> None:
-    """Announce the plan, train by it, and show the result."""
+    """Announce the plan, train TASK by it, and show the result."""
     with spoken():
-        source = task or (DEFAULT if resume is None else saved_task(resume))
+        saved = None if resume is None else partial(saved_task, resume)
+        source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
         session = prepare(
             load_task(source, BUILTIN),
-            plan,
+            plan_file,
             epochs=epochs,
             seed=seed,
             accumulate=accumulate,
@@ -127,16 +161,18 @@ def run(
 
 @app.command()
 def show(
-    plan: PlanFile = None,
-    task: TaskOption = DEFAULT,
+    task: TaskWord = None,
+    plan: PlanWord = None,
+    task_option: TaskOption = None,
     epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     accumulate: Accumulate = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
 ) -> None:
-    """Show what a plan would do, without training."""
+    """Show what a plan would do with the model of TASK, without training."""
     with spoken():
-        preview = _preview(task, plan, epochs, steps, accumulate)
+        source, plan_file = task_and_plan(["show"], (task, plan), task_option)
+        preview = _preview(source, plan_file, epochs, steps, accumulate)
         console = Console()
         _announce(console, preview)
         if plot is not None:
@@ -152,16 +188,19 @@ def show(
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="The full name of a parameter.")],
-    plan: PlanFile = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The full name of a parameter.")],
+    task: TaskWord = None,
+    plan: PlanWord = None,
+    task_option: TaskOption = None,
     step: Annotated[int, typer.Option(help="Counted from 0.", min=0)] = 0,
-    task: TaskOption = DEFAULT,
     epochs: Epochs = None,
     accumulate: Accumulate = None,
 ) -> None:
     """Show the chain of rules behind every number of a parameter at a step."""
     with spoken():
-        print(_preview(task, plan, epochs, None, accumulate).explain(name, step))
+        check_parameter(name, (task, plan))
+        source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
+        print(_preview(source, plan_file, epochs, None, accumulate).explain(name, step))
 
 
 @app.command()

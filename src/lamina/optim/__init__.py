@@ -18,9 +18,9 @@ from torch.optim import (
     Rprop,
     SparseAdam,
     swa_utils,
-    swap_in_optimizer_params_and_state,
 )
 
+from ..compat import swap_in_optimizer_params_and_state
 from . import lr_scheduler
 from .classes import SGD, Adam, AdamW, RMSprop
 from .layerwise import LAMB, LARS, LayerAdaptiveAdam, Muon

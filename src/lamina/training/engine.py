@@ -9,16 +9,19 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LaminaError, require
+from ..notices import warn
 from ..plan import Plan
 from ..time import TimeLike
+from .devices import begin, end
 from .load import choose_plan, load_task, placed
+from .loaders import has_own_order
 from .records import Listener
 from .result import Result
 from .resume import Resumption, find, resumed_plan
 from .run_folder import check_free
-from .session import Session, end
+from .session import Session
 from .settings import Settings
-from .task import Task
+from .task import Data, Task
 
 
 def prepare(
@@ -42,7 +45,7 @@ def prepare(
         task: a task, its module, or the path of its file.
         plan: a plan, or the path or text of one; by default the task's own.
         epochs: passes over the data, not necessarily whole ones.
-        seed: of the weights, the order of the data and dropout.
+        seed: of the weights, dropout and, unless its loader has a generator, the order of the data.
         accumulate: batches per optimizer step.
         mixed_precision: "no", "fp16" or "bf16"; by default as `accelerate launch` says, else no.
         save_every: the time from one checkpoint to the next, such as "500 steps"; by default an
@@ -70,10 +73,10 @@ def prepare(
         settings = start.settings(**asked)
         extend = start.way(settings) if extend is None else extend
         chosen, place = resumed_plan(start, task, plan)
-    accelerator = settings.accelerator(cpu)
+    accelerator = begin(settings, cpu)
     session = None
     try:
-        data = task.data(settings.seed)
+        data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
         with placed(place):
             session = Session(*made, folder, start, extend)
@@ -86,6 +89,18 @@ def prepare(
 def _require_packages() -> None:
     require("accelerate", "train", "Training")
     require("matplotlib", "train", "Training (the picture of the plan)")
+
+
+def _data(task: Task, seed: int, asked: int | None) -> Data:
+    """Return the task's data; warn if a seed that was asked for cannot reach its order."""
+    data = task.data(seed)
+    if asked is not None and has_own_order(data.train) and not task.takes("seed"):
+        warn(
+            f"seed={asked} was given, but the order of the training data comes from the generator "
+            f"that data() of {task.place} makes; the seed sets only the weights and dropout. To "
+            "have it set the order too, let data(seed) take it."
+        )
+    return data
 
 
 def _begin(

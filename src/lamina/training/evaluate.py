@@ -8,33 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import TaskError, did_you_mean
 from .task import Task
-
-
-def shard(accelerator: Any, loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
-    """This process' part of a loader, each example in exactly one part.
-
-    For training, Accelerate repeats examples so that all processes get equally many batches; an
-    average would count those twice. A stream cannot be cut without that, so each process reads it.
-    """
-    from accelerate.data_loader import prepare_data_loader
-
-    whole = isinstance(loader.dataset, IterableDataset)
-    part: DataLoader[Any] = prepare_data_loader(
-        loader,
-        device=accelerator.device,
-        num_processes=1 if whole else accelerator.num_processes,
-        process_index=0 if whole else accelerator.process_index,
-        put_on_device=True,
-        dispatch_batches=False,
-        even_batches=False,
-        use_seedable_sampler=True,
-        data_seed=seed,
-    )
-    return part
 
 
 def evaluate(

@@ -41,8 +41,7 @@ def load_task(
     path = Path(text)
     if path.suffix == ".toml":
         raise TaskError(
-            f"{text}: this is a plan, not a task; name the task first, such as "
-            f"lamina run {next(iter(known), 'task.py')} {text}."
+            f"{text}: this is a plan, not a task; give the task first and then its plan."
         )
     if path.suffix != ".py":
         raise TaskError(

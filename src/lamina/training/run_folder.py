@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import LaminaError, PlanError, StateError
 from ..files import atomic, legible, remove_leftovers, told
 from ..plan import Plan
@@ -178,7 +180,8 @@ def _json(about: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """What ran, to be able to run it again."""
     found = {"lamina": own_version(), "python": platform.python_version()}
-    for package in ("torch", "accelerate", "numpy"):
+    found["torch"] = str(torch.__version__)  # with the build, such as +cpu or +cu130
+    for package in ("accelerate", "numpy"):
         found[package] = metadata.version(package)
     return {**found, "platform": sys.platform}
 

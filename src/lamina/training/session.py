@@ -18,8 +18,10 @@ from ..optimizer import Optimizer
 from ..plan import Plan
 from ..time import run_of
 from .confirmer import Confirmer
-from .evaluate import check_watched, shard
+from .devices import end
+from .evaluate import check_watched
 from .interrupts import patient
+from .loaders import training_loader, validation_loader
 from .loop import Loop
 from .position import Position, Randomness
 from .recorder import Recorder, cut_back, recorded_lr
@@ -49,8 +51,8 @@ class Session:
 
     def __post_init__(self) -> None:
         accelerator, seed = self.accelerator, self.settings.seed
-        self.train_loader = accelerator.prepare(self.data.train)
-        self.validation_loader = shard(accelerator, self.data.validation, seed)
+        self.train_loader = training_loader(accelerator, self.data.train)
+        self.validation_loader = validation_loader(accelerator, self.data.validation, seed)
         self.randomness = Randomness(accelerator.device, self.train_loader, self.validation_loader)
         if self.start is not None:
             check_fits(self.start, self)
@@ -284,12 +286,3 @@ def batches(task: Task, loader: Any) -> int:
     if number == 0:
         raise TaskError(f"{task.place}: the training loader has no batches; give it examples.")
     return number
-
-
-def end(accelerator: Any) -> None:
-    """End the processes' group and forget the settings, which Accelerate keeps as globals."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    accelerator.end_training()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

@@ -87,38 +87,6 @@ class Settings:
         """The steps from one save to the next, not rounded."""
         return time.parse(self.save_every).in_steps(run)
 
-    def accelerator(self, cpu: bool) -> Any:
-        """Accelerate's accelerator, with every seed set."""
-        from accelerate import Accelerator
-        from accelerate.utils import (
-            DataLoaderConfiguration,
-            GradientAccumulationPlugin,
-            set_seed,
-        )
-
-        if cpu and self.mixed_precision == "fp16":  # Accelerate would quietly train in float32
-            raise LaminaError(
-                "mixed_precision='fp16' was given with cpu=True, but fp16 needs a GPU. Choose bf16 "
-                "or no, or leave out --cpu."
-            )
-        try:
-            accelerator = Accelerator(
-                cpu=cpu,
-                mixed_precision=self.mixed_precision,
-                # As a plugin: a plain number would give way to the launcher's environment.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=self.accumulate),
-                dataloader_config=DataLoaderConfiguration(
-                    use_seedable_sampler=True, data_seed=self.seed
-                ),
-            )
-        except ValueError as error:
-            raise LaminaError(
-                f"mixed_precision={self.mixed_precision!r}, cpu={cpu}: this device cannot train so "
-                f"({error}). Choose another precision, or 'no'."
-            ) from error
-        set_seed(self.seed)
-        return accelerator
-
 
 _NAMES = frozenset(asdict(Settings()))
 

@@ -104,11 +104,14 @@ class Task:
             raise self._wrong("model()", model, "a torch.nn.Module")
         return model
 
+    def takes(self, keyword: str) -> bool:
+        """Return whether its data() has a keyword."""
+        return keyword in inspect.signature(self.module.data).parameters
+
     def data(self, seed: int) -> Data:
         """The loaders; `seed` and the default `batch_size` are passed on if it takes them."""
         given = {**self.defaults, "seed": seed}
-        taken = inspect.signature(self.module.data).parameters
-        keywords = {k: given[k] for k in ("batch_size", "seed") if k in taken and k in given}
+        keywords = {k: given[k] for k in ("batch_size", "seed") if self.takes(k) and k in given}
         raw = self._call("data", **keywords)
         loaders = []
         for part in ("train", "validation"):
@@ -155,7 +158,7 @@ class Task:
         if plan is None:
             raise TaskError(
                 f"{self.place}: the task has no plan of its own (PLAN); give one, such as "
-                f"lamina run {self.name} plan.toml."
+                f"lamina run {self.file or self.name} plan.toml"
             )
         if not isinstance(plan, (str, os.PathLike)):
             raise self._wrong("PLAN", plan, "TOML text, the path of a file, or a lamina.Plan")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
+from ...compat import update_lr
 from ...errors import ScheduleError
 from .base import LRScheduler
 from .curve import Curve
@@ -127,7 +128,7 @@ class SequentialLR(_Composed):
         index = bisect_right(self._milestones, self.last_epoch)
         scheduler = self._schedulers[index]
         if index > 0 and self._milestones[index - 1] == self.last_epoch:
-            scheduler._update_lr(0)
+            update_lr(scheduler, 0)
         else:
             scheduler.step()
         self._last_lr = scheduler.get_last_lr()
@@ -185,7 +186,7 @@ class ChainedScheduler(_Composed):
 
     def _update_lr(self, epoch: float | None = None) -> None:
         for scheduler in self._schedulers:
-            scheduler._update_lr(epoch)
+            update_lr(scheduler, epoch)
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
 
     def at(self, step: int) -> list[float]:

@@ -1,0 +1,156 @@
+"""Where a run trains, and that all processes that were launched train it together.
+
+Accelerate forms a group of processes only with a backend for the device it is told to use. Without
+one, each process would train a copy of its own and nobody would notice; so the number of processes
+in the group is compared with the number that was launched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import LaminaError
+from .settings import Settings
+
+#: what launchers set: the variable with the number of processes, and those with the number of this
+#: one, of which one must be set too
+_LAUNCHERS = (
+    ("WORLD_SIZE", ("RANK", "LOCAL_RANK")),
+    ("PMI_SIZE", ("PMI_RANK",)),
+    ("OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_RANK",)),
+    ("MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_RANK",)),
+)
+
+
+class Launch(NamedTuple):
+    """How many processes were started to train together, and what says so."""
+
+    processes: int
+    said_by: str
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Return how many processes were started to train together.
+
+    Args:
+        environment: the environment variables.
+
+    Raises:
+        LaminaError: if there are several, and this one does not know which of them it is.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        return Launch(size, f"the process group of {size}")
+    for variable, ranks in _LAUNCHERS:
+        text = environment.get(variable, "")
+        if not text.isdecimal() or int(text) <= 1:
+            continue
+        if not any(rank in environment for rank in ranks):
+            raise LaminaError(
+                f"{variable}={text} says that {text} processes train together, but {ranks[0]} is "
+                "not set, so this one does not know which of them it is. Start them with torchrun, "
+                f"or unset {variable} to train in one process."
+            )
+        return Launch(int(text), f"{variable}={text}")
+    return Launch(1, "")
+
+
+def begin(settings: Settings, cpu: bool) -> Any:
+    """Return Accelerate's accelerator, with every seed set and all processes in one group.
+
+    On a machine without accelerators several processes train on the CPU, over gloo.
+
+    Args:
+        settings: those of the run.
+        cpu: train on the CPU even if there is an accelerator.
+
+    Raises:
+        LaminaError: if the device cannot train so, or a process would train alone.
+    """
+    from accelerate.utils import set_seed
+
+    launch = launched()
+    if launch.processes > 1 and not torch.accelerator.is_available():
+        cpu = True  # otherwise Accelerate looks for no backend
+    if not cpu:
+        _check_enough_devices(launch)
+    accelerator = _accelerator(settings, cpu)
+    try:
+        _check_precision(accelerator)
+        _check_together(launch, accelerator)
+    except LaminaError:
+        end(accelerator)
+        raise
+    set_seed(settings.seed)
+    return accelerator
+
+
+def end(accelerator: Any) -> None:
+    """End the processes' group and forget the settings, which Accelerate keeps as globals."""
+    accelerator.end_training()
+    _forget()
+
+
+def _forget() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _accelerator(settings: Settings, cpu: bool) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+
+    # As a plugin: a plain number would give way to the launcher's environment.
+    accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate)
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_plugin=accumulation,
+            dataloader_config=DataLoaderConfiguration(data_seed=settings.seed),
+        )
+    except ValueError as error:
+        _forget()  # or the next run in this process would find half of this one's settings
+        raise LaminaError(
+            f"mixed_precision={settings.mixed_precision!r}, cpu={cpu}: this device cannot train so "
+            f"({error}). Choose another precision or 'no', or correct what is named there."
+        ) from error
+
+
+def _check_enough_devices(launch: Launch) -> None:
+    """Raise if processes of this machine would have to share a GPU."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    devices = torch.cuda.device_count()
+    if launch.processes > 1 and devices and local.isdecimal() and int(local) > devices:
+        raise LaminaError(
+            f"{local} processes were launched on this machine, which has {devices} GPU(s), and "
+            f"each process needs one. Launch with --nproc-per-node={devices}, or give --cpu."
+        )
+
+
+def _check_precision(accelerator: Any) -> None:
+    """Raise if Accelerate would train in float32 although fp16 was asked for."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise LaminaError(
+            "mixed_precision='fp16' was given, but fp16 needs a GPU and this run is on the CPU. "
+            "Choose bf16 or no, or leave out --cpu where there is a GPU."
+        )
+
+
+def _check_together(launch: Launch, accelerator: Any) -> None:
+    """Raise if the group has not as many processes as were launched."""
+    if accelerator.num_processes == launch.processes:
+        return
+    raise LaminaError(
+        f"{launch.processes} processes were launched ({launch.said_by}), but this one would train "
+        f"with {accelerator.num_processes} in all, on {accelerator.device}: each would train a "
+        "copy of its own. Start them with torchrun (for the CPU with --cpu), or remove that "
+        "setting to train in one process."
+    )
