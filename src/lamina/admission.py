@@ -13,7 +13,7 @@ from .errors import HyperparameterError, PlanError
 from .guest_memory import GuestMemory
 from .optim.registry import optimizer_name, settings_of
 from .optim.trial import into_training, quietly
-from .rehearsal import construct, rehearse
+from .rehearsal import alike, construct, rehearse
 from .resolved import Cell
 
 
@@ -107,7 +107,7 @@ def _check_built(
         )
     for group, values in zip(built, first, strict=True):
         for key in values.keys() & group.keys():
-            if not _alike(values[key], group[key]):
+            if not alike(values[key], group[key]):
                 raise PlanError(_rewritten(name, key, values[key], group[key]))
 
 
@@ -121,15 +121,6 @@ def _rewritten(name: str, key: str, given: Any, made: Any) -> str:
         f"a plan writes the values of its groups itself. Give {key} a value that the constructor "
         "keeps, or the option that turns this off."
     )
-
-
-def _alike(given: Any, made: Any) -> bool:
-    """Return whether a group holds a value of the plan, perhaps as a list or in a tensor."""
-    if isinstance(made, torch.Tensor) and made.numel() == 1:
-        made, given = made.item(), torch.tensor(given, dtype=made.dtype).item()
-    if isinstance(made, (list, tuple)) and isinstance(given, (list, tuple)):
-        return len(made) == len(given) and all(map(_alike, given, made))
-    return made is given or bool(made == given)
 
 
 def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:

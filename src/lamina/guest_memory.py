@@ -51,9 +51,10 @@ class GuestMemory:
         self._begun = copies(guest, own_attributes(guest))
 
     @contextmanager
-    def at_work(self, state: dict[Any, Any], size: int) -> Iterator[None]:
-        """Lend the loose entries to a state of so many parameters, and take them back."""
+    def at_work(self, state: dict[Any, Any]) -> Iterator[None]:
+        """Lend the loose entries to a state, and take them back, with those that were added."""
         state.update(self.loose)
+        size = len(state)
         try:
             yield
         finally:

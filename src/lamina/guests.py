@@ -58,7 +58,6 @@ class Guests:
         #: by group: the names of what the plan or the constructor sets
         self._settings: dict[str, frozenset[str]] = {}
         self._state = state
-        self._size = sum(len(group["params"]) for group in groups)
         guests = (cell.optimizer for cell in cells if method_of(cell.optimizer) is None)
         for optimizer in dict.fromkeys(guests):
             chosen = [i for i, cell in enumerate(cells) if cell.optimizer is optimizer]
@@ -180,7 +179,7 @@ class Guests:
                 tensor.fill_(group[key])  # the guest, or a compiled step, holds this very tensor
             group.update(tensors)
         try:
-            with self._memories[guest].at_work(self._state, self._size):
+            with self._memories[guest].at_work(self._state):
                 yield
         finally:
             for group, numbers in held:

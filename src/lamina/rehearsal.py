@@ -48,12 +48,48 @@ def construct(
     known, made = settings_of(optimizer), trial_of(optimizer).made or {}
     given = [{k: v for k, v in each.items() if k not in made or made[k] != v} for each in values]
     common = {k: v for k, v in given[0].items() if k in known}
-    groups = []
-    for each, chosen in zip(values, params, strict=True):
-        # A value that is left to the class elsewhere must be spelled where it is the default.
-        own = {k: v for k, v in each.items() if k not in known or _differs(k, v, common, made)}
-        groups.append(RecordingGroup(params=list(chosen), **own))
+    # A value that is left to the class elsewhere must be spelled where it is the default.
+    spelled = [
+        {k for k, v in each.items() if k not in known or _differs(k, v, common, made)}
+        for each in values
+    ]
+    guest = _built(optimizer, values, params, common, spelled)
+    missed = [
+        {key for key in each.keys() & group.keys() if not alike(each[key], group[key])}
+        for each, group in zip(values, guest.param_groups, strict=False)
+    ]
+    # Some have another default for groups of another kind: there the plan's value is spelled too.
+    # A value that every group has otherwise is one that the constructor makes another of.
+    left = [set(each) - own for each, own in zip(values, spelled, strict=True)]
+    kept = set().union(*(keys - miss for keys, miss in zip(left, missed, strict=False)))
+    kept &= set().union(*missed)
+    if not kept or len(missed) != len(values):
+        return guest
+    spelled = [one | (other & kept) for one, other in zip(spelled, missed, strict=True)]
+    return _built(optimizer, values, params, common, spelled)
+
+
+def _built(
+    optimizer: type[torch.optim.Optimizer],
+    values: Sequence[Values],
+    params: Sequence[Sequence[torch.Tensor]],
+    common: Values,
+    spelled: Sequence[set[str]],
+) -> torch.optim.Optimizer:
+    groups = [
+        RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
+        for each, chosen, keys in zip(values, params, spelled, strict=True)
+    ]
     return optimizer(groups, **common)
+
+
+def alike(given: Any, made: Any) -> bool:
+    """Return whether a group holds a value of the plan, perhaps as a list or in a tensor."""
+    if isinstance(made, torch.Tensor) and made.numel() == 1 and isinstance(given, (int, float)):
+        made, given = made.item(), torch.tensor(given, dtype=made.dtype).item()
+    if isinstance(made, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(made) == len(given) and all(map(alike, given, made))
+    return made is given or bool(made == given)
 
 
 def _differs(key: str, value: Any, common: Values, made: Values) -> bool:
@@ -102,7 +138,7 @@ class _Stage:
         for param, grad in zip(training, grads, strict=True):
             param.grad = grad
         into_training(self.guest)
-        with torch.no_grad(), self.memory.at_work(self.guest.state, sum(map(len, self.params))):
+        with torch.no_grad(), self.memory.at_work(self.guest.state):
             self.guest.step()
 
     def _publish(self, index: int, rests: bool) -> None:

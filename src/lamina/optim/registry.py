@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..algorithms.base import Algorithm, Method
 from ..errors import HyperparameterError, PlanError, did_you_mean
 from ..suggestions import unknown_setting
-from .trial import REQUIRED, arguments, first_argument, required, takes_any, trial_of
+from .trial import REQUIRED, arguments, first_argument, required, signature_of, takes_any, trial_of
 
 #: optimizer classes by the name under which plans write them
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {}
@@ -109,7 +110,9 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     known = _settings(optimizer)
     lr = {"lr": known["lr"]} if "lr" in known else {}
     rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
-    return {k: None if v is REQUIRED else v for k, v in {**lr, **rest}.items()}
+    found = {k: None if v is REQUIRED else v for k, v in {**lr, **rest}.items()}
+    # What has parts that change is left to the class, unless a plan sets it.
+    return {key: value for key, value in found.items() if isinstance(value, Hashable)}
 
 
 def refuse_unlike(optimizer: type) -> None:
@@ -120,8 +123,8 @@ def refuse_unlike(optimizer: type) -> None:
     if trial.wraps or (trial.made is None and inner):
         raise PlanError(
             f"the optimizer {name} wraps another one (its {trial.wraps or inner}), whose state and "
-            "values a plan could not reach: give the plan the inner optimizer's class, and wrap "
-            "what build() returns where that works."
+            "values a plan could not reach: give the plan the class of the inner optimizer, or use "
+            f"{name} without a plan."
         )
     if trial.made is None and first in _FIRST:
         raise PlanError(
@@ -140,12 +143,19 @@ _FIRST = {
 
 def _settings(optimizer: type) -> dict[str, Any]:
     """The arguments of a constructor, with the values that a trial build put into its groups."""
-    trial, (own, inherited) = trial_of(optimizer), required(optimizer)
+    trial, (_, inherited) = trial_of(optimizer), required(optimizer)
     given = arguments(optimizer)
-    if trial.made is None:
-        return {key: value for key, value in given.items() if key != "defaults"}
-    own_keys = {key for key in given if key not in inherited or key in trial.needed}
-    return {key: trial.made.get(key, given[key]) for key in given if key in own_keys}
+    if trial.made is not None:
+        keys = [key for key in given if key not in inherited or key in trial.needed]
+        return {key: trial.made.get(key, given[key]) for key in keys}
+    # Its groups are not known: numbers stay as they are written, others may stand for something.
+    own = signature_of(optimizer).items()
+    return {key: value for key, value in own if value is REQUIRED or _is_numeric(value)}
+
+
+def _is_numeric(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, (bool, int, float)) for part in parts)
 
 
 def settings_of(optimizer: type) -> frozenset[str]:
@@ -203,7 +213,8 @@ def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -
     method = method_of(optimizer)
     if method is None:
         for key, default in _settings(optimizer).items():
-            if default is REQUIRED and key in values and values[key] is None:
+            needed = default is REQUIRED or key == "lr"  # some work out another lr from None
+            if needed and key in values and values[key] is None:
                 name = optimizer_name(optimizer)
                 raise HyperparameterError(
                     f"{where}: the optimizer {name} has no default for {key}; give it: {key}=..."

@@ -162,6 +162,11 @@ def required(optimizer: type) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(needed), frozenset(inherited)
 
 
+def signature_of(optimizer: type) -> dict[str, Any]:
+    """Return the named arguments of the class's own constructor, or of the one it inherits."""
+    return next(iter(_listed(optimizer)), {})
+
+
 def takes_any(optimizer: type) -> bool:
     """Return whether a constructor takes arguments that it does not name."""
     kinds = {each.kind for each in inspect.signature(optimizer).parameters.values()}
