@@ -12,7 +12,7 @@ from .algorithms.base import Method
 from .errors import HyperparameterError, PlanError
 from .guest_memory import GuestMemory
 from .optim.registry import optimizer_name, settings_of
-from .optim.trial import into_training, quietly
+from .optim.trial import into_training, quietly, trial_of
 from .rehearsal import alike, construct, rehearse
 from .resolved import Cell
 
@@ -49,9 +49,11 @@ def admit(
     try:
         guest = construct(optimizer, first, params)
     except Exception as error:
+        made = trial_of(optimizer).made or {}
+        given = {k: v for k, v in first[0].items() if k not in made or made[k] != v}
         raise PlanError(
             f"the guest optimizer {name} refused its settings ({type(error).__name__}: {error}); "
-            f"it was given {first[0]}."
+            f"beside its own defaults it was given {given}."
         ) from error
     _check_built(name, guest, cells, groups, first)
     _refuse_unlike(name, cells, groups[0]["params"][0])

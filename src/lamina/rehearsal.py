@@ -18,7 +18,7 @@ import torch
 from .errors import StateError, did_you_mean
 from .guest_memory import OURS, GuestMemory
 from .optim.registry import settings_of
-from .optim.trial import RecordingGroup, into_training, quietly, trial_of
+from .optim.trial import RecordingGroup, into_training, over, quietly, trial_of
 from .packing import UnwritableError, pack, unpack
 from .resolved import Cell
 
@@ -80,7 +80,7 @@ def _built(
         RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
         for each, chosen, keys in zip(values, params, spelled, strict=True)
     ]
-    return optimizer(groups, **common)
+    return over(groups, optimizer, common)
 
 
 def alike(given: Any, made: Any) -> bool:

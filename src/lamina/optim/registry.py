@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -111,8 +110,8 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     lr = {"lr": known["lr"]} if "lr" in known else {}
     rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
     found = {k: None if v is REQUIRED else v for k, v in {**lr, **rest}.items()}
-    # What has parts that change is left to the class, unless a plan sets it.
-    return {key: value for key, value in found.items() if isinstance(value, Hashable)}
+    # Lists, functions and the like are left to the class, unless a plan sets them.
+    return {key: value for key, value in found.items() if _is_plain(value)}
 
 
 def refuse_unlike(optimizer: type) -> None:
@@ -143,19 +142,23 @@ _FIRST = {
 
 def _settings(optimizer: type) -> dict[str, Any]:
     """The arguments of a constructor, with the values that a trial build put into its groups."""
-    trial, (_, inherited) = trial_of(optimizer), required(optimizer)
-    given = arguments(optimizer)
-    if trial.made is not None:
-        keys = [key for key in given if key not in inherited or key in trial.needed]
+    trial, given = trial_of(optimizer), arguments(optimizer)
+    own = signature_of(optimizer)
+    if trial.made is not None:  # what a base takes may be given by the class: its groups tell
+        keys = [key for key in given if key in own or key in trial.made or key in trial.needed]
         return {key: trial.made.get(key, given[key]) for key in keys}
     # Its groups are not known: numbers stay as they are written, others may stand for something.
-    own = signature_of(optimizer).items()
-    return {key: value for key, value in own if value is REQUIRED or _is_numeric(value)}
+    return {key: value for key, value in own.items() if value is REQUIRED or _is_number(value)}
 
 
-def _is_numeric(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
     return all(isinstance(part, (bool, int, float)) for part in parts)
+
+
+def _is_plain(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(part is None or isinstance(part, str) or _is_number(part) for part in parts)
 
 
 def settings_of(optimizer: type) -> frozenset[str]:

@@ -80,7 +80,7 @@ def _tried(optimizer: type[torch.optim.Optimizer], needed: frozenset[str]) -> Tr
     param = torch.nn.Parameter(torch.full((2, 3), 0.5))
     given = {key: 1e-3 if key == "lr" else 1 for key in needed}
     try:
-        guest = optimizer([RecordingGroup(params=[param])], **given)
+        guest = over([RecordingGroup(params=[param])], optimizer, given)
         group = guest.param_groups[0]
         made = {key: _number(value) for key, value in group.items() if key not in given}
         del made["params"]
@@ -95,6 +95,21 @@ def _tried(optimizer: type[torch.optim.Optimizer], needed: frozenset[str]) -> Tr
         return Trial(made, needed, None, wraps, f"{type(error).__name__}: {error}")
     read = frozenset(group.read) if isinstance(group, RecordingGroup) else None
     return Trial(made, needed, read, wraps)
+
+
+def over(
+    groups: list[RecordingGroup], optimizer: type[torch.optim.Optimizer], given: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Build an optimizer over groups; some take a single one as a list of tensors alone."""
+    plain = list(groups[0]["params"]) if len(groups) == 1 and len(groups[0]) == 1 else None
+    try:
+        return optimizer(groups, **given)
+    except Exception:
+        if plain is None:
+            raise
+        with contextlib.suppress(Exception):
+            return optimizer(plain, **given)
+        raise
 
 
 def into_training(guest: torch.optim.Optimizer) -> None:
