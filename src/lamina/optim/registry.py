@@ -109,9 +109,13 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     known = _settings(optimizer)
     lr = {"lr": known["lr"]} if "lr" in known else {}
     rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
-    found = {k: None if v is REQUIRED else v for k, v in {**lr, **rest}.items()}
-    # Lists, functions and the like are left to the class, unless a plan sets them.
-    return {key: value for key, value in found.items() if _is_plain(value)}
+    found = {key: value for key, value in {**lr, **rest}.items() if _is_shown(key, value)}
+    return {key: None if value is REQUIRED else value for key, value in found.items()}
+
+
+def _is_shown(key: str, value: Any) -> bool:
+    """Whether a plan knows a default: lists, functions and None are left to the class."""
+    return key == "lr" or value is REQUIRED or (value is not None and _is_plain(value))
 
 
 def refuse_unlike(optimizer: type) -> None:
@@ -191,6 +195,7 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
     known = hyperparameters(optimizer)
     own = _OWN if algorithm_of(optimizer) is not None else ()
     if key not in (*known, *own) and not _may_have(optimizer, key):
+        known = {**known, **(_settings(optimizer) if method_of(optimizer) is None else {})}
         name = optimizer_name(optimizer)
         raise HyperparameterError(
             f"{where}, but its optimizer {name} has no hyperparameter {key!r}; it has "
