@@ -203,9 +203,11 @@ class Guests:
                 try:
                     group[key] = pack(group[key])
                 except UnwritableError as error:
-                    if key in own:
+                    begun = self.begun_groups[group["name"]]
+                    if key in own and begun.get(key) is not group[key]:
                         raise _unwritable(guest, error, f"group {group['name']!r}", key) from None
-                    del group[key]  # a setting, which is the plan's
+                    del group[key]  # a setting of the plan's, or what every build puts there
+                    own.discard(key)
             for index, name in zip(group["params"], group["param_names"], strict=True):
                 for key, value in state.get(index, {}).items():
                     try:

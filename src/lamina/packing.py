@@ -49,6 +49,15 @@ def pack(value: Any) -> Any:
     return writer(value)
 
 
+def is_writable(value: Any) -> bool:
+    """Return whether a value has a plain form."""
+    try:
+        pack(value)
+    except UnwritableError:
+        return False
+    return True
+
+
 def _packed_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
     if all(type(key) in (str, int) for key in value) and KIND not in value:
         return {key: pack(each) for key, each in value.items()}

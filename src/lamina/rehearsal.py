@@ -19,7 +19,7 @@ from .errors import StateError, did_you_mean
 from .guest_memory import OURS, GuestMemory
 from .optim.registry import settings_of
 from .optim.trial import RecordingGroup, into_training, over, quietly, trial_of
-from .packing import UnwritableError, pack, unpack
+from .packing import UnwritableError, is_writable, pack, unpack
 from .resolved import Cell
 
 #: steps before the save, and in all; what rests at first thaws in between, and after it
@@ -118,6 +118,7 @@ class _Stage:
         ]
         self._settings = settings_of(optimizer).union(*values)
         self.values = values
+        self._begun = [dict(group) for group in self.groups]
         self.memory = GuestMemory(self.guest)
 
     def step(self, number: int, *, graph: bool, all_train: bool = False) -> None:
@@ -152,8 +153,8 @@ class _Stage:
     def saved(self) -> Any:
         """What a checkpoint would hold of it, written to a file and read back."""
         groups = [
-            {k: pack(v) for k, v in group.items() if k not in OURS | self._settings}
-            for group in self.groups
+            {k: pack(v) for k, v in group.items() if self._is_own(k, v, begun)}
+            for group, begun in zip(self.groups, self._begun, strict=True)
         ]
         entries = [[pack(dict(self.guest.state.get(p, {}))) for p in row] for row in self.params]
         content = {"groups": groups, "state": entries, "memory": self.memory.write(self.guest)}
@@ -161,6 +162,11 @@ class _Stage:
         torch.save(content, file)
         file.seek(0)
         return torch.load(file, weights_only=True)
+
+    def _is_own(self, key: str, value: Any, begun: Mapping[str, Any]) -> bool:
+        """Whether a value of a group is state, and not what every build puts there."""
+        constant = not is_writable(value) and begun.get(key) is value
+        return key not in OURS | self._settings and not constant
 
     def load(self, saved: Any) -> None:
         """Go on from what another stage saved."""
