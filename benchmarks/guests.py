@@ -269,15 +269,14 @@ def cases_of(distribution: str) -> list[Case]:
         return list(PACKAGES[distribution]())
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as a markdown table."""
-    rows = ["| class | as by hand | resumes equal | with a late part | refused because |"]
-    rows.append("|---|---|---|---|---|")
-    for each in outcomes:
-        name = each.name + (f" ({each.settings})" if each.settings else "")
-        why = each.refused.replace("|", "\\|")
-        rows.append(f"| {name} | {each.by_hand} | {each.resumes} | {each.late} | {why} |")
-    return "\n".join(rows)
+HEAD = "| class | as by hand | resumes equal | with a late part | refused because |\n|---|---|---|---|---|"
+
+
+def row(outcome: Outcome) -> str:
+    """One outcome as a row of a markdown table."""
+    name = outcome.name + (f" ({outcome.settings})" if outcome.settings else "")
+    cells = (name, outcome.by_hand, outcome.resumes, outcome.late, outcome.refused)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main() -> None:
@@ -293,12 +292,14 @@ def main() -> None:
             print(f"\n## {distribution}\n\nNot tried: {error}.")
             continue
         chosen = [case for case in cases if not arguments.only or case.name in arguments.only]
-        outcomes = [conform(case) for case in chosen]
+        print(f"\n## {distribution} {importlib.metadata.version(distribution)}\n\n{HEAD}")
+        outcomes = []
+        for case in chosen:
+            outcomes.append(conform(case))
+            print(row(outcomes[-1]), flush=True)
         right = sum(each.right for each in outcomes)
         refused = sum(bool(each.refused) for each in outcomes)
-        print(f"\n## {distribution} {importlib.metadata.version(distribution)}\n")
-        print(f"{len(outcomes)} classes: {right} run and resume equal, {refused} are refused.\n")
-        print(table(outcomes), flush=True)
+        print(f"\n{len(outcomes)} classes: {right} run and resume equal, {refused} are refused.")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def _check_built(
     if any(cell.schedule or cell.feedback or cell.rewarm for cell in cells):
         moving.add("lr")
     keys = set().union(*first)
-    varying = {key for key in keys if any(not _same(each, key, first[0].get(key)) for each in first)}
+    varying = {
+        key for key in keys if any(not _same(each, key, first[0].get(key)) for each in first)
+    }
     fixed = sorted((varying | moving) & (settings_of(type(guest)) - built[0].keys()))
     if fixed:
         raise HyperparameterError(

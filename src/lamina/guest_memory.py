@@ -8,7 +8,7 @@ groups, in `state` under keys that are no parameters, and in attributes of its o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -48,7 +48,14 @@ class GuestMemory:
             del guest.state[key]
         #: what it was built with, so that a load can begin there
         self._begun_loose = deepcopy(self.loose)
-        self._begun = copies(guest, own_attributes(guest))
+        #: values of the groups that are tensors, to which attributes may refer
+        self._values = [
+            value
+            for group in guest.param_groups
+            for value in group.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        self._begun = copies(guest, own_attributes(guest), self._values)
 
     @contextmanager
     def at_work(self, state: dict[Any, Any]) -> Iterator[None]:
@@ -75,12 +82,13 @@ class GuestMemory:
         return {key: value for key, value in parts.items() if value}
 
     def _changed(self, guest: torch.optim.Optimizer) -> dict[str, Any]:
-        params = {id(param) for group in guest.param_groups for param in group["params"]}
+        known = {id(param) for group in guest.param_groups for param in group["params"]}
+        known.update(map(id, self._values))
         found = {}
         for name, value in own_attributes(guest).items():
             tensors = list(_tensors(value))
-            if any(id(tensor) in params for tensor in tensors):
-                continue  # where it looks for its parameters
+            if any(id(tensor) in known for tensor in tensors):
+                continue  # where it looks for its parameters and values
             now, begun = _form(value), _form(self._begun.get(name, _ABSENT))
             # Tensors may come from the weights at build, which are others after a load.
             if now is not _ABSENT and (tensors or not same(now, begun)):
@@ -115,7 +123,7 @@ class GuestMemory:
         Raises:
             StateError: if the guest refuses what its own `state_dict` wrote.
         """
-        attributes = own_attributes(guest) | copies(guest, self._begun)
+        attributes = own_attributes(guest) | copies(guest, self._begun, self._values)
         for name, value in dict(written.get("attributes", {})).items():
             attributes[name] = _placed(unpack(value), attributes.get(name))
         loose = deepcopy(self._begun_loose)
@@ -205,12 +213,16 @@ def _packed(place: str, values: Mapping[Any, Any]) -> dict[Any, Any]:
     return found
 
 
-def copies(guest: torch.optim.Optimizer, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep copies of attributes that still refer to the guest's own parameters; as far as possible.
+def copies(
+    guest: torch.optim.Optimizer,
+    attributes: Mapping[str, Any],
+    shared: Iterable[torch.Tensor] = (),
+) -> dict[str, Any]:
+    """Return deep copies of attributes that still refer to the guest's parameters, and to others.
 
     What cannot be copied is left out: it stays as it is in every load.
     """
-    params: Collection[torch.Tensor] = [p for g in guest.param_groups for p in g["params"]]
+    params = [*shared, *(p for g in guest.param_groups for p in g["params"])]
     found = {}
     for name, value in attributes.items():
         memo: dict[int, Any] = {id(param): param for param in params}

@@ -271,7 +271,9 @@ class Guests:
             found[guest] = memory.read(guest, record, its, state)
         return found
 
-    def _loaded(self, group: dict[str, Any], own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def _loaded(
+        self, group: dict[str, Any], own: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
         stale = self.own_keys(group["name"], group)
         return {k: v for k, v in group.items() if k not in stale} | dict(own[group["name"]])
 
@@ -332,8 +334,8 @@ class Guests:
                     continue
                 raise StateError(
                     f"the saved state of {parameter!r} does not fit its guest optimizer "
-                    f"{optimizer_name(type(guest))}, whose next step would fail: {failure}. Nothing "
-                    f"was loaded. To begin its state anew, load with "
+                    f"{optimizer_name(type(guest))}, whose next step would fail: {failure}. "
+                    "Nothing was loaded. To begin its state anew, load with "
                     f"renamed={{{parameter!r}: None}}."
                 )
 

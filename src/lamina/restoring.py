@@ -151,9 +151,11 @@ class Restorable(Steerable):
             for group in groups:
                 group["max_eval"] = evaluations(group)
         entries = {
-            index: {key: value for key, value in entry.items() if key not in own}
+            index: entry
+            if isinstance(index, str)
+            else {key: value for key, value in entry.items() if key not in own}
             for index, entry in state["state"].items()
-            if not isinstance(index, int) or entry.keys() - {"step"}
+            if isinstance(index, str) or entry.keys() - {"step"}
         }
         return {"state": entries, "param_groups": groups, **rest}
 

@@ -151,7 +151,9 @@ def _settings(optimizer: type) -> dict[str, Any]:
     if trial.made is not None:  # what a base takes may be given by the class: its groups tell
         keys = [key for key in given if key in own or key in trial.made or key in trial.needed]
         # What is worked out where None is given may depend on the parameters: left to the class.
-        made = {key for key in keys if key in trial.made and (given[key] is not None or key == "lr")}
+        made = {
+            key for key in keys if key in trial.made and (given[key] is not None or key == "lr")
+        }
         return {key: trial.made[key] if key in made else given[key] for key in keys}
     # Its groups are not known: numbers stay as they are written, others may stand for something.
     return {key: value for key, value in own.items() if value is REQUIRED or _is_number(value)}

@@ -37,12 +37,13 @@ from .seen import lived_of
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
 
+
 @dataclass(frozen=True)
 class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
-    `guests` is what guests keep beside groups and the state of parameters. `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
-    nothing any more.
+    `guests` is what guests keep beside groups and the state of parameters. `lived` are the
+    overrides and what reactions have seen, `lost` in words those of them that fit nothing any more.
     """
 
     state: dict[torch.Tensor, dict[str, Any]]
@@ -241,7 +242,9 @@ _SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"
 def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("loose", "attributes", "own"):
         if not isinstance(record.get(key, {}), Mapping):
-            raise StateError(f"the saved {key} of a guest is {short(record[key])}; expected a dict.")
+            raise StateError(
+                f"the saved {key} of a guest is {short(record[key])}; expected a dict."
+            )
     return record
 
 
