@@ -269,7 +269,8 @@ def cases_of(distribution: str) -> list[Case]:
         return list(PACKAGES[distribution]())
 
 
-HEAD = "| class | as by hand | resumes equal | with a late part | refused because |\n|---|---|---|---|---|"
+COLUMNS = ("class", "as by hand", "resumes equal", "with a late part", "refused because")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def row(outcome: Outcome) -> str:
