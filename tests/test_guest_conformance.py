@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -352,17 +353,24 @@ def test_a_setting_that_reaches_only_the_group_is_taken_where_it_is_read():
         lm.Plan(po.Lion, lr=1e-3, weigth_decay=0.1).build(small())
 
 
+def test_what_a_guest_counts_is_not_overridden():
+    optimizer = lm.Plan(po.DAdaptSGD, lr=1.0).build(small())
+    with pytest.raises(lm.PlanError, match=r"sets d, which the plan does not set"):
+        optimizer.override(d=1.0)
+    optimizer.override(lr=0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_a_trial_leaves_no_trace_in_random_numbers():
     class Drawing(Descent):
-        def __init__(self, params, lr=0.05):
-            super().__init__(params, lr)
-
         def factor(self):
-            return float(torch.rand(()))
+            return float(torch.rand(())) + random.random() + float(np.random.rand())
 
     lm.Plan(Drawing).build(model := small())
     torch.manual_seed(7)
-    optimizer = lm.Plan(Drawing).build(model, steps=9)
+    numbers = random.getstate(), np.random.get_state()[1].tolist()
+    optimizer = lm.Plan(Drawing, lr=0.1).build(model, steps=9)
+    assert numbers == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
     assert optimizer.clock == 0
 

@@ -18,7 +18,7 @@ import torch
 from .errors import StateError, did_you_mean
 from .guest_memory import OURS, GuestMemory
 from .optim.registry import settings_of
-from .optim.trial import RecordingGroup, into_training, over, quietly, trial_of
+from .optim.trial import RecordingGroup, into_training, over, quietly, seed, trial_of
 from .packing import UnwritableError, is_writable, pack, unpack
 from .resolved import Cell
 
@@ -123,7 +123,7 @@ class _Stage:
 
     def step(self, number: int, *, graph: bool, all_train: bool = False) -> None:
         """Take a step with gradients that depend on the weights, as a loss would give them."""
-        torch.manual_seed(number)
+        seed(number)
         training: list[torch.nn.Parameter] = []
         for index, params in enumerate(self.params):
             rests = self.late[index] and number < _THAW and not all_train
@@ -246,7 +246,7 @@ def _likes(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _small(likes: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.nn.Parameter]]:
-    torch.manual_seed(0)
+    seed(0)
     return [[torch.nn.Parameter(torch.randn_like(like) * 0.5) for like in row] for row in likes]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 #: an argument without a default
@@ -138,7 +140,19 @@ def quietly(device: torch.device | None = None) -> Iterator[None]:
         _uncompiled(),
     ):
         warnings.simplefilter("ignore")
-        yield
+        numbers = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(numbers[0])
+            np.random.set_state(numbers[1])
+
+
+def seed(number: int) -> None:
+    """Let all sources of random numbers that an optimizer may draw from begin at a number."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
