@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 #: an argument without a default
@@ -140,19 +139,17 @@ def quietly(device: torch.device | None = None) -> Iterator[None]:
         _uncompiled(),
     ):
         warnings.simplefilter("ignore")
-        numbers = random.getstate(), np.random.get_state()
+        numbers = random.getstate()
         try:
             yield
         finally:
-            random.setstate(numbers[0])
-            np.random.set_state(numbers[1])
+            random.setstate(numbers)
 
 
 def seed(number: int) -> None:
-    """Let all sources of random numbers that an optimizer may draw from begin at a number."""
+    """Let the sources of random numbers that an optimizer may draw from begin at a number."""
     torch.manual_seed(number)
     random.seed(number)
-    np.random.seed(number)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
