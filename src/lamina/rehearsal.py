@@ -236,7 +236,7 @@ def _shapes(params: Sequence[torch.Tensor]) -> str:
 
 def _likes(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Small tensors for some parameters of a group, one for each number of dimensions and dtype."""
-    found = {}
+    found: dict[tuple[int, torch.dtype], torch.Tensor] = {}
     for param in params:
         shape = [min(side, _SIDE - place) for place, side in enumerate(param.shape)]
         if 0 not in shape and (param.is_floating_point() or param.is_complex()):
@@ -342,7 +342,7 @@ def _why(
         for param in group["params"]:
             param.grad = torch.full_like(param, 0.1)
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         return torch.tensor(0.5)
 
     try:

@@ -160,9 +160,9 @@ class _Fitting:
                     _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
             first = self._guests.begun_groups[cell.name]
-            own = self._guests.own_keys(cell.name, first)
+            keys = self._guests.own_keys(cell.name, first)
             saved = _carried(cell, group, told.group) if told else {}
-            self.groups[cell.name] = {key: copied(first[key], None) for key in own} | saved
+            self.groups[cell.name] = {key: copied(first[key], None) for key in keys} | saved
             if told is not None:
                 self._told.setdefault(cell.optimizer, told)
                 if has_state(told) and not has_state(self._told[cell.optimizer]):
