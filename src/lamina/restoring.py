@@ -14,6 +14,7 @@ import torch
 from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
+from .guest_memory import OURS
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
@@ -22,7 +23,6 @@ from .sharding import is_flattened
 from .state import Loaded, prepare
 from .state.fit import evaluations
 from .state.form import MOMENTUM
-from .state.load import OURS
 from .state.report import few
 from .state.seen import KEYS, written
 from .steering import Steerable
@@ -54,6 +54,7 @@ class Restorable(Steerable):
             group.update({key: written(group[key]) for key in KEYS if key in group})
             for key in ("param_names", "param_shapes", "run", "planned"):
                 group[key] = deepcopy(group[key])
+        self._guests.write(state["param_groups"], state["state"])
         return state
 
     def load_state_dict(
@@ -121,7 +122,7 @@ class Restorable(Steerable):
         for group in self.param_groups:
             group["overrides"] = loaded.lived.overrides.get(group["name"], [])
             group["feedback"] = loaded.lived.seen
-            group.update(loaded.groups.get(group["name"], {}))
+        self._guests.put(self.param_groups, loaded.groups, loaded.guests)
         self._audit.forget()
         self._received.begin(loaded.clock)
         self._monitor.loaded()
@@ -150,17 +151,20 @@ class Restorable(Steerable):
             {key: value for key, value in group.items() if key not in ours}
             for group in state["param_groups"]
         ]
+        rest = self._guests.restore_form(groups, state)
         own: set[str] = set()
         if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
             own = {"step", "places"}
             for group in groups:
                 group["max_eval"] = evaluations(group)
         entries = {
-            index: {key: value for key, value in entry.items() if key not in own}
+            index: entry
+            if isinstance(index, str)
+            else {key: value for key, value in entry.items() if key not in own}
             for index, entry in state["state"].items()
-            if entry.keys() - {"step"}
+            if isinstance(index, str) or entry.keys() - {"step"}
         }
-        return {"state": entries, "param_groups": groups}
+        return {"state": entries, "param_groups": groups, **rest}
 
     @contextmanager
     def receiving(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from ..algorithms.base import Algorithm
 from ..engine import begun
 from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
+from ..optim.trial import trial_of
+from ..packing import unpack
 from ..parameters import ParamInfo
 from ..resolved import Cell
 from .form import MOMENTUM, Entry, number_of_steps
@@ -39,7 +41,10 @@ def belongs(entry: Entry, cell: Cell) -> bool:
         known = {*cell.algorithm.buffers, "step"}
         return keys <= known and cell.algorithm.limits.keys() <= entry.group.keys()
     method = method_of(cell.optimizer)
-    settings = cell.constants if method is None else method.defaults
+    if method is None:  # what its constructor puts into the groups, where that is known
+        made = trial_of(cell.optimizer).made or {"lr": None}
+        return cell.constants.keys() & made.keys() <= entry.group.keys()
+    settings = method.defaults
     return settings.keys() <= entry.group.keys()
 
 
@@ -163,7 +168,7 @@ def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:
         return {}  # lamina's own count begins at build; guests begin with nothing
     own = any(entry.group.get(key) for key in ("capturable", "fused"))
     return {
-        key: copied(value, None if key == "step" and not own else param.device)
+        key: unpack(copied(value, None if key == "step" and not own else param.device))
         for key, value in saved.items()
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ class Saved:
     the state has none, as torch's. `run` is the length of the run that was saved, `planned` the
     length that its schedules were settled for. `by_fqn`: names stand for the parameter numbers, as
     torch.distributed.checkpoint writes them.
+
+    `loose` are entries that are no parameter's, and `rest` other keys at the top: some optimizers
+    of other packages write these.
     """
 
     names: tuple[str, ...] | None
@@ -53,6 +56,8 @@ class Saved:
     run: Run | None
     planned: Run | None
     by_fqn: bool = False
+    loose: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settled_for(self) -> Run | None:
@@ -97,12 +102,9 @@ def read(saved: Any) -> Saved:
     if not isinstance(entries, Mapping):
         raise StateError(f"the saved 'state' is {short(entries)}; expected a dict by parameter.")
     known, by_fqn = set(keys), _by_fqn(keys)
-    stray = [key for key in entries if key not in known]
-    if stray:
-        raise StateError(
-            f"the saved state has an entry {stray[0]!r}, which is no parameter of its groups "
-            f"({len(keys)} parameters); nothing was loaded."
-        )
+    others = [key for key in entries if key not in known]
+    if others and (by_fqn or not all(isinstance(key, str) for key in others)):
+        raise stray(others[0], len(keys))
     names = _names(groups, keys)
     shapes = _shapes(groups)
     found = []
@@ -130,6 +132,16 @@ def read(saved: Any) -> Saved:
         _run(groups, "run"),
         _run(groups, "planned"),
         by_fqn=by_fqn,
+        loose={key: entries[key] for key in others},
+        rest={key: saved[key] for key in saved if key not in ("state", "param_groups")},
+    )
+
+
+def stray(key: Any, count: int) -> StateError:
+    """Return the error for an entry that belongs to none of so many parameters."""
+    return StateError(
+        f"the saved state has an entry {key!r}, which is no parameter of its groups "
+        f"({count} parameters); nothing was loaded."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ import torch
 
 from ..engine import begun
 from ..errors import StateError
+from ..guest_memory import OURS, Contents
 from ..guests import Guests
-from ..optim.registry import is_whole_vector
+from ..optim.registry import is_whole_vector, method_of, settings_of
+from ..packing import unpack
 from ..parameters import ParamInfo
 from ..resolved import Cell, Resolved
 from ..sharding import is_flattened
@@ -28,7 +29,7 @@ from .fit import (
     own_entry,
     whole_entry,
 )
-from .form import Entry, Saved, number_of_steps, read, reading
+from .form import Entry, Saved, number_of_steps, read, reading, short, stray
 from .lost import has_begun, refuse_lost
 from .names import match
 from .report import LoadReport, few
@@ -37,25 +38,18 @@ from .seen import lived_of
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
 
-#: what every group holds beside its hyperparameters; the rest is a guest's own
-OURS = frozenset(
-    [
-        *("params", "param_names", "param_shapes", "name", "optimizer", "format"),
-        *("run", "planned", "clock", "overrides", "feedback"),
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
-    `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
-    nothing any more.
+    `guests` is what guests keep beside groups and the state of parameters. `lived` are the
+    overrides and what reactions have seen, `lost` in words those of them that fit nothing any more.
     """
 
     state: dict[torch.Tensor, dict[str, Any]]
     groups: dict[str, dict[str, Any]]
+    guests: dict[torch.optim.Optimizer, Contents]
     clock: int
     lived: Feedback
     lost: tuple[str, ...]
@@ -85,6 +79,12 @@ def prepare(
         else:
             for index, group in enumerate(optimizer.param_groups):
                 fitting.cell(resolved.cells[index], group)
+        guests = optimizer._guests
+        _refuse_loose(saved, resolved)
+        records = fitting.records(saved)
+        place = optimizer.param_groups, fitting.state, fitting.groups
+        contents = guests.read_memories(records, *place)
+        guests.check_loaded(*place, contents, values.hyper)
     report = LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
@@ -102,7 +102,7 @@ def prepare(
     )
     if strict:
         _refuse_unexpected(report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, clock, lived, lost, report)
+    return Loaded(fitting.state, fitting.groups, contents, clock, lived, lost, report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
@@ -133,6 +133,7 @@ class _Fitting:
         self.new: list[str] = []
         self.restarted: list[str] = []
         self.left: list[str] = []
+        self._told: dict[type, Entry] = {}  # whose groups speak for guests
         self._clock = clock
         self._feedback = feedback
         self._guests = guests
@@ -161,9 +162,24 @@ class _Fitting:
                 elif not own:
                     _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
-            first = _carried(cell, group, self._guests.begun_groups[cell.name])
+            first = self._guests.begun_groups[cell.name]
+            keys = self._guests.own_keys(cell.name, first)
             saved = _carried(cell, group, told.group) if told else {}
-            self.groups[cell.name] = first | saved
+            self.groups[cell.name] = {key: copied(first[key], None) for key in keys} | saved
+            if told is not None:
+                self._told.setdefault(cell.optimizer, told)
+                if has_state(told) and not has_state(self._told[cell.optimizer]):
+                    self._told[cell.optimizer] = told
+
+    def records(self, saved: Saved) -> dict[type, Mapping[str, Any]]:
+        """What was saved of guests beside groups and the state of parameters, by their class."""
+        found = {kind: dict(told.group.get("guest", {})) for kind, told in self._told.items()}
+        if len(found) == 1:  # a state that the guest itself wrote
+            [record] = found.values()
+            for key, values in (("loose", saved.loose), ("own", saved.rest)):
+                if values:
+                    record.setdefault(key, values)
+        return {kind: _checked(record) for kind, record in found.items()}
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
         """The state of a guest's parameter as it was when the guest was built: mostly empty."""
@@ -213,9 +229,33 @@ class _Fitting:
 
 def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a guest keeps in its group: neither a setting of its constructor nor ours."""
-    settings = inspect.signature(cell.optimizer).parameters.keys()
-    keys = (group.keys() & saved.keys()) - OURS - settings - dict(cell.hyper).keys()
-    return {key: copied(saved[key], None) for key in keys}
+    record = saved.get("guest", {})
+    if isinstance(record, Mapping) and "keys" in record:
+        keys = {*record["keys"]} & saved.keys()
+    else:  # the guest's own state, to which schedulers may have added
+        keys = saved.keys() - (_SCHEDULERS - group.keys())
+    keys -= OURS | settings_of(cell.optimizer) | dict(cell.hyper).keys()
+    return {key: unpack(copied(saved[key], None)) for key in keys}
+
+
+#: what schedulers of torch put into groups
+_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("loose", "attributes", "own"):
+        if not isinstance(record.get(key, {}), Mapping):
+            raise StateError(
+                f"the saved {key} of a guest is {short(record[key])}; expected a dict."
+            )
+    return record
+
+
+def _refuse_loose(saved: Saved, resolved: Resolved) -> None:
+    """Raise `StateError` for entries of no parameter, unless they are those of the only guest."""
+    guests = {cell.optimizer for cell in resolved.cells if method_of(cell.optimizer) is None}
+    if saved.loose and len(guests) != 1:
+        raise stray(next(iter(saved.loose)), len(saved.entries))
 
 
 def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
