@@ -34,6 +34,7 @@ LAYERS = [
     "algorithms",
     "gradients",
     "kernels",
+    "selection",
     "run_state",
     "engine",
     "optim",

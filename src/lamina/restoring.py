@@ -14,6 +14,7 @@ import torch
 from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
+from .notices import warn
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
@@ -46,8 +47,10 @@ class Restorable(Steerable):
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
-            for key in ("param_names", "param_shapes", "run", "planned"):
+            for key in ("param_names", "run", "planned"):
                 group[key] = deepcopy(group[key])
+        for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
+            saved["param_shapes"] = [list(param.shape) for param in group["params"]]
         return state
 
     def load_state_dict(
@@ -98,6 +101,8 @@ class Restorable(Steerable):
         loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
         self._ties.warn()
         self._put(loaded)
+        for text in loaded.warnings:
+            warn(text)
         if loaded.lost:
             log.warning(
                 "the state holds what fits no group or rule of the plan any more, and it is lost: "

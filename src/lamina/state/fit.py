@@ -70,6 +70,19 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
+def converted(
+    name: str, entry: Entry, fitted: Mapping[str, Any]
+) -> tuple[str, torch.dtype, torch.dtype] | None:
+    """The name of a parameter whose state has another dtype than it was saved in, and the two."""
+    for key, value in (entry.values or {}).items():
+        now = fitted.get(key)
+        if key == "step" or not isinstance(value, torch.Tensor) or now is None:
+            continue
+        if value.dtype is not now.dtype:
+            return name, value.dtype, now.dtype
+    return None
+
+
 def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
     """Raise `StateError`, with the way around it, unless a shape is the parameter's."""
     if tuple(shape) != info.shape:
@@ -83,7 +96,7 @@ def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
 
 def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
     """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
-    known = (*_REAL, *_COMPLEX) if param.is_complex() else _REAL
+    known = _COMPLEX if param.is_complex() else _REAL
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
     elif value.layout != torch.strided or value.is_nested:
@@ -100,11 +113,11 @@ def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -
 
 
 def own_entry(
-    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
+    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell, dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
-    Tensors are copies on the parameter's device, in the dtype they were saved in.
+    Tensors are copies on the parameter's device, in the dtype that new state would have.
 
     Raises:
         StateError: if a value is not what the algorithm keeps.
@@ -123,7 +136,7 @@ def own_entry(
         value = saved[key]
         _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
-        fitted[key] = value.detach().to(device=param.device, copy=True)
+        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
         needed |= {MOMENTUM} & set(algorithm.buffers)
