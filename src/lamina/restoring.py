@@ -100,9 +100,9 @@ class Restorable(Steerable):
             state_dict = state_dict if changed is None else changed
         loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
         self._ties.warn()
+        if loaded.warning:  # before anything is changed: warnings may be errors
+            warn(loaded.warning)
         self._put(loaded)
-        for text in loaded.warnings:
-            warn(text)
         if loaded.lost:
             log.warning(
                 "the state holds what fits no group or rule of the plan any more, and it is lost: "

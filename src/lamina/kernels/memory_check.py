@@ -9,7 +9,7 @@ is not the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from ..algorithms.base import Batch
 from ..memory import MemorySnapshot, addresses, has_elements, overlaps_itself
 from .base import is_dtensor, short
 
-Entry = Mapping[str, Any]
+Entry = dict[str, Any]
 #: parameters that an error names
 _SHOWN = 5
 
@@ -52,7 +52,7 @@ class Kept:
     def __init__(self, batch: Batch, entries: Sequence[Entry]) -> None:
         self.batch = batch
         self._keys = [*chain.from_iterable(entries)]
-        self._values = [*chain.from_iterable(map(dict.values, entries))]
+        self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
         columns = (value for column in batch.columns.values() for value in column)
         found = (*batch.params, *(value for value in columns if value is not None))
         # A sparse tensor has no address; operators over lists never take it.

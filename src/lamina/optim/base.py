@@ -191,6 +191,8 @@ class DropIn(Engine):
             {**deepcopy(_without_params(old)), **_without_params(new), "params": old["params"]}
             for old, new in zip(self.param_groups, saved, strict=True)
         ]
+        for (before, now), its in converted.items():
+            warn(loss_of_digits(its, before, now))
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
@@ -198,8 +200,6 @@ class DropIn(Engine):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             group.clear()
             group.update(loaded)
-        for (before, now), its in converted.items():
-            warn(loss_of_digits(its, before, now))
         self.__setstate__({})  # a subclass fills in what older states lack, as in torch
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

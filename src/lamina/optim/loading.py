@@ -86,11 +86,12 @@ def matching_groups(
 
 def _names(groups: Sequence[Group]) -> list[str] | None:
     """Return the clean names of all parameters in order; None where any group has none."""
-    listed = []
+    listed: list[str] = []
     for group in groups:
         names = group.get("param_names")
-        fits = isinstance(names, (list, tuple)) and len(names) == len(group["params"])
-        if not fits or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (list, tuple)) or len(names) != len(group["params"]):
+            return None
+        if not all(isinstance(name, str) for name in names):
             return None
         listed += names
     cleaned = clean_names(listed)

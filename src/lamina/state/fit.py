@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm
+from ..algorithms.base import Algorithm, begun_dtype
 from ..engine import begun
 from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
@@ -113,11 +113,13 @@ def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -
 
 
 def own_entry(
-    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell, dtype: torch.dtype
+    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell, state_dtype: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
-    Tensors are copies on the parameter's device, in the dtype that new state would have.
+    Tensors are copies on the parameter's device. They get the dtype that the plan asks for; where
+    it asks for none the parameter's, as new state would, but never one that cannot hold what was
+    saved: resuming loses no digits.
 
     Raises:
         StateError: if a value is not what the algorithm keeps.
@@ -136,6 +138,8 @@ def own_entry(
         value = saved[key]
         _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
+        wide = torch.promote_types(value.dtype, param.dtype)
+        dtype = wide if state_dtype is None else begun_dtype(param, {"state_dtype": state_dtype})
         fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..algorithms.base import begun_dtype
 from ..engine import begun
 from ..errors import StateError
 from ..guests import Guests
 from ..kernels.base import short
-from ..optim.loading import is_lossy, loss_of_digits
 from ..optim.registry import is_whole_vector
 from ..parameters import ParamInfo
 from ..resolved import Cell, Resolved
@@ -54,7 +52,7 @@ class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
     `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
-    nothing any more; `warnings` what the user is told of the parameters.
+    nothing any more; `warning` what the user is told of the parameters, or "".
     """
 
     state: dict[torch.Tensor, dict[str, Any]]
@@ -62,7 +60,7 @@ class Loaded:
     clock: int
     lived: Feedback
     lost: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warning: str
     report: LoadReport
 
 
@@ -108,8 +106,7 @@ def prepare(
     rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
         _refuse_unexpected(rows, report, matched.asked)
-    warnings = (*_warning(rows), *fitting.losses())
-    return Loaded(fitting.state, fitting.groups, clock, lived, lost, warnings, report)
+    return Loaded(fitting.state, fitting.groups, clock, lived, lost, _warning(rows), report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
@@ -151,7 +148,6 @@ class _Fitting:
         self.restarted: list[str] = []
         self.left: list[str] = []
         self.converted: list[tuple[str, torch.dtype, torch.dtype]] = []
-        self._unasked: list[tuple[str, torch.dtype, torch.dtype]] = []
         self._clock = clock
         self._feedback = feedback
         self._guests = guests
@@ -204,22 +200,12 @@ class _Fitting:
                 self._guests.read(group, param, fitted)
             self.state[param] = fitted or self._guest_begun(info)
         else:
-            dtype = begun_dtype(param, group)
-            self.state[param], left = own_entry(info, param, entry, cell, dtype)
+            self.state[param], left = own_entry(info, param, entry, cell, group.get("state_dtype"))
             self.left += [f"{key} of {info.name}" for key in left]
             change = converted(info.name, entry, self.state[param])
             if change:
                 self.converted.append(change)
-                if group.get("state_dtype") is None and is_lossy(*change[1:]):
-                    self._unasked.append(change)
         self.kept.append(info.name)
-
-    def losses(self) -> list[str]:
-        """Warnings of state that lost digits unasked, one for each pair of dtypes."""
-        names: dict[tuple[str, str], list[str]] = {}
-        for name, old, new in self._unasked:
-            names.setdefault((short(old), short(new)), []).append(name)
-        return [loss_of_digits(its, old, new) for (old, new), its in names.items()]
 
     def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
         """Fit the memory of L-BFGS, which is of all parameters in one order."""
@@ -274,16 +260,16 @@ def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, lis
     return [(what, names) for what, names in rows if names]
 
 
-def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """The one warning about state that does not fit, if there is such."""
+def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The one warning about state that does not fit, or ""."""
     if not rows:
-        return []
+        return ""
     told = "; ".join(f"{what}: {few(names)}" for what, names in rows)
-    return [
+    return (
         f"the saved state was loaded, but does not fit all parameters ({told}). Those that are not "
         "in it, or whose state was another optimizer's, begin anew; optimizer.last_load lists all. "
         "If only names have changed, load with renamed=; strict=True makes this an error."
-    ]
+    )
 
 
 def _refuse_unexpected(
