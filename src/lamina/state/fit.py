@@ -113,7 +113,7 @@ def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -
 
 
 def own_entry(
-    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell, state_dtype: str | None
+    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
@@ -138,8 +138,10 @@ def own_entry(
         value = saved[key]
         _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
-        wide = torch.promote_types(value.dtype, param.dtype)
-        dtype = wide if state_dtype is None else begun_dtype(param, {"state_dtype": state_dtype})
+        if cell.constants.get("state_dtype") is None:
+            dtype = torch.promote_types(value.dtype, param.dtype)
+        else:
+            dtype = begun_dtype(param, cell.constants)
         fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):

@@ -200,7 +200,7 @@ class _Fitting:
                 self._guests.read(group, param, fitted)
             self.state[param] = fitted or self._guest_begun(info)
         else:
-            self.state[param], left = own_entry(info, param, entry, cell, group.get("state_dtype"))
+            self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
             change = converted(info.name, entry, self.state[param])
             if change:
