@@ -151,8 +151,7 @@ def test_frozen_parts_without_state_are_not_new():
     saved = torch.optim.AdamW(trains, lr=0.1)
     plan = lm.Plan(lm.AdamW, lr=0.1, rules=[lm.Rule("embeddings", frozen=True)])
     optimizer = plan.build(encoder())
-    with pytest.warns(lm.LaminaWarning, match="not in the state: encoder"):
-        optimizer.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(saved.state_dict())
     assert "embeddings.weight" not in optimizer.last_load.new
     optimizer = lm.Plan(lm.AdamW, lr=0.1).build(encoder())
     with pytest.warns(lm.LaminaWarning, match="not in the state: embeddings.weight"):

@@ -55,6 +55,8 @@ def matching_groups(
         StateError: if they cannot be matched.
     """
     saved: list[Group] = [deepcopy(dict(group)) for group in given]
+    for group in saved:
+        group.pop("param_shapes", None)  # a plan's, in the saved order
     mine, theirs = _names(live), _names(saved)
     if mine is not None and theirs is not None and sorted(mine) == sorted(theirs):
         if mine != theirs and ordered:

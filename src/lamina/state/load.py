@@ -106,7 +106,10 @@ def prepare(
     rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
         _refuse_unexpected(rows, report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, clock, lived, lost, _warning(rows), report)
+    unused = clock == 0 and not any(entry.values for entry in saved.entries)
+    # Saved before its first step, it has nothing of the parameters that it lists.
+    told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
+    return Loaded(fitting.state, fitting.groups, clock, lived, lost, _warning(told), report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
