@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import lamina as lm
 from lamina import optim
@@ -72,6 +74,26 @@ def test_a_plan_gives_state_its_own_dtype_or_loses_no_digits(old, new, wanted):
         assert (f"{names[0]} -> {names[1]} (2 parameters)" in str(optimizer.last_load)) == bool(
             converted
         )
+
+
+@pytest.mark.parametrize(("wanted", "now"), [("float32", "float32"), (None, "bfloat16")])
+def test_a_distributed_checkpoint_is_converted_too(tmp_path, wanted, now):
+    model = model_of(dtype=torch.bfloat16)
+    optimizer = PLAN.build(model)
+    advance(model, optimizer, 3)
+    checkpoint.save(
+        {"optimizer": get_optimizer_state_dict(model, optimizer)},
+        storage_writer=checkpoint.FileSystemWriter(tmp_path),
+        no_dist=True,
+    )
+    twin = model_of(dtype=torch.bfloat16)
+    other = lm.Plan(lm.AdamW, lr=0.01, state_dtype=wanted).build(twin)
+    report = lm.load_distributed(other, tmp_path, strict=True)
+    for name, entry in state_by_name(other).items():
+        saved = state_by_name(optimizer)[name]["exp_avg_sq"]
+        assert str(entry["exp_avg_sq"].dtype) == f"torch.{now}"
+        assert torch.equal(entry["exp_avg_sq"], saved.to(entry["exp_avg_sq"].dtype))
+    assert len(report.converted) == (2 if wanted else 0)
 
 
 @pytest.mark.parametrize("name", ["SGD", "RMSprop", "LAMB", "AdamW"])
