@@ -76,6 +76,7 @@ def test_a_plan_gives_state_its_own_dtype_or_loses_no_digits(old, new, wanted):
         )
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize(("wanted", "now"), [("float32", "float32"), (None, "bfloat16")])
 def test_a_distributed_checkpoint_is_converted_too(tmp_path, wanted, now):
     model = model_of(dtype=torch.bfloat16)
