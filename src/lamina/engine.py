@@ -13,6 +13,7 @@ from .errors import MismatchError, PlanError
 from .kernels.memory_check import (
     Misfit,
     message,
+    plainly_fit,
     wrong_with_grad,
     wrong_with_param,
     wrong_with_state,
@@ -145,6 +146,8 @@ class Engine(torch.optim.Optimizer):
         found: list[Misfit] = []
         for group, params, grads in rows:
             entries = self._entries(group, params)
+            if self._plainly_fit(group, params, grads, entries):
+                continue
             for param, grad, entry in zip(params, grads, entries, strict=True):
                 wrong = (
                     wrong_with_param(param),
@@ -155,6 +158,16 @@ class Engine(torch.optim.Optimizer):
                     found.append(Misfit(*self._place_of(group, param), tuple(param.shape), *wrong))
         if found:
             raise MismatchError(message(found))
+
+    def _plainly_fit(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> bool:
+        """Whether a quick look tells that everything in a group fits."""
+        return plainly_fit(params, grads, entries, self.algorithm_for(group).buffers)
 
     def _wrong_with_state(
         self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]

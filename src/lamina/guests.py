@@ -114,6 +114,11 @@ class Guests:
         return Batch(GUEST, params, grads, {}, [], group, names=names)
 
     @staticmethod
+    def any_outgrown(group: Mapping[str, Any]) -> bool:
+        """Whether any parameter of a group has another shape than its guest began with."""
+        return bool([list(param.shape) for param in group["params"]] != group["param_shapes"])
+
+    @staticmethod
     def outgrown(
         group: Mapping[str, Any], param: torch.Tensor, entry: Mapping[str, Any]
     ) -> list[str]:

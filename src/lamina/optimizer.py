@@ -245,6 +245,17 @@ class Optimizer(Restorable):
             return super()._entries(group, params)
         return [{} for _ in params]  # what a guest keeps is its own
 
+    def _plainly_fit(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> bool:
+        if group["name"] in self._guests and self._guests.any_outgrown(group):
+            return False
+        return super()._plainly_fit(group, params, grads, entries)
+
     def _wrong_with_state(
         self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]
     ) -> list[str]:

@@ -10,8 +10,8 @@ is not the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import eq, is_, le, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from ..memory import MemorySnapshot, addresses, has_elements, overlaps_itself
 from .base import is_dtensor, short
 
 Entry = dict[str, Any]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_held = methodcaller("nbytes")
 #: parameters that an error names
 _SHOWN = 5
 
@@ -102,6 +104,50 @@ def _have_addresses(tensors: Iterable[torch.Tensor]) -> bool:
         return all(map(torch.Tensor.data_ptr, tensors))
     except RuntimeError:  # of a sparse tensor
         return False
+
+
+def plainly_fit(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    entries: Sequence[Entry],
+    buffers: Collection[str],
+) -> bool:
+    """Return whether all of a group fits, as far as a quick look tells: all plain and contiguous.
+
+    A model whose parameters have gradients in turn has other batches at every step.
+    """
+    sizes = list(map(torch.Tensor.size, params))
+    every = [*params, *grads]
+    for key in buffers:
+        column = [entry[key] for entry in entries if key in entry]
+        known = [size for size, entry in zip(sizes, entries, strict=True) if key in entry]
+        if not _are_plain(column) or list(map(torch.Tensor.size, column)) != known:
+            return False
+        every += column
+    steps = [entry["step"] for entry in entries if "step" in entry]
+    if not _are_plain(every) or not _are_plain(steps):
+        return False
+    one_kind = len({each.dtype for each in every}) == 1 and every[0].is_floating_point()
+    return (
+        one_kind
+        and list(map(torch.Tensor.size, grads)) == sizes
+        and len(set(map(torch.Tensor.get_device, every))) == 1
+        and all(map(torch.Tensor.is_contiguous, every))
+        and all(map(eq, map(torch.Tensor.numel, steps), repeat(1)))
+        and _have_addresses(every)
+        and _have_addresses(steps)
+        and _are_stored(every)
+    )
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    return all(type(value) in _PLAIN and value.layout is torch.strided for value in values)
+
+
+def _are_stored(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether the storages of contiguous tensors reach to their ends."""
+    ends = [each.storage_offset() * each.element_size() + each.nbytes for each in tensors]
+    return all(map(le, ends, map(_held, map(torch.Tensor.untyped_storage, tensors))))
 
 
 def wrong_with_state(param: torch.Tensor, entry: Entry, buffers: Collection[str]) -> list[str]:
