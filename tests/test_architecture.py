@@ -36,6 +36,7 @@ LAYERS = [
     "algorithms",
     "gradients",
     "kernels",
+    "selection",
     "run_state",
     "engine",
     "optim",

@@ -12,7 +12,7 @@ import torch
 
 from .admission import admit
 from .algorithms.base import Algorithm, Batch, Hyper, State, times
-from .errors import StateError
+from .errors import PlanError, StateError
 from .guest_memory import OURS, Contents, GuestMemory, apart, copies, is_torchs
 from .optim.registry import method_of, optimizer_name, settings_of
 from .packing import UnwritableError, pack, unpack
@@ -133,9 +133,51 @@ class Guests:
         params: list[torch.Tensor],
         grads: list[torch.Tensor],
         names: list[str],
-    ) -> Batch | None:
+    ) -> Batch:
         """The gradients of a guest's group, for the gradient operations."""
-        return Batch(GUEST, params, grads, {}, [], group, names=names) if params else None
+        return Batch(GUEST, params, grads, {}, [], group, names=names)
+
+    @staticmethod
+    def any_outgrown(group: Mapping[str, Any]) -> bool:
+        """Whether any parameter of a group has another shape than its guest began with."""
+        return bool([list(param.shape) for param in group["params"]] != group["param_shapes"])
+
+    @staticmethod
+    def outgrown(
+        group: Mapping[str, Any], param: torch.Tensor, entry: Mapping[str, Any]
+    ) -> list[str]:
+        """In words, the state of a guest that is of another size than its parameter has now.
+
+        What a guest keeps may have any shape; so it is looked at only after a change of the
+        parameter's, and must all have the new one then.
+        """
+        place = next(i for i, each in enumerate(group["params"]) if each is param)
+        if tuple(group["param_shapes"][place]) == tuple(param.shape):
+            return []
+        return [
+            f"its {key} {tuple(value.shape)}"
+            for key, value in entry.items()
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape
+        ]
+
+    def begin_anew(self, group: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter before its guest's first update of it.
+
+        Raises:
+            PlanError: if the guest made it when it was built, for another size.
+        """
+        place = next(i for i, each in enumerate(group["params"]) if each is param)
+        name = group["param_names"][place]
+        entry = self.begun.get(name, {})
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape:
+                kind = optimizer_name(type(self._of[group["name"]]))
+                raise PlanError(
+                    f"the guest optimizer {kind} made the {key} of {name!r} when it was built, of "
+                    f"shape {tuple(value.shape)}, and the parameter has {tuple(param.shape)} now; "
+                    "build the optimizer again from its plan. Nothing was changed."
+                )
+        return deepcopy(entry)
 
     def step(self, batches: Sequence[Batch]) -> None:
         """Hand the guests their gradients, as the operations left them, and let them step."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from .monitor import Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
-from .parameters import Owned, observe, walk
+from .parameters import Owned, ParamInfo, observe, walk
 from .plan import Plan
 from .received import Received
 from .reducers import is_distributed
@@ -69,7 +70,10 @@ class Optimizer(Restorable):
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
+        strict: bool = False,
     ) -> None:
+        if strict and resume is None:
+            raise PlanError("strict=True is for a saved state; give it with resume=state.")
         owned = walk(model)
         settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
         resumed = resume_from(settle, run, resume, extend, renamed)
@@ -98,7 +102,7 @@ class Optimizer(Restorable):
         if resume is None:
             self._publish(0)
         else:  # which may fail, so it comes before anything is set on the model
-            self._restore(resume, renamed=renamed)
+            self._restore(resume, strict, renamed)
         if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
             BeforeForward(model, self._settle_shards)
 
@@ -258,12 +262,40 @@ class Optimizer(Restorable):
         self._run_state.skipped += 1
         log.warning("step %d skipped: %s", self.clock, error)
 
-    def _batch(self, group: dict[str, Any]) -> Batch | None:
+    def _batch(
+        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> Batch:
         if group["name"] not in self._guests:
-            return super()._batch(group)
-        params, grads = self._gather(group)
+            return super()._batch(group, params, grads)
         self._received.note([group])
-        return self._guests.batch(group, params, grads, self._names(group, params))
+        batch = self._guests.batch(group, params, grads, self._names(group, params))
+        self._kept_batches.by_group[id(group)] = kernels.Kept(batch, ())
+        return batch
+
+    def _entries(
+        self, group: dict[str, Any], params: Iterable[torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        if group["name"] not in self._guests:
+            return super()._entries(group, params)
+        return [{} for _ in params]  # what a guest keeps is its own
+
+    def _plainly_fit(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> bool:
+        if group["name"] in self._guests and self._guests.any_outgrown(group):
+            return False
+        return super()._plainly_fit(group, params, grads, entries)
+
+    def _wrong_with_state(
+        self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]
+    ) -> list[str]:
+        if group["name"] not in self._guests:
+            return super()._wrong_with_state(group, param, entry)
+        return self._guests.outgrown(group, param, self.state[param])
 
     def _update(self) -> None:
         batches = self._collect(self._begin())
@@ -317,6 +349,27 @@ class Optimizer(Restorable):
         )
         scopes = dict.fromkeys(self._scope_of[name] for name in training)
         return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
+
+    # --- a parameter that changed under it -----------------------------------------------------
+
+    def _described(self, group: dict[str, Any], place: int) -> ParamInfo:
+        return self._infos[group["param_names"][place]]
+
+    def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
+        if self._whole_vector:  # one memory over all parameters, which lies with the first
+            chosen = [(g, p, i) for g in self.param_groups for i, p in enumerate(g["params"])]
+        begun = [
+            self._guests.begin_anew(group, param)
+            if group["name"] in self._guests
+            else self._begun(group, param)
+            for group, param, _ in chosen
+        ]
+        for (group, param, place), entry in zip(chosen, begun, strict=True):
+            name = group["param_names"][place]
+            self._kept_batches.by_group.pop(id(group), None)
+            self.state[param] = entry
+            group["param_shapes"][place] = list(param.shape)
+            self._infos[name] = replace(self._infos[name], shape=tuple(param.shape))
 
     # --- values --------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
 from .guest_memory import OURS
+from .notices import warn
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
@@ -52,8 +53,10 @@ class Restorable(Steerable):
             state["state"] = {n: entry for n, entry in entries if not _never_updated(entry)}
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
-            for key in ("param_names", "param_shapes", "run", "planned"):
+            for key in ("param_names", "run", "planned"):
                 group[key] = deepcopy(group[key])
+        for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
+            saved["param_shapes"] = [list(param.shape) for param in group["params"]]
         self._guests.write(state["param_groups"], state["state"])
         return state
 
@@ -105,6 +108,8 @@ class Restorable(Steerable):
             state_dict = state_dict if changed is None else changed
         loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
         self._ties.warn()
+        if loaded.warning:  # before anything is changed: warnings may be errors
+            warn(loaded.warning)
         self._put(loaded)
         if loaded.lost:
             log.warning(

@@ -140,7 +140,8 @@ class Batch:
     scalar tensor that multiplies every gradient (the clip factor).
 
     A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
-    `kernel` must be set to None.
+    `kernel` must be set to None. `known_grads` is the list of gradients whose forms are as in the
+    step before, and `suited` the kernel that was ready for them.
     """
 
     algorithm: Algorithm
@@ -157,6 +158,8 @@ class Batch:
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
     grown: bool = False
+    known_grads: list[torch.Tensor] | None = None
+    suited: Any = None
 
     def name_of(self, index: int) -> str:
         """What an error calls the parameter at `index`."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from .base import Kernel
 from .differentiable import differentiate
+from .memory_check import Kept
 from .pick import KERNELS, apply, assign, carry_out, choose, step_device
 
 __all__ = [
     "KERNELS",
+    "Kept",
     "Kernel",
     "apply",
     "assign",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm
+from ..algorithms.base import Algorithm, begun_dtype
 from ..engine import begun
 from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
@@ -75,6 +75,19 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
+def converted(
+    name: str, entry: Entry, fitted: Mapping[str, Any]
+) -> tuple[str, torch.dtype, torch.dtype] | None:
+    """The name of a parameter whose state has another dtype than it was saved in, and the two."""
+    for key, value in (entry.values or {}).items():
+        now = fitted.get(key)
+        if key == "step" or not isinstance(value, torch.Tensor) or now is None:
+            continue
+        if value.dtype is not now.dtype:
+            return name, value.dtype, now.dtype
+    return None
+
+
 def check_shape(
     info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
 ) -> None:
@@ -91,7 +104,7 @@ def check_shape(
 
 def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
     """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
-    known = (*_REAL, *_COMPLEX) if param.is_complex() else _REAL
+    known = _COMPLEX if param.is_complex() else _REAL
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
     elif value.layout != torch.strided or value.is_nested:
@@ -112,7 +125,9 @@ def own_entry(
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
-    Tensors are copies on the parameter's device, in the dtype they were saved in.
+    Tensors are copies on the parameter's device. They get the dtype that the plan asks for; where
+    it asks for none the parameter's, as new state would, but never one that cannot hold what was
+    saved: resuming loses no digits.
 
     Raises:
         StateError: if a value is not what the algorithm keeps.
@@ -131,7 +146,11 @@ def own_entry(
         value = saved[key]
         _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
-        fitted[key] = value.detach().to(device=param.device, copy=True)
+        if cell.constants.get("state_dtype") is None:
+            dtype = torch.promote_types(value.dtype, param.dtype)
+        else:
+            dtype = begun_dtype(param, cell.constants)
+        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
         needed |= {MOMENTUM} & set(algorithm.buffers)

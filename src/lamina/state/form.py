@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import LaminaError, StateError
+from ..optim.loading import state_inside
 from ..parameters import clean_names
 from ..time import LONGEST, LONGEST_RUN, Run
 
@@ -161,14 +162,9 @@ def number_of_steps(name: str, value: Any) -> int:
 
 def _groups(saved: Any) -> list[Group]:
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
-        parts = saved.items() if isinstance(saved, Mapping) else ()
-        inside = [
-            key for key, part in parts if isinstance(part, Mapping) and "param_groups" in part
-        ]
-        hint = f" The one under {inside[0]!r} is: pass state[{inside[0]!r}]." if inside else ""
         raise StateError(
             "this is not an optimizer state: expected 'state' and 'param_groups', as "
-            f"optimizer.state_dict() gives.{hint}"
+            f"optimizer.state_dict() gives.{state_inside(saved)}"
         )
     groups = saved["param_groups"]
     if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from ..engine import begun
 from ..errors import StateError
 from ..guest_memory import OURS, Contents
 from ..guests import Guests
+from ..kernels.base import short as dtype_name
 from ..optim.registry import is_whole_vector, method_of, settings_of
 from ..packing import unpack
 from ..parameters import ParamInfo
@@ -22,6 +23,7 @@ from .compare import differences
 from .fit import (
     belongs,
     check_shape,
+    converted,
     copied,
     guest_entry,
     has_state,
@@ -44,7 +46,8 @@ class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
     `guests` is what guests keep beside groups and the state of parameters. `lived` are the
-    overrides and what reactions have seen, `lost` in words those of them that fit nothing any more.
+    overrides and what reactions have seen, `lost` in words those of them that fit nothing any
+    more; `warning` what the user is told of the parameters, or "".
     """
 
     state: dict[torch.Tensor, dict[str, Any]]
@@ -53,6 +56,7 @@ class Loaded:
     clock: int
     lived: Feedback
     lost: tuple[str, ...]
+    warning: str
     report: LoadReport
 
 
@@ -64,7 +68,7 @@ def prepare(
 ) -> Loaded:
     """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
     resolved, saved = optimizer.resolved, read(state_dict)
-    matched = match(saved, in_order(resolved), renamed)
+    matched = match(saved, _as_now(resolved, optimizer.param_groups), renamed)
     clock, clock_from = clock_of(saved)
     lived, lost = lived_of(saved, matched, resolved)
     values = values_at(resolved, clock, lived)
@@ -99,16 +103,34 @@ def prepare(
         saved_planned=saved.settled_for,
         planned=resolved.settled_for,
         matched_by=matched.by,
+        converted=tuple(
+            (name, dtype_name(old), dtype_name(new)) for name, old, new in fitting.converted
+        ),
     )
+    rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
-        _refuse_unexpected(report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, contents, clock, lived, lost, report)
+        _refuse_unexpected(rows, report, matched.asked)
+    unused = clock == 0 and not any(entry.values for entry in saved.entries)
+    # Saved before its first step, it has nothing of the parameters that it lists.
+    told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
+    prepared = (fitting.state, fitting.groups, contents, clock, lived, lost)
+    return Loaded(*prepared, _warning(told), report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
     """Every parameter once, in the order of the model."""
     infos = {info.name: info for cell in resolved.cells for info in cell.parameters}
     return [infos[name] for name in resolved.chains if name in infos]
+
+
+def _as_now(resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> list[ParamInfo]:
+    """`in_order`, each in the shape that the parameter has now: a weight may grow after build."""
+    shapes = {
+        info.name: tuple(param.shape)
+        for cell, group in zip(resolved.cells, groups, strict=True)
+        for info, param in zip(cell.parameters, group["params"], strict=True)
+    }
+    return [replace(info, shape=shapes[info.name]) for info in in_order(resolved)]
 
 
 def clock_of(saved: Saved) -> tuple[int, str]:
@@ -134,6 +156,7 @@ class _Fitting:
         self.restarted: list[str] = []
         self.left: list[str] = []
         self._told: dict[type, Entry] = {}  # whose groups speak for guests
+        self.converted: list[tuple[str, torch.dtype, torch.dtype]] = []
         self._clock = clock
         self._feedback = feedback
         self._guests = guests
@@ -194,6 +217,7 @@ class _Fitting:
         cell: Cell,
         group: Mapping[str, Any],
     ) -> None:
+        info = replace(info, shape=tuple(param.shape))  # which may have changed since build
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
@@ -204,6 +228,9 @@ class _Fitting:
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
+            change = converted(info.name, entry, self.state[param])
+            if change:
+                self.converted.append(change)
         self.kept.append(info.name)
 
     def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -272,15 +299,38 @@ def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
         )
 
 
-def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:
-    """Raise `StateError` with every row about state that was not taken over as it was."""
+def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """What was not taken over as it was, in words and by name; without what was asked for."""
     asked = set(asked)
     rows = [
         ("not in the state", [name for name in report.new if name not in asked]),
-        ("of another optimizer", report.restarted),
+        ("of another optimizer", list(report.restarted)),
         ("not in the model or the plan", [name for name in report.dropped if name not in asked]),
     ]
-    told = [f"{what}: {few(names, 10)}" for what, names in rows if names]
+    return [(what, names) for what, names in rows if names]
+
+
+def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The one warning about state that does not fit, or ""."""
+    if not rows:
+        return ""
+    told = "; ".join(f"{what}: {few(names)}" for what, names in rows)
+    return (
+        f"the saved state was loaded, but does not fit all parameters ({told}). Those that are not "
+        "in it, or whose state was another optimizer's, begin anew; optimizer.last_load lists all. "
+        "If only names have changed, load with renamed=; strict=True makes this an error."
+    )
+
+
+def _refuse_unexpected(
+    rows: Sequence[tuple[str, Sequence[str]]], report: LoadReport, asked: Iterable[str]
+) -> None:
+    """Raise `StateError` with every row about state that was not taken over as it was."""
+    known = {name for _, names in rows for name in names}
+    lost = [name for name in report.dropped if name not in {*known, *asked}]
+    told = [
+        f"{what}: {few(names, 10)}" for what, names in (*rows, ("that fits no rule", lost)) if names
+    ]
     if told:
         raise StateError(
             f"strict=True, but the state does not match ({'; '.join(told)}); nothing was loaded. "
