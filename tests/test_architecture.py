@@ -50,6 +50,7 @@ LAYERS = [
     "explain",
     "ties",
     "manual",
+    "claims",
     "freezing",
     "audit",
     "received",
