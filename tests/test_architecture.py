@@ -53,6 +53,7 @@ LAYERS = [
     "ties",
     "reducers",
     "manual",
+    "claims",
     "freezing",
     "audit",
     "received",

@@ -17,18 +17,20 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
+from .claims import Claim
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
 from .exchange import BeforeForward, Exchange
 from .explain import Explanation, explain
-from .freezing import Freezer, drop_gradients
+from .findings import rebuilt, turned_off, turned_on
+from .freezing import Freezer
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
 from .monitor import Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
-from .parameters import Owned, ParamInfo, observe, walk
+from .parameters import Owned, ParamInfo, frozen_by_call, observe, walk
 from .plan import Plan
 from .received import Received
 from .reducers import is_distributed
@@ -49,6 +51,7 @@ log = logging.getLogger("lamina")
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
     *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
+    "_claim",
 )
 
 
@@ -86,7 +89,6 @@ class Optimizer(Restorable):
         self._ties = Watched(model, owned)
         self._received = Received()
         self._monitor = Monitor(resolved, self._notices, model)
-        self._freezer = Freezer(model, resolved.cells, owned)
         self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
@@ -94,15 +96,19 @@ class Optimizer(Restorable):
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         self._complete = True
+        self._claim = Claim(resolved, self.param_groups)
+        self._freezer = Freezer(model, resolved.cells, owned, self._claim)
         self._exchange.settle(self.param_groups, at_build=True)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
                 self.state[param].update(self._begun(group, param))
-        if resume is None:
-            self._publish(0)
-        else:  # which may fail, so it comes before anything is set on the model
-            self._restore(resume, strict, renamed)
+        with self._freezer.undone_on_error(owned):
+            self._claim.enter(resumed=resume is not None)
+            if resume is None:
+                self._publish(0)
+            else:  # which may fail, so it comes before anything is set on the model
+                self._restore(resume, strict, renamed)
         if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
             BeforeForward(model, self._settle_shards)
 
@@ -164,7 +170,7 @@ class Optimizer(Restorable):
         """
         self._follow_model()
         known = (self.param_groups, self.state, model, after, self.last_load, self._received)
-        return (*examine(self._resolved, *known), *self._monitor.found.values())
+        return (*examine(self._resolved, self._freezer, *known), *self._monitor.found.values())
 
     def announce(self) -> None:
         """Give each finding as a `LaminaWarning`, once; `Plan.build` does it."""
@@ -185,16 +191,26 @@ class Optimizer(Restorable):
         return self._algorithms[group["name"]]
 
     def _step(self, closure: Closure | None) -> Any:
-        if not self._whole_vector:
-            return super()._step(closure)
+        try:
+            return self._step_all(closure) if self._whole_vector else super()._step(closure)
+        finally:
+            self._freezer.put_back()
+
+    def _step_all(self, closure: Closure | None) -> Any:
         # A method over all parameters at once evaluates the loss itself, several times. It is given
         # all groups, so that it knows parameters by their place among all, and leaves out what has
         # no gradient.
         self._begin()
+        self._look_at_flags()
 
         def evaluate() -> Any:
+            self._freezer.put_back()
             loss = closure() if closure is not None else None
             self._drop_frozen()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if not param.requires_grad:
+                        self._freezer.set_aside(param)
             self._received.note(self.param_groups)
             return loss
 
@@ -213,6 +229,8 @@ class Optimizer(Restorable):
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
         if not self._freezer.flags.settled:
             self._settle_wrapping()
+        if self._claim.lost_steps:
+            self._tell_rebuilt()
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
         return [group for group, active in pairs if active]
@@ -242,9 +260,32 @@ class Optimizer(Restorable):
             self._exchange.show_flags(self.param_groups)
 
     def _drop_frozen(self) -> None:
-        for group, active in zip(self.param_groups, self._freezer.active, strict=True):
-            if not active:
-                drop_gradients(group["params"])
+        for cell, names in self._freezer.drop(self.param_groups):
+            self._tell_flags(cell, names, on=True)
+
+    def _tell_rebuilt(self) -> None:
+        if self.last_load is None:
+            self._notices.tell(rebuilt(self._claim.lost_steps), key="rebuilt")
+        self._claim.lost_steps = 0
+
+    def _look_at_flags(self) -> None:
+        """Warn of `requires_grad` that contradicts the plan."""
+        for cell, names, params in self._freezer.turned(self.param_groups):
+            if params[0].requires_grad:
+                self._tell_flags(cell, names, on=True)
+            elif not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
+                self._tell_flags(cell, names, on=False)
+
+    def _tell_flags(self, cell: Cell, names: Sequence[str], on: bool) -> None:
+        finding = turned_on(names, cell.by_model) if on else turned_off(names)
+        self._notices.tell(finding, key=f"{finding.code} {cell.name}")
+
+    def _count_gradients(self, batches: Sequence[Batch]) -> None:
+        """Look at the flags when another number of parameters than before has a gradient."""
+        count = sum(len(batch.params) for batch in batches)
+        if count != self._freezer.with_gradient:
+            self._freezer.with_gradient = count
+            self._look_at_flags()
 
     def _advance(self) -> None:
         was = self._freezer.active
@@ -254,6 +295,7 @@ class Optimizer(Restorable):
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
             rows = zip(self.param_groups, was, self._freezer.active, strict=True)
             self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
+            self._look_at_flags()
         self._monitor.after_step(self.clock, self.skipped, self.param_groups[0]["feedback"])
 
     def _skip(self, error: NonFiniteError) -> None:
@@ -302,6 +344,7 @@ class Optimizer(Restorable):
         if self._exchange.misses(sum(len(batch.params) for batch in batches)):
             self._settle_wrapping()
             batches = self._collect(self._begin())
+        self._count_gradients(batches)
         if not batches:
             self._monitor.without_gradient(self.clock, self._freezer.active)
         try:
@@ -414,6 +457,27 @@ class Optimizer(Restorable):
                 "since, build a new optimizer from the plan and load this one's state_dict()."
             )
         super().add_param_group(param_group)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters that the plan speaks of.
+
+        Those that the model's owner froze before the plan (`requires_grad=False`), and that no rule
+        mentions, may belong to another optimizer.
+
+        Args:
+            set_to_none: whether to set them to None instead of 0.
+        """
+        rows = zip(self._resolved.cells, self.param_groups, strict=True)
+        own = [group for cell, group in rows if not cell.by_model]
+        if len(own) == len(self.param_groups):
+            super().zero_grad(set_to_none)
+            return
+        for param in (param for group in own for param in group["params"]):
+            if set_to_none or param.grad is None:
+                param.grad = None
+            else:
+                param.grad = param.grad.detach().zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}

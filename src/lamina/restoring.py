@@ -188,15 +188,16 @@ class Restorable(Steerable):
         groups, active = self.param_groups, list(self._freezer.active)
         given: list[tuple[int, torch.Tensor, bool]] = []
         added: list[tuple[torch.Tensor, dict[str, Any], list[str]]] = []
-        for place, (cell, group) in enumerate(zip(self._resolved.cells, groups, strict=True)):
-            for param in group["params"] if cell.windows != NEVER else ():
-                given.append((place, param, param.requires_grad))
-                param.requires_grad_(True)
-                if cell.algorithm is not None:
-                    before = set(self.state[param])
-                    self._make_room(param, group)
-                    added.append((param, self.state[param], [*self.state[param].keys() - before]))
         try:
+            for place, (cell, group) in enumerate(zip(self._resolved.cells, groups, strict=True)):
+                for param in group["params"] if cell.windows != NEVER else ():
+                    given.append((place, param, param.requires_grad))
+                    param.requires_grad_(True)
+                    if cell.algorithm is not None:
+                        before = set(self.state[param])
+                        self._make_room(param, group)
+                        new = [*self.state[param].keys() - before]
+                        added.append((param, self.state[param], new))
             yield
         finally:
             for place, param, flag in given:

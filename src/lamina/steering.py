@@ -128,6 +128,6 @@ class Steerable(Engine):
         self._guests.set_mode(mode, [name for name, trains in self.active.items() if trains])
 
     def _is_due(self, param: torch.Tensor) -> bool:
-        # Frozen by hand since the build: dropped, as the left-over gradients of all that is frozen.
-        param.grad = None
+        # Frozen by hand since the build: left alone, as what the plan itself did not freeze.
+        self._freezer.set_aside(param)
         return False
