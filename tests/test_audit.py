@@ -358,6 +358,7 @@ def test_statistics_of_held_modules_are_watched():
     model.train()
     train(model, optimizer, 3)
     assert int(model[0][1].num_batches_tracked) == 2
+    optimizer.release()
     optimizer = lm.Plan("SGD", lr=0.1, rules=[lm.Rule("0.*", frozen=True)]).build(model, audit=True)
     model[0][1].training = True  # behind the back of `train`
     with pytest.raises(FrozenMovedError, match=r"0\.1\.running_mean"):

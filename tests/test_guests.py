@@ -114,6 +114,7 @@ def test_a_clip_factor_is_not_rounded_for_a_guest():
             seen.append(self.param_groups[0]["params"][0].grad.clone())
 
     optimizer = lm.Plan(Seeing, lr=0.1, gradients=[lm.scale(1.003)]).build(model)
+    seen.clear()  # of the steps in which the class was tried on small tensors
     model[0].grad = torch.full((1,), 255.0, dtype=torch.bfloat16)
     optimizer.step()
     assert seen[0].dtype is torch.bfloat16
@@ -231,8 +232,13 @@ def test_a_guest_begins_anew_where_a_load_brings_nothing(guest, lacks):
     optimizer, built = mixed(guest).build(model), mixed(guest).build(fresh)
     train(model, optimizer, 3)
     state, how = lacking(optimizer, lacks)
+    words = {"new": "not in the state: 2.weight", "restarted": "another optimizer: 2.weight"}
     for _ in range(2):  # what it begins with is not moved by the steps
-        optimizer.load_state_dict(state, **how)
+        said = (
+            pytest.warns(lm.LaminaWarning, match=words[lacks]) if lacks in words else nullcontext()
+        )
+        with said:
+            optimizer.load_state_dict(state, **how)
         for mine, theirs in zip(model[2].parameters(), fresh[2].parameters(), strict=True):
             found, expected = optimizer.state[mine], built.state[theirs]
             assert found.keys() == expected.keys()

@@ -60,10 +60,6 @@ def by_a_plan(model):
     return model
 
 
-def copied(model):
-    return copy.deepcopy(by_a_plan(model))
-
-
 @pytest.mark.parametrize(
     ("before", "then"),
     [
@@ -71,7 +67,6 @@ def copied(model):
         (by_hand, {"frozen": True, "hold": False}),
         (by_a_plan, {}),
         (by_a_plan, {"frozen": True, "hold": False}),
-        (copied, {}),
     ],
 )
 def test_a_build_lets_go_of_what_it_does_not_hold(before, then):
@@ -182,16 +177,6 @@ def test_eval_mode_of_the_whole_model_stays_where_it_does_not_train_again():
     model.eval()
     optimizer.release()
     assert resting(model) == {"", *BODY, "1"}
-
-
-def test_a_copy_of_a_held_part_is_not_a_copy_of_the_model():
-    model = net()
-    plan(frozen=True).build(model)
-    part = copy.deepcopy(model[0])
-    assert part.train.model is None
-    part.eval()
-    lm.thaw(part)
-    assert not part.training
 
 
 def test_eval_while_held_is_remembered():
@@ -380,6 +365,7 @@ def test_a_compiled_part_rests_and_comes_back():
     assert resting(model) == set()
     steps(model, optimizer)
     assert int(norm.num_batches_tracked) == 1
+    optimizer.release()
     optimizer = plan(frozen=True).build(model)
     norm.eval()
     model[0].train()

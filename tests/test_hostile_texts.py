@@ -169,7 +169,7 @@ def test_every_text_is_read_or_refused_in_a_short_message(text):
 
 
 def test_a_long_pattern_is_refused_and_several_short_ones_are_taken():
-    with pytest.raises(lm.PatternError, match="which begins 'aaa.*Write several rules"):
+    with pytest.raises(lm.PatternError, match=r"which begins 'aaa.*Write several rules"):
         compile_pattern("a" * 30_000)
     compile_pattern(" | ".join(["a" * 100] * 100))
 

@@ -304,7 +304,7 @@ def test_a_scheduler_of_ones_own():
     optimizer = optimizer_of()
     scheduler = Halve(optimizer)
     advance(optimizer, [scheduler], 3)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 8.0})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1.0})
     advance(optimizer, [scheduler], 1)
     assert scheduler.get_last_lr() == [lr / 16 for lr in (*RATES, 8.0)]
 
@@ -316,6 +316,17 @@ def test_pictures(tmp_path):
     assert len(lines) == len(RATES)
     assert lines[0].get_data()[1][[0, -1]].tolist() == [1.0, 0.0]
     assert (tmp_path / "lr.png").exists()
+    optimizer = optimizer_of()
+    parts = [ours.LinearLR(optimizer), ours.CosineAnnealingLR(optimizer, 9)]
+    sequence = ours.SequentialLR(optimizer, parts, [5])
+    for name, scheduler in (("sequence", sequence), ("chain", ours.ChainedScheduler(parts))):
+        scheduler.plot(str(tmp_path / f"{name}.png"))
+        assert (tmp_path / f"{name}.png").exists()
+    assert len(sequence.plot().axes[0].lines[0].get_xdata()) == 15
+    with pytest.raises(ValueError, match="pass steps=20"):
+        ours.StepLR(optimizer_of(), 10).plot(20)
+    with pytest.raises(ValueError, match="depends on a metric"):
+        ours.ReduceLROnPlateau(optimizer_of()).plot("lr.png")
     with pytest.raises(ValueError, match="pass steps="):
         ours.StepLR(optimizer_of(), 10).plot()
 

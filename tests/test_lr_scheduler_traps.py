@@ -64,55 +64,86 @@ LATER = {
 }
 
 
+def add(optimizer, lr, **more):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": lr, **more})
+
+
 @pytest.mark.parametrize("name", LATER)
-def test_m1_a_group_added_later_follows_from_its_own_lr(name):
+def test_m1_a_group_added_later_goes_on_from_its_lr(name):
     optimizer = optimizer_of(0.1, momentum=0.9)
     scheduler = LATER[name](optimizer)
     advance(optimizer, [scheduler], 6)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.2})
-    before = rates(optimizer)[0]
-    advance(optimizer, [scheduler], 1)
-    first, added = rates(optimizer)
-    # MultiplicativeLR only knows the way from step to step; the others know the place
-    assert added == pytest.approx(0.2 * first / (before if name == "MultiplicativeLR" else 0.1))
-    for _ in range(5):
-        now = rates(optimizer)
-        assert now[1] / now[0] == pytest.approx(added / first)
+    add(optimizer, rates(optimizer)[0] / 10)
+    for _ in range(9):
         advance(optimizer, [scheduler], 1)
+        assert rates(optimizer)[1] == pytest.approx(rates(optimizer)[0] / 10, rel=1e-12)
     assert len(scheduler.get_last_lr()) == 2
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_m1_a_group_that_brings_its_initial_lr_is_where_the_curve_has_it(name):
+    optimizer = optimizer_of(0.1, momentum=0.9)
+    scheduler = LATER[name](optimizer)
+    advance(optimizer, [scheduler], 6)
+    initial = optimizer.param_groups[0]["initial_lr"]
+    add(optimizer, 0.7, initial_lr=2 * initial)
+    for _ in range(9):
+        advance(optimizer, [scheduler], 1)
+        assert rates(optimizer)[1] == pytest.approx(2 * rates(optimizer)[0], rel=1e-12)
+
+
+def test_m1_a_floor_is_kept_for_a_group_that_brings_its_initial_lr():
+    for make in (
+        lambda o: ours.CosineAnnealingLR(o, 20, 1e-3),
+        lambda o: ours.CosineAnnealingWarmRestarts(o, 20, 1, 1e-3),
+    ):
+        optimizer = optimizer_of(0.1)
+        scheduler = make(optimizer)
+        advance(optimizer, [scheduler], 6)
+        add(optimizer, 0.7, initial_lr=0.01)
+        advance(optimizer, [scheduler], 1)
+        wanted = 1e-3 + 0.009 * (1 + np.cos(np.pi * 7 / 20)) / 2
+        assert rates(optimizer)[1] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_m1_several_schedulers_share_a_group_added_later():
     optimizer = optimizer_of(0.1)
     schedulers = [ours.LinearLR(optimizer, 0.5, 1.0, 10), ours.ExponentialLR(optimizer, 0.9)]
     advance(optimizer, schedulers, 3)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.2})
+    add(optimizer, 0.2)
+    ratio = 0.2 / rates(optimizer)[0]
     advance(optimizer, schedulers, 4)
-    assert rates(optimizer)[1] == pytest.approx(2 * rates(optimizer)[0])
+    assert rates(optimizer)[1] == pytest.approx(ratio * rates(optimizer)[0])
 
 
-def test_m1_in_a_sequence():
+@pytest.mark.parametrize("place", [2, 3, 4, 6])
+@pytest.mark.parametrize("composed", ["SequentialLR", "ChainedScheduler"])
+def test_m1_in_a_sequence_and_in_a_chain(composed, place):
     optimizer = optimizer_of(0.1)
-    parts = [ours.LinearLR(optimizer, 0.5, 1.0, 4), ours.CosineAnnealingLR(optimizer, 10)]
-    scheduler = ours.SequentialLR(optimizer, parts, [4])
-    advance(optimizer, [scheduler], 2)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.2})
-    for _ in range(8):
+    parts = [
+        ours.LambdaLR(optimizer, lambda e: (e + 1) / 5),
+        ours.CosineAnnealingWarmRestarts(optimizer, 5),
+    ]
+    more = {"milestones": [4]} if composed == "SequentialLR" else {}
+    scheduler = getattr(ours, composed)(**more, schedulers=parts, optimizer=optimizer)
+    advance(optimizer, [scheduler], place)
+    add(optimizer, rates(optimizer)[0] / 10)
+    for _ in range(12):
         advance(optimizer, [scheduler], 1)
-        assert rates(optimizer)[1] == pytest.approx(2 * rates(optimizer)[0])
+        assert rates(optimizer)[1] == pytest.approx(rates(optimizer)[0] / 10)
 
 
 def test_m1_one_function_a_group_asks_for_one_more_and_changes_nothing():
     optimizer = optimizer_of(0.1, 0.2)
     scheduler = ours.LambdaLR(optimizer, [lambda e: 0.5**e, lambda e: 1.0])
     advance(optimizer, [scheduler], 1)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
+    add(optimizer, 0.3)
     with pytest.raises(ScheduleError, match="append one for it"):
         scheduler.step()
     assert (rates(optimizer), scheduler.last_epoch) == ([0.05, 0.2, 0.3], 1)
     scheduler.lr_lambdas.append(lambda e: 0.1**e)
     scheduler.step()
-    assert rates(optimizer) == pytest.approx([0.025, 0.2, 0.003])
+    assert rates(optimizer) == pytest.approx([0.025, 0.2, 0.03])
 
 
 def test_m1_plateau():

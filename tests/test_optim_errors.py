@@ -209,7 +209,7 @@ def test_step_counts_of_old_checkpoints():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"differentiable": True}, r"differentiable=True is not supported; use torch\.optim\.Adam"),
+        ({"differentiable": True, "foreach": True}, "differentiable=True goes by the rule"),
         ({"fused": True, "foreach": True}, "fused and foreach cannot both be True"),
     ],
 )

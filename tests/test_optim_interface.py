@@ -207,8 +207,10 @@ def test_foreach_and_fused_choose_the_kernel(name, options, kernel):
 
 
 def test_what_is_refused_is_named():
-    with pytest.raises(HyperparameterError, match=r"Adam: differentiable=True.*torch.optim.Adam"):
-        optim.Adam([matrix()], differentiable=True)
+    with pytest.raises(HyperparameterError, match=r"Adam: differentiable=True.*fused=True"):
+        optim.Adam([matrix()], differentiable=True, fused=True)
+    with pytest.raises(HyperparameterError, match=r"LARS has no differentiable form; SGD"):
+        optim.LARS([{"params": [matrix()], "differentiable": True}])
     with pytest.raises(HyperparameterError, match="fused and foreach"):
         optim.SGD([matrix()], foreach=True, fused=True)
     optimizer, param = optim.Adam([("head", given := matrix())], capturable=True), given

@@ -192,8 +192,10 @@ def test_the_scheduler_view_satisfies_trainers_and_changes_nothing():
     view = optimizer.scheduler_view()
     assert isinstance(view, torch.optim.lr_scheduler.LRScheduler)
     for step in range(5):
-        train(model, optimizer, 1, first=step)
         expected = [group["lr"] for group in optimizer.param_groups]
+        assert step > 0 or view.get_last_lr() == expected
+        train(model, optimizer, 1, first=step)
+        assert expected == [hyper["lr"] for hyper in optimizer.applied.values()]
         view.step()
         view.step()
         assert view.get_last_lr() == expected == view.get_lr()

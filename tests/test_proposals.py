@@ -357,7 +357,7 @@ def test_a_regular_expression_that_would_not_end_is_not_tried():
     ids=["nested", "commas", "words"],
 )
 def test_a_hostile_pattern_is_refused_at_once(text):
-    with pytest.raises(lm.PatternError, match="cannot read the pattern|a pattern of"):
+    with pytest.raises(lm.PatternError, match=r"cannot read the pattern|a pattern of"):
         lm.Rule(text, lr=1)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import resume_task
 import training_task
-from lamina import SGD, LaminaError, Plan, Rule, StateError, checkpoint, early_stop
+from lamina import SGD, LaminaError, LaminaWarning, Plan, Rule, StateError, checkpoint, early_stop
 from lamina.training import Task, fit, prepare
 from lamina.training.resume import saved_task
 
@@ -472,7 +472,8 @@ def test_part_of_an_epoch_can_be_made_longer(tmp_path):
 
 def test_a_new_plan_is_taken_and_confirmed_from_there_on(stopped):
     plan = Plan(SGD, lr=0.5)
-    result = fit(variant(training_task), plan, resume=stopped, cpu=True)
+    with pytest.warns(LaminaWarning, match="of another optimizer: layer.0.weight"):
+        result = fit(variant(training_task), plan, resume=stopped, cpu=True)
     assert str(result.confirmation).startswith("applied as planned: 5 steps, 1 groups")
     assert Plan.from_toml(stopped / "plan.toml") == plan
     assert rows(stopped)[-2]["lr"] == {"default": 0.5}
@@ -573,7 +574,8 @@ def test_what_another_plan_leaves_behind_is_said(stopped):
 
         on_step = on_validation = lambda *_: None
 
-    again(stopped, plan=Plan(SGD, lr=0.5), listeners=[Heard()])
+    with pytest.warns(LaminaWarning, match="of another optimizer: layer.0.weight"):
+        again(stopped, plan=Plan(SGD, lr=0.5), listeners=[Heard()])
     assert "restarted (another optimizer's state): " in events[0]
     noted = json.loads((stopped / "run.json").read_text())["resumed"]
     assert noted[0]["changed"][0].startswith("restarted")

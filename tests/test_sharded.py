@@ -164,8 +164,8 @@ def train_and_save(part: slice, folder: str) -> dict[str, object]:
     checkpoint.save(state, checkpoint_id=f"{folder}/by-two")
     taken = steps[0]
     chosen = {
-        batch.algorithm.name: kernels.choose(batch)[1]
-        for _, batch in optimizer._kept_batches.by_group.values()
+        kept.batch.algorithm.name: kernels.choose(kept.batch)[1]
+        for kept in optimizer._kept_batches.by_group.values()
     }
     seen += go(model, optimizer, range(SAVED, STEPS), part)
     return {

@@ -155,7 +155,8 @@ def test_what_is_missing_and_what_is_dropped_is_told():
     state = optimizer.state_dict()
     larger = nn.ModuleDict({"body": nn.Linear(3, 4), "new": nn.Linear(1, 1)}).double()
     other = lm.Plan(lm.AdamW, lr=0.1).build(larger)
-    other.load_state_dict(state)
+    with pytest.warns(lm.LaminaWarning, match="new.weight, new.bias; .* head.weight, head.bias"):
+        other.load_state_dict(state)
     report = other.last_load
     assert report.kept == ("body.weight", "body.bias")
     assert report.new == ("new.weight", "new.bias")
@@ -183,7 +184,8 @@ def test_the_state_of_another_optimizer_does_no_harm(first, second):
     model, optimizer = built(lm.Plan(first[0], lr=0.01, **first[1]))
     train(model, optimizer, 3)
     twin, other = built(lm.Plan(second[0], lr=0.01, **second[1]))
-    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    with pytest.warns(lm.LaminaWarning, match="of another optimizer: body.weight"):
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
     train(twin, other, 3, first=3)
     assert other.clock == 6
     assert all(torch.isfinite(weight).all() for weight in weights(twin).values())

@@ -12,6 +12,9 @@ from lamina.time import Run
 from models import mlp, train
 from test_state import through_a_file
 
+# plans here rest as a whole for some steps, which the build warns of
+pytestmark = pytest.mark.filterwarnings("ignore:nothing-trains")
+
 COSINE = lm.Plan(lm.AdamW, lr=0.05, schedule=lm.cosine(to=0.01))
 
 
@@ -193,12 +196,13 @@ def test_a_held_run_has_the_findings_of_its_own_length():
     with pytest.warns(lm.LaminaWarning, match="thaw-after-end"):
         state = plan.build(mlp(), steps=20).state_dict()
     longer = plan.build(mlp(), steps=40, resume=state, extend="hold")
-    assert [finding.code for finding in longer.findings] == []
+    assert [finding.code for finding in longer.findings] == ["nothing-trains"]
     assert longer.resolved.planned == Run(20)
     with pytest.warns(lm.LaminaWarning, match="thaw-after-end") as told:
         shorter = plan.build(mlp(), steps=10, resume=state, extend="hold")
-    assert len(told) == 2
-    assert [finding.code for finding in shorter.findings] == ["thaw-after-end"] * 2
+    assert len(told) == 3
+    late = ["nothing-trains", "thaw-after-end", "thaw-after-end"]
+    assert [finding.code for finding in shorter.findings] == late
 
 
 def test_thresholds_that_jump_are_told():

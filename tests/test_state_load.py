@@ -109,7 +109,8 @@ def test_another_optimizer_for_a_part_drops_its_state_and_restarts_it():
     plan = lm.Plan(
         lm.SGD, lr=0.1, momentum=0.9, rules=[lm.Rule("head", optimizer=lm.AdamW, lr=0.01)]
     )
-    twin, other, report = moved(optimizer, plan)
+    with pytest.warns(lm.LaminaWarning, match="of another optimizer: head.weight, head.bias"):
+        twin, other, report = moved(optimizer, plan)
     assert report.restarted == ("head.weight", "head.bias")
     assert report.kept == ("body.weight", "body.bias")
     assert set(other.state[twin.head.weight]) == {"step"}
@@ -126,7 +127,8 @@ def test_a_momentum_of_another_rule_is_not_taken_for_ones_own(kind):
     _, optimizer = built(lm.Plan(lm.SGD, lr=0.1, momentum=0.9), model)
     train(model, optimizer, 2)
     twin = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
-    _, other, report = moved(optimizer, lm.Plan(kind, lr=0.1), twin)
+    with pytest.warns(lm.LaminaWarning, match="of another optimizer: 0.weight"):
+        _, other, report = moved(optimizer, lm.Plan(kind, lr=0.1), twin)
     assert report.restarted == ("0.weight",)
     assert set(other.state[twin[0].weight]) == {"step"}
 
@@ -152,7 +154,8 @@ def test_frozen_parts_without_state_are_not_new():
     optimizer.load_state_dict(saved.state_dict())
     assert "embeddings.weight" not in optimizer.last_load.new
     optimizer = lm.Plan(lm.AdamW, lr=0.1).build(encoder())
-    optimizer.load_state_dict(saved.state_dict())
+    with pytest.warns(lm.LaminaWarning, match="not in the state: embeddings.weight"):
+        optimizer.load_state_dict(saved.state_dict())
     assert "embeddings.weight" in optimizer.last_load.new
 
 
@@ -263,7 +266,8 @@ def test_the_diff_prints_short_grouped_and_compares_equal():
 def test_long_lists_are_cut_with_a_count():
     small, large = Encoder(layers=(0,)), Encoder(layers=range(9))
     other = ADAMW.build(large)
-    other.load_state_dict(ADAMW.build(small).state_dict())
+    with pytest.warns(lm.LaminaWarning, match="and 28 more"):
+        other.load_state_dict(ADAMW.build(small).state_dict())
     assert len(other.last_load.new) == 32
     assert "new: encoder.layer.1.dense.weight, " in str(other.last_load)
     assert "and 28 more" in str(other.last_load)
@@ -284,7 +288,8 @@ def test_strict_refuses_every_unexpected_row_about_state():
             other.load_state_dict(state, strict=True)
         assert equal(other.state_dict(), before)
         assert other.last_load is None
-        other.load_state_dict(state)
+        with pytest.warns(lm.LaminaWarning, match=words):
+            other.load_state_dict(state)
     _, same_parts = built(lm.Plan(lm.AdamW, lr=0.3))
     same_parts.load_state_dict(state, strict=True)  # hyperparameters are the plan's
     assert [row.key for row in same_parts.last_load.hyperparameters] == ["lr"]
@@ -331,7 +336,8 @@ def test_lbfgs_resumes_exactly_and_forgets_a_memory_of_another_order():
         its.step(closure_for(each, its, 3))
     assert same(weights(model), weights(twin))
     regrouped = lm.Plan(lm.LBFGS, lr=0.5, max_iter=3, rules=[lm.Rule("*.bias", lr=0.25)])
-    twin, third, report = moved(optimizer, regrouped)
+    with pytest.warns(lm.LaminaWarning, match="of another optimizer"):
+        twin, third, report = moved(optimizer, regrouped)
     assert len(report.restarted) == 4
     third.step(closure_for(twin, third, 4))
     assert third.clock == 5
@@ -382,7 +388,8 @@ def test_a_guest_and_lamina_exchange_the_state_of_the_same_algorithm():
 
 def test_a_guest_of_another_kind_begins_anew():
     _, optimizer = trained(lm.Plan(torch.optim.NAdam, lr=0.01))
-    twin, other, report = moved(optimizer, lm.Plan(torch.optim.Adagrad, lr=0.01))
+    with pytest.warns(lm.LaminaWarning, match="of another optimizer"):
+        twin, other, report = moved(optimizer, lm.Plan(torch.optim.Adagrad, lr=0.01))
     assert len(report.restarted) == 4
     train(twin, other, 2, first=6)
     assert other.clock == 8

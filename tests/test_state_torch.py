@@ -241,7 +241,8 @@ def test_torchs_state_of_another_algorithm_is_not_kept():
     train(model, theirs, 2)
     for kind in (lm.AdamW, lm.RMSprop, lm.LARS):
         optimizer = lm.Plan(kind, lr=0.1).build(mlp())
-        optimizer.load_state_dict(theirs.state_dict())
+        with pytest.warns(lm.LaminaWarning, match="of another optimizer"):
+            optimizer.load_state_dict(theirs.state_dict())
         assert len(optimizer.last_load.restarted) == 4
         assert all(set(entry) == {"step"} for entry in tensors(optimizer).values())
 

@@ -13,6 +13,7 @@ from .errors import (
     HyperparameterError,
     LaminaError,
     LaminaWarning,
+    MismatchError,
     MissingExtraError,
     NonFiniteError,
     OwnershipError,
@@ -74,7 +75,7 @@ from .settings import by_depth, times, top_down
 from .state import LoadReport
 from .ties import Tie, tie, ties, untie
 from .timeline import Feedback, values_at
-from .verbs import override, report, should_stop, unwrap
+from .verbs import override, report, restart_state, should_stop, unwrap
 
 __version__ = "0.1.0"
 
@@ -94,6 +95,7 @@ __all__ = [
     "LaminaWarning",
     "LayerAdaptiveAdam",
     "LoadReport",
+    "MismatchError",
     "MissingExtraError",
     "Muon",
     "NonFiniteError",
@@ -149,6 +151,7 @@ __all__ = [
     "repeat",
     "report",
     "resolve",
+    "restart_state",
     "scale",
     "should_stop",
     "steps",

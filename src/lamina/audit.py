@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import FrozenMovedError
-from .holding import Held
+from .holding import EvalLock, lock_of
 from .parameters import collect, tensors_by_name
 
 #: integers of at most 32 bits: in the sum below, each then keeps at least 32 bits of its weight
@@ -26,7 +26,7 @@ class _Watched(NamedTuple):
     tensor: torch.Tensor
     loose: bool = False
     buffer_of: str | None = None
-    held: Held | None = None
+    held: EvalLock | None = None
 
 
 class _Mark(NamedTuple):
@@ -37,7 +37,7 @@ class _Mark(NamedTuple):
     dtype: torch.dtype
     checksum: int
     #: what held a buffer's module; one that was let go and held again is looked at anew
-    held: Held | None
+    held: EvalLock | None
 
 
 class Audit:
@@ -127,13 +127,13 @@ class Audit:
                     loose = hasattr(param, "to_local") or hasattr(live.get(name), "to_local")
                     frozen[name] = _Watched(param if loose else live.get(name, param), loose)
         for path, module in self._model.named_modules():
-            held = module.__dict__.get("train")
-            if isinstance(held, Held):
+            held = lock_of(module)
+            if held is not None:
                 frozen.update(_buffers(path, module, held))
         return frozen
 
 
-def _buffers(path: str, module: nn.Module, held: Held) -> dict[str, _Watched]:
+def _buffers(path: str, module: nn.Module, held: EvalLock) -> dict[str, _Watched]:
     return {
         f"{path}.{key}" if path else key: _Watched(
             buffer, key in module._non_persistent_buffers_set, path, held

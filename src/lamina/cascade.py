@@ -43,6 +43,8 @@ class Draft:
     operations: tuple[int, tuple[Operation, ...]] | None = None
     #: the labels of the rules that match it, in order; a dict, as there may be thousands
     rules: dict[str, None] = field(default_factory=dict)
+    #: frozen by hand before the plan, and no rule says anything about it
+    by_model: bool = False
     chains: dict[str, list[Link]] = field(default_factory=dict)
     #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
     sources: dict[str, list[int]] = field(default_factory=dict)
@@ -84,7 +86,7 @@ def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
         defaults = _defaults(plan.optimizer)
         draft = Draft(info, plan.optimizer, defaults)
         if not info.requires_grad:
-            draft.windows = NEVER
+            draft.windows, draft.by_model = NEVER, True
             draft.note("the model", "window", "requires_grad=False", "frozen")
         drafts.append(draft)
     for draft in drafts:
@@ -175,10 +177,14 @@ def _apply(
     if any(key in settings for key in WINDOW):
         if moves_window(settings, info):
             draft.credit(index, "window", None)
-        draft.windows = settle(settings, below_top, info, run, where, draft.windows)
+            draft.by_model = False
+        windows = settle(settings, below_top, info, run, where, draft.windows)
+        draft.windows = windows if info.differentiable else NEVER  # it can never have a gradient
         text = {key: settings[key] for key in WINDOW if key in settings}
         shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
-        draft.chains.setdefault("window", []).append(Link(rule, shown, window_text(draft.windows)))
+        reason = "" if info.differentiable else f" ({info.dtype} has no gradients)"
+        text_now = window_text(draft.windows) + reason
+        draft.chains.setdefault("window", []).append(Link(rule, shown, text_now))
 
 
 def _operate(

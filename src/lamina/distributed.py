@@ -62,6 +62,7 @@ def load_distributed(
             "plan.build made, which knows the names of its parameters."
         )
     check_renamed(renamed or {})
+    optimizer._follow_model()
     state = _read(_by_name(optimizer), os.fspath(checkpoint_id), key, renamed or {})
     optimizer.load_state_dict(state, strict=strict, renamed=renamed)
     assert optimizer.last_load is not None

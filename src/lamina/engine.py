@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 
 from . import kernels
 from .algorithms.base import Algorithm, Batch, Method, begun_dtype
-from .errors import PlanError
+from .errors import MismatchError, PlanError
+from .kernels.memory_check import (
+    Misfit,
+    message,
+    plainly_fit,
+    wrong_with_grad,
+    wrong_with_param,
+    wrong_with_state,
+)
+from .parameters import ParamInfo
 from .run_state import KeptBatches
+from .selection import described, select_parameters
+from .sharding import laid_out_as, unit_refusal
 
 Closure = Callable[[], Any]
 _EMPTY = torch.empty(0)
-_dtype = attrgetter("dtype")
 
 
 def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,15 +48,25 @@ class Engine(torch.optim.Optimizer):
 
     algorithm: ClassVar[Method | None] = None
     _kept_batches: KeptBatches
+    #: the parameters of all groups as they were last seen, changed in place
+    _seen_params: list[torch.Tensor]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._kept_batches = KeptBatches()
+        self._seen_params = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_kept_batches"):  # a copy, or unpickled
             self._kept_batches = KeptBatches()
+        if not hasattr(self, "_seen_params"):
+            self._seen_params = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch."""
+        super().add_param_group(param_group)
+        self._follow_exchanged()
 
     def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
         """The algorithm of a group."""
@@ -83,28 +103,148 @@ class Engine(torch.optim.Optimizer):
         self._keep_grown(selected)
 
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
-        """One batch for each group that has gradients."""
-        layout = _layout([param for group in groups for param in group["params"]])
-        self._kept_batches.follow(layout)
-        batches = (self._batch(group) for group in groups)
-        return [batch for batch in batches if batch is not None]
+        """One batch for each group that has gradients.
 
-    def _batch(self, group: dict[str, Any]) -> Batch | None:
-        params, grads = self._gather(group)
-        if not params:
+        Raises:
+            MismatchError: a parameter does not fit its gradient or its state; all groups are
+                compared before anything of any group is changed.
+        """
+        self._follow_exchanged()
+        rows = [(group, *self._gather(group)) for group in groups]
+        rows = [row for row in rows if row[1]]
+        kept = [self._kept_batch(*row) for row in rows]
+        changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
+        if changed:
+            self._refuse_misfits(changed)
+        return [
+            self._batch(*row) if batch is None else batch
+            for row, batch in zip(rows, kept, strict=True)
+        ]
+
+    def _kept_batch(
+        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> Batch | None:
+        """The batch of an earlier step, if its tensors are still the same and lie as they did."""
+        known = self._kept_batches.by_group.get(id(group))
+        if known is None or not known.holds(params, self._entries(group, params)):
             return None
-        state = self.state
-        entries = [state[param] for param in params]
-        cache = self._kept_batches.by_group
-        known = cache.get(id(group))
-        if known is not None and self._unchanged(known, params, entries):
-            batch = known[1]
-            batch.grads, batch.hyper, batch.scale = grads, group, None
-            batch.prefer = preference(group)
-            return batch
-        batch = self._new_batch(group, params, grads, entries)
-        cache[id(group)] = (entries, batch)
+        if not known.fits(grads):
+            self._refuse_misfits([(group, params, grads)])
+            known.accept(grads)
+        batch = known.batch
+        batch.grads = batch.known_grads = grads
+        batch.hyper, batch.scale = group, None
+        batch.prefer = preference(group)
         return batch
+
+    def _follow_exchanged(self) -> None:
+        """Let the state follow to tensors that took the place of others in the groups.
+
+        `fully_shard`, and accelerate with it, make new parameters of the same shape; the state
+        would stay with the old ones.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        known = self._seen_params
+        if len(known) == len(params) and all(map(is_, params, known)):
+            return
+        if len(known) == len(params):
+            now, before = set(map(id, params)), set(map(id, known))
+            self._move_state(
+                [
+                    (place, old, new)
+                    for place, (old, new) in enumerate(zip(known, params, strict=True))
+                    if id(old) not in now and id(new) not in before
+                ]
+            )
+        known[:] = params
+
+    def _move_state(self, exchanged: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> None:
+        """Give new tensors the state of those whose place they took, laid out as they are.
+
+        What has state already keeps it: its user has moved it.
+        """
+        moved: dict[torch.Tensor, dict[str, Any]] = {}
+        for place, old, new in exchanged:
+            if old not in self.state or self.state.get(new):
+                continue
+            if new.shape != old.shape:
+                self._begin_anew(place, old, new)
+                continue
+            moved[new] = {
+                key: laid_out_as(value, new) if _is_of_its_shape(value, old) else value
+                for key, value in self.state[old].items()
+            }
+        self.state.update(moved)
+        for _, old, new in exchanged:
+            if new in moved:
+                del self.state[old]
+
+    def _begin_anew(self, place: int, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Meet a tensor of another shape in the place of one: as in torch, it begins anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, in torch's form."""
+        self._follow_exchanged()
+        return super().state_dict()
+
+    def _batch(
+        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> Batch:
+        """A new batch, which is kept for the steps to come."""
+        entries = self._entries(group, params)
+        batch = self._new_batch(group, params, grads, entries)
+        self._kept_batches.by_group[id(group)] = kernels.Kept(batch, entries)
+        return batch
+
+    def _entries(
+        self, group: dict[str, Any], params: Iterable[torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        """The state that the kernels update, by parameter."""
+        return [self.state[param] for param in params]
+
+    def _refuse_misfits(
+        self, rows: Iterable[tuple[dict[str, Any], list[torch.Tensor], list[torch.Tensor]]]
+    ) -> None:
+        """Raise `MismatchError`, naming every parameter that these gradients cannot update."""
+        found: list[Misfit] = []
+        for group, params, grads in rows:
+            entries = self._entries(group, params)
+            if self._plainly_fit(group, params, grads, entries):
+                continue
+            for param, grad, entry in zip(params, grads, entries, strict=True):
+                wrong = (
+                    wrong_with_param(param),
+                    self._wrong_with_state(group, param, entry),
+                    wrong_with_grad(param, grad),
+                )
+                if any(wrong):
+                    found.append(Misfit(*self._place_of(group, param), tuple(param.shape), *wrong))
+        if found:
+            raise MismatchError(message(found))
+
+    def _plainly_fit(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> bool:
+        """Whether a quick look tells that everything in a group fits."""
+        return plainly_fit(params, grads, entries, self.algorithm_for(group).buffers)
+
+    def _wrong_with_state(
+        self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]
+    ) -> list[str]:
+        """In words, what of a parameter's state does not fit it."""
+        return wrong_with_state(param, entry, self.algorithm_for(group).buffers)
+
+    def _place_of(self, group: dict[str, Any], param: torch.Tensor) -> tuple[tuple[int, int], str]:
+        """Where a parameter is, as group and position, and what errors call it."""
+        index = next(i for i, each in enumerate(self.param_groups) if each is group)
+        place = next(i for i, each in enumerate(group["params"]) if each is param)
+        names = group.get("param_names")
+        name = repr(names[place]) if names else f"number {place} of parameter group {index}"
+        return (index, place), name
 
     def _gather(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The parameters of a group that have a gradient, and the gradients."""
@@ -132,23 +272,37 @@ class Engine(torch.optim.Optimizer):
         """The state of a parameter before its first update."""
         return begun(param)
 
-    @staticmethod
-    def _unchanged(
-        known: tuple[list[Any], Batch], params: list[torch.Tensor], entries: list[Any]
-    ) -> bool:
-        """Whether a kept batch still holds exactly these tensors (wrappers and users swap them)."""
-        batch = known[1]
-        if len(params) != len(batch.params):
-            return False
-        columns = batch.columns.items()
-        rows = zip(params, batch.params, entries, known[0], batch.steps, strict=True)
-        for index, (param, its_param, entry, its_entry, step) in enumerate(rows):
-            if param is not its_param or entry is not its_entry or entry.get("step") is not step:
-                return False
-            for key, column in columns:
-                if entry.get(key) is not column[index]:
-                    return False
-        return True
+    def restart_state(self, *which: str | torch.Tensor) -> None:
+        """Begin the state of some parameters anew, in their size of now, as for a new optimizer.
+
+        For a weight whose size changed under its optimizer: a vocabulary that grew, a layer that
+        was pruned. Hyperparameters, clocks and all other parameters stay as they are.
+
+        Args:
+            *which: patterns over the names of parameters (a name is one), or the tensors.
+
+        Raises:
+            PlanError: for a pattern or a tensor that is no parameter here; nothing was changed.
+
+        Example:
+            >>> import torch, lamina as lm
+            >>> model = torch.nn.Embedding(10, 2)
+            >>> optimizer = lm.AdamW(model.named_parameters())
+            >>> model.weight.data = torch.cat([model.weight.data, torch.zeros(5, 2)])
+            >>> optimizer.restart_state("weight")
+        """
+        chosen = select_parameters(self.param_groups, which, self._described)
+        self._restart([(group, group["params"][place], place) for group, place in chosen])
+
+    def _described(self, group: dict[str, Any], place: int) -> ParamInfo:
+        """What patterns see of a parameter."""
+        return described(group, place)
+
+    def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
+        """Exchange the state of parameters for the one they have before their first update."""
+        for group, param, _ in chosen:
+            self._kept_batches.by_group.pop(id(group), None)
+            self.state[param] = self._begun(group, param)
 
     def _new_batch(
         self,
@@ -159,10 +313,13 @@ class Engine(torch.optim.Optimizer):
     ) -> Batch:
         algorithm = self.algorithm_for(group)
         names = self._names(group, params)
-        for index, (param, entry) in enumerate(zip(params, entries, strict=True)):
-            _follow(repr(names[index]) if names else f"number {index}", algorithm, param, entry)
+        for index, param in enumerate(params) if algorithm.unit != "element" else ():
+            if why := unit_refusal(algorithm.name, algorithm.unit, param):
+                raise PlanError(f"parameter {names[index] if names else index!r} {why}.")
+        for param, entry in zip(params, entries, strict=True):
+            _follow(algorithm, param, entry)
             self._ensure_state(algorithm, param, entry, group)
-        keys = dict.fromkeys(key for entry in entries for key in entry if key != "step")
+        keys = [key for key in algorithm.buffers if any(key in entry for entry in entries)]
         return Batch(
             algorithm,
             params,
@@ -211,32 +368,25 @@ class Engine(torch.optim.Optimizer):
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
 
 
-def _layout(params: list[torch.Tensor]) -> tuple[list[Any], ...]:
-    """How parameters lie in memory: `module.to(...)` changes it under the same parameters."""
-    # One call in C for all parameters: this is asked at every step.
-    strides = list(map(torch.Tensor.stride, params))
-    return strides, list(map(_dtype, params)), list(map(torch.Tensor.get_device, params))
-
-
-def _follow(name: str, algorithm: Algorithm, param: torch.Tensor, entry: dict[str, Any]) -> None:
+def _follow(algorithm: Algorithm, param: torch.Tensor, entry: dict[str, Any]) -> None:
     """Bring state to where its parameter lies now: its device, its order in memory.
 
     The dtype stays, as with `state_dtype`.
     """
     for key, value in entry.items():
         if key == "step":
-            entry[key] = value.to(kernels.step_device(param))
+            step = torch.as_tensor(value)
+            dtype = step.dtype if step.is_floating_point() else torch.float32
+            entry[key] = step.to(kernels.step_device(param), dtype).reshape(())
         elif key not in algorithm.buffers or value.is_sparse:
             continue
-        elif value.shape != param.shape or value.is_complex() != param.is_complex():
-            raise PlanError(
-                f"parameter {name} has shape {tuple(param.shape)} and dtype {param.dtype} now, and "
-                f"its {key} {tuple(value.shape)} and {value.dtype}; build the optimizer again "
-                "after such a change. Nothing was updated."
-            )
         elif value.device != param.device or value.stride() != param.stride():
             entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
             entry[key].copy_(value)
+
+
+def _is_of_its_shape(value: Any, param: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == param.shape
 
 
 def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:

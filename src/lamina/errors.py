@@ -10,6 +10,7 @@
     ├── FrozenMovedError            a frozen parameter is not what it was
     ├── NonFiniteError (also ArithmeticError)   a gradient is NaN or infinite
     ├── StateError (also ValueError)            a state that cannot be loaded
+    ├── MismatchError (also ValueError)         a parameter, its gradient and its state differ
     ├── TaskError                   a task or its data is missing or broken
     └── MissingExtraError (also ImportError)    an optional package is missing or too old
 
@@ -76,6 +77,10 @@ class NonFiniteError(LaminaError, ArithmeticError):
 
 class StateError(LaminaError, ValueError):
     """A state that does not fit; the live optimizer was not changed."""
+
+
+class MismatchError(LaminaError, ValueError):
+    """A parameter does not fit its gradient or its state any more; nothing was updated."""
 
 
 class TaskError(LaminaError):

@@ -22,6 +22,10 @@ _RECOMPILE_LIMIT = 8
 _LARGE_LR = {"SGD": 100.0, "LARS": 1000.0} | dict.fromkeys(
     ("Adam", "AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam", "Muon"), 1.0
 )
+_NO_GRADIENT = (
+    'loss.backward() raises "element 0 of tensors does not require grad and does not have a '
+    'grad_fn"'
+)
 
 
 def find(
@@ -34,7 +38,8 @@ def find(
 ) -> tuple[Finding, ...]:
     """All findings of a resolved plan."""
     return (
-        *_nothing_trains(drafts),
+        *_nothing_trains(drafts, run),
+        *_cannot_train(drafts),
         *_set_but_never_trains(plan, drafts),
         *_thaw_after_end(drafts, run),
         *_frozen_by_model(drafts),
@@ -42,6 +47,10 @@ def find(
         *_rules_without_effect(plan, drafts),
         *_suspicious(cells, run),
         *_unchecked(plan, cells, scopes),
+        *moving_statistics(
+            {name: draft.by_model for draft in drafts for name in draft.info.names},
+            seen or Observed(),
+        ),
         *model_findings(
             {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
         ),
@@ -64,21 +73,149 @@ def listed(names: Sequence[str], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _nothing_trains(drafts: Sequence[Draft]) -> list[Finding]:
-    if any(draft.windows for draft in drafts):
-        return []
+def _nothing_trains(drafts: Sequence[Draft], run: Run) -> list[Finding]:
+    """Find the spans of steps in which no parameter trains."""
+    if not any(draft.windows for draft in drafts):
+        return [
+            Finding(
+                "nothing-trains",
+                f"every parameter is frozen for the whole run, so that {_NO_GRADIENT}.",
+                "Add a rule with frozen=False or thaw= for the parts that should train.",
+            )
+        ]
+    spans = {span for draft in drafts for span in draft.windows}
+    waits = sorted({begin.reaction.metric for begin, _ in spans if isinstance(begin, Trigger)})
+    unless = f" unless {listed(waits)} has stalled by then" if waits else ""
+    gaps = _gaps({(begin, end) for begin, end in spans if isinstance(begin, int)}, run)
     return [
         Finding(
             "nothing-trains",
-            "every parameter is frozen for the whole run.",
-            "Add a rule with frozen=False or thaw= for the parts that should train.",
+            f"nothing trains {_span_text(begin, end)}{unless}: {_NO_GRADIENT} there, and the run "
+            "stops.",
+            "Let some part train at every step: thaw it earlier, freeze it later, or end the run "
+            "where the training ends.",
+        )
+        for begin, end in gaps
+    ]
+
+
+def _gaps(spans: set[tuple[int, int | None]], run: Run) -> list[tuple[int, float]]:
+    """Return the spans of steps of a run that no window covers."""
+    last = math.inf if run.steps is None else run.steps
+    covered, gaps = 0.0, []
+    for begin, end in sorted(spans, key=lambda span: span[0]):
+        if begin > covered:
+            gaps.append((int(covered), min(begin, last)))
+        covered = max(covered, math.inf if end is None else end)
+    if covered < last:
+        gaps.append((int(covered), last))
+    return [(begin, end) for begin, end in gaps if begin < end]
+
+
+def _span_text(begin: int, end: float) -> str:
+    if end == math.inf:
+        return f"from step {begin} on"
+    return f"in step {begin}" if end == begin + 1 else f"in steps {begin} to {end - 1:.0f}"
+
+
+def _cannot_train(drafts: Sequence[Draft]) -> list[Finding]:
+    """Find the parameters whose dtype has no gradients."""
+    found: dict[str, list[str]] = {}
+    for draft in drafts:
+        if not draft.info.differentiable:
+            found.setdefault(draft.info.dtype, []).append(draft.info.name)
+    return [
+        Finding(
+            "cannot-train",
+            f"{listed(names)} has dtype {dtype}, which has no gradients: it stays frozen, whatever "
+            "the rules say.",
+            "To train it, convert it to a floating-point dtype before the build; otherwise train "
+            "other parameters beside it, such as scales or adapters.",
+        )
+        for dtype, names in found.items()
+    ]
+
+
+def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Finding]:
+    """Find the modules frozen by hand whose running statistics are updated all the same.
+
+    Args:
+        by_hand: the names of all parameters, and whether each was frozen by hand.
+        seen: what was observed of the model.
+    """
+    paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
+    if not paths:
+        return []
+    pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
+    return [
+        Finding(
+            "statistics-drift",
+            f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
+            "go on moving in training mode.",
+            f"Keep it in eval mode: call lamina.freeze(model, {pattern!r}) before the build, or "
+            f"add the rule lamina.Rule({pattern!r}, frozen=True). If the statistics are to adapt, "
+            f"say so: lamina.Rule({pattern!r}, frozen=True, hold=False).",
         )
     ]
+
+
+def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
+    """Return the pattern of the largest part around a module that is frozen by hand as a whole."""
+    parts = path.split(".")
+    for length in range(len(parts) + 1):
+        prefix = ".".join([*parts[:length], ""]) if length else ""
+        below = [frozen for name, frozen in by_hand.items() if name.startswith(prefix)]
+        if below and all(below):
+            return ".".join(parts[:length]) or "*"
+    return path
+
+
+def turned_on(names: Sequence[str], by_model: bool) -> Finding:
+    """Return the finding on parameters that the plan freezes and that have `requires_grad`."""
+    if by_model:
+        return Finding(
+            "requires-grad-on",
+            f"{listed(names)} had requires_grad=False at build and was turned on since, but the "
+            "plan does not train it.",
+            "To train it, build the optimizer again from the plan, with "
+            "resume=optimizer.state_dict(). If an optimizer other than lamina's trains it, this "
+            "one leaves its gradients alone.",
+        )
+    return Finding(
+        "requires-grad-on",
+        f"{listed(names)} is frozen by the plan now, but its requires_grad was turned on: its "
+        "gradients are dropped.",
+        "To train it, give its rule thaw= or frozen=False, call optimizer.release(), and build "
+        "again with resume=optimizer.state_dict(). To keep it frozen, leave requires_grad alone.",
+    )
+
+
+def turned_off(names: Sequence[str]) -> Finding:
+    """Return the finding on parameters that the plan trains and that lost `requires_grad`."""
+    return Finding(
+        "requires-grad-off",
+        f"{listed(names)} should train now, but has requires_grad=False.",
+        "Something else froze it after the plan was built. Say it in the plan (frozen=True, "
+        f"freeze=), or turn it on again: lamina.thaw(model, {[*names]!r}).",
+    )
+
+
+def rebuilt(steps: int) -> Finding:
+    """Return the finding on an optimizer that replaces another one without its state."""
+    return Finding(
+        "rebuilt",
+        f"this optimizer was built for a model whose optimizer had taken {steps} "
+        f"{'step' if steps == 1 else 'steps'}: momentum, step counts and schedules begin again.",
+        "Build the optimizer once, before the loop. To go on, pass resume=optimizer.state_dict() "
+        "of the earlier one; for a fresh start, call release() on it first.",
+    )
 
 
 def _set_but_never_trains(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
     touched: dict[str, list[Draft]] = {}  # collected once: rules may be as many as parameters
     for draft in drafts:
+        if not draft.info.differentiable:
+            continue  # what cannot train has a finding of its own
         for label in {link.rule for link in draft.chains.get("lr", ())}:
             touched.setdefault(label, []).append(draft)
     findings = []
@@ -120,11 +257,7 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
 
 def _frozen_by_model(drafts: Sequence[Draft]) -> list[Finding]:
     # Where a rule has spoken of the window too, the freezing is what the plan wants.
-    names = [
-        draft.info.name
-        for draft in drafts
-        if not draft.info.requires_grad and len(draft.chains["window"]) == 1
-    ]
+    names = [draft.info.name for draft in drafts if draft.by_model and draft.info.differentiable]
     if not names:
         return []
     return [

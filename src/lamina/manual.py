@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import PatternError, did_you_mean
+from .errors import PatternError, PlanError, did_you_mean
 from .findings import stray_findings
 from .holding import hold as hold_module
-from .holding import let_go, needs
-from .parameters import MARK, Owned, collect, mark_frozen, observe
+from .holding import let_go
+from .parameters import (
+    Owned,
+    collect,
+    frozen_by_plan,
+    mark_frozen,
+    needs,
+    observe,
+    set_requires_grad,
+)
 from .patterns import PatternLike, compile_pattern
+from .reducers import free_gradients, has_zero_gradients
 from .suggestions import nothing_matched
 from .ties import refuse_wrapped
 
@@ -47,16 +56,16 @@ def freeze(model: nn.Module, match: Selection = "*", *, hold: bool = True) -> tu
     """
     owned, chosen = _choose(model, match, "freeze")
     changed = tuple(item.info.name for item in chosen if item.tensor.requires_grad)
+    set_requires_grad((item.info.name, item.tensor, False) for item in chosen)
     for item in chosen:
         item.tensor.grad = None
-        item.tensor.requires_grad_(False)
-        mark_frozen(item.places, False)  # by hand from now on, whatever a plan did
+        mark_frozen(item.places, "call")  # by hand from now on, whatever a plan did
     if hold:
         touched = {item.info.name for item in chosen}
         frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
         for module, need in needs(model, owned):
             if need & touched and need <= frozen:
-                hold_module(module, model)
+                hold_module(module, model).by_hand = True
     return changed
 
 
@@ -75,6 +84,8 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
 
     Raises:
         PatternError: for a pattern that matches nothing or an unknown name; nothing was changed.
+        PlanError: for parameters of a dtype without gradients. A pattern that selects others too
+            leaves them out.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -83,10 +94,12 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
         ('1.bias',)
     """
     owned, chosen = _choose(model, match, "thaw")
-    changed = tuple(item.info.name for item in chosen if not item.tensor.requires_grad)
+    chosen = _trainable(chosen, by_pattern=isinstance(match, str) or callable(match))
+    changed = tuple(item.info.name for item in chosen if not _trains(item))
+    set_requires_grad((item.info.name, item.tensor, True) for item in chosen)
     for item in chosen:
-        item.tensor.requires_grad_(True)
-        mark_frozen(item.places, False)
+        free_gradients(item.tensor)
+        mark_frozen(item.places, None)
     touched = {item.info.name for item in chosen}
     for module, need in needs(model, owned):
         if need & touched:
@@ -162,7 +175,7 @@ def trainable(model: nn.Module) -> Trainable:
             item.info.names,
             item.info.shape,
             item.info.numel,
-            item.tensor.requires_grad,
+            _trains(item),
             _why(item),
         )
         for item in owned
@@ -171,11 +184,31 @@ def trainable(model: nn.Module) -> Trainable:
     return Trainable(rows, notes)
 
 
+def _trainable(chosen: list[Owned], by_pattern: bool) -> list[Owned]:
+    """Leave out parameters of integer, bool and quantized dtypes, which have no gradients."""
+    can = [item for item in chosen if item.info.differentiable]
+    if can and (by_pattern or len(can) == len(chosen)):
+        return can
+    item = next(item for item in chosen if not item.info.differentiable)
+    raise PlanError(
+        f"thaw: {item.info.name!r} has dtype {item.info.dtype}, which has no gradients; convert it "
+        "to a floating-point dtype first, or leave it out. Nothing was changed."
+    )
+
+
+def _trains(item: Owned) -> bool:
+    return item.tensor.requires_grad and not has_zero_gradients(item.tensor)
+
+
 def _why(item: Owned) -> str:
-    if item.tensor.requires_grad:
+    if _trains(item):
         return ""
-    marked = any(attribute in getattr(module, MARK, ()) for module, attribute in item.places)
-    return "frozen by a plan" if marked else "frozen by hand"
+    if item.tensor.requires_grad:
+        return "frozen by a plan"
+    if not item.info.differentiable:
+        return f"{item.info.dtype} has no gradients"
+    by_plan = frozen_by_plan(item.tensor, item.places)
+    return "frozen by a plan" if by_plan else "frozen by hand"
 
 
 def _choose(

@@ -102,3 +102,93 @@ def _meet(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
         return bool(np.shares_memory(one, other, _MAX_WORK))  # type: ignore[arg-type]
     except RuntimeError:  # TooHardError, which has no place of its own in older versions
         return True
+
+
+class MemorySnapshot:
+    """How tensors lie in memory at one moment, to be compared at every step with how they lie then.
+
+    Shape, strides, dtype, device and class are compared by the class that guards compiled graphs of
+    torch, in one call in C for all tensors. It is not public, so that a slower way stands ready.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._forms = None
+        self._guards = _guards(tensors)
+        if self._guards is None:
+            self._forms = _forms(tensors)
+
+    def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether these tensors have the forms of the ones that were given."""
+        if self._guards is not None:
+            return bool(self._guards.check(*tensors))
+        return _forms(tensors) == self._forms
+
+
+def _guards(tensors: Sequence[torch.Tensor]) -> Any:
+    """Return torch's guards over these tensors, or None where it has none for them."""
+    try:
+        made = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        )
+        return made if made.check(*tensors) else None  # a tensor that is given twice fails
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
+def _forms(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    return (
+        list(map(torch.Tensor.size, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        [tensor.dtype for tensor in tensors],
+        list(map(torch.Tensor.get_device, tensors)),
+    )
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return where the elements of strided tensors begin; 0 where there are none."""
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def has_elements(tensor: torch.Tensor) -> bool:
+    """Return whether the storage of a tensor is large enough for all its elements.
+
+    `untyped_storage().resize_(0)` frees the memory and leaves the tensor its shape. True for what
+    has no storage of its own to look at.
+    """
+    if type(tensor).__name__ == "DTensor":
+        tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
+        return True
+    count = tensor.numel()
+    if not count:
+        return True
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # of a subclass that keeps its numbers elsewhere
+        return True
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return held >= (tensor.storage_offset() + count) * tensor.element_size()
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Return whether two elements of a tensor are one place in memory, as after `expand`."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous() or not tensor.numel():
+        return False
+    reach = 0  # of the dimensions so far, the smallest steps first
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return not _all_apart(tensor)
+            reach += stride * (size - 1)
+    return False
+
+
+def _all_apart(tensor: torch.Tensor) -> bool:
+    """Return whether all elements lie at places of their own, by going through them."""
+    if 0 in (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        return False
+    places = np.zeros(1, dtype=np.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = (places[:, None] + np.arange(size) * stride).reshape(-1)
+    return len(np.unique(places)) == len(places)

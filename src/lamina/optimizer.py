@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,25 +17,30 @@ from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
 from .checks.live import examine
+from .claims import Claim
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
+from .exchange import BeforeForward, Exchange
 from .explain import Explanation, explain
-from .freezing import Freezer, drop_gradients
+from .findings import rebuilt, turned_off, turned_on
+from .freezing import Freezer
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
 from .monitor import Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
-from .parameters import Owned, observe, walk
+from .parameters import Owned, ParamInfo, frozen_by_call, observe, walk
 from .plan import Plan
 from .received import Received
+from .reducers import is_distributed
 from .reporting import begin_all
 from .resolve import resolve_owned
 from .resolved import Cell, Finding, Resolved
 from .restoring import Restorable
 from .run_state import RunState
 from .scheduler_view import SchedulerView
+from .sharding import is_sharded
 from .state import FORMAT, LoadReport, resume_from, run_record
 from .ties import Watched
 from .time import Run
@@ -44,7 +50,8 @@ log = logging.getLogger("lamina")
 #: what an optimizer under a plan has beside torch's attributes
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_monitor"),
+    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
+    "_claim",
 )
 
 
@@ -66,7 +73,10 @@ class Optimizer(Restorable):
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
+        strict: bool = False,
     ) -> None:
+        if strict and resume is None:
+            raise PlanError("strict=True is for a saved state; give it with resume=state.")
         owned = walk(model)
         settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
         resumed = resume_from(settle, run, resume, extend, renamed)
@@ -79,21 +89,28 @@ class Optimizer(Restorable):
         self._ties = Watched(model, owned)
         self._received = Received()
         self._monitor = Monitor(resolved, self._notices, model)
-        self._freezer = Freezer(model, resolved.cells, owned)
+        self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
         self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         self._complete = True
+        self._claim = Claim(resolved, self.param_groups)
+        self._freezer = Freezer(model, resolved.cells, owned, self._claim)
+        self._exchange.settle(self.param_groups, at_build=True)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
                 self.state[param].update(self._begun(group, param))
-        if resume is None:
-            self._publish(0)
-        else:  # which may fail, so it comes before anything is set on the model
-            self._restore(resume, renamed=renamed)
+        with self._freezer.undone_on_error(owned):
+            self._claim.enter(resumed=resume is not None)
+            if resume is None:
+                self._publish(0)
+            else:  # which may fail, so it comes before anything is set on the model
+                self._restore(resume, strict, renamed)
+        if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
+            BeforeForward(model, self._settle_shards)
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -151,8 +168,9 @@ class Optimizer(Restorable):
         Returns:
             A finding for each thing that is not as it was, or that cannot be meant.
         """
+        self._follow_model()
         known = (self.param_groups, self.state, model, after, self.last_load, self._received)
-        return (*examine(self._resolved, *known), *self._monitor.found.values())
+        return (*examine(self._resolved, self._freezer, *known), *self._monitor.found.values())
 
     def announce(self) -> None:
         """Give each finding as a `LaminaWarning`, once; `Plan.build` does it."""
@@ -173,16 +191,26 @@ class Optimizer(Restorable):
         return self._algorithms[group["name"]]
 
     def _step(self, closure: Closure | None) -> Any:
-        if not self._whole_vector:
-            return super()._step(closure)
+        try:
+            return self._step_all(closure) if self._whole_vector else super()._step(closure)
+        finally:
+            self._freezer.put_back()
+
+    def _step_all(self, closure: Closure | None) -> Any:
         # A method over all parameters at once evaluates the loss itself, several times. It is given
         # all groups, so that it knows parameters by their place among all, and leaves out what has
         # no gradient.
         self._begin()
+        self._look_at_flags()
 
         def evaluate() -> Any:
+            self._freezer.put_back()
             loss = closure() if closure is not None else None
             self._drop_frozen()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if not param.requires_grad:
+                        self._freezer.set_aside(param)
             self._received.note(self.param_groups)
             return loss
 
@@ -199,14 +227,65 @@ class Optimizer(Restorable):
         """The groups that train in this step; the others are left without gradients."""
         refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
         self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
+        if not self._freezer.flags.settled:
+            self._settle_wrapping()
+        if self._claim.lost_steps:
+            self._tell_rebuilt()
         self._drop_frozen()
         pairs = zip(self.param_groups, self._freezer.active, strict=True)
         return [group for group, active in pairs if active]
 
+    def _settle_wrapping(self) -> None:
+        """Take the model as wrappers have left it, in the first step and where gradients miss."""
+        adopted = is_distributed() and self._follow_model()
+        if is_distributed():
+            self._exchange.settle(self.param_groups)
+        # Where gradients miss for another reason, as in models that choose a part of themselves,
+        # the search for wrappers would cost more than the step.
+        if adopted or not self._freezer.flags.settled or self._is_sharded():
+            self._freezer.settle(self.param_groups, self.clock)
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
+
+    def _settle_shards(self) -> None:
+        """Do so before the first forward: in its step, a trainer clips before ours begins.
+
+        What a reducer of DDP holds has its gradients at zero from the build on; FSDP has made
+        other parameters, and computes gradients of what has the flag.
+        """
+        self._follow_model()
+        if self._is_sharded():
+            self._settle_wrapping()
+            self._exchange.show_flags(self.param_groups)
+
     def _drop_frozen(self) -> None:
-        for group, active in zip(self.param_groups, self._freezer.active, strict=True):
-            if not active:
-                drop_gradients(group["params"])
+        for cell, names in self._freezer.drop(self.param_groups):
+            self._tell_flags(cell, names, on=True)
+
+    def _tell_rebuilt(self) -> None:
+        if self.last_load is None:
+            self._notices.tell(rebuilt(self._claim.lost_steps), key="rebuilt")
+        self._claim.lost_steps = 0
+
+    def _look_at_flags(self) -> None:
+        """Warn of `requires_grad` that contradicts the plan."""
+        for cell, names, params in self._freezer.turned(self.param_groups):
+            if params[0].requires_grad:
+                self._tell_flags(cell, names, on=True)
+            elif not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
+                self._tell_flags(cell, names, on=False)
+
+    def _tell_flags(self, cell: Cell, names: Sequence[str], on: bool) -> None:
+        finding = turned_on(names, cell.by_model) if on else turned_off(names)
+        self._notices.tell(finding, key=f"{finding.code} {cell.name}")
+
+    def _count_gradients(self, batches: Sequence[Batch]) -> None:
+        """Look at the flags when another number of parameters than before has a gradient."""
+        count = sum(len(batch.params) for batch in batches)
+        if count != self._freezer.with_gradient:
+            self._freezer.with_gradient = count
+            self._look_at_flags()
 
     def _advance(self) -> None:
         was = self._freezer.active
@@ -216,6 +295,7 @@ class Optimizer(Restorable):
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
             rows = zip(self.param_groups, was, self._freezer.active, strict=True)
             self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
+            self._look_at_flags()
         self._monitor.after_step(self.clock, self.skipped, self.param_groups[0]["feedback"])
 
     def _skip(self, error: NonFiniteError) -> None:
@@ -224,15 +304,47 @@ class Optimizer(Restorable):
         self._run_state.skipped += 1
         log.warning("step %d skipped: %s", self.clock, error)
 
-    def _batch(self, group: dict[str, Any]) -> Batch | None:
+    def _batch(
+        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> Batch:
         if group["name"] not in self._guests:
-            return super()._batch(group)
-        params, grads = self._gather(group)
+            return super()._batch(group, params, grads)
         self._received.note([group])
-        return self._guests.batch(group, params, grads, self._names(group, params))
+        batch = self._guests.batch(group, params, grads, self._names(group, params))
+        self._kept_batches.by_group[id(group)] = kernels.Kept(batch, ())
+        return batch
+
+    def _entries(
+        self, group: dict[str, Any], params: Iterable[torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        if group["name"] not in self._guests:
+            return super()._entries(group, params)
+        return [{} for _ in params]  # what a guest keeps is its own
+
+    def _plainly_fit(
+        self,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        entries: list[dict[str, Any]],
+    ) -> bool:
+        if group["name"] in self._guests and self._guests.any_outgrown(group):
+            return False
+        return super()._plainly_fit(group, params, grads, entries)
+
+    def _wrong_with_state(
+        self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]
+    ) -> list[str]:
+        if group["name"] not in self._guests:
+            return super()._wrong_with_state(group, param, entry)
+        return self._guests.outgrown(group, param, self.state[param])
 
     def _update(self) -> None:
         batches = self._collect(self._begin())
+        if self._exchange.misses(sum(len(batch.params) for batch in batches)):
+            self._settle_wrapping()
+            batches = self._collect(self._begin())
+        self._count_gradients(batches)
         if not batches:
             self._monitor.without_gradient(self.clock, self._freezer.active)
         try:
@@ -254,24 +366,57 @@ class Optimizer(Restorable):
             raise OwnershipError(f"{wrote} The step was taken.")
 
     def _operate(self, batches: Sequence[Batch]) -> None:
-        """Run the gradient operations of every scope."""
+        """Run the gradient operations of every scope, and look at the gradients of no scope."""
         every = self.plan.nonfinite_check == "all"
-        members: dict[int | None, list[Batch]] = {}
+        members = self._shared_scopes()
+        without: list[Batch] = []
         for batch in batches:
-            members.setdefault(self._scope_of[batch.hyper["name"]], []).append(batch)
-        without = members.pop(None, [])
-        if every:
-            check_finite(without, self.clock)
+            scope = self._scope_of[batch.hyper["name"]]
+            if scope is None:
+                without.append(batch)
+            else:
+                members.setdefault(scope, []).append(batch)
+        if every and (without or self._exchange.shards is not None):
+            check_finite(without, self.clock, self._exchange.shards)
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
-            assert scope is not None
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every)
+            shards = self._exchange.shards_of(scope)
+            norm = operate(its, run.operations[scope], self._infos, self.clock, every, shards)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
         if norms:
             self._monitor.measured(norms)
+
+    def _shared_scopes(self) -> dict[int, list[Batch]]:
+        """The scopes in whose norms every process takes part, if it has a gradient or not."""
+        training = (
+            g["name"] for g, now in zip(self.param_groups, self._freezer.active, strict=True) if now
+        )
+        scopes = dict.fromkeys(self._scope_of[name] for name in training)
+        return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
+
+    # --- a parameter that changed under it -----------------------------------------------------
+
+    def _described(self, group: dict[str, Any], place: int) -> ParamInfo:
+        return self._infos[group["param_names"][place]]
+
+    def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
+        if self._whole_vector:  # one memory over all parameters, which lies with the first
+            chosen = [(g, p, i) for g in self.param_groups for i, p in enumerate(g["params"])]
+        begun = [
+            self._guests.begin_anew(group, param)
+            if group["name"] in self._guests
+            else self._begun(group, param)
+            for group, param, _ in chosen
+        ]
+        for (group, param, place), entry in zip(chosen, begun, strict=True):
+            name = group["param_names"][place]
+            self._kept_batches.by_group.pop(id(group), None)
+            self.state[param] = entry
+            group["param_shapes"][place] = list(param.shape)
+            self._infos[name] = replace(self._infos[name], shape=tuple(param.shape))
 
     # --- values --------------------------------------------------------------------------------
 
@@ -292,7 +437,8 @@ class Optimizer(Restorable):
             published[cell.name] = hyper
             group["clock"] = clock
         was = self._freezer.active
-        self._freezer.follow(self.param_groups, [*map(values.active, range(len(resolved.cells)))])
+        active = [*map(values.active, range(len(resolved.cells)))]
+        self._freezer.follow(self.param_groups, active, clock)
         self._drop_states(was)
         self._audit.begin(self.param_groups, self._freezer.active)
         run = self._run_state
@@ -301,6 +447,7 @@ class Optimizer(Restorable):
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
+        self._follow_model()
         self._freezer.release(self.param_groups)
 
     # --- torch's interface ---------------------------------------------------------------------
@@ -314,6 +461,27 @@ class Optimizer(Restorable):
                 "since, build a new optimizer from the plan and load this one's state_dict()."
             )
         super().add_param_group(param_group)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters that the plan speaks of.
+
+        Those that the model's owner froze before the plan (`requires_grad=False`), and that no rule
+        mentions, may belong to another optimizer.
+
+        Args:
+            set_to_none: whether to set them to None instead of 0.
+        """
+        rows = zip(self._resolved.cells, self.param_groups, strict=True)
+        own = [group for cell, group in rows if not cell.by_model]
+        if len(own) == len(self.param_groups):
+            super().zero_grad(set_to_none)
+            return
+        for param in (param for group in own for param in group["params"]):
+            if set_to_none or param.grad is None:
+                param.grad = None
+            else:
+                param.grad = param.grad.detach().zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}

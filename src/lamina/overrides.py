@@ -10,6 +10,7 @@ from .optim.registry import (
     check_hyperparameters,
     is_whole_vector,
     known_hyperparameter,
+    method_of,
     optimizer_name,
     options,
 )
@@ -83,6 +84,11 @@ def check_override(cell: Cell, hyper: Mapping[str, float | None], step: int = 0)
     for key, value in hyper.items():
         where = f"override of {cell.name!r} sets {key}"
         known_hyperparameter(cell.optimizer, key, where, value)
+        if key not in dict(cell.hyper) and method_of(cell.optimizer) is None:
+            raise PlanError(
+                f"{where}, which the plan does not set: it is {optimizer_name(cell.optimizer)}'s "
+                "own. Give it in the plan, and build the optimizer with resume=."
+            )
         if key in options(cell.optimizer):
             raise PlanError(
                 f"{where}, which chooses a variant of {optimizer_name(cell.optimizer)} and is one "

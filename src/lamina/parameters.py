@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import PlanError
 from .memory import overlapping, relation
+from .sharding import flat_parts, lasting_parameters, shard_origins
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
-#: the attribute of a module that lists its parameters frozen by a plan (and not by the user)
+#: the attribute of a module that lists its parameters frozen by a plan (and not by the user);
+#: copies and pickles of the model keep it
 MARK = "_lamina_frozen"
+#: the same for tensors of this process: modules may be exchanged around their parameters
+_FROZEN_BY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class ParamInfo:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether its dtype has gradients; integer, bool and quantized dtypes have none."""
+        dtype = getattr(torch, self.dtype)
+        return bool(dtype.is_floating_point or dtype.is_complex)
+
 
 @dataclass(frozen=True)
 class Owned:
@@ -62,13 +73,16 @@ class Observed:
     `compiled` says whether torch.compile is on it or on a part of it; `reentrant` holds the modules
     under reentrant activation checkpointing, each with the names of its parameters; `stray` the
     modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them;
-    `split` the names that were one tensor until FSDP2 put them into different shard groups.
+    `split` the names that were one tensor until FSDP2 put them into different shard groups;
+    `statistics` the modules that update running statistics in training mode, each with the names of
+    the parameters that must be frozen for it to count as frozen.
     """
 
     compiled: bool = False
     reentrant: tuple[tuple[str, frozenset[str]], ...] = ()
     stray: tuple[tuple[str, bool], ...] = ()
     split: tuple[tuple[str, ...], ...] = ()
+    statistics: tuple[tuple[str, frozenset[str]], ...] = ()
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -115,17 +129,19 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     by_identity: dict[int, list[str]] = {}
     for raw, (_, _, tensor) in places.items():
         by_identity.setdefault(id(tensor), []).append(raw)
+    flat = flat_parts(model)
     found = []
     for raws in by_identity.values():
         tensor = places[raws[0]][2]
+        shape = flat[id(tensor)].shape if id(tensor) in flat else tensor.shape
         owners = tuple((places[raw][0], places[raw][1]) for raw in raws)
         info = ParamInfo(
             name=cleaned[raws[0]],
             names=tuple(cleaned[raw] for raw in raws),
-            shape=tuple(tensor.shape),
+            shape=tuple(shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             types=frozenset(base.__name__ for owner, _ in owners for base in type(owner).__mro__),
-            requires_grad=tensor.requires_grad or _frozen_by_plan(owners),
+            requires_grad=tensor.requires_grad or frozen_by_plan(tensor, owners),
         )
         found.append(Owned(info, tensor, owners))
     if not found:
@@ -134,13 +150,35 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """Every place that holds a parameter, by its name with all prefixes of wrappers."""
+    """Every place that holds a parameter, by its name with all prefixes of wrappers.
+
+    Where FSDP2 shows a gathered copy for a while, the sharded parameter stands for it.
+    """
+    lasting = lasting_parameters(model)
     return {
-        f"{path}.{attribute}" if path else attribute: (module, attribute, tensor)
+        f"{path}.{attribute}" if path else attribute: (
+            module,
+            attribute,
+            lasting.get((id(module), attribute), tensor),
+        )
         for path, module in model.named_modules(remove_duplicate=False)
         for attribute, tensor in module._parameters.items()
         if tensor is not None
     }
+
+
+def module_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by their paths, without the prefixes that wrappers add."""
+    raw, clean = next(iter(clean_names(_places(model)).items()))
+    parts = [part for part in raw.split(".") if part not in _WRAPPERS]
+    dropped = len(parts) - len(clean.split("."))  # the "module" of DDP, which may be the user's own
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inner = [part for part in path.split(".") if part and part not in _WRAPPERS]
+        found[".".join(inner[max(dropped, 0) :])] = (
+            module  # of a wrapper and what it wraps, the latter
+        )
+    return found
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,6 +205,29 @@ def subtrees(
     return found
 
 
+def needs(model: nn.Module, owned: Iterable[Owned]) -> list[tuple[nn.Module, frozenset[str]]]:
+    """Return every module with the names of the parameters that must be frozen for it to be frozen.
+
+    They are those below it; for a module without any, those of all modules that use it (one
+    dropout may be in several places). A wrapper whose mode is that of the module inside (of a
+    compiled model) is left out.
+    """
+    parts = subtrees(model, owned)
+    found = {id(module): below for _, module, below in parts}
+    bare: dict[int, frozenset[str]] = {}
+    for _, module, below in parts:
+        for child in module.children():
+            for inside in child.modules() if id(child) not in found else ():
+                bare[id(inside)] = bare.get(id(inside), frozenset()) | below
+    found |= bare
+    return [
+        (module, found[id(module)])
+        for module in model.modules()
+        if id(module) in found
+        if not isinstance(getattr(type(module), "training", None), property)
+    ]
+
+
 def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     """What findings need to know of a model beside its parameters."""
     owned = tuple(owned)
@@ -187,22 +248,42 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
         for module in model.modules()
     )
     segments = () if hooked else tuple(reentrant)
-    return Observed(compiled, segments, tuple(stray), _split_by_sharding(model, owned))
+    split = _split_by_sharding(model, owned)
+    return Observed(compiled, segments, tuple(stray), split, _moving_statistics(model, owned))
+
+
+def _moving_statistics(
+    model: nn.Module, owned: Iterable[Owned]
+) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Return the modules that update running statistics in training mode, with their parameters.
+
+    One that is in eval mode while the model trains is kept so by its owner. A model in eval mode
+    tells nothing: it may just have been loaded.
+    """
+    paths = {id(module): path for path, module in module_paths(model).items()}
+    return tuple(
+        (paths[id(module)], below)
+        for module, below in needs(model, owned)
+        if getattr(module, "track_running_stats", False)
+        and isinstance(getattr(module, "running_mean", None), torch.Tensor)
+        and not is_locked(module)
+        and (module.training or not model.training)
+    )
+
+
+def is_locked(module: nn.Module) -> bool:
+    """Return whether a module is kept in eval mode through calls of `train`."""
+    return getattr(module.__dict__.get("train"), "keeps_eval", False) is True
 
 
 def _split_by_sharding(model: nn.Module, owned: Iterable[Owned]) -> tuple[tuple[str, ...], ...]:
     """Ties across groups of `fully_shard`: it makes a parameter of its own for each group."""
     name_of = {(id(at), key): item.info.name for item in owned for at, key in item.places}
     found: dict[int, dict[str, None]] = {}
-    for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", None)  # only of what FSDP2 wraps
-        for group in getattr(state(), "_fsdp_param_groups", ()) if state else ():
-            for sharded in group.fsdp_params:
-                at = sharded._module_info
-                origin = getattr(sharded, "_orig_param_uid", None)  # torch before 2.13 has none
-                name = name_of.get((id(at.module), at.param_name))
-                if origin is not None and name is not None:
-                    found.setdefault(origin, {})[name] = None
+    for module, attribute, origin in shard_origins(model):
+        name = name_of.get((id(module), attribute))
+        if name is not None:
+            found.setdefault(origin, {})[name] = None
     return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
@@ -217,19 +298,65 @@ def _is_reentrant(module: nn.Module) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant") is True
 
 
-def _frozen_by_plan(owners: tuple[tuple[nn.Module, str], ...]) -> bool:
-    return any(attribute in getattr(owner, MARK, ()) for owner, attribute in owners)
+def frozen_by_plan(tensor: torch.Tensor, places: Iterable[tuple[nn.Module, str]]) -> bool:
+    """Return whether a plan, and not the user, turned `requires_grad` of a parameter off."""
+    if tensor in _FROZEN_BY:
+        return bool(_FROZEN_BY[tensor] == "plan")
+    return any(attribute in getattr(owner, MARK, ()) for owner, attribute in places)
 
 
-def mark_frozen(owned_places: Iterable[tuple[nn.Module, str]], frozen: bool) -> None:
-    """Note on the owning modules that a plan, not the user, froze these parameters (or undo)."""
-    for module, attribute in owned_places:
+def frozen_by_call(tensor: torch.Tensor) -> bool:
+    """Return whether `lamina.freeze` turned `requires_grad` of a parameter off."""
+    return bool(_FROZEN_BY.get(tensor) == "call")
+
+
+def mark_frozen(places: Iterable[tuple[nn.Module, str]], by: str | None) -> None:
+    """Remember what froze a parameter, for builds that come later.
+
+    Args:
+        places: the modules that hold the parameter, each with the name of the attribute.
+        by: "plan", "call" for `lamina.freeze`, or None to forget.
+    """
+    for module, attribute in places:
+        tensor = module._parameters.get(attribute)
+        if tensor is not None and by is not None:
+            _FROZEN_BY[tensor] = by
+        elif tensor is not None and tensor in _FROZEN_BY:
+            del _FROZEN_BY[tensor]
         marks = set(getattr(module, MARK, ()))
-        marks = marks | {attribute} if frozen else marks - {attribute}
+        marks = marks | {attribute} if by == "plan" else marks - {attribute}
         if marks:
             setattr(module, MARK, marks)
         elif hasattr(module, MARK):
             delattr(module, MARK)
+
+
+def set_requires_grad(wanted: Iterable[tuple[str, torch.Tensor, bool]]) -> None:
+    """Set `requires_grad` of all given parameters, or of none.
+
+    Args:
+        wanted: the name, the tensor and the new value of each.
+
+    Raises:
+        PlanError: if torch refuses one of them; every flag is as it was.
+    """
+    changed: list[torch.Tensor] = []
+    at = ""
+    try:
+        for name, tensor, flag in wanted:
+            if tensor.requires_grad != flag:
+                at = name
+                tensor.requires_grad_(flag)
+                changed.append(tensor)
+    except BaseException as error:
+        for tensor in changed:
+            tensor.requires_grad_(not tensor.requires_grad)
+        if not isinstance(error, RuntimeError):
+            raise
+        raise PlanError(
+            f"requires_grad of {at!r} cannot be changed ({error}). Nothing was changed. Make it "
+            "a leaf Parameter of a floating-point dtype first."
+        ) from error
 
 
 def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:

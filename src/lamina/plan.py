@@ -220,6 +220,7 @@ class Plan:
         resume: dict[str, Any] | None = None,
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
+        strict: bool = False,
     ) -> Optimizer:
         """Build the optimizer that carries the plan out on a model (see `lamina.Optimizer`).
 
@@ -241,6 +242,8 @@ class Plan:
                 length, so that values may jump at the clock (see `optimizer.last_load`).
             renamed: from saved names of parameters or modules to those of now, as in
                 `Optimizer.load_state_dict`.
+            strict: whether a saved state that does not match all parameters is an error, as in
+                `Optimizer.load_state_dict`; without it, that is one warning.
 
         Raises:
             PlanError: if the plan cannot be carried out on this model, or for such a length.
@@ -250,7 +253,7 @@ class Plan:
         from .optimizer import Optimizer
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)
-        optimizer = Optimizer(self, model, run, audit, resume, extend, renamed)
+        optimizer = Optimizer(self, model, run, audit, resume, extend, renamed, strict)
         optimizer.announce()
         return optimizer
 

@@ -235,12 +235,12 @@ def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
     scope = None if draft.operations is None else place[draft.operations[0]]
     schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
     feedback = None if draft.feedback is None else draft.feedback[0]
-    frozen = (draft.windows, draft.hold, draft.frozen_state)
+    frozen = (draft.windows, draft.by_model, draft.hold, draft.frozen_state)
     return draft.optimizer, hyper, schedule, rewarm, feedback, *frozen, scope
 
 
 def _cell(key: Any, members: list[Draft]) -> Cell:
-    optimizer, hyper, schedule, rewarm, feedback, windows, hold, frozen_state, scope = key
+    optimizer, hyper, schedule, rewarm, feedback, windows, by_model, hold, frozen_state, scope = key
     names = list(dict.fromkeys(" + ".join(draft.rules) or "default" for draft in members))
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     name = ", ".join(names[:2] if more else names) + more
@@ -260,6 +260,7 @@ def _cell(key: Any, members: list[Draft]) -> Cell:
         scope,
         rules,
         infos,
+        by_model,
     )
 
 

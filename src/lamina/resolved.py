@@ -85,7 +85,8 @@ class Cell:
     `schedule` and `rewarm` are factors on lr, `feedback` is the key of one more (a plateau);
     `hold` keeps wholly frozen modules in eval mode; `frozen_state` ("keep" or "drop") is what
     becomes of the optimizer's state when a window closes; `scope` is an index into
-    `Resolved.scopes`.
+    `Resolved.scopes`; `by_model` says that the model's owner froze it before the plan
+    (`requires_grad=False`) and that no rule says anything about it.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Cell:
     scope: int | None
     rules: tuple[str, ...]
     parameters: tuple[ParamInfo, ...] = field(repr=False)
+    by_model: bool = False
 
     def values(self, step: int) -> dict[str, Any]:
         """The hyperparameters at a step as the rules give them; lr without schedule and window."""

@@ -14,14 +14,16 @@ import torch
 from .algorithms.base import begun_dtype
 from .audit import Audit
 from .errors import StateError
+from .guest_memory import OURS
+from .notices import warn
 from .optim.registry import is_whole_vector, optimizer_name
 from .received import Received
 from .resolved import NEVER
 from .run_state import RunState
+from .sharding import is_flattened
 from .state import Loaded, prepare
 from .state.fit import evaluations
 from .state.form import MOMENTUM
-from .state.load import OURS
 from .state.report import few
 from .state.seen import KEYS, written
 from .steering import Steerable
@@ -43,11 +45,19 @@ class Restorable(Steerable):
 
         Tensors and plain values only; the tensors are the live ones, not copies.
         """
+        self._follow_model()
         state = super().state_dict()
+        if any(is_flattened(param) for group in self.param_groups for param in group["params"]):
+            # FSDP1 puts states of a flat parameter together only if those it finds are alike.
+            entries = state["state"].items()
+            state["state"] = {n: entry for n, entry in entries if not _never_updated(entry)}
         for group in state["param_groups"]:
             group.update({key: written(group[key]) for key in KEYS if key in group})
-            for key in ("param_names", "param_shapes", "run", "planned"):
+            for key in ("param_names", "run", "planned"):
                 group[key] = deepcopy(group[key])
+        for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
+            saved["param_shapes"] = [list(param.shape) for param in group["params"]]
+        self._guests.write(state["param_groups"], state["state"])
         return state
 
     def load_state_dict(
@@ -90,6 +100,7 @@ class Restorable(Steerable):
         strict: bool = False,
         renamed: Mapping[str, str | None] | None = None,
     ) -> None:
+        self._follow_model()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # what a hook changes is not the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -97,6 +108,8 @@ class Restorable(Steerable):
             state_dict = state_dict if changed is None else changed
         loaded = prepare(self, state_dict, strict, renamed)  # type: ignore[arg-type]
         self._ties.warn()
+        if loaded.warning:  # before anything is changed: warnings may be errors
+            warn(loaded.warning)
         self._put(loaded)
         if loaded.lost:
             log.warning(
@@ -114,7 +127,7 @@ class Restorable(Steerable):
         for group in self.param_groups:
             group["overrides"] = loaded.lived.overrides.get(group["name"], [])
             group["feedback"] = loaded.lived.seen
-            group.update(loaded.groups.get(group["name"], {}))
+        self._guests.put(self.param_groups, loaded.groups, loaded.guests)
         self._audit.forget()
         self._received.begin(loaded.clock)
         self._monitor.loaded()
@@ -143,17 +156,20 @@ class Restorable(Steerable):
             {key: value for key, value in group.items() if key not in ours}
             for group in state["param_groups"]
         ]
+        rest = self._guests.restore_form(groups, state)
         own: set[str] = set()
         if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
             own = {"step", "places"}
             for group in groups:
                 group["max_eval"] = evaluations(group)
         entries = {
-            index: {key: value for key, value in entry.items() if key not in own}
+            index: entry
+            if isinstance(index, str)
+            else {key: value for key, value in entry.items() if key not in own}
             for index, entry in state["state"].items()
-            if entry.keys() - {"step"}
+            if isinstance(index, str) or entry.keys() - {"step"}
         }
-        return {"state": entries, "param_groups": groups}
+        return {"state": entries, "param_groups": groups, **rest}
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -168,18 +184,20 @@ class Restorable(Steerable):
                 torch.distributed.checkpoint.load(state, checkpoint_id=path)
                 set_optimizer_state_dict(model, optimizer, state)
         """
+        self._follow_model()
         groups, active = self.param_groups, list(self._freezer.active)
         given: list[tuple[int, torch.Tensor, bool]] = []
         added: list[tuple[torch.Tensor, dict[str, Any], list[str]]] = []
-        for place, (cell, group) in enumerate(zip(self._resolved.cells, groups, strict=True)):
-            for param in group["params"] if cell.windows != NEVER else ():
-                given.append((place, param, param.requires_grad))
-                param.requires_grad_(True)
-                if cell.algorithm is not None:
-                    before = set(self.state[param])
-                    self._make_room(param, group)
-                    added.append((param, self.state[param], [*self.state[param].keys() - before]))
         try:
+            for place, (cell, group) in enumerate(zip(self._resolved.cells, groups, strict=True)):
+                for param in group["params"] if cell.windows != NEVER else ():
+                    given.append((place, param, param.requires_grad))
+                    param.requires_grad_(True)
+                    if cell.algorithm is not None:
+                        before = set(self.state[param])
+                        self._make_room(param, group)
+                        new = [*self.state[param].keys() - before]
+                        added.append((param, self.state[param], new))
             yield
         finally:
             for place, param, flag in given:
@@ -212,3 +230,8 @@ class Restorable(Steerable):
     def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         # Guests make their state themselves, where they find an empty one.
         return {} if group["name"] in self._guests else super()._begun(group, param)
+
+
+def _never_updated(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry says no more than that a parameter was never updated."""
+    return entry.keys() == {"step"} and not float(entry["step"])

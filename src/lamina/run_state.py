@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .algorithms.base import Batch
 from .gradients.operation import Operation
+from .kernels import Kept
 from .notices import Notices
 
 if TYPE_CHECKING:
@@ -25,22 +25,14 @@ if TYPE_CHECKING:
 class KeptBatches:
     """The tensors of each group as the kernels take them, kept from step to step.
 
-    `layout` says how the parameters lay in memory when the batches were made; `by_group` holds, by
-    the id of a group, the state entries and the batch made from them.
+    `by_group` holds, by the id of a group, the batch and how its tensors lay in memory.
     """
 
-    layout: object = None
-    by_group: dict[int, tuple[list[Any], Batch]] = field(default_factory=dict)
+    by_group: dict[int, Kept] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Drop all batches, which are made anew in the next step."""
         self.by_group.clear()
-
-    def follow(self, layout: object) -> None:
-        """Drop all batches if the parameters lie in memory in another way than before."""
-        if layout != self.layout:
-            self.layout = layout
-            self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # they hold tensors of state, of which a copy has its own

@@ -25,8 +25,13 @@ class SchedulerView(LRScheduler):
         return self.optimizer.clock  # type: ignore[attr-defined,no-any-return]
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
-        """The learning rate of each group in the next step."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        """Return the learning rate that each group had in the step just done.
+
+        Before the first step (of a run, or after a resume): the one that it will have.
+        """
+        applied = self.optimizer.applied  # type: ignore[attr-defined]
+        groups = self.optimizer.param_groups
+        return [float(applied.get(group["name"], group)["lr"]) for group in groups]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The same as `get_last_lr`."""

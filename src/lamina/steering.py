@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 
 from .engine import Engine
+from .exchange import Exchange
 from .freezing import Freezer
 from .guests import Guests
 from .history import extended
@@ -26,6 +27,7 @@ class Steerable(Engine):
     _resolved: Resolved
     _freezer: Freezer
     _guests: Guests
+    _exchange: Exchange
     _monitor: Monitor
 
     @property
@@ -44,6 +46,16 @@ class Steerable(Engine):
         changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
         return Feedback(changed, self.param_groups[0]["feedback"])
 
+    def _follow_model(self) -> bool:
+        """Adopt the parameters that FSDP2 has put into the model, with the state of the old ones.
+
+        Returns:
+            Whether there were any.
+        """
+        adopted = self._exchange.adopt(self.param_groups)
+        self._follow_exchanged()
+        return adopted
+
     @abstractmethod
     def _publish(self, clock: int) -> None:
         """Write the values of step `clock` into the groups."""
@@ -60,6 +72,7 @@ class Steerable(Engine):
         Raises:
             PlanError: for an unknown group or hyperparameter; nothing was changed.
         """
+        self._follow_model()
         chosen = select_groups(self._resolved, rule)
         check_chosen(self._resolved, chosen, hyper, self.clock)
         for index in chosen:
@@ -82,6 +95,7 @@ class Steerable(Engine):
         Raises:
             PlanError: for a NaN, or if the plan watches none of these; nothing was changed.
         """
+        self._follow_model()
         numbers = check_report(self._resolved, from_rank_zero(metrics))
         seen = self.param_groups[0]["feedback"]
         new = observe_all(self._resolved, seen, numbers, self.clock)
@@ -115,6 +129,6 @@ class Steerable(Engine):
         self._guests.set_mode(mode, [name for name, trains in self.active.items() if trains])
 
     def _is_due(self, param: torch.Tensor) -> bool:
-        # Frozen by hand since the build: dropped, as the left-over gradients of all that is frozen.
-        param.grad = None
+        # Frozen by hand since the build: left alone, as what the plan itself did not freeze.
+        self._freezer.set_aside(param)
         return False

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+
+from .engine import Engine
 from .errors import PlanError
 from .optimizer import Optimizer
+
+_Kind = TypeVar("_Kind")
 
 
 def unwrap(optimizer: Any) -> Optimizer:
@@ -29,18 +34,22 @@ def unwrap(optimizer: Any) -> Optimizer:
         >>> unwrap(optimizer) is optimizer
         True
     """
+    return _unwrap_to(optimizer, Optimizer, "an optimizer built by Plan.build")
+
+
+def _unwrap_to(optimizer: Any, kind: type[_Kind], expected: str) -> _Kind:
     inner, seen = optimizer, set[int]()
     while inner is not None and id(inner) not in seen:
         seen.add(id(inner))
         # Lightning's wrapper derives from the class of what it wraps, so ask for what is inside.
         held = getattr(inner, "__dict__", {})
         deeper = held.get("optimizer", held.get("_optimizer"))
-        if deeper is None and isinstance(inner, Optimizer):
+        if deeper is None and isinstance(inner, kind):
             return inner
         inner = deeper
     raise PlanError(
-        f"an object of type {type(optimizer).__name__} was given; expected an optimizer built by "
-        "Plan.build, or a wrapper that keeps one as .optimizer."
+        f"an object of type {type(optimizer).__name__} was given; expected {expected}, "
+        "or a wrapper that keeps one as .optimizer."
     )
 
 
@@ -84,6 +93,27 @@ def override(optimizer: Any, /, *, rule: str | None = None, **hyper: float | Non
         0.05
     """
     unwrap(optimizer).override(rule=rule, **hyper)
+
+
+def restart_state(optimizer: Any, /, *which: str | torch.Tensor) -> None:
+    """Begin the state of some parameters anew, in their size of now; see `Engine.restart_state`.
+
+    Args:
+        optimizer: an optimizer of lamina, with or without a plan, or a trainer's wrapper of it.
+        *which: patterns over the names of parameters (a name is one), or the tensors.
+
+    Raises:
+        PlanError: if there is no optimizer of lamina inside, or for a pattern or a tensor that is
+            no parameter there; nothing was changed.
+
+    Example:
+        >>> import torch, lamina as lm
+        >>> model = torch.nn.Embedding(10, 2)
+        >>> optimizer = lm.Plan(lm.AdamW, lr=1e-3).build(model)
+        >>> model.weight.data = torch.cat([model.weight.data, torch.zeros(5, 2)])
+        >>> restart_state(optimizer, "weight")
+    """
+    _unwrap_to(optimizer, Engine, "an optimizer of lamina").restart_state(*which)
 
 
 def should_stop(optimizer: Any, /) -> bool:

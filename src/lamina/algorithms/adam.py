@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..errors import HyperparameterError
-from .base import Algorithm, Hyper, State, number, widen
+from .base import Algorithm, Hyper, State, number, root, widen
 
 
 class AdamRule(Algorithm):
@@ -69,8 +69,8 @@ class AdamRule(Algorithm):
             square = torch.maximum(widen(state["max_exp_avg_sq"]), square)
             new["max_exp_avg_sq"] = square
 
-        root = square.sqrt() / math.sqrt(1 - beta2**step)
-        change = -(lr / (1 - beta1**step)) * mean / (root + eps)
+        denominator = square.sqrt() / root(1 - beta2**step) + eps
+        change = -(lr / (1 - beta1**step)) * mean / denominator
         if weight_decay and decoupled:
             # in this order, and not as lr * weight_decay * param, to round as torch does
             change = ((1 - lr * weight_decay) * widen(param) - widen(param)) + change

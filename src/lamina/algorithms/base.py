@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import HyperparameterError, did_you_mean
+from ..sharding import unit_refusal
 
 Hyper = Mapping[str, Any]
 #: dtypes that are computed with in float32
@@ -40,6 +41,8 @@ class Method:
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     #: hyperparameters that count something
     counts: ClassVar[tuple[str, ...]] = ()
+    #: hyperparameters that may be infinite
+    unbounded: ClassVar[tuple[str, ...]] = ()
     #: whether a gradient may be sparse
     sparse: ClassVar[bool] = False
 
@@ -48,6 +51,8 @@ class Method:
         for key, value in hyper.items():
             self.known(key)
             if key in self.limits:
+                if key in self.unbounded and value == math.inf:
+                    continue
                 for label, number in self._numbers(key, value):
                     check_number(self.name, label, number, *self.limits[key])
                 if key in self.counts and value != int(value):
@@ -68,7 +73,7 @@ class Method:
 
     def refusal(self, param: torch.Tensor) -> str:
         """Why this method cannot train a tensor at all (of its shape, say), or ""."""
-        return ""
+        return unit_refusal(self.name, self.unit, param)
 
     def known(self, key: str) -> None:
         """Raise `HyperparameterError` if `key` is not a hyperparameter of this algorithm."""
@@ -83,6 +88,8 @@ class Method:
         if key not in self.components:
             return [(key, value)]
         count = self.components[key]
+        if isinstance(value, torch.Tensor) and value.ndim == 1:
+            value = tuple(value)
         if not isinstance(value, (tuple, list)) or len(value) != count:
             raise HyperparameterError(
                 f"{self.name} was given {key}={value!r}; expected {count} numbers, "
@@ -133,7 +140,8 @@ class Batch:
     scalar tensor that multiplies every gradient (the clip factor).
 
     A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
-    `kernel` must be set to None.
+    `kernel` must be set to None. `known_grads` is the list of gradients whose forms are as in the
+    step before, and `suited` the kernel that was ready for them.
     """
 
     algorithm: Algorithm
@@ -150,6 +158,8 @@ class Batch:
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
     grown: bool = False
+    known_grads: list[torch.Tensor] | None = None
+    suited: Any = None
 
     def name_of(self, index: int) -> str:
         """What an error calls the parameter at `index`."""
@@ -195,8 +205,20 @@ def begun_dtype(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
 
 
 def number(value: Any) -> float:
-    """A hyperparameter as a Python number; a tensor on an accelerator is waited for."""
-    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
+    """Return a hyperparameter as a Python number; a tensor on an accelerator is waited for.
+
+    Under autograd a tensor that requires a gradient stays one.
+    """
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.requires_grad and torch.is_grad_enabled():
+        return value  # type: ignore[return-value]
+    return float(value.item())
+
+
+def root(value: float) -> float:
+    """Return the square root of what `number` returned."""
+    return math.sqrt(value) if isinstance(value, float) else value**0.5
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:

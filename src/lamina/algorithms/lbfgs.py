@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from ..errors import PlanError
+from ..errors import MismatchError, PlanError
 from .base import Hyper, Method
 from .line_search import Point, strong_wolfe
 from .vector import Vector
@@ -68,6 +68,7 @@ class LBFGS(Method):
         "history_size": (1, math.inf),
     }
     counts: ClassVar[tuple[str, ...]] = ("max_iter", "max_eval", "history_size")
+    unbounded: ClassVar[tuple[str, ...]] = ("tolerance_grad", "tolerance_change")
     options: ClassVar[tuple[str, ...]] = ("line_search_fn",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"line_search_fn": (None, "strong_wolfe")}
 
@@ -179,6 +180,7 @@ def lbfgs_step(
     loss = _number(result)
     grad = vector.grad() if vector.parts else torch.zeros(0)
     memory = Memory.of(entry, vector.places, grad)
+    _refuse_outgrown(memory, grad, groups)
     memory.func_evals += 1
     if vector.check(loss, grad) > groups[0]["tolerance_grad"]:
         before = vector.values()
@@ -189,6 +191,19 @@ def lbfgs_step(
             raise
     entry.update(vars(memory))
     return result
+
+
+def _refuse_outgrown(memory: Memory, grad: torch.Tensor, groups: Sequence[dict[str, Any]]) -> None:
+    """Raise `MismatchError` if a parameter's size changed since the memory was made."""
+    if memory.d is None or memory.d.numel() == grad.numel():
+        return
+    names = groups[0].get("param_names")
+    which = repr(names[0]) if names else 'optimizer.param_groups[0]["params"][0]'
+    raise MismatchError(
+        f"the memory of L-BFGS is of {memory.d.numel():,} numbers, and its parameters have "
+        f"{grad.numel():,} now; the weights are as they were before this step. After a change of a "
+        f"weight's size, begin it anew with optimizer.restart_state({which})."
+    )
 
 
 def _iterate(

@@ -69,6 +69,8 @@ class Muon(Algorithm):
 
     def refusal(self, param: torch.Tensor) -> str:
         """Only real matrices can be orthogonalized."""
+        if why := super().refusal(param):
+            return why
         if param.is_complex():
             return "is complex, and Muon is for real matrices; give it another optimizer"
         if param.ndim < 2:

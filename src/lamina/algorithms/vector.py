@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import NonFiniteError
+from ..errors import MismatchError, NonFiniteError
+from ..memory import has_elements
 from .base import number, widen
 
 _ADVICE = (
@@ -37,6 +38,7 @@ class Vector:
     def __init__(self, groups: Iterable[Mapping[str, Any]]) -> None:
         parts = [part for part in _parts(groups) if part.param.requires_grad]
         self.parts = [p for p in parts if p.param.grad is not None and p.lr > 0]
+        _refuse_misfits(self.parts)
         self.lr = max((part.lr for part in self.parts), default=0.0)
         self._shares = [part.lr / self.lr for part in self.parts]
 
@@ -100,6 +102,21 @@ class Vector:
             if part.param.grad is not None and not bool(torch.isfinite(part.param.grad).all()):
                 return part.name
         return "a parameter"
+
+
+def _refuse_misfits(parts: Sequence[Part]) -> None:
+    """Raise `MismatchError` for gradients that would not lie where their parameters do."""
+    for part in parts:
+        grad = part.param.grad
+        assert grad is not None
+        sized = grad.shape == part.param.shape and grad.is_complex() == part.param.is_complex()
+        if sized and has_elements(grad) and has_elements(part.param):
+            continue
+        raise MismatchError(
+            f"{part.name} of shape {tuple(part.param.shape)} does not fit its gradient of shape "
+            f"{tuple(grad.shape)}, or one of them has no data any more; the weights are as they "
+            "were before this step. Let the closure call optimizer.zero_grad() before backward()."
+        )
 
 
 def _parts(groups: Iterable[Mapping[str, Any]]) -> list[Part]:

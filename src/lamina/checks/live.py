@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..findings import listed, model_findings
+from ..findings import listed, model_findings, moving_statistics, turned_off, turned_on
+from ..freezing import Freezer
 from ..optim.registry import is_whole_vector
-from ..parameters import Owned, ParamInfo, collect, observe, overlap_fix, overlaps
+from ..parameters import (
+    Owned,
+    ParamInfo,
+    collect,
+    module_paths,
+    observe,
+    overlap_fix,
+    overlaps,
+)
 from ..received import Received
 from ..resolved import Cell, Finding, Resolved
+from ..sharding import is_flattened
 from ..state import LoadReport
 from ..ties import broken, by_name, tie_again
 from ..timeline import Feedback
@@ -26,7 +36,8 @@ Groups = Sequence[Mapping[str, Any]]
 
 def examine(
     resolved: Resolved,
-    groups: Groups,
+    freezer: Freezer,
+    groups: Sequence[dict[str, Any]],
     state: Mapping[torch.Tensor, Mapping[str, Any]],
     model: nn.Module,
     after: int,
@@ -37,6 +48,7 @@ def examine(
 
     Args:
         resolved: what the plan meant when it was built.
+        freezer: what carries out its windows.
         groups: the optimizer's parameter groups.
         state: the optimizer's state.
         model: the model as it is now.
@@ -48,7 +60,8 @@ def examine(
     live = by_name(owned)
     anew = (*load.new, *load.restarted) if load else ()
     rows = list(_rows(resolved, groups))
-    if not any(_is_there(info, param, live) for _, info, param in rows):
+    there = {id(item.tensor) for item in owned}
+    if not any(id(param) in there for _, _, param in rows):
         return (
             Finding(
                 "another-model",
@@ -58,14 +71,17 @@ def examine(
         )
     windows = {name: cell.windows for cell, info, _ in rows for name in info.names}
     order = {item.info.name: windows.get(item.info.name, ()) for item in owned}
+    seen = observe(model, owned)
     return (
         *_ties(rows, live),
-        *_exchanged(rows, live),
-        *_unknown(resolved, owned),
+        *_exchanged(rows, live, there),
+        *_exchanged_modules(freezer, model),
+        *_unknown(resolved, owned, {id(param) for _, _, param in rows}),
         *_overlapping(owned),
         *_silent(rows, groups, state, after, anew, received or Received()),
-        *_turned_off(rows, groups),
-        *model_findings(order, resolved.run, observe(model, owned)),
+        *_flags(freezer, groups),
+        *moving_statistics(_frozen_by_hand(rows, freezer.active, resolved), seen),
+        *model_findings(order, resolved.run, seen),
     )
 
 
@@ -73,10 +89,6 @@ def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo,
     for cell, group in zip(resolved.cells, groups, strict=True):
         for info, param in zip(cell.parameters, group["params"], strict=True):
             yield cell, info, param
-
-
-def _is_there(info: ParamInfo, param: torch.Tensor, live: Mapping[str, Owned]) -> bool:
-    return any(name in live and live[name].tensor is param for name in info.names)
 
 
 Rows = Sequence[tuple[Cell, ParamInfo, torch.Tensor]]
@@ -100,12 +112,12 @@ def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
     return findings
 
 
-def _exchanged(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
+def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> list[Finding]:
     """Parameters of the optimizer that are not in the model any more."""
     updated = {id(param) for _, _, param in rows}
     gone, replaced, tied = [], [], []
     for _, info, param in rows:
-        if _is_there(info, param, live):
+        if id(param) in there:
             continue
         now = [live[name] for name in info.names if name in live]
         if not now:
@@ -129,9 +141,47 @@ def _exchanged(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
     ]
 
 
-def _unknown(resolved: Resolved, owned: Sequence[Owned]) -> list[Finding]:
+def _exchanged_modules(freezer: Freezer, model: nn.Module) -> list[Finding]:
+    """Find modules that were exchanged around their parameters, as by a conversion of BatchNorm."""
+    now = module_paths(model)
+    locked, around = [], []
+    for path, module, is_locked in freezer.locks.exchanged(model):
+        what = f"{path or 'the model'} ({type(module).__name__}"
+        what += f", now {type(now[path]).__name__})" if path in now else ", now removed)"
+        if is_locked:
+            locked.append(what)
+        elif _converted(module, now.get(path)):
+            around.append(what)
+    fix = (
+        "Convert the model before Plan.build. For this one, build the optimizer again from the "
+        "plan, with resume=optimizer.state_dict()."
+    )
+    told = [
+        ("kept in eval mode by the plan; what took its place follows train()", locked),
+        ("exchanged after the optimizer was built; its parameters are the same", around),
+    ]
+    return [
+        Finding("module-replaced", f"{listed(names)} was {how}.", fix)
+        for how, names in told
+        if names
+    ]
+
+
+def _converted(old: nn.Module, new: nn.Module | None) -> bool:
+    """Return whether a module of another class took over parameters of one in its place."""
+    params = {id(param) for param in old._parameters.values() if param is not None}
+    return type(new) is not type(old) and any(
+        id(param) in params for param in (new._parameters.values() if new is not None else ())
+    )
+
+
+def _unknown(resolved: Resolved, owned: Sequence[Owned], updated: Set[int]) -> list[Finding]:
     known = resolved.cell_of
-    names = [item.info.name for item in owned if not known.keys() & set(item.info.names)]
+    names = [
+        item.info.name
+        for item in owned
+        if not known.keys() & set(item.info.names) and id(item.tensor) not in updated
+    ]
     if not names:
         return []
     what = f"{listed(names)} came into the model after the optimizer was built; it does not train."
@@ -165,6 +215,7 @@ def _silent(
             silent, since = info.name not in received.names, float(received.since)
         else:
             silent = info.name not in new and not float(state[param]["step"])
+            silent = silent and (param.numel() > 0 or not is_flattened(param))  # no part of it here
             since = _count_began(cell, clock, seen)
         if silent and _steps_trained(cell, clock, seen, since) >= after:
             names.append(info.name)
@@ -195,22 +246,23 @@ def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) 
     return next((start for start, end in spans if start <= clock < end), clock)
 
 
-def _turned_off(rows: Rows, groups: Groups) -> list[Finding]:
-    """Parameters that the plan trains now, but whose requires_grad something turned off."""
-    clock, seen = groups[0]["clock"], groups[0]["feedback"]
-    names = [
-        info.name
+def _flags(freezer: Freezer, groups: Sequence[dict[str, Any]]) -> list[Finding]:
+    """Find parameters whose `requires_grad` contradicts the plan."""
+    off: list[str] = []
+    on: dict[bool, list[str]] = {}
+    for cell, names, params in freezer.turned(groups):
+        (on.setdefault(cell.by_model, []) if params[0].requires_grad else off).extend(names)
+    found = [turned_on(names, by_model) for by_model, names in on.items()]
+    return [*found, turned_off(off)] if off else found
+
+
+def _frozen_by_hand(
+    rows: Rows, active: Sequence[bool | None], resolved: Resolved
+) -> dict[str, bool]:
+    """Return for each name whether the parameter was frozen by hand, before the plan or since."""
+    trains = {id(cell): now for cell, now in zip(resolved.cells, active, strict=True)}
+    return {
+        name: not param.requires_grad and (cell.by_model or bool(trains[id(cell)]))
         for cell, info, param in rows
-        if not param.requires_grad
-        and _steps_trained(cell, clock + 1, seen) > _steps_trained(cell, clock, seen)
-    ]
-    if not names:
-        return []
-    return [
-        Finding(
-            "requires-grad-off",
-            f"{listed(names)} should train now, but has requires_grad=False.",
-            "Something else froze it after the plan was built. Say it in the plan (frozen=True, "
-            "freeze=), or call lamina.thaw(model, [...]).",
-        )
-    ]
+        for name in info.names
+    }

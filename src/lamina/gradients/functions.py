@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..algorithms.base import HALF
-from ..errors import HyperparameterError, LaminaWarning, NonFiniteError
+from ..errors import HyperparameterError, LaminaWarning, NonFiniteError, PlanError
 from ..patterns import PatternLike
+from ..sharding import is_dtensor, is_flattened, local_part
 from .given import Limits, Parameters, Part, number_of, parts_of
 from .norms import clamped, each_norm, total_norm, values_of
 
@@ -78,6 +79,7 @@ def clip_grad_norm_(
     if not p > 0:
         raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
     parts = parts_of(parameters, max_norm, "max_norm")
+    _refuse_flattened(parts)
     norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
     values = _on_host(norms)
     for part, value in zip(parts, values, strict=True):
@@ -123,6 +125,18 @@ def clip_grad_value_(
             clamped(numbers, part.limit, out=numbers)
 
 
+def _refuse_flattened(parts: list[Part]) -> None:
+    """Raise `PlanError` for parts of FSDP1, whose norm would be that of one process."""
+    for part in parts:
+        for name, tensor in zip(part.names, part.tensors, strict=True):
+            if is_flattened(tensor):
+                raise PlanError(
+                    f"clip_grad_norm_: of {name}, FSDP1 (FullyShardedDataParallel) gives each "
+                    "process a part, and the norm must be that of all. Call the wrapper's own "
+                    "model.clip_grad_norm_(max_norm), or let a plan clip (clip_norm=)."
+                )
+
+
 def _multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply in place; 16-bit floats as float32, as the factor may be too small for them."""
     alike: dict[tuple[torch.device, bool], list[torch.Tensor]] = {}
@@ -145,7 +159,7 @@ def _local(grad: torch.Tensor) -> torch.Tensor:
     """
     if grad.is_sparse:
         return grad._values()
-    local: torch.Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    local = local_part(grad)
     local = local.conj() if local.is_conj() else local
     return torch._neg_view(local) if local.is_neg() else local
 
@@ -174,7 +188,7 @@ def _not_finite(part: Part, fail: bool) -> None:
     )
     if bad is not None:
         what = f"the gradient of {bad} is NaN or infinite"
-    elif any(hasattr(grad, "to_local") for grad in part.grads):
+    elif any(map(is_dtensor, part.grads)):
         what = "a gradient on another process is NaN or infinite, or the norm overflows"
     else:
         what = f"the norm of the gradients overflows, the largest is that of {_largest(part)}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..algorithms.base import HALF, widen
+from ..sharding import is_dtensor, whole_of
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:
@@ -18,13 +19,7 @@ def values_of(grad: torch.Tensor) -> torch.Tensor:
 
 def all_finite(grad: torch.Tensor) -> bool:
     """Whether every number of a gradient is finite; of a sharded one, on every process alike."""
-    return not int(gathered((~torch.isfinite(values_of(grad))).sum()))
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor (DTensor) in full, as every process then has it; others as they are."""
-    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
+    return not int(whole_of((~torch.isfinite(values_of(grad))).sum()))
 
 
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
@@ -36,7 +31,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
     groups: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
     norms: list[torch.Tensor] = [torch.empty(0)] * len(dense)
     for index, tensor in enumerate(dense):
-        if p == math.inf and (hasattr(tensor, "to_local") or not tensor.numel()):
+        if p == math.inf and (is_dtensor(tensor) or not tensor.numel()):
             norms[index] = _largest(tensor)  # torch has no largest number of an empty tensor
         else:
             groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
@@ -44,7 +39,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
         wide = torch.float32 if dtype in HALF else None
         found = torch._foreach_norm([dense[i] for i in indices], p, dtype=wide)
         for index, norm in zip(indices, found, strict=True):
-            norms[index] = gathered(norm)
+            norms[index] = whole_of(norm)
     return norms
 
 
@@ -53,7 +48,11 @@ def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
 
     Formula: `(sum |x|^p)^(1/p)` over every number of every tensor; the largest |x| for p = inf.
     """
-    norms = each_norm(tensors, p)
+    return total(each_norm(tensors, p), p)
+
+
+def total(norms: Sequence[torch.Tensor], p: float) -> torch.Tensor:
+    """The p-norm of what several p-norms are of."""
     device = norms[0].device
     together = torch.stack([norm.to(device) for norm in norms])
     return together.max() if math.isinf(p) else torch.linalg.vector_norm(together, p)
@@ -87,7 +86,7 @@ def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None
 
 def _largest(grad: Any) -> torch.Tensor:
     """The largest |x|, 0 if there is none; the shard of a process may be empty."""
-    if not hasattr(grad, "to_local"):
+    if not is_dtensor(grad):
         return _most(grad)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

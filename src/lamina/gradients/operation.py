@@ -16,6 +16,8 @@ from ..expressions import Spelled
 from ..parameters import ParamInfo
 from ..schedules import Schedule
 from ..settings import python_number
+from ..sharding import Shards
+from .norms import each_norm, total
 
 Amount = float | Schedule
 Grads = list[torch.Tensor]
@@ -27,12 +29,14 @@ class Work:
 
     `scale` is a factor still to be multiplied onto every gradient; `norms` the scalar tensors
     that were computed anyway, which tell whether everything is finite; `made` what functions of
-    the user's own returned, to name the one that returned something else.
+    the user's own returned, to name the one that returned something else. `shards` is there where
+    the gradients are parts of those of all processes: of FSDP1, whose tensors do not tell.
     """
 
     grads: Grads
     params: Sequence[torch.Tensor]
     infos: Sequence[ParamInfo]
+    shards: Shards | None = None
     scale: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     norms: list[torch.Tensor] = field(default_factory=list)
@@ -45,6 +49,24 @@ class Work:
             self.scale = None
         return self.grads
 
+    def each_norm(self, p: float) -> list[torch.Tensor]:
+        """Return the p-norm of each gradient; they are kept in `norms` too."""
+        own = each_norm(self.grads, p)
+        if self.shards is None:
+            self.norms += own
+            return own
+        names = [info.name for info in self.infos]
+        whole = self.shards.norms(names, own, p)
+        self.norms += whole  # also of what this process has no part of: all must judge alike
+        return self.shards.of(names, whole)
+
+    def total_norm(self, p: float) -> torch.Tensor:
+        """Return the p-norm of all gradients together, as if they were one vector."""
+        own = each_norm(self.grads, p)
+        if self.shards is not None:
+            own = self.shards.norms([info.name for info in self.infos], own, p)
+        return total(own, p)
+
     def multiply(self, factor: torch.Tensor) -> None:
         """Put one more factor on every gradient."""
         self.scale = factor if self.scale is None else self.scale * factor
@@ -53,10 +75,14 @@ class Work:
 class Operation(Spelled, ABC):
     """One gradient operation of a scope; `amount` is its number, or a schedule of it.
 
-    `measures` says whether it computes norms, which tell of a gradient that is not finite.
+    `measures` says whether it computes norms, which tell of a gradient that is not finite; `whole`
+    whether it must see whole tensors, where a norm of parts does not do; `each` whether it treats
+    each parameter by itself.
     """
 
     measures: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    each: ClassVar[bool] = False
     amount: Amount
 
     @abstractmethod

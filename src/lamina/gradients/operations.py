@@ -12,7 +12,8 @@ from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..parameters import ParamInfo
 from ..settings import check_amount, python_number
-from .norms import clamped, each_norm, gathered, total_norm, values_of
+from ..sharding import whole_of
+from .norms import clamped, values_of
 from .operation import Amount, Grads, Operation, Work
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -45,7 +46,7 @@ class ClipNorm(Operation):
         self.check_order(self.p)
 
     def run(self, work: Work, amount: float) -> None:
-        norm = total_norm(work.grads, self.p)
+        norm = work.total_norm(self.p)
         if work.scale is not None:
             norm = norm * work.scale.abs()
         if work.norm is None:
@@ -86,6 +87,7 @@ class ClipParamNorm(Operation):
 
     spelling: ClassVar[str] = "clip_param_norm"
     measures: ClassVar[bool] = True
+    each: ClassVar[bool] = True
     amount: Amount
     p: float = 2.0
 
@@ -94,8 +96,8 @@ class ClipParamNorm(Operation):
         self.check_order(self.p)
 
     def run(self, work: Work, amount: float) -> None:
-        norms = each_norm(work.settle(), self.p)
-        work.norms += norms
+        work.settle()
+        norms = work.each_norm(self.p)
         factors = [torch.clamp(amount / (norm + 1e-6), max=1.0) for norm in norms]
         work.grads = list(map(times, work.grads, factors))
 
@@ -121,6 +123,7 @@ class AGC(Operation):
 
     spelling: ClassVar[str] = "agc"
     measures: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
     amount: Amount = 0.01
     eps: float = 1e-3
 
@@ -136,7 +139,7 @@ class AGC(Operation):
             norm, weight = _unit_norm(dense), _unit_norm(param).clamp(min=self.eps)
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
             clipped.append(times(dense, factor))
-            work.norms.append(gathered(norm.sum()))
+            work.norms.append(whole_of(norm.sum()))
         work.grads = clipped
 
 
@@ -156,6 +159,9 @@ class Scale(Operation):
         self.check(low_open=False)
 
     def run(self, work: Work, amount: float) -> None:
+        if not work.grads:  # they are on other processes, but the norm of all is scaled here too
+            work.multiply(torch.tensor(amount, dtype=torch.float64))
+            return
         wide = any(grad.dtype in _DOUBLE for grad in work.grads)
         dtype = torch.float64 if wide else torch.float32
         work.multiply(torch.tensor(amount, dtype=dtype, device=work.grads[0].device))
@@ -166,6 +172,7 @@ class Apply(Operation):
     """A function of one's own: `(grads, infos) -> grads`, lists of tensors and of `ParamInfo`."""
 
     spelling: ClassVar[str] = "apply"
+    whole: ClassVar[bool] = True
     function: Callable[[Grads, Sequence[ParamInfo]], Sequence[torch.Tensor]]
     amount: Amount = 1.0
 

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from .base import Kernel
+from .differentiable import differentiate
+from .memory_check import Kept
 from .pick import KERNELS, apply, assign, carry_out, choose, step_device
 
-__all__ = ["KERNELS", "Kernel", "apply", "assign", "carry_out", "choose", "step_device"]
+__all__ = [
+    "KERNELS",
+    "Kept",
+    "Kernel",
+    "apply",
+    "assign",
+    "carry_out",
+    "choose",
+    "differentiate",
+    "step_device",
+]

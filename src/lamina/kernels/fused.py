@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..algorithms.adam import Adam, AdamW
-from ..algorithms.base import HALF, Batch
+from ..algorithms.base import HALF, Batch, number
 from ..algorithms.sgd import SGD
 from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
@@ -93,7 +93,7 @@ def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
 def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
     hyper, columns = batch.hyper, batch.columns
     operator = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
-    beta1, beta2 = hyper["betas"]
+    beta1, beta2 = (number(beta) for beta in hyper["betas"])
     operator(
         batch.params,
         grads,

@@ -90,7 +90,11 @@ def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
     choice = batch.kernel
     if choice is None or choice.prefer != prefer:
         choice = batch.kernel = _choose(batch, prefer)
+    known = batch.grads is batch.known_grads  # unless a gradient operation made others
+    if known and batch.suited is choice.kernel:
+        return choice.kernel, choice.reason
     if choice.kernel.ready(batch):
+        batch.suited = choice.kernel if known else None
         return choice.kernel, choice.reason
     _refuse_sparse(batch)
     why = "in this step a gradient is sparse, or of another dtype or layout than its parameter"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -11,12 +12,14 @@ from torch.optim.optimizer import ParamsT
 
 from .. import kernels
 from ..algorithms import ALGORITHMS
-from ..algorithms.base import Method, dtype_name
+from ..algorithms.base import Batch, Method, dtype_name
 from ..engine import Engine
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
+from ..kernels.base import short
 from ..notices import warn
 from ..settings import python_number
 from ..suggestions import ALIASES
+from .loading import check_form, is_lossy, loss_of_digits, matching_groups
 
 
 class DropIn(Engine):
@@ -41,7 +44,8 @@ class DropIn(Engine):
         defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
         super().__init__(params, defaults)
         # a tensor belongs to the groups: a group that is added later gets what was given here
-        self.defaults = {key: _own(self._plain(key, v)) for key, v in self.defaults.items()}
+        own = _as_given if implementation.get("differentiable") else _own
+        self.defaults = {key: own(self._plain(key, v)) for key, v in self.defaults.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
@@ -60,13 +64,14 @@ class DropIn(Engine):
         group["params"] = given if isinstance(given, (torch.Tensor, set)) else list(given)
         names, params = _split(group)
         where = self._where(len(self.param_groups), names)
+        differentiable = group.get("differentiable", self.defaults.get("differentiable"))
         self._check_params(where, names, params)
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(where, group["state_dtype"])
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         for key, value in group.items():
-            if isinstance(value, torch.Tensor) and key != "params":
+            if isinstance(value, torch.Tensor) and key != "params" and not differentiable:
                 used = any(other.get(key) is value for other in self.param_groups)
                 group[key] = _own(value) if used else value
         try:
@@ -100,12 +105,22 @@ class DropIn(Engine):
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
-            raise HyperparameterError(
-                f"{where}: differentiable=True is not supported; use "
-                f"torch.optim.{type(self).__name__} for that."
-            )
+            self._check_differentiable(where, given)
         if given.get("fused") and given.get("foreach"):
             raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
+
+    def _check_differentiable(self, where: str, given: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        if "differentiable" not in inspect.signature(type(self)).parameters:
+            raise HyperparameterError(
+                f"{where}: {name} has no differentiable form; SGD, RMSprop, Adam and AdamW have."
+            )
+        for key in ("fused", "foreach", "capturable"):
+            if given.get(key):
+                raise HyperparameterError(
+                    f"{where}: differentiable=True goes by the rule as it is written, one tensor "
+                    f"at a time, and {key}=True by another way; leave one of them out."
+                )
 
     def _plain(self, key: str, value: Any) -> Any:
         """A value as Python's: a NumPy number in a group makes checkpoints unloadable."""
@@ -123,7 +138,8 @@ class DropIn(Engine):
         for name, param in zip(names, params, strict=True):
             if not isinstance(param, torch.Tensor):
                 raise PlanError(f"{where}: {name} is a {type(param).__name__}; expected a tensor.")
-            if not (param.is_leaf or param.retains_grad):
+            computed = not (param.is_leaf or param.retains_grad)
+            if computed and not self.defaults.get("differentiable"):  # as in torch
                 raise PlanError(
                     f"{where}: {name} is not a leaf tensor (it was computed from others, as by "
                     ".to() or an operation), so it never gets a gradient; pass the original."
@@ -143,41 +159,69 @@ class DropIn(Engine):
         return f"{type(self).__name__}, parameter group {index} ({shown})"
 
     def _update(self) -> None:
-        for group in self.param_groups:
-            if group.get("capturable"):
-                _refuse_uncapturable(group, self._batch(group))
-        super()._update()
+        if any(group.get("differentiable") for group in self.param_groups):
+            self._differentiate()
+        else:
+            super()._update()
+
+    def _differentiate(self) -> None:
+        """Update the groups that ask for it under autograd, and the others as ever."""
+        batches = self._collect(self.param_groups)
+        for batch in batches:
+            if batch.hyper.get("differentiable"):
+                kernels.differentiate(batch)
+        kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
+        self._keep_grown(batches)
+
+    def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
+        batches = super()._collect(groups)
+        for batch in batches:
+            if batch.hyper.get("capturable"):
+                _refuse_uncapturable(batch)
+        return batches
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state and its hyperparameters, lamina's or torch's, by position.
+        """Take over a saved state and its hyperparameters, lamina's or torch's.
 
-        As in torch, except that a hyperparameter which the saved groups lack keeps its value here,
-        that tensors are copied, and that state keeps the dtype that `state_dtype` asks for.
+        By name, if the saved parameters and those here have the same names in any order and
+        groups; else by position, with a warning if both have names. As in torch, except that a
+        hyperparameter which the saved groups lack keeps its value here, and that tensors are
+        copied. State gets the dtype that a new optimizer would give it: that of `state_dtype`, or
+        else that of its parameter; a warning says where this loses digits.
 
         Raises:
             StateError: if it does not fit; nothing was changed.
         """
+        check_form(state_dict)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saved = _matching_groups(self.param_groups, state_dict["param_groups"])
-        params: dict[Any, tuple[torch.Tensor, Any]] = {}
+        whole = self.algorithm.unit == "vector" and any(map(len, state_dict["state"].values()))
+        saved = matching_groups(self.param_groups, state_dict["param_groups"], ordered=whole)
+        params: dict[Any, tuple[torch.Tensor, Any, str]] = {}
         for old, new in zip(self.param_groups, saved, strict=True):
-            pairs = zip(new["params"], old["params"], strict=True)
-            wanted = new.get("state_dtype", old["state_dtype"])
-            params.update({place: (param, wanted) for place, param in pairs})
+            # Not a hyperparameter as torch's are: what was asked for here is not lost.
+            new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
+            names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
+            rows = zip(new["params"], old["params"], names, strict=True)
+            params.update({key: (param, new["state_dtype"], name) for key, param, name in rows})
         state: dict[Any, Any] = {}
-        for place, entry in state_dict["state"].items():
-            if place in params:
-                param, wanted = params[place]
-                state[param] = _fit_entry(f"parameter number {place}", param, wanted, entry)
-            else:
-                state[place] = entry
+        converted: dict[tuple[str, str], list[str]] = {}
+        for key, entry in state_dict["state"].items():
+            if key not in params:
+                state[key] = entry
+                continue
+            param, wanted, name = params[key]
+            state[param] = _fit_entry(name, param, wanted, entry)
+            if wanted is None:
+                _note_loss(converted, name, entry, state[param])
         groups = [
             {**deepcopy(_without_params(old)), **_without_params(new), "params": old["params"]}
             for old, new in zip(self.param_groups, saved, strict=True)
         ]
+        for (before, now), its in converted.items():
+            warn(loss_of_digits(its, before, now))
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
@@ -214,6 +258,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _as_given(value: Any) -> Any:
+    return value
+
+
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
@@ -235,9 +283,7 @@ def _names(group: Mapping[str, Any], index: int) -> list[str]:
     return [f"number {i} of parameter group {index}" for i in range(len(group["params"]))]
 
 
-def _refuse_uncapturable(group: Mapping[str, Any], batch: Any) -> None:
-    if batch is None:
-        return
+def _refuse_uncapturable(batch: Batch) -> None:
     kernel, reason = kernels.choose(batch)
     on_cpu = next((i for i, param in enumerate(batch.params) if param.is_cpu), None)
     if kernel.name == "readable" or on_cpu is not None:
@@ -249,17 +295,19 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _matching_groups(
-    live: list[dict[str, Any]], given: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    saved: list[dict[str, Any]] = [deepcopy(dict(group)) for group in given]
-    mine, theirs = ([len(group["params"]) for group in groups] for groups in (live, saved))
-    if mine != theirs:
-        raise StateError(
-            f"the saved state has parameter groups of sizes {theirs}, but this optimizer's have "
-            f"sizes {mine}; build it with the same groups, or use a plan, which matches by name."
-        )
-    return saved
+def _note_loss(
+    converted: dict[tuple[str, str], list[str]],
+    name: str,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+) -> None:
+    """Note a parameter whose state has less precision than was saved."""
+    for key, value in saved.items():
+        shaped = key in _SHAPED and isinstance(value, torch.Tensor)
+        if shaped and is_lossy(value.dtype, now[key].dtype):
+            pair = short(value.dtype), short(now[key].dtype)
+            converted.setdefault(pair, []).append(name)
+            return
 
 
 def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:
@@ -276,8 +324,18 @@ def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -
                     f"the saved {key} of {name} has shape {tuple(value.shape)}, but the parameter "
                     f"has {tuple(param.shape)}; nothing was loaded."
                 )
+            if key in _SHAPED and _is_of_other_kind(param, value):
+                raise StateError(
+                    f"the saved {key} of {name} is of type {short(value.dtype)}, and the parameter "
+                    f"is {short(param.dtype)}; nothing was loaded."
+                )
             fitted[key] = _fit(param, wanted, value)
     return fitted
+
+
+def _is_of_other_kind(param: torch.Tensor, value: Any) -> bool:
+    """Return whether one is complex and the other is not."""
+    return isinstance(value, torch.Tensor) and value.is_complex() != param.is_complex()
 
 
 #: state that is as large as its parameter

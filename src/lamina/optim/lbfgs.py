@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -78,3 +79,7 @@ class LBFGS(DropIn):
             return lbfgs_step(
                 closure, self.param_groups, {} if first is None else self.state[first]
             )
+
+    def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
+        """Drop the memory, which is one over all parameters."""
+        self.state.clear()

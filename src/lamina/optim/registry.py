@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ import torch
 from ..algorithms.base import Algorithm, Method
 from ..errors import HyperparameterError, PlanError, did_you_mean
 from ..suggestions import unknown_setting
+from .trial import REQUIRED, arguments, first_argument, required, signature_of, takes_any, trial_of
 
 #: optimizer classes by the name under which plans write them
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {}
 
 #: arguments of torch's constructors that choose an implementation, not an update
-_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused", "params", "self", "lr")
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
 
 
 def register_optimizer(name: str, optimizer: type) -> None:
@@ -52,11 +52,24 @@ def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
         return OPTIMIZERS[given]
     if isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
         return given
+    if isinstance(given, torch.optim.Optimizer):
+        raise PlanError(_instance(given))
     if isinstance(given, type):
         what = f"the class {given.__name__}, which is no torch.optim.Optimizer"
     else:
         what = f"an object of type {type(given).__name__}; pass the class, not an instance"
     raise PlanError(f"the plan's optimizer is {what}: expected a class such as lamina.AdamW.")
+
+
+def _instance(given: torch.optim.Optimizer) -> str:
+    name = type(given).__name__
+    lr = given.param_groups[0].get("lr") if given.param_groups else None
+    setting = f", lr={float(lr):g}" if isinstance(lr, (int, float)) else ""
+    return (
+        f"the plan's optimizer is an instance of {name}, which holds parameters of its own: "
+        f"expected a class such as lamina.AdamW. Pass the class with its settings: "
+        f"Plan({name}{setting})."
+    )
 
 
 def optimizer_name(optimizer: type) -> str:
@@ -92,30 +105,73 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
     method = method_of(optimizer)
     if method is not None:
         return dict(method.defaults)
-    known = _arguments(optimizer)
+    refuse_unlike(optimizer)
+    known = _settings(optimizer)
     lr = {"lr": known["lr"]} if "lr" in known else {}
     rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
-    return {k: None if v is _REQUIRED else v for k, v in {**lr, **rest}.items()}
+    found = {key: value for key, value in {**lr, **rest}.items() if _is_shown(key, value)}
+    return {key: None if value is REQUIRED else value for key, value in found.items()}
 
 
-def _arguments(optimizer: type) -> dict[str, Any]:
-    """What a constructor takes by name, with the defaults.
+def _is_shown(key: str, value: Any) -> bool:
+    """Whether a plan knows a default: lists, functions and None are left to the class."""
+    return key == "lr" or value is REQUIRED or (value is not None and _is_plain(value))
 
-    One with `**kwargs` hands them on to the next base class, so that its arguments count too.
-    """
-    found: dict[str, Any] = {}
-    for base in optimizer.__mro__:
-        if base is torch.optim.Optimizer:
-            break
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        for parameter in parameters:
-            if parameter.kind not in _VARIADIC:
-                found.setdefault(parameter.name, parameter.default)
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found
+
+def refuse_unlike(optimizer: type) -> None:
+    """Raise `PlanError` for a class that cannot be built over parameter groups, with the reason."""
+    trial, name = trial_of(optimizer), optimizer_name(optimizer)
+    first, needed = first_argument(optimizer), required(optimizer)[0]
+    inner = next((key for key in (first, *sorted(needed)) if "optimizer" in key), "")
+    if trial.wraps or (trial.made is None and inner):
+        raise PlanError(
+            f"the optimizer {name} wraps another one (its {trial.wraps or inner}), whose state and "
+            "values a plan could not reach: give the plan the class of the inner optimizer, or use "
+            f"{name} without a plan."
+        )
+    if trial.made is None and first in _FIRST:
+        raise PlanError(
+            f"the optimizer {name} takes {first} first, {_FIRST[first]}, where a plan makes the "
+            "groups: use it without a plan."
+        )
+
+
+#: what some take in the place of parameter groups, and why
+_FIRST = {
+    "named_parameters": "to make groups of its own by their names",
+    "named_params": "to make groups of its own by their names",
+    "model": "to make groups of its own from the whole model",
+}
+
+
+def _settings(optimizer: type) -> dict[str, Any]:
+    """The arguments of a constructor, with the values that a trial build put into its groups."""
+    trial, given = trial_of(optimizer), arguments(optimizer)
+    own = signature_of(optimizer)
+    if trial.made is not None:  # what a base takes may be given by the class: its groups tell
+        keys = [key for key in given if key in own or key in trial.made or key in trial.needed]
+        # What is worked out where None is given may depend on the parameters: left to the class.
+        made = {
+            key for key in keys if key in trial.made and (given[key] is not None or key == "lr")
+        }
+        return {key: trial.made[key] if key in made else given[key] for key in keys}
+    # Its groups are not known: numbers stay as they are written, others may stand for something.
+    return {key: value for key, value in own.items() if value is REQUIRED or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, (bool, int, float)) for part in parts)
+
+
+def _is_plain(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(part is None or isinstance(part, str) or _is_number(part) for part in parts)
+
+
+def settings_of(optimizer: type) -> frozenset[str]:
+    """The names of all arguments of a guest's constructor, those that choose a kernel too."""
+    return frozenset(arguments(optimizer))
 
 
 def options(optimizer: type) -> tuple[str, ...]:
@@ -140,9 +196,16 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
     """
     if key in _SETTINGS:
         raise HyperparameterError(f"{where}, which is a setting of the plan, not a hyperparameter.")
+    if key == "differentiable":
+        raise HyperparameterError(
+            f"{where}, which a plan does not have: its steps are not recorded by autograd. To "
+            "differentiate through steps, use an optimizer without a plan: "
+            "lamina.optim.AdamW(params, differentiable=True)."
+        )
     known = hyperparameters(optimizer)
     own = _OWN if algorithm_of(optimizer) is not None else ()
-    if key not in (*known, *own):
+    if key not in (*known, *own) and not _may_have(optimizer, key):
+        known = {**known, **(_settings(optimizer) if method_of(optimizer) is None else {})}
         name = optimizer_name(optimizer)
         raise HyperparameterError(
             f"{where}, but its optimizer {name} has no hyperparameter {key!r}; it has "
@@ -150,12 +213,26 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
         )
 
 
+def _may_have(optimizer: type, key: str) -> bool:
+    """Whether a guest may have a setting that is no argument of its constructor.
+
+    Its groups have it, or its step looks for it there; what could not be tried is judged at build.
+    """
+    if method_of(optimizer) is not None or key in ("params", "name", "differentiable"):
+        return False
+    trial = trial_of(optimizer)
+    known = {*_settings(optimizer), *(trial.made or ()), *(trial.read or ())}
+    untried = trial.made is None or (trial.read is None and takes_any(optimizer))
+    return key in known or untried
+
+
 def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -> None:
     """Raise `HyperparameterError` if a value is out of the optimizer's range, or missing."""
     method = method_of(optimizer)
     if method is None:
-        for key, default in _arguments(optimizer).items():
-            if default is _REQUIRED and key in values and values[key] is None:
+        for key, default in _settings(optimizer).items():
+            needed = default is REQUIRED or key == "lr"  # some work out another lr from None
+            if needed and key in values and values[key] is None:
                 name = optimizer_name(optimizer)
                 raise HyperparameterError(
                     f"{where}: the optimizer {name} has no default for {key}; give it: {key}=..."
@@ -167,8 +244,6 @@ def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -
         raise HyperparameterError(f"{where}: {error}") from error
 
 
-_REQUIRED = inspect.Parameter.empty
-_VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 #: what lamina's own optimizers take beside the hyperparameters of their rules
 _OWN = ("state_dtype",)
 _SETTINGS = ("schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm", "optimizer")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from ..findings import listed
+from ..reducers import REDUCED
 from .rows import epochs, span
 
 if TYPE_CHECKING:
@@ -97,9 +99,16 @@ def _freezing(preview: Preview) -> str:
     rows = preview.rows
     if all(row.thaw == "trains" for row in rows):
         return ""
-    if not preview.drops_gradients:
-        return "While a group is frozen, its requires_grad is off: no gradient, no optimizer state."
-    return (
-        "torch.distributed is in use: groups that thaw or freeze keep requires_grad on and their "
-        "gradients are dropped; it is off only for groups that never train."
-    )
+    kept = preview.flags.kept
+    reduced = [name for name, reason in kept.items() if reason == REDUCED]
+    if reduced:
+        return (
+            f"DistributedDataParallel reduces {listed(reduced)}: while frozen, requires_grad stays "
+            "on and the gradient is zero, in every norm too."
+        )
+    if kept:
+        return (
+            f"DistributedDataParallel may wrap the model yet, so {listed(list(kept))} of what "
+            "trains later keeps requires_grad on with zero gradients until the first step."
+        )
+    return "While a group is frozen, its requires_grad is off: no gradient, no optimizer state."

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..explain import Explanation, explain
 from ..findings import listed
-from ..freezing import has_reducer
 from ..parameters import observe, walk
 from ..plan import Plan
+from ..reducers import Flags, flags_of
 from ..resolve import resolve_owned
 from ..resolved import Finding, Resolved
 from ..state import Resumed, resume_from
@@ -36,8 +36,7 @@ class Preview:
     Args:
         resolved: a plan, settled for a model and a run.
         feedback: what happened in a run so far; nothing by default.
-        reducer: whether gradients are reduced by DDP, which decides how parts are frozen; by
-            default, whether torch.distributed is in use.
+        flags: what the wrapping of the model means for `requires_grad`; by default, nothing.
         resumed: the saved run that goes on, whose values are shown up to its clock.
 
     Example:
@@ -57,14 +56,14 @@ class Preview:
         resolved: Resolved,
         feedback: Feedback = NO_FEEDBACK,
         *,
-        reducer: bool | None = None,
+        flags: Flags | None = None,
         resumed: Resumed | None = None,
     ) -> None:
         self.resolved = resolved
         self.feedback = feedback
         self.resumed = resumed
-        #: whether parts that thaw or freeze keep requires_grad on and have their gradients dropped
-        self.drops_gradients = has_reducer(()) if reducer is None else reducer
+        #: what keeps requires_grad on while it is frozen, since DDP needs it
+        self.flags = flags or Flags({})
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -73,7 +72,7 @@ class Preview:
         if self.resumed is not None and self.resumed.jumps:
             fix = "If that is not meant, extend='hold' keeps the saved schedules."
             found.append(Finding("value-jumps", f"{listed(self.resumed.jumps)}.", fix))
-        return (*found, *self._held_at_zero())
+        return (*found, *self.flags.findings, *self._held_at_zero())
 
     def _held_at_zero(self) -> list[Finding]:
         """A held run that learns nothing more, because its schedules end at 0."""
@@ -194,7 +193,9 @@ def preview_of(
     owned = walk(model)
     settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
     resumed = resume_from(settle, run, resume, extend, renamed)
-    reducer = has_reducer(list(model.parameters()))
+    resolved = resumed.resolved if resumed else settle(run)
+    tensors = {item.info.name: item.tensor for item in owned}
+    flags = flags_of(model, resolved.cells, tensors, resumed.clock if resumed else 0)
     if resumed is None:
-        return Preview(settle(run), reducer=reducer)
-    return Preview(resumed.resolved, resumed.feedback, reducer=reducer, resumed=resumed)
+        return Preview(resolved, flags=flags)
+    return Preview(resolved, resumed.feedback, flags=flags, resumed=resumed)

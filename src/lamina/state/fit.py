@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm
+from ..algorithms.base import Algorithm, begun_dtype
 from ..engine import begun
 from ..errors import StateError
 from ..optim.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
+from ..optim.trial import trial_of
+from ..packing import unpack
 from ..parameters import ParamInfo
 from ..resolved import Cell
 from .form import MOMENTUM, Entry, number_of_steps
@@ -39,7 +41,10 @@ def belongs(entry: Entry, cell: Cell) -> bool:
         known = {*cell.algorithm.buffers, "step"}
         return keys <= known and cell.algorithm.limits.keys() <= entry.group.keys()
     method = method_of(cell.optimizer)
-    settings = cell.constants if method is None else method.defaults
+    if method is None:  # what its constructor puts into the groups, where that is known
+        made = trial_of(cell.optimizer).made or {"lr": None}
+        return cell.constants.keys() & made.keys() <= entry.group.keys()
+    settings = method.defaults
     return settings.keys() <= entry.group.keys()
 
 
@@ -70,12 +75,28 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
-def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
-    """Raise `StateError`, with the way around it, unless a shape is the parameter's."""
-    if tuple(shape) != info.shape:
+def converted(
+    name: str, entry: Entry, fitted: Mapping[str, Any]
+) -> tuple[str, torch.dtype, torch.dtype] | None:
+    """The name of a parameter whose state has another dtype than it was saved in, and the two."""
+    for key, value in (entry.values or {}).items():
+        now = fitted.get(key)
+        if key == "step" or not isinstance(value, torch.Tensor) or now is None:
+            continue
+        if value.dtype is not now.dtype:
+            return name, value.dtype, now.dtype
+    return None
+
+
+def check_shape(
+    info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
+) -> None:
+    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
+    expected = info.shape if wanted is None else tuple(wanted)
+    if tuple(shape) != expected:
         raise StateError(
             f"the saved {what} of {info.name!r} has shape {tuple(shape)}, but the parameter has "
-            f"{info.shape}; nothing was loaded. To begin its state anew, load with "
+            f"{expected}; nothing was loaded. To begin its state anew, load with "
             f"renamed={{{info.name!r}: None}}; if it had another name, with "
             f"renamed={{old name: {info.name!r}}}."
         )
@@ -83,7 +104,7 @@ def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
 
 def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
     """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
-    known = (*_REAL, *_COMPLEX) if param.is_complex() else _REAL
+    known = _COMPLEX if param.is_complex() else _REAL
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
     elif value.layout != torch.strided or value.is_nested:
@@ -104,7 +125,9 @@ def own_entry(
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
 
-    Tensors are copies on the parameter's device, in the dtype they were saved in.
+    Tensors are copies on the parameter's device. They get the dtype that the plan asks for; where
+    it asks for none the parameter's, as new state would, but never one that cannot hold what was
+    saved: resuming loses no digits.
 
     Raises:
         StateError: if a value is not what the algorithm keeps.
@@ -122,8 +145,12 @@ def own_entry(
             continue
         value = saved[key]
         _check_numbers(info, key, value, param)
-        check_shape(info, key, value.shape)
-        fitted[key] = value.detach().to(device=param.device, copy=True)
+        check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
+        if cell.constants.get("state_dtype") is None:
+            dtype = torch.promote_types(value.dtype, param.dtype)
+        else:
+            dtype = begun_dtype(param, cell.constants)
+        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
         needed |= {MOMENTUM} & set(algorithm.buffers)
@@ -160,7 +187,7 @@ def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:
         return {}  # lamina's own count begins at build; guests begin with nothing
     own = any(entry.group.get(key) for key in ("capturable", "fused"))
     return {
-        key: copied(value, None if key == "step" and not own else param.device)
+        key: unpack(copied(value, None if key == "step" and not own else param.device))
         for key, value in saved.items()
     }
 

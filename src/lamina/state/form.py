@@ -10,12 +10,13 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import LaminaError, StateError
+from ..optim.loading import state_inside
 from ..parameters import clean_names
 from ..time import LONGEST, LONGEST_RUN, Run
 
@@ -45,6 +46,9 @@ class Saved:
     the state has none, as torch's. `run` is the length of the run that was saved, `planned` the
     length that its schedules were settled for. `by_fqn`: names stand for the parameter numbers, as
     torch.distributed.checkpoint writes them.
+
+    `loose` are entries that are no parameter's, and `rest` other keys at the top: some optimizers
+    of other packages write these.
     """
 
     names: tuple[str, ...] | None
@@ -54,6 +58,8 @@ class Saved:
     run: Run | None
     planned: Run | None
     by_fqn: bool = False
+    loose: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settled_for(self) -> Run | None:
@@ -98,12 +104,9 @@ def read(saved: Any) -> Saved:
     if not isinstance(entries, Mapping):
         raise StateError(f"the saved 'state' is {short(entries)}; expected a dict by parameter.")
     known, by_fqn = set(keys), _by_fqn(keys)
-    stray = [key for key in entries if key not in known]
-    if stray:
-        raise StateError(
-            f"the saved state has an entry {stray[0]!r}, which is no parameter of its groups "
-            f"({len(keys)} parameters); nothing was loaded."
-        )
+    others = [key for key in entries if key not in known]
+    if others and (by_fqn or not all(isinstance(key, str) for key in others)):
+        raise stray(others[0], len(keys))
     names = _names(groups, keys)
     shapes = _shapes(groups)
     found = []
@@ -131,6 +134,16 @@ def read(saved: Any) -> Saved:
         _run(groups, "run"),
         _run(groups, "planned"),
         by_fqn=by_fqn,
+        loose={key: entries[key] for key in others},
+        rest={key: saved[key] for key in saved if key not in ("state", "param_groups")},
+    )
+
+
+def stray(key: Any, count: int) -> StateError:
+    """Return the error for an entry that belongs to none of so many parameters."""
+    return StateError(
+        f"the saved state has an entry {key!r}, which is no parameter of its groups "
+        f"({count} parameters); nothing was loaded."
     )
 
 
@@ -150,14 +163,9 @@ def number_of_steps(name: str, value: Any) -> int:
 
 def _groups(saved: Any) -> list[Group]:
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
-        parts = saved.items() if isinstance(saved, Mapping) else ()
-        inside = [
-            key for key, part in parts if isinstance(part, Mapping) and "param_groups" in part
-        ]
-        hint = f" The one under {inside[0]!r} is: pass state[{inside[0]!r}]." if inside else ""
         raise StateError(
             "this is not an optimizer state: expected 'state' and 'param_groups', as "
-            f"optimizer.state_dict() gives.{hint}"
+            f"optimizer.state_dict() gives.{state_inside(saved)}"
         )
     groups = saved["param_groups"]
     if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):

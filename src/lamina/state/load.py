@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..engine import begun
 from ..errors import StateError
+from ..guest_memory import OURS, Contents
 from ..guests import Guests
-from ..optim.registry import is_whole_vector
+from ..kernels.base import short as dtype_name
+from ..optim.registry import is_whole_vector, method_of, settings_of
+from ..packing import unpack
 from ..parameters import ParamInfo
 from ..resolved import Cell, Resolved
+from ..sharding import is_flattened
 from ..timeline import Feedback, values_at
 from .compare import differences
 from .fit import (
     belongs,
     check_shape,
+    converted,
     copied,
     guest_entry,
     has_state,
@@ -27,7 +31,7 @@ from .fit import (
     own_entry,
     whole_entry,
 )
-from .form import Entry, Saved, number_of_steps, read, reading
+from .form import Entry, Saved, number_of_steps, read, reading, short, stray
 from .lost import has_begun, refuse_lost
 from .names import match
 from .report import LoadReport, few
@@ -36,28 +40,23 @@ from .seen import lived_of
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
 
-#: what every group holds beside its hyperparameters; the rest is a guest's own
-OURS = frozenset(
-    [
-        *("params", "param_names", "param_shapes", "name", "optimizer", "format"),
-        *("run", "planned", "clock", "overrides", "feedback"),
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
-    `lived` are the overrides and what reactions have seen, `lost` in words those of them that fit
-    nothing any more.
+    `guests` is what guests keep beside groups and the state of parameters. `lived` are the
+    overrides and what reactions have seen, `lost` in words those of them that fit nothing any
+    more; `warning` what the user is told of the parameters, or "".
     """
 
     state: dict[torch.Tensor, dict[str, Any]]
     groups: dict[str, dict[str, Any]]
+    guests: dict[torch.optim.Optimizer, Contents]
     clock: int
     lived: Feedback
     lost: tuple[str, ...]
+    warning: str
     report: LoadReport
 
 
@@ -69,7 +68,7 @@ def prepare(
 ) -> Loaded:
     """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
     resolved, saved = optimizer.resolved, read(state_dict)
-    matched = match(saved, in_order(resolved), renamed)
+    matched = match(saved, _as_now(resolved, optimizer.param_groups), renamed)
     clock, clock_from = clock_of(saved)
     lived, lost = lived_of(saved, matched, resolved)
     values = values_at(resolved, clock, lived)
@@ -84,6 +83,12 @@ def prepare(
         else:
             for index, group in enumerate(optimizer.param_groups):
                 fitting.cell(resolved.cells[index], group)
+        guests = optimizer._guests
+        _refuse_loose(saved, resolved)
+        records = fitting.records(saved)
+        place = optimizer.param_groups, fitting.state, fitting.groups
+        contents = guests.read_memories(records, *place)
+        guests.check_loaded(*place, contents, values.hyper)
     report = LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
@@ -98,16 +103,34 @@ def prepare(
         saved_planned=saved.settled_for,
         planned=resolved.settled_for,
         matched_by=matched.by,
+        converted=tuple(
+            (name, dtype_name(old), dtype_name(new)) for name, old, new in fitting.converted
+        ),
     )
+    rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
-        _refuse_unexpected(report, matched.asked)
-    return Loaded(fitting.state, fitting.groups, clock, lived, lost, report)
+        _refuse_unexpected(rows, report, matched.asked)
+    unused = clock == 0 and not any(entry.values for entry in saved.entries)
+    # Saved before its first step, it has nothing of the parameters that it lists.
+    told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
+    prepared = (fitting.state, fitting.groups, contents, clock, lived, lost)
+    return Loaded(*prepared, _warning(told), report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
     """Every parameter once, in the order of the model."""
     infos = {info.name: info for cell in resolved.cells for info in cell.parameters}
     return [infos[name] for name in resolved.chains if name in infos]
+
+
+def _as_now(resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> list[ParamInfo]:
+    """`in_order`, each in the shape that the parameter has now: a weight may grow after build."""
+    shapes = {
+        info.name: tuple(param.shape)
+        for cell, group in zip(resolved.cells, groups, strict=True)
+        for info, param in zip(cell.parameters, group["params"], strict=True)
+    }
+    return [replace(info, shape=shapes[info.name]) for info in in_order(resolved)]
 
 
 def clock_of(saved: Saved) -> tuple[int, str]:
@@ -132,6 +155,8 @@ class _Fitting:
         self.new: list[str] = []
         self.restarted: list[str] = []
         self.left: list[str] = []
+        self._told: dict[type, Entry] = {}  # whose groups speak for guests
+        self.converted: list[tuple[str, torch.dtype, torch.dtype]] = []
         self._clock = clock
         self._feedback = feedback
         self._guests = guests
@@ -144,7 +169,9 @@ class _Fitting:
             entry = self.entries.pop(info.name, None)
             self.state[param] = begun(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
-                if entry is not None and keeps_nothing(entry, cell):
+                # Of parts of FSDP1, what was never updated is left out of a saved state.
+                part = entry is not None and is_flattened(param) and "clock" in entry.group
+                if entry is not None and (part or keeps_nothing(entry, cell)):
                     self.kept.append(info.name)
                 elif self._has_begun(cell):
                     self.new.append(info.name)
@@ -158,9 +185,24 @@ class _Fitting:
                 elif not own:
                     _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
-            first = _carried(cell, group, self._guests.begun_groups[cell.name])
+            first = self._guests.begun_groups[cell.name]
+            keys = self._guests.own_keys(cell.name, first)
             saved = _carried(cell, group, told.group) if told else {}
-            self.groups[cell.name] = first | saved
+            self.groups[cell.name] = {key: copied(first[key], None) for key in keys} | saved
+            if told is not None:
+                self._told.setdefault(cell.optimizer, told)
+                if has_state(told) and not has_state(self._told[cell.optimizer]):
+                    self._told[cell.optimizer] = told
+
+    def records(self, saved: Saved) -> dict[type, Mapping[str, Any]]:
+        """What was saved of guests beside groups and the state of parameters, by their class."""
+        found = {kind: dict(told.group.get("guest", {})) for kind, told in self._told.items()}
+        if len(found) == 1:  # a state that the guest itself wrote
+            [record] = found.values()
+            for key, values in (("loose", saved.loose), ("own", saved.rest)):
+                if values:
+                    record.setdefault(key, values)
+        return {kind: _checked(record) for kind, record in found.items()}
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
         """The state of a guest's parameter as it was when the guest was built: mostly empty."""
@@ -175,6 +217,7 @@ class _Fitting:
         cell: Cell,
         group: Mapping[str, Any],
     ) -> None:
+        info = replace(info, shape=tuple(param.shape))  # which may have changed since build
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
@@ -185,6 +228,9 @@ class _Fitting:
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
+            change = converted(info.name, entry, self.state[param])
+            if change:
+                self.converted.append(change)
         self.kept.append(info.name)
 
     def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -210,9 +256,33 @@ class _Fitting:
 
 def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a guest keeps in its group: neither a setting of its constructor nor ours."""
-    settings = inspect.signature(cell.optimizer).parameters.keys()
-    keys = (group.keys() & saved.keys()) - OURS - settings - dict(cell.hyper).keys()
-    return {key: copied(saved[key], None) for key in keys}
+    record = saved.get("guest", {})
+    if isinstance(record, Mapping) and "keys" in record:
+        keys = {*record["keys"]} & saved.keys()
+    else:  # the guest's own state, to which schedulers may have added
+        keys = saved.keys() - (_SCHEDULERS - group.keys())
+    keys -= OURS | settings_of(cell.optimizer) | dict(cell.hyper).keys()
+    return {key: unpack(copied(saved[key], None)) for key in keys}
+
+
+#: what schedulers of torch put into groups
+_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("loose", "attributes", "own"):
+        if not isinstance(record.get(key, {}), Mapping):
+            raise StateError(
+                f"the saved {key} of a guest is {short(record[key])}; expected a dict."
+            )
+    return record
+
+
+def _refuse_loose(saved: Saved, resolved: Resolved) -> None:
+    """Raise `StateError` for entries of no parameter, unless they are those of the only guest."""
+    guests = {cell.optimizer for cell in resolved.cells if method_of(cell.optimizer) is None}
+    if saved.loose and len(guests) != 1:
+        raise stray(next(iter(saved.loose)), len(saved.entries))
 
 
 def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
@@ -229,15 +299,38 @@ def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
         )
 
 
-def _refuse_unexpected(report: LoadReport, asked: Iterable[str]) -> None:
-    """Raise `StateError` with every row about state that was not taken over as it was."""
+def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """What was not taken over as it was, in words and by name; without what was asked for."""
     asked = set(asked)
     rows = [
         ("not in the state", [name for name in report.new if name not in asked]),
-        ("of another optimizer", report.restarted),
+        ("of another optimizer", list(report.restarted)),
         ("not in the model or the plan", [name for name in report.dropped if name not in asked]),
     ]
-    told = [f"{what}: {few(names, 10)}" for what, names in rows if names]
+    return [(what, names) for what, names in rows if names]
+
+
+def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The one warning about state that does not fit, or ""."""
+    if not rows:
+        return ""
+    told = "; ".join(f"{what}: {few(names)}" for what, names in rows)
+    return (
+        f"the saved state was loaded, but does not fit all parameters ({told}). Those that are not "
+        "in it, or whose state was another optimizer's, begin anew; optimizer.last_load lists all. "
+        "If only names have changed, load with renamed=; strict=True makes this an error."
+    )
+
+
+def _refuse_unexpected(
+    rows: Sequence[tuple[str, Sequence[str]]], report: LoadReport, asked: Iterable[str]
+) -> None:
+    """Raise `StateError` with every row about state that was not taken over as it was."""
+    known = {name for _, names in rows for name in names}
+    lost = [name for name in report.dropped if name not in {*known, *asked}]
+    told = [
+        f"{what}: {few(names, 10)}" for what, names in (*rows, ("that fits no rule", lost)) if names
+    ]
     if told:
         raise StateError(
             f"strict=True, but the state does not match ({'; '.join(told)}); nothing was loaded. "

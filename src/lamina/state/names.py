@@ -63,7 +63,46 @@ def match(
         matched.entries[target] = entry
         if name in targets:
             matched.renamed.append((name, target))
+    if matched.entries and not any(info.name in matched.entries for info in infos):
+        raise StateError(
+            f"none of the {len(matched.entries)} saved parameters ({_few(matched.entries)}) is one "
+            f"of the {len(infos)} of this model ({_few([info.name for info in infos])}); nothing "
+            f"was loaded. {_proposal([*matched.entries], infos)}"
+        )
     return matched
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [*names]
+    return ", ".join(map(repr, listed[:3])) + (", ..." if len(listed) > 3 else "")
+
+
+def _proposal(saved: Sequence[str], infos: Sequence[ParamInfo]) -> str:
+    """What to do about a state without a known name, such as the prefix that one side has."""
+    live = [info.name for info in infos]
+    for theirs, mine, longer in ((saved, live, True), (live, saved, False)):
+        prefix = _prefix(theirs, mine)
+        if prefix:
+            parts = dict.fromkeys(name.split(".")[0] for name in mine)
+            longs = [(f"{prefix}.{part}", part) for part in parts]
+            pairs = longs if longer else [(part, long) for long, part in longs]
+            return f"Where only the names differ, load with renamed={dict(pairs)!r}."
+    return (
+        "If it is the state of this model under other names, load with "
+        "renamed={saved name: name here}; else use another state."
+    )
+
+
+def _prefix(long: Sequence[str], short: Sequence[str]) -> str:
+    """The modules in front of the names in one list that make them names in the other, or ""."""
+    known = set(short)
+    parts = long[0].split(".")
+    for size in range(1, len(parts)):
+        prefix = ".".join(parts[:size])
+        inner = [name.removeprefix(f"{prefix}.") for name in long if name.startswith(f"{prefix}.")]
+        if inner and known <= set(inner):
+            return prefix
+    return ""
 
 
 def check_renamed(renamed: Any) -> None:

@@ -49,6 +49,8 @@ class LoadReport:
         run: the length of this run.
         saved_planned: the length that its schedules fitted: not `saved_run` if it was held.
         planned: the length that the schedules fit now.
+        converted: parameters whose state has another dtype than it was saved in, as triples of the
+            name, the saved dtype and the one it has now.
         matched_by: `"names"`, or `"positions"` for a state without names.
     """
 
@@ -65,6 +67,7 @@ class LoadReport:
     saved_planned: Run | None = None
     planned: Run | None = None
     matched_by: str = "names"
+    converted: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def jumps(self) -> tuple[str, ...]:
@@ -88,11 +91,18 @@ class LoadReport:
                 f"schedules: of {length_of(self.saved_planned)}, now of {length_of(self.planned)}"
             )
         named = [f"{old} -> {new}" for old, new in self.renamed]
-        rows = [
+        pairs = dict.fromkeys((old, new) for _, old, new in self.converted)
+        converted = [
+            f"{old} -> {new} ({_count(count, 'parameter')})"
+            for old, new in pairs
+            for count in [sum(row[1:] == (old, new) for row in self.converted)]
+        ]
+        rows: list[tuple[str, Sequence[str]]] = [
             ("new", self.new),
             ("restarted (another optimizer's state)", self.restarted),
             ("renamed", named),
             ("dropped", self.dropped),
+            ("state in another dtype", converted),
             ("the plan's value stays", [str(row) for row in self.hyperparameters]),
         ]
         lines += [f"{what}: {few(texts)}" for what, texts in rows if texts]

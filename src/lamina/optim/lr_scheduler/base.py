@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
-from ...errors import LaminaWarning, ScheduleError
+from ...errors import ScheduleError
+from ...notices import warn
 from ...schedules.pictures import plot
-from .groups import Group, Rate, keep_config, own, prepare, write
+from .groups import keep_config, prepare, watch_steps
+from .ledger import Group, Ledger, Multiplier, Rate, innermost, ledger_of, own
+
+_EPOCH_IS_DEPRECATED: str = torch_schedulers.EPOCH_DEPRECATION_WARNING
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -28,23 +32,50 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     #: arguments of the constructor; loading a state does not replace them
     _config: ClassVar[tuple[str, ...]] = ()
-    _hidden: ClassVar[tuple[str, ...]] = ("optimizer", "_verbose", "_joined", "_previous", "_old")
+    _hidden: ClassVar[tuple[str, ...]] = (
+        *("optimizer", "_verbose", "_ledger", "_multiplier", "_previous"),
+    )
+    #: whether it goes on from what schedulers that were there before have left
+    _relative: ClassVar[bool] = False
 
     _verbose: bool = False
-    _joined: Sequence[int] = ()
+    _ledger: Ledger
+    #: its factor in the ledger, if it has one
+    _multiplier: Multiplier | None = None
 
+    # torch's constructor replaces `optimizer.step`, which fails for whatever is not a method.
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1, verbose: object = False) -> None:
-        prepare(self, optimizer, last_epoch)
         self._verbose = verbose is True
-        super().__init__(optimizer, last_epoch)
+        if "_ledger" not in vars(self):  # a subclass may have needed it before
+            prepare(self, optimizer, last_epoch)
+        for index, group in enumerate(optimizer.param_groups):
+            if last_epoch == -1:
+                group.setdefault("initial_lr", own(group["lr"]))
+            elif "initial_lr" not in group:
+                raise KeyError(
+                    f"{type(self).__name__} was given last_epoch={last_epoch}, but group {index} "
+                    "has no 'initial_lr': load the state of the optimizer first, or give its "
+                    "groups 'initial_lr', the learning rate that the run began with."
+                )
+        self._ledger.based()
+        self.base_lrs: list[Rate] = [own(group["initial_lr"]) for group in optimizer.param_groups]
+        self.last_epoch = last_epoch
+        self._initial_step()
 
     # --- stepping ------------------------------------------------------------------------------
 
     def _initial_step(self) -> None:
         self._step_count = 0
+        if not self._relative:
+            self._ledger.overwrite()
+        with self._being_made():
+            self.step()
+
+    @contextmanager
+    def _being_made(self) -> Iterator[None]:
         self._is_initial = True
         try:
-            self.step()
+            yield
         finally:
             self._is_initial = False
 
@@ -52,27 +83,32 @@ class LRScheduler(torch_schedulers.LRScheduler):
         """Go on to the next epoch (or step), after `optimizer.step()`.
 
         Args:
-            epoch: go to this one instead, by the closed form.
+            epoch: go to this one instead, by the closed form; deprecated by torch.
         """
-        watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
-        if self._step_count == 1 and watched and not getattr(self.optimizer, "_opt_called", False):
-            warnings.warn(
-                "lr_scheduler.step() was called before optimizer.step(), which skips the first "
-                "value of the schedule; call optimizer.step() first.",
-                LaminaWarning,
-                stacklevel=2,
-            )
+        self._check_order()
         self._step_count += 1
+        if epoch is not None:
+            warn(_EPOCH_IS_DEPRECATED)
         self._update_lr(epoch)
+
+    def _check_order(self) -> None:
+        """Warn if the first step comes before the optimizer's."""
+        if self._step_count != 1 or not watch_steps(self.optimizer):
+            return  # the optimizer, a copy perhaps, is watched from now on
+        if not getattr(innermost(self.optimizer), "_opt_called", False):
+            warn(
+                "Detected call of `lr_scheduler.step()` before `optimizer.step()`, which skips "
+                "the first value of the schedule; call optimizer.step() first."
+            )
 
     def _update_lr(self, epoch: float | None = None) -> None:
         before = self.last_epoch
-        self._admit()
+        ledger = self._read()
         self._get_lr_called_within_step = True
         try:
             self.last_epoch = before + 1 if epoch is None else epoch  # type: ignore[assignment]
             closed = None if epoch is None else getattr(self, "_get_closed_form_lr", None)
-            values = self.get_lr() if closed is None else closed()
+            values = ledger.without_multipliers(closed or self.get_lr)
             if len(values) != len(self.optimizer.param_groups):
                 raise ScheduleError(
                     f"{type(self).__name__} gave {len(values)} learning rates for "
@@ -83,8 +119,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
             raise
         finally:
             self._get_lr_called_within_step = False
-        write(self, values)
-        self._joined = ()
+        ledger.write(self, values, made=self._is_initial)
 
     def get_lr(self) -> list[Rate]:
         """The learning rate of each group at `last_epoch`; called by `step`."""
@@ -93,27 +128,33 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def _outside(self) -> bool:
         """Whether `get_lr` was called by a user, who wants `get_last_lr`."""
         if not self._get_lr_called_within_step:
-            warnings.warn("To read the learning rates, call get_last_lr().", LaminaWarning, 3)
+            warn("To read the learning rates, call get_last_lr().")
         return not self._get_lr_called_within_step
 
-    # --- groups added later --------------------------------------------------------------------
+    def _write_others(self) -> None:
+        """Write what else than learning rates belongs to the last epoch."""
 
-    def _admit(self) -> None:
-        """Take in groups added since the last step; each follows from its own initial lr."""
+    # --- the groups ----------------------------------------------------------------------------
+
+    def _read(self) -> Ledger:
+        """Take in what happened to the groups since the last write; return the ledger."""
         groups, known = self.optimizer.param_groups, len(self.base_lrs)
         if len(groups) < known:
             raise ScheduleError(
                 f"{type(self).__name__} knows {known} groups, but the optimizer has "
                 f"{len(groups)}; groups cannot be taken away from under a scheduler."
             )
+        ledger = self._ledger = ledger_of(self.optimizer, getattr(self, "_ledger", None))
+        if self._multiplier is not None:
+            ledger.join(self._multiplier)
+        ledger.read(groups)
         for index in range(known, len(groups)):
             self._join(index, groups[index])
-            groups[index].setdefault("initial_lr", own(groups[index]["lr"]))
             self.base_lrs.append(own(groups[index]["initial_lr"]))
-        self._joined = range(known, len(groups))
+        return ledger
 
     def _join(self, index: int, group: Group) -> None:
-        """What a scheduler keeps for each group; raises before anything was changed."""
+        """Take in a group that was added later; raise before anything was changed."""
 
     # --- looking ahead -------------------------------------------------------------------------
 
@@ -130,26 +171,33 @@ class LRScheduler(torch_schedulers.LRScheduler):
             "run, so it cannot be asked for a step."
         )
 
-    def plot(self, steps: int | None = None, path: str | os.PathLike[str] | None = None) -> Any:
-        """A picture of the learning rate of every group (needs matplotlib).
+    def plot(self, path: str | os.PathLike[str] | None = None, steps: int | None = None) -> Any:
+        """Draw the learning rate of every group (needs matplotlib).
 
         Args:
-            steps: how many; by default the planned length, where there is one.
             path: a file to write, such as "lr.png".
+            steps: how many; by default the planned length, where there is one.
 
         Returns:
             A `matplotlib.figure.Figure`.
         """
+        name = type(self).__name__
+        if isinstance(path, int):
+            raise ScheduleError(f"{name}.plot was given the path {path}; pass steps={path}.")
         steps = self._planned() if steps is None else steps
         if steps is None:
-            raise ScheduleError(f"{type(self).__name__} has no planned end; pass steps=.")
+            raise ScheduleError(f"{name} has no planned end; pass steps=.")
         groups = self.optimizer.param_groups
         names = [f"{index} {group.get('name', '')}".strip() for index, group in enumerate(groups)]
-        curves = {
-            name: lambda places, index=index: np.array([self.at(int(p))[index] for p in places])
-            for index, name in enumerate(names)
-        }
-        return plot(curves, steps, path, "learning rate")
+        return plot(dict(zip(names, self._curves(), strict=True)), steps, path, "learning rate")
+
+    def _curves(self) -> list[Callable[[Any], Any]]:
+        """The learning rate of each group as a function of an array of steps."""
+
+        def curve(index: int) -> Callable[[Any], Any]:
+            return lambda places: np.array([self.at(int(place))[index] for place in places])
+
+        return [curve(index) for index in range(len(self.optimizer.param_groups))]
 
     def _planned(self) -> int | None:
         """How many steps the schedule was planned for, if that is known."""
@@ -165,8 +213,16 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a saved scheduler was; what this one's constructor was given stays.
 
-        Warns if that differs from what the saved one was given.
+        The optimizer may be restored before or after. Where only the scheduler is, the groups
+        get the learning rates that they had when it was saved. Warns if the saved scheduler was
+        given other arguments.
         """
+        self._load(state_dict)
+        self._ledger.resume(self, self._last_lr)
+        self._write_others()
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, but leave the groups as they are."""
         saved = {key: value for key, value in state_dict.items() if key not in self._hidden}
         previous = copy.copy(self)
         previous.__dict__.update(saved)

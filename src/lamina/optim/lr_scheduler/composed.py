@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch.optim import Optimizer
@@ -14,8 +15,9 @@ from ...compat import update_lr
 from ...errors import ScheduleError
 from .base import LRScheduler
 from .curve import Curve
-from .groups import Rate, own, prepare, report, write
+from .groups import prepare
 from .lambdas import MultiplicativeLR
+from .ledger import Multiplier, Rate, ledger_of, own, report
 
 
 class _Composed(LRScheduler):
@@ -53,6 +55,49 @@ class _Composed(LRScheduler):
     def get_lr(self) -> list[Rate]:
         return self.get_last_lr()
 
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _take_in(self) -> None:
+        """Take in what happened to the groups since the last write."""
+        self._ledger = ledger_of(self.optimizer, self._ledger)
+        self._ledger.read(self.optimizer.param_groups)
+
+    def _act(self, part: Any, act: Callable[[], None], *, made: bool = False) -> None:
+        """Let a part act; what one of torch's schedulers writes goes through the ledger too."""
+        if isinstance(part, LRScheduler):
+            act()
+            return
+
+        def written() -> list[Rate]:
+            act()
+            return [own(group["lr"]) for group in self.optimizer.param_groups]
+
+        self._ledger.write(part, self._ledger.without_multipliers(written), made=made)
+
+    def _from_the_start(self, parts: Sequence[Any]) -> None:
+        """Put the learning rates back to the initial ones and begin with some of the parts."""
+        groups, ledger = self.optimizer.param_groups, self._ledger
+        ledger.based()
+        ledger.overwrite()
+        for multiplier in _multipliers(self):
+            multiplier.counts = False
+        ledger.write(self, [own(group["initial_lr"]) for group in groups], made=True)
+        _forget(self._schedulers)
+        for part in parts:
+            self._act(part, part._initial_step, made=True)
+        self._last_lr = [own(group["lr"]) for group in groups]
+
+    def _turn(self) -> Sequence[Any]:
+        """The parts whose turn it is."""
+        return self._schedulers
+
+    def _write_others(self) -> None:
+        for part in self._turn():
+            if isinstance(part, LRScheduler):
+                part._write_others()
+
+    # --- state ---------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
         """The state of every scheduler, under torch's keys."""
         return {
@@ -60,16 +105,18 @@ class _Composed(LRScheduler):
             "_schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _load(self, state_dict: dict[str, Any]) -> None:
         parts = state_dict["_schedulers"]
         if len(parts) != len(self._schedulers):
             raise ScheduleError(
                 f"{type(self).__name__} has {len(self._schedulers)} schedulers, but the saved "
                 f"state has {len(parts)}; nothing was changed."
             )
-        super().load_state_dict(state_dict)
+        super()._load(state_dict)
         for scheduler, part in zip(self._schedulers, parts, strict=True):
-            scheduler.load_state_dict(part)
+            load = scheduler._load if isinstance(scheduler, LRScheduler) else None
+            (load or scheduler.load_state_dict)(part)
+        _give_turn(self, True)
 
 
 class SequentialLR(_Composed):
@@ -93,27 +140,24 @@ class SequentialLR(_Composed):
             )
         if list(milestones) != sorted(milestones):
             raise ScheduleError(f"SequentialLR: milestones={milestones!r} are not in order.")
-        prepare(self, optimizer, 0)
         self._verbose = verbose is True
+        prepare(self, optimizer, 0)
         self._schedulers = schedulers
         self._milestones = list(milestones)
-        self.optimizer = optimizer
         self.last_epoch = 0
-        self._rewind()
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", own(group["lr"]))
+        self._from_the_start(self._turn())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run that goes on is stepped without updates
             for _ in range(last_epoch + 1):
                 self.step()
 
-    def _rewind(self) -> None:
-        """Undo what the schedulers did when they were made, and begin with the first."""
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", own(group["lr"]))
-        write(self, [own(group["initial_lr"]) for group in self.optimizer.param_groups])
-        _forget(self._schedulers)
-        first = self._schedulers[bisect_right(self._milestones, 0)]
-        first._initial_step()
-        self._last_lr = first.get_last_lr()
+    def _index(self) -> int:
+        return bisect_right(self._milestones, self.last_epoch)
+
+    def _turn(self) -> Sequence[Any]:
+        return [self._schedulers[self._index()]]
 
     def recursive_undo(self, sched: Any = None) -> None:
         """As torch's: take back the step that each scheduler made when it was made."""
@@ -124,19 +168,26 @@ class SequentialLR(_Composed):
         if epoch is not None:
             raise ScheduleError("SequentialLR.step takes no epoch.")
         before = self._rates()
+        self._take_in()
         self.last_epoch += 1
-        index = bisect_right(self._milestones, self.last_epoch)
+        index = self._index()
         scheduler = self._schedulers[index]
-        if index > 0 and self._milestones[index - 1] == self.last_epoch:
-            update_lr(scheduler, 0)
-        else:
-            scheduler.step()
+        try:
+            if index > 0 and self._milestones[index - 1] == self.last_epoch:
+                for multiplier in _multipliers(self):
+                    self._ledger.leave(multiplier)
+                self._act(scheduler, partial(update_lr, scheduler, 0))
+            else:
+                self._act(scheduler, scheduler.step)
+        except BaseException:
+            self.last_epoch -= 1
+            raise
         self._last_lr = scheduler.get_last_lr()
         self._note(before)
 
     def _initial_step(self) -> None:  # for a SequentialLR inside another one
         self.last_epoch = 0
-        self._rewind()
+        self._from_the_start(self._turn())
 
     def _update_lr(self, epoch: float | None = None) -> None:
         if epoch is None:
@@ -145,6 +196,10 @@ class SequentialLR(_Composed):
             self._initial_step()
         else:
             raise ScheduleError("SequentialLR cannot jump to an epoch.")
+
+    def _planned(self) -> int | None:
+        last = _planned(self._schedulers[-1])
+        return None if last is None else ([0, *self._milestones][-1]) + last
 
     def at(self, step: int) -> list[float]:
         index = bisect_right(self._milestones, step)
@@ -165,8 +220,8 @@ class ChainedScheduler(_Composed):
     ) -> None:
         self._check(schedulers, optimizer)
         self._verbose = verbose is True
+        prepare(self, optimizer or schedulers[0].optimizer, 0)
         self._schedulers = schedulers
-        self.optimizer = optimizer or schedulers[0].optimizer
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, epoch: float | None = None) -> None:
@@ -174,20 +229,25 @@ class ChainedScheduler(_Composed):
         if epoch is not None:
             raise ScheduleError("ChainedScheduler.step takes no epoch.")
         before = self._rates()
+        self._take_in()
         for scheduler in self._schedulers:
-            scheduler.step()
+            self._act(scheduler, scheduler.step)
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
         self._note(before)
 
     def _initial_step(self) -> None:  # inside a SequentialLR
-        for scheduler in self._schedulers:
-            scheduler._initial_step()
-        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+        self._from_the_start(self._schedulers)
 
     def _update_lr(self, epoch: float | None = None) -> None:
-        for scheduler in self._schedulers:
-            update_lr(scheduler, epoch)
-        self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
+        if epoch is None:
+            self.step()
+        elif epoch == 0:
+            self._initial_step()
+        else:
+            raise ScheduleError("ChainedScheduler cannot jump to an epoch.")
+
+    def _planned(self) -> int | None:
+        return max(filter(None, map(_planned, self._schedulers)), default=None)
 
     def at(self, step: int) -> list[float]:
         rates = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
@@ -199,6 +259,29 @@ class ChainedScheduler(_Composed):
             pairs = zip(rates, scheduler.at(step), bases, strict=True)
             rates = [rate * value / base if base else 0.0 for rate, value, base in pairs]
         return rates
+
+
+def _planned(scheduler: Any) -> int | None:
+    return scheduler._planned() if isinstance(scheduler, LRScheduler) else None
+
+
+def _multipliers(scheduler: Any) -> list[Multiplier]:
+    """The multipliers of a scheduler and of its parts."""
+    if isinstance(scheduler, _Composed):
+        return [each for part in scheduler._schedulers for each in _multipliers(part)]
+    multiplier = getattr(scheduler, "_multiplier", None)
+    return [] if multiplier is None else [multiplier]
+
+
+def _give_turn(scheduler: Any, counts: bool) -> None:
+    """Let the multipliers count of those parts whose turn it is."""
+    if not isinstance(scheduler, _Composed):
+        for multiplier in _multipliers(scheduler):
+            multiplier.counts = counts
+        return
+    turn = scheduler._turn()
+    for part in scheduler._schedulers:
+        _give_turn(part, counts and any(part is each for each in turn))
 
 
 def _forget(schedulers: Sequence[Any]) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...errors import ScheduleError
 from ...schedules.shape import Shape
 from ...time import Run
 from .base import LRScheduler
-from .groups import Rate, own
+from .ledger import Group, Rate, Record, rounded
 
 
 @lru_cache(maxsize=128)
@@ -38,8 +36,9 @@ class Curve(LRScheduler):
     the group holds is multiplied, so that several schedulers on one optimizer give the product.
     """
 
+    _relative: ClassVar[bool] = True
+    #: the scheduler with other arguments whose state was loaded, until the next step
     _previous: Curve | None = None
-    _old: tuple[Curve, float | None] | None = None
 
     def _wave(self, epoch: float) -> float:
         """The curve at an epoch >= 0, held after its end."""
@@ -52,40 +51,44 @@ class Curve(LRScheduler):
         """The next lr where something else moved it away from what was expected."""
         return lr * (target / expected)
 
-    def _here(self) -> float | None:
-        """The curve at the last epoch, or None before the first."""
-        return self._wave(self.last_epoch) if self.last_epoch >= 0 else None
-
     def _update_lr(self, epoch: float | None = None) -> None:
-        source = self._previous or self
-        self._old = source, source._here()
         super()._update_lr(epoch)
-        self._previous = self._old = None
+        self._previous = None
 
     def get_lr(self) -> list[Rate]:
         if self._outside():
             return self.get_last_lr()
         wave = self._wave(self.last_epoch)
-        pairs = zip(self.optimizer.param_groups, self.base_lrs, strict=True)
-        return [
-            self._next(index, group["lr"], float(base), wave)
-            for index, (group, base) in enumerate(pairs)
-        ]
+        move = self._begin if self._is_initial else self._move
+        pairs = zip(self._ledger.records, self.base_lrs, strict=True)
+        return [move(record, float(base), wave) for record, base in pairs]
 
-    def _next(self, index: int, lr: Rate, base: float, wave: float) -> Rate:
-        source, before = self._old or (self, None)
-        fresh = before is None or index in self._joined
-        if self._is_initial and self.last_epoch > 0:  # resumed: the groups hold loaded values
-            return self._closed(base, wave) if _same(lr, base) else own(lr)
-        if not fresh and before == wave and source is self:
-            return own(lr)
-        expected = base if fresh else source._closed(base, before or 0.0)
+    def _begin(self, record: Record, base: float, wave: float) -> float:
+        """The first learning rate of a group."""
         target = self._closed(base, wave)
-        if _same(lr, expected):
+        if _same(record, base):
             return target
-        if expected == 0:
-            return own(lr)
-        return self._follow(float(lr), expected, target, wave / (1.0 if fresh else before or 1.0))
+        if self.last_epoch > 0 or base == 0:  # resumed: the groups hold loaded values
+            return record.plain
+        return self._follow(record.plain, base, target, wave)
+
+    def _move(self, record: Record, base: float, wave: float) -> float:
+        """The learning rate of a group one epoch later."""
+        source = self._previous or self
+        before = source._wave(max(self.last_epoch - 1, 0))
+        expected = source._closed(base, before)
+        target = self._closed(base, wave)
+        if _same(record, expected):
+            return target
+        if expected == 0 or before == 0 or (before == wave and source is self):
+            return record.plain
+        return self._follow(record.plain, expected, target, wave / before)
+
+    def _join(self, index: int, group: Group) -> None:
+        first, record = self._ledger.records[0], self._ledger.records[index]
+        wave = self._wave(max(self.last_epoch, 0))
+        if record.brought and _same(first, self._closed(float(self.base_lrs[0]), wave)):
+            record.plain = self._closed(record.base, wave)  # not in proportion: there is a floor
 
     def _get_closed_form_lr(self) -> list[Rate]:
         wave = self._wave(self.last_epoch)
@@ -99,11 +102,9 @@ class Curve(LRScheduler):
         self._previous = previous
 
 
-def _same(lr: Rate, expected: float) -> bool:
+def _same(record: Record, expected: float) -> bool:
     """Whether a group still holds a value, as precisely as it can hold one."""
-    if isinstance(lr, Tensor):
-        return bool(lr == torch.tensor(expected, dtype=lr.dtype, device=lr.device))
-    return lr == expected
+    return record.plain in (expected, rounded(record.group["lr"], expected))
 
 
 def whole(scheduler: object, name: str, given: Any) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from .base import LRScheduler
-from .groups import Group
+from .ledger import Group
 
 PerGroup = float | list[float]
 
@@ -43,6 +40,9 @@ class Cycled(LRScheduler):
 
     def _update_lr(self, epoch: float | None = None) -> None:
         super()._update_lr(epoch)
+        self._write_others()
+
+    def _write_others(self) -> None:
         if self.cycle_momentum:
             for index, group in enumerate(self.optimizer.param_groups):
                 self._set_momentum(group, self._momentum(index, self.last_epoch))
@@ -50,6 +50,14 @@ class Cycled(LRScheduler):
     def _momentum(self, index: int, step: float) -> float:
         """The momentum of a group at a step."""
         raise NotImplementedError
+
+    def _scale(self, index: int, peak: float) -> float:
+        """The learning rate of a group that was added later, as a share of the first one's.
+
+        Where that one's is 0, its own is its peak.
+        """
+        record = self._ledger.records[index]
+        return float(record.group["lr"]) / peak if record.scale is None else record.scale
 
     def _follow_first_momentum(self, group: Group) -> None:
         """A group that was added takes the range of momentum of the first one."""
@@ -70,12 +78,6 @@ def per_group(scheduler: LRScheduler, name: str, given: PerGroup) -> list[float]
             f"{groups} groups; give one number, or one for each group."
         )
     return [float(item) for item in given]
-
-
-def require_optimizer(scheduler: object, optimizer: Any) -> None:
-    """Raise `TypeError` for anything that is not an optimizer."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer.")
 
 
 def anneal(start: float, end: float, share: float, strategy: str) -> float:

@@ -7,12 +7,12 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
-from .cycles import Cycled, PerGroup, per_group, require_optimizer
-from .groups import Group, Rate, warn_peak
+from .cycles import Cycled, PerGroup, per_group
+from .groups import prepare, warn_peak
+from .ledger import Group, Rate, as_held
 
 
 class CyclicLR(Cycled):
@@ -41,8 +41,7 @@ class CyclicLR(Cycled):
         last_epoch: int = -1,
         verbose: object = False,
     ) -> None:
-        require_optimizer(self, optimizer)
-        self.optimizer = optimizer
+        prepare(self, optimizer, last_epoch)
         up = float(step_size_up)
         down = up if step_size_down is None else float(step_size_down)
         if not (up > 0 and down > 0):
@@ -60,7 +59,8 @@ class CyclicLR(Cycled):
         bases = per_group(self, "base_lr", base_lr)
         self.max_lrs = per_group(self, "max_lr", max_lr)
         if last_epoch == -1:
-            self._begin(bases)
+            self._ledger.overwrite()
+            self._ledger.write(self, bases, made=True)
         self.total_size = up + down
         self.step_ratio = up / self.total_size
         self.mode, self.gamma = mode, gamma
@@ -75,19 +75,14 @@ class CyclicLR(Cycled):
         super().__init__(optimizer, last_epoch, verbose)
         self.base_lrs: list[Rate] = list(bases)
 
-    def _begin(self, bases: list[float]) -> None:
-        for group, base in zip(self.optimizer.param_groups, bases, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(base)
-            else:
-                group["lr"] = base
-
     def _join(self, index: int, group: Group) -> None:
         if index < len(self.max_lrs):
             return
-        peak = float(group["lr"])  # its own lr is its peak; its base is as far below as the first's
-        group["initial_lr"] = peak * float(self.base_lrs[0]) / self.max_lrs[0]
-        self.max_lrs.append(peak)
+        # As far between its base and its peak as the first group is, or else at its peak.
+        base, peak = float(self.base_lrs[0]), self.max_lrs[0]
+        scale = self._scale(index, peak)
+        group["initial_lr"] = as_held(group["lr"], base * scale)
+        self.max_lrs.append(peak * scale)
         self._follow_first_momentum(group)
         if self.cycle_momentum:
             self.base_momentums.append(float(group["base_momentum"]))
@@ -131,8 +126,8 @@ class CyclicLR(Cycled):
             "_scale_fn_custom": None if plain else dict(vars(function)),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
         attributes = state_dict.get("_scale_fn_custom")
         if attributes and self._scale_fn_custom is not None:
             vars(self._scale_fn_custom).update(attributes)

@@ -1,88 +1,77 @@
-"""What schedulers do to the groups of an optimizer: prepare, write, remember, report."""
+"""What schedulers do to an optimizer when they are made, and what they warn of."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...errors import LaminaWarning
+from ...notices import warn
+from .ledger import Group, Rate, innermost, ledger_of, own
 
-log = logging.getLogger("lamina")
-
-Rate = float | Tensor
-Group = dict[str, Any]
-
-#: what schedulers last wrote into the groups of an optimizer: (the group, its lr)
-_WRITTEN: WeakKeyDictionary[Optimizer, list[tuple[Group, float]]] = WeakKeyDictionary()
+__all__ = ["Group", "Rate", "own", "prepare"]
 
 
-def own(lr: Rate) -> Rate:
-    """A copy of a learning rate that shares no memory with it."""
-    return lr.clone() if isinstance(lr, Tensor) else lr
+def prepare(scheduler: Any, optimizer: Optimizer, last_epoch: int = -1) -> None:
+    """Make an optimizer ready for a scheduler: its groups, its ledger, its count of steps.
 
+    Args:
+        scheduler: the one that is being made.
+        optimizer: what it is for.
+        last_epoch: -1 to begin; then a learning rate that was edited by hand is the initial one.
 
-def prepare(scheduler: object, optimizer: Optimizer, last_epoch: int = -1) -> None:
-    """Make the groups of an optimizer ready: no shared tensors, no stale initial lr."""
+    Raises:
+        TypeError: it is no optimizer.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"{type(scheduler).__name__} was given {type(optimizer).__name__}; "
             "expected an optimizer."
         )
+    scheduler.optimizer = optimizer
+    _separate_tensors(optimizer)
+    watch_steps(optimizer)
+    ledger = scheduler._ledger = ledger_of(optimizer)
+    # One of torch's schedulers on the same optimizer writes past the ledger, and what it wrote
+    # cannot be told from an edit by hand.
+    beside = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    stepped = getattr(innermost(optimizer), "_opt_called", False)
+    ledger.begin(
+        optimizer.param_groups,
+        rebase=last_epoch == -1 and not beside,
+        beside=beside and not stepped,
+    )
+
+
+def _separate_tensors(optimizer: Optimizer) -> None:
+    """Give groups that share one tensor as their learning rate tensors of their own."""
     seen: set[int] = set()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            if id(group["lr"]) in seen:  # one tensor as the default of two groups
+            if id(group["lr"]) in seen:
                 group["lr"] = group["lr"].clone()
             seen.add(id(group["lr"]))
-    if last_epoch != -1:
-        return
-    for group, written in _WRITTEN.get(optimizer, ()):
-        current = any(group is one for one in optimizer.param_groups)
-        if current and float(group["lr"]) != written:  # the user set it since: begin from there
-            group["initial_lr"] = own(group["lr"])
 
 
-def write(scheduler: Any, values: Sequence[Rate]) -> None:
-    """Write the learning rates into the groups, in place where they are tensors."""
-    groups = scheduler.optimizer.param_groups
-    for index, (group, lr) in enumerate(zip(groups, values, strict=True)):
-        if isinstance(lr, np.generic):
-            lr = float(lr)  # a NumPy number would make checkpoints unloadable
-        old = own(group["lr"])
-        if isinstance(group["lr"], Tensor):
-            with torch.no_grad():
-                group["lr"].fill_(float(lr))
-        else:
-            group["lr"] = lr
-        if scheduler._verbose and float(old) != float(group["lr"]):
-            report(scheduler, index, group)
-    remember(scheduler)
+def watch_steps(optimizer: Optimizer) -> bool:
+    """Have the optimizer note that it has stepped; return whether it did already have to.
+
+    By torch's hook, and not by replacing `step` as torch's schedulers do: `step` may be anything
+    callable by then, a compiled function or a partial one.
+    """
+    hooks = getattr(innermost(optimizer), "_optimizer_step_post_hooks", None)
+    if hooks is None:
+        return False
+    if any(hook is note_step for hook in hooks.values()):
+        return True
+    innermost(optimizer).register_step_post_hook(note_step)
+    return False
 
 
-def remember(scheduler: Any) -> None:
-    """Keep what the groups hold now, for `get_last_lr` and the next scheduler."""
-    groups = scheduler.optimizer.param_groups
-    scheduler._last_lr = [own(group["lr"]) for group in groups]
-    _WRITTEN[scheduler.optimizer] = [(group, float(group["lr"])) for group in groups]
-
-
-def report(scheduler: Any, index: int, group: Group) -> None:
-    """One line for a changed learning rate."""
-    log.info(
-        "%s: group %d (%s): lr %.6g",
-        type(scheduler).__name__,
-        index,
-        group.get("name", "unnamed"),
-        float(group["lr"]),
-    )
+def note_step(optimizer: Any, args: object, kwargs: object) -> None:
+    """Note that an optimizer has stepped, under the name that torch's schedulers use."""
+    optimizer._opt_called = True
 
 
 def keep_config(scheduler: Any, saved: dict[str, Any]) -> bool:
@@ -94,11 +83,9 @@ def keep_config(scheduler: Any, saved: dict[str, Any]) -> bool:
             if old != now:
                 changed.append(f"{key}={now!r} (saved: {old!r})")
     if changed:
-        warnings.warn(
+        warn(
             f"{type(scheduler).__name__} keeps what its constructor was given: "
-            f"{', '.join(changed)}. To go on with the saved arguments, construct it with them.",
-            LaminaWarning,
-            stacklevel=4,
+            f"{', '.join(changed)}. To go on with the saved arguments, construct it with them."
         )
     return bool(changed)
 
@@ -107,12 +94,10 @@ def warn_floor(scheduler: Any, floor: float, form: str) -> None:
     """Warn of an absolute floor that changes the ratios between groups, or raises one."""
     rates = [float(lr) for lr in scheduler.base_lrs]
     if floor > 0 and (len(set(rates)) > 1 or min(rates, default=floor) < floor):
-        warnings.warn(
+        warn(
             f"{type(scheduler).__name__}: eta_min={floor:g} is absolute: every group ends there, "
             "so the ratios between groups are lost and a smaller lr goes up. In a plan floors are "
-            f"relative: {form}.",
-            LaminaWarning,
-            stacklevel=3,
+            f"relative: {form}."
         )
 
 
@@ -120,10 +105,8 @@ def warn_peak(scheduler: Any, peak: object, form: str) -> None:
     """Warn of one peak for groups whose own learning rates differ."""
     rates = {float(group["lr"]) for group in scheduler.optimizer.param_groups}
     if not isinstance(peak, (list, tuple)) and len(rates) > 1:
-        warnings.warn(
+        warn(
             f"{type(scheduler).__name__}: max_lr={peak!r} is one peak for all groups, which "
             f"erases their own learning rates; pass a list, or in a plan {form}, whose peak is "
-            "each group's own lr.",
-            LaminaWarning,
-            stacklevel=3,
+            "each group's own lr."
         )

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from .base import LRScheduler
-from .groups import Group, Rate, own
+from .ledger import Group, Rate, as_held
 
 Lambda = Callable[[int], float]
 
@@ -42,14 +42,19 @@ class _Lambdas(LRScheduler):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _join(self, index: int, group: Group) -> None:
-        if index < len(self.lr_lambdas):
-            return
-        if self._shared is None:
-            raise ScheduleError(
-                f"group {index} was added to the optimizer, but {type(self).__name__} was given "
-                "one function for each group; append one for it to scheduler.lr_lambdas."
-            )
-        self.lr_lambdas.append(self._shared)
+        if index >= len(self.lr_lambdas):
+            if self._shared is None:
+                raise ScheduleError(
+                    f"group {index} was added to the optimizer, but {type(self).__name__} was "
+                    "given one function for each group; append one for it to "
+                    "scheduler.lr_lambdas."
+                )
+            self.lr_lambdas.append(self._shared)
+        elif self._shared is None:
+            self._join_by_own_function(index, group)
+
+    def _join_by_own_function(self, index: int, group: Group) -> None:
+        """Take in a group that follows a function of its own, by which its base is found."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer and plain functions; callable objects are kept."""
@@ -59,8 +64,8 @@ class _Lambdas(LRScheduler):
         ]
         return {**super().state_dict(), "lr_lambdas": saved}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
         saved = state_dict.get("lr_lambdas", ())
         for function, attributes in zip(self.lr_lambdas, saved, strict=False):
             if attributes:
@@ -79,17 +84,27 @@ class LambdaLR(_Lambdas):
         pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
         return [float(base) * function(step) for base, function in pairs]
 
+    def _join_by_own_function(self, index: int, group: Group) -> None:
+        record = self._ledger.records[index]
+        now = self.lr_lambdas[index](self.last_epoch)
+        if not record.brought and now != 0:
+            record.base = record.plain / now
+            group["initial_lr"] = as_held(group["lr"], record.base)
+
 
 class MultiplicativeLR(_Lambdas):
     """The learning rate times a function of the epoch, at each step; arguments are torch's."""
 
+    _relative: ClassVar[bool] = True
+
     def get_lr(self) -> list[Rate]:
         if self._outside():
             return self.get_last_lr()
+        records = self._ledger.records
         if self._is_initial:
-            return [own(group["lr"]) for group in self.optimizer.param_groups]
-        pairs = zip(self.optimizer.param_groups, self.lr_lambdas, strict=True)
-        return [group["lr"] * function(self.last_epoch) for group, function in pairs]
+            return [record.plain for record in records]
+        pairs = zip(records, self.lr_lambdas, strict=True)
+        return [record.plain * function(self.last_epoch) for record, function in pairs]
 
     def at(self, step: int) -> list[float]:
         rates = [float(base) for base in self.base_lrs]

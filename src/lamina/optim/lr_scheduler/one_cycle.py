@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
-from .cycles import Cycled, PerGroup, anneal, per_group, require_optimizer
-from .groups import Group, Rate, warn_peak
+from .cycles import Cycled, PerGroup, anneal, per_group
+from .groups import prepare, warn_peak
+from .ledger import Group, Rate
 
 Phase = dict[str, Any]
 
@@ -42,8 +43,7 @@ class OneCycleLR(Cycled):
         last_epoch: int = -1,
         verbose: object = False,
     ) -> None:
-        require_optimizer(self, optimizer)
-        self.optimizer = optimizer
+        prepare(self, optimizer, last_epoch)
         self.total_steps = _total(total_steps, epochs, steps_per_epoch)
         if not isinstance(pct_start, (int, float)) or not 0 <= pct_start <= 1:
             raise ScheduleError(f"OneCycleLR was given pct_start={pct_start!r}; expected 0 to 1.")
@@ -72,8 +72,9 @@ class OneCycleLR(Cycled):
         group["min_lr"] = group["initial_lr"] / self._final_div_factor
 
     def _join(self, index: int, group: Group) -> None:
-        if "max_lr" not in group:  # its own lr is its peak
-            self._range(group, float(group["lr"]))
+        if "min_lr" not in group:
+            peak = self.optimizer.param_groups[0]["max_lr"]
+            self._range(group, group.get("max_lr", peak * self._scale(index, peak)))
         self._follow_first_momentum(group)
 
     def _value(self, group: Group, step: float, kind: str) -> float:

@@ -8,7 +8,9 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ...errors import ScheduleError
-from .groups import keep_config, prepare, remember, write
+from ...notices import warn
+from .groups import keep_config, prepare
+from .ledger import Ledger, ledger_of
 
 _DEFAULT_EPS = 1e-8
 
@@ -24,6 +26,8 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         *("factor", "patience", "cooldown", "eps", "default_min_lr", "min_lrs"),
         *("mode", "threshold", "threshold_mode"),
     )
+
+    _ledger: Ledger
 
     def __init__(
         self,
@@ -57,15 +61,17 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
 
         Args:
             metrics: the number to watch.
-            epoch: the number of the epoch, if it is not the next one.
+            epoch: the number of the epoch, if it is not the next one; deprecated by torch.
         """
         if epoch is not None:
+            warn(torch_schedulers.EPOCH_DEPRECATION_WARNING)
             self.last_epoch = epoch - 1
         super().step(metrics)
-        remember(self)
 
     def _reduce_lr(self, epoch: int) -> None:
         groups = self.optimizer.param_groups
+        self._ledger = ledger_of(self.optimizer, self._ledger)
+        self._ledger.read(groups)
         default = 0.0 if self.default_min_lr is None else self.default_min_lr
         self.min_lrs += [default] * (len(groups) - len(self.min_lrs))
         values = []
@@ -74,15 +80,24 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
             new = max(old * self.factor, least)
             limit = self.eps * old if self.eps == _DEFAULT_EPS else self.eps
             values.append(new if old - new > limit else group["lr"])
-        write(self, values)
+        self._ledger.rescale(self, values)
 
     def at(self, step: int) -> list[float]:
         """Refused: the values depend on a metric."""
         raise ScheduleError("ReduceLROnPlateau depends on a metric, so no step can be told ahead.")
 
+    def plot(self, path: object = None, steps: int | None = None) -> Any:
+        """Refused: the values depend on a metric."""
+        raise ScheduleError(
+            "ReduceLROnPlateau depends on a metric, so it cannot be drawn ahead; a plan draws "
+            "its schedule without the metric's part: lamina.Plan(..., feedback=lamina.plateau(...))"
+            ".preview(model, steps=...).plot()."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, under torch's keys."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("optimizer", "_verbose")}
+        hidden = ("optimizer", "_verbose", "_ledger")
+        kept = {k: v for k, v in self.__dict__.items() if k not in hidden}
         return {key: list(v) if isinstance(v, list) else v for key, v in kept.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,3 +105,5 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         saved = dict(state_dict)
         keep_config(self, saved)
         super().load_state_dict(saved)
+        if self._ledger.schedulers == 1:  # next to others its last values may be old ones
+            self._ledger.resume(self, self._last_lr)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from .curve import Curve
-from .groups import warn_floor, write
+from .groups import warn_floor
+from .ledger import Multiplier
 
 
 class CosineAnnealingWarmRestarts(Curve):
     """Cosines down to `eta_min`, one after the other; arguments and defaults are torch's.
 
-    Unlike torch's it multiplies what other schedulers do, so that a warmup before it works.
+    Unlike torch's it multiplies what other schedulers do, so that a warmup before it works. An
+    edit of the learning rate by hand is overwritten at the next step, as in torch.
     """
 
     _config: ClassVar[tuple[str, ...]] = ("T_0", "T_mult", "eta_min")
+    _multiplier: Multiplier
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class CosineAnnealingWarmRestarts(Curve):
         self.T_mult = T_mult
         self.eta_min = eta_min
         self.T_cur: float = last_epoch
+        self._multiplier = Multiplier(floor=eta_min)
         super().__init__(optimizer, last_epoch, verbose)
         warn_floor(self, eta_min, "schedule=lamina.warm_restarts(first=..., to=0.01)")
 
@@ -59,9 +63,6 @@ class CosineAnnealingWarmRestarts(Curve):
     def _closed(self, base: float, wave: float) -> float:
         return self.eta_min + (base - self.eta_min) * wave
 
-    def _here(self) -> float | None:
-        return _half_cosine(self.T_cur, self.T_i) if self.last_epoch >= 0 else None
-
     def step(self, epoch: float | None = None) -> None:
         """Go on to the next epoch, or to a given one, which may be a fraction.
 
@@ -77,35 +78,36 @@ class CosineAnnealingWarmRestarts(Curve):
         self._go_to(epoch, *self._place(epoch))
 
     def _update_lr(self, epoch: float | None = None) -> None:
-        if epoch is not None:  # SequentialLR begins anew
-            self._admit()
-            self.T_cur, self.T_i = self._place(epoch)
-            self.last_epoch = math.floor(epoch)
-            write(self, [self._closed(float(b), self._wave(epoch)) for b in self.base_lrs])
+        if epoch is not None:  # its turn in a sequence: it begins anew, from the initial lr
+            self._go_to(epoch, *self._place(epoch), anew=True)
         elif self._is_initial or self.last_epoch < 0:
-            self._go_to(self.last_epoch + 1, *self._place(self.last_epoch + 1))
+            self._go_to(self.last_epoch + 1, *self._place(self.last_epoch + 1), anew=True)
         elif self.T_cur + 1 < self.T_i:
             self._go_to(self.last_epoch + 1, self.T_cur + 1, self.T_i)
         else:
             after = (self.T_cur + 1) % self.T_i
             self._go_to(self.last_epoch + 1, after, self.T_i * self.T_mult)
 
-    def _go_to(self, epoch: float, place: float, size: float) -> None:
-        source = self._previous or self
-        self._old = source, source._here()
-        self._admit()
+    def _go_to(self, epoch: float, place: float, size: float, *, anew: bool = False) -> None:
+        ledger = self._read()
         self.T_cur, self.T_i = place, size
         self.last_epoch = math.floor(epoch)
-        wave = _half_cosine(place, size)
-        pairs = zip(self.optimizer.param_groups, self.base_lrs, strict=True)
-        values = [self._next(i, g["lr"], float(b), wave) for i, (g, b) in enumerate(pairs)]
-        write(self, values)
         self._get_lr_called_within_step = False  # a key that torch's state has
-        self._previous = self._old = None
-        self._joined = ()
+        ledger.multiply(self._multiplier, _half_cosine(place, size), self.base_lrs)
+        if anew:
+            ledger.begin_again(self._multiplier, within=self._is_initial)
+        ledger.write(self, [record.plain for record in ledger.records], made=self._is_initial)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
+        if self.last_epoch >= 0:
+            # The part of the saved learning rates that is this schedule's, by its saved arguments.
+            saved = [state_dict.get(key, getattr(self, key)) for key in ("T_cur", "T_i", "eta_min")]
+            self._multiplier.share, self._multiplier.floor = _half_cosine(*saved[:2]), saved[2]
+            self._multiplier.bases = list(self.base_lrs)
+            self._multiplier.restored = True
 
     def _go_on_from(self, previous: Self) -> None:
-        super()._go_on_from(previous)
         if self.last_epoch >= 0:
             self.T_cur, self.T_i = self._place(self.last_epoch)
 

@@ -90,6 +90,11 @@ class CosineAnnealingLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
         warn_floor(self, eta_min, "schedule=lamina.cosine(to=0.01)")
 
+    def _initial_step(self) -> None:
+        if self.eta_min:  # the floor is one of the whole learning rate
+            self._ledger.settle()
+        super()._initial_step()
+
     def _wave(self, epoch: float) -> float:
         # With Python's cosine, in torch's order: near the end 1 + cos(x) keeps few digits.
         return 0.0 if epoch >= self.T_max else (1 + math.cos(math.pi * epoch / self.T_max)) / 2
