@@ -395,3 +395,8 @@ def test_lbfgs_refuses_its_memory_in_another_order():
         other.load_state_dict(first.state_dict())
     same, _ = build("ab")
     same.load_state_dict(first.state_dict())
+
+
+def test_strict_without_a_state_says_what_it_is_for():
+    with pytest.raises(lm.PlanError, match="is for a saved state"):
+        lm.Plan("SGD", lr=0.1).build(torch.nn.Linear(2, 1), strict=True)
