@@ -117,6 +117,7 @@ def printable(text: str) -> str:
 #: installed through an extra of lamina may be older
 OLDEST = {
     "accelerate": "1.1",
+    "filelock": "3.13",
     "matplotlib": "3.10",
     "rich": "13.7",
     "transformers": "4.46",

@@ -60,6 +60,19 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(1, "")
 
 
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this is the process that writes, as far as that is known before they meet.
+
+    Args:
+        environment: the environment variables.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    ranks = (names[0] for variable, names in _LAUNCHERS if variable in environment)
+    return all(environment.get(rank, "0") == "0" for rank in ranks)
+
+
 def begin(settings: Settings, cpu: bool) -> Any:
     """Return Accelerate's accelerator, with every seed set and all processes in one group.
 

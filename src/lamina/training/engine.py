@@ -12,13 +12,14 @@ from ..errors import LaminaError, require
 from ..notices import warn
 from ..plan import Plan
 from ..time import TimeLike
-from .devices import begin, end
+from .devices import begin, end, is_first
+from .folder_lock import FolderLock
 from .load import choose_plan, load_task, placed
 from .loaders import has_own_order
 from .records import Listener
 from .result import Result
-from .resume import Resumption, find, resumed_plan
-from .run_folder import check_free
+from .resume import find, resumed_plan
+from .run_folder import check_free, read_about
 from .session import Session
 from .settings import Settings
 from .task import Data, Task
@@ -66,29 +67,35 @@ def prepare(
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
-    start = None if resume is None else _found(resume, folder, task)
-    if start is None:
-        settings, chosen, place = _begin(task, plan, asked, folder, extend)
-    else:
-        settings = start.settings(**asked)
-        extend = start.way(settings) if extend is None else extend
-        chosen, place = resumed_plan(start, task, plan)
-    accelerator = begin(settings, cpu)
+    lock = None if resume is None else _locked(resume, folder)
     session = None
     try:
-        data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
-        made = (task, settings, accelerator, task.model(), chosen, data)
-        with placed(place):
-            session = Session(*made, folder, start, extend)
+        start = None if resume is None else find(resume, task)
+        if start is None:
+            settings, chosen, place = _begin(task, plan, asked, folder, extend)
+        else:
+            settings = start.settings(**asked)
+            extend = start.way(settings) if extend is None else extend
+            chosen, place = resumed_plan(start, task, plan)
+        accelerator = begin(settings, cpu)
+        try:
+            data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
+            made = (task, settings, accelerator, task.model(), chosen, data)
+            with placed(place):
+                session = Session(*made, folder, start, extend, lock)
+        finally:
+            if session is None:
+                end(accelerator)
     finally:
-        if session is None:
-            end(accelerator)
+        if session is None and lock is not None:
+            lock.release()
     return session
 
 
 def _require_packages() -> None:
     require("accelerate", "train", "Training")
     require("matplotlib", "train", "Training (the picture of the plan)")
+    require("filelock", "train", "Training (one process at a time in a run)")
 
 
 def _data(task: Task, seed: int, asked: int | None) -> Data:
@@ -117,13 +124,19 @@ def _begin(
     return settings, *choose_plan(task, plan)
 
 
-def _found(resume: str | os.PathLike[str], out: Path | None, task: Task) -> Resumption:
+def _locked(resume: str | os.PathLike[str], out: Path | None) -> FolderLock | None:
+    """Take the folder of a run that goes on, before its checkpoint is chosen.
+
+    Of several processes that train together the first one takes it for all.
+    """
     if out is not None:
         raise LaminaError(
             f"out={str(out)!r} and resume={os.fspath(resume)!r} both name the folder of the run; a "
             "run goes on in its own folder. Leave out --out."
         )
-    return find(resume, task)
+    home = Path(resume)
+    read_about(home)  # which says what is wrong with a folder that is not that of a run
+    return FolderLock(home) if is_first() else None
 
 
 def fit(

@@ -25,6 +25,7 @@ from ..errors import LaminaError, PlanError, StateError
 from ..files import atomic, legible, remove_leftovers, told
 from ..plan import Plan
 from ..preview import Preview
+from .folder_lock import FILES as LOCK_FILES
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
 #: where run.json holds a plan until that is in its own file
@@ -32,10 +33,10 @@ PENDING = "plan"
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that holds something; it is not made yet."""
+    """Refuse a folder that holds something beside the lock of a run."""
     with told(folder):
         is_there, is_folder = folder.exists(), folder.is_dir()
-        holds = is_folder and any(folder.iterdir())
+        holds = is_folder and any(path.name not in LOCK_FILES for path in folder.iterdir())
     if is_there and not is_folder:
         raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
     if holds:

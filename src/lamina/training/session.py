@@ -21,6 +21,7 @@ from ..time import run_of
 from .confirmer import Confirmer
 from .devices import end
 from .evaluate import check_watched
+from .folder_lock import FolderLock
 from .interrupts import graceful_interrupt, signal_of
 from .loaders import training_loader, validation_loader
 from .loop import Loop
@@ -29,7 +30,7 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import Resumption, check_fits, restore
-from .run_folder import METRICS, RunFolder, plan_text
+from .run_folder import METRICS, RunFolder, check_free, plan_text
 from .saver import Saver
 from .settings import Settings
 from .task import Data, Task
@@ -48,6 +49,7 @@ class Session:
     out: Path | None
     start: Resumption | None = None
     extend: str | None = None
+    lock: FolderLock | None = None
     train_loader: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +165,9 @@ class Session:
         start = self.start
         if start is None:
             folder = RunFolder(self.out, self.task.name)
+            self.lock = FolderLock(folder.path)
+            if self.out is not None:
+                check_free(self.out)  # again: another run may have chosen it at the same moment
             folder.begin(self.plan, self.preview, self._about())
             return folder, Confirmer(0)
         snapshot, metrics = start.snapshot, start.folder / METRICS
@@ -267,6 +272,8 @@ class Session:
 
     def close(self) -> None:
         """End what Accelerate began, so that another run may follow in this process."""
+        if self.lock is not None:
+            self.lock.release()
         end(self.accelerator)
 
     def __enter__(self) -> Session:

@@ -1,0 +1,76 @@
+"""One process at a time in the folder of a run.
+
+Two that resume the same run would both choose the same checkpoint, and write the same steps twice
+into one record. The lock is taken before a checkpoint is chosen and kept until the end; the
+operating system gives it back when the process ends, however it does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import LaminaError, StateError, printable, shortened
+
+LOCK, HOLDER = ".lock", ".holder"
+#: what a lock leaves in a folder, beside the files of the run
+FILES = (LOCK, HOLDER)
+
+
+class FolderLock:
+    """Holds the folder of a run until `release`.
+
+    Args:
+        folder: that of the run; it exists.
+
+    Raises:
+        StateError: if another process holds it, with which one.
+        LaminaError: if the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._holder = folder / HOLDER
+        self._lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise StateError(
+                f"{folder}: another process uses this run: {_said(self._holder)}. Wait until it "
+                "ends, or stop it first."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise LaminaError(
+                f"{folder}: the folder of the run cannot be locked ({error}), which keeps a second "
+                "process from writing to it. Use a folder that can be written to."
+            ) from error
+        about = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+        with suppress(OSError):  # only for the message of others
+            self._holder.write_text(json.dumps(about), encoding="utf-8")
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._holder.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def _said(holder: Path) -> str:
+    """Return in words which process holds a lock, as far as it has said so."""
+    try:
+        about: Any = json.loads(holder.read_text(encoding="utf-8")[:1000])
+        text = f"process {about['pid']} on {about['host']}, since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has just begun"
+    return printable(shortened(text))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
