@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_canary_a_grammar_that_runs_code_is_seen(tmp_path, monkeypatch):
     """The same texts, if expressions were evaluated."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lamina.forms.parse", lambda text, *rest: eval(text, {}))
-    with pytest.raises(Exception):  # noqa: B017, PT011  # whatever the evaluation raises
+    with suppress(Exception):  # whatever comes of what the evaluation returned
         outcome("optimizer = \"SGD\"\nlr = \"open('ran', 'w').close()\"\n")
     assert list(tmp_path.iterdir())
 

@@ -8,6 +8,7 @@ import lamina as lm
 from lamina.preview.rows import number, span
 from lamina.preview.sparkline import can_show, curve
 from lamina.preview.table import shorten, text
+from lamina.reducers import REDUCED, Flags
 from test_preview import Net, example
 
 
@@ -95,8 +96,10 @@ def test_findings_stand_below_and_wrap():
 
 def test_freezing_under_a_reducer_is_announced():
     resolved = example().preview(Net(), steps=12).resolved
-    assert "gradients are dropped" in str(lm.Preview(resolved, reducer=True)).replace("\n", " ")
-    assert "gradients are dropped" not in str(lm.Preview(resolved, reducer=False))
+    said = "requires_grad stays on and the gradient is zero"
+    kept = Flags({"layer.0.weight": REDUCED})
+    assert said in " ".join(str(lm.Preview(resolved, flags=kept)).split())
+    assert said not in " ".join(str(lm.Preview(resolved)).split())
 
 
 def test_equal_thresholds_of_two_rules_stay_apart():

@@ -10,6 +10,8 @@ from models import described, encoder
 from oracle import SHAPES, Meaning
 from plans import RUNS, fits, plain_plans, to_plan
 
+#: those that go beyond the end are told so, and go on as planned
+pytestmark = pytest.mark.filterwarnings("ignore:beyond-the-end")
 BEYOND = 3  # steps taken past the planned end, where schedules hold
 LIGHT = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -159,7 +161,8 @@ def test_canary_a_rewarmup_that_does_not_restart_is_found(monkeypatch):
 def test_a_model_frozen_by_its_user_stays_frozen():
     model = encoder((0, 1))
     model.embeddings.requires_grad_(False)
-    optimizer = lm.Plan("SGD", lr=0.5).build(model)
+    with pytest.warns(lm.LaminaWarning, match="frozen-by-model"):
+        optimizer = lm.Plan("SGD", lr=0.5).build(model)
     before = model.embeddings.weight.detach().clone()
     model.embeddings.weight.grad = grad = torch.ones_like(before)
     optimizer.step()
