@@ -234,6 +234,7 @@ def test_a_loss_of_a_copy_of_the_model_is_told():
     assert codes(lambda: take(copy.deepcopy(model), optimizer, 5)) == ["step-without-gradient"]
 
 
+@pytest.mark.filterwarnings("ignore:nothing-trains")  # which is meant here
 def test_steps_in_which_nothing_should_train_are_not_told_of_gradients():
     model, optimizer = built({"steps": 9}, thaw=4)
     assert codes(lambda: [optimizer.step() for _ in range(4)]) == []

@@ -387,6 +387,7 @@ def test_another_part_of_the_same_size_begins_without_the_pairs_of_the_first():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:nothing-trains")  # which is meant here
 def test_nothing_trains_yet():
     net, plan = layers([lm.Rule("*", thaw=2)])
     optimizer = plan.build(net, steps=6)

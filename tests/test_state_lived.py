@@ -82,6 +82,7 @@ def test_what_is_left_out_as_asked_takes_its_override_along(caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.filterwarnings("ignore:nothing-trains")  # which is meant here
 def test_one_warning_names_all_that_is_lost(caplog):
     thaw = lm.on_plateau("val_loss", patience=1)
     optimizer = lm.Plan("SGD", lr=0.5, rules=[lm.Rule("a", thaw=thaw)]).build(parts("a", "b"))

@@ -69,6 +69,8 @@ def spoken() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), raising_on_terminate():
             warnings.showwarning = _show_warning
+            # A resumed run lists what its load left out among its changes.
+            warnings.filterwarnings("ignore", "the saved state was loaded, but", LaminaWarning)
             yield
     except LaminaError as error:
         print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)

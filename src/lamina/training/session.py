@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint import tidy
-from ..errors import LaminaError, LaminaWarning, TaskError
+from ..errors import LaminaError, TaskError
 from ..optimizer import Optimizer
 from ..plan import Plan
 from ..time import run_of
@@ -71,11 +70,8 @@ class Session:
             "extend": self.extend,
         }
         self.preview = self.plan.preview(model, **length, **going_on)
-        # Not by plan.build, which warns of the findings: the preview prints them. What a load could
-        # not use is among the changes that the resumed run tells.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the saved state was loaded, but", LaminaWarning)
-            self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
+        # Not by plan.build, which warns of the findings: the preview prints them.
+        self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
         self.begins = Position() if self.start is None else restore(self.start, self)
         self._check_watched()
 
