@@ -1,0 +1,80 @@
+"""Files of `torch.save`, read with `weights_only=True` after a look at what that would cost.
+
+`weights_only` keeps a file from running code, but not from taking a thousand times its size of
+memory, or from ending the process by nesting.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .errors import StateError
+from .pickles import parse
+from .plain import check_size
+
+#: how many pickles stand before the bytes in the form of torch.save that is no archive
+_LEGACY_PICKLES = 5
+
+
+def load_plain(file: IO[bytes], size: int, place: str, path: Path | None = None) -> Any:
+    """Load tensors, on the CPU, and plain values.
+
+    Args:
+        file: seekable, with nothing but what `torch.save` wrote.
+        size: its bytes.
+        place: the file, for errors.
+        path: the same file, if it has a path: torch reads it faster by that.
+
+    Raises:
+        StateError: if it is damaged, holds more than that, or would take more memory than its size.
+    """
+    try:
+        _check_archive(file, size, place)
+        file.seek(0)
+        with warnings.catch_warnings():  # of what a foreign file is: the error says it
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path or file, map_location="cpu", weights_only=True)
+    except (OSError, StateError):
+        raise
+    except Exception as error:  # whatever a foreign or malicious file brings about
+        raise StateError(
+            f"{place}: this is no checkpoint: it is not a torch file, or holds more than tensors "
+            "and plain values, which could run code and is therefore not opened. Check the path, "
+            "or save state_dict()s only."
+        ) from error
+    check_size(content, place)
+    return content
+
+
+def _check_archive(file: IO[bytes], size: int, place: str) -> None:
+    """Raise `StateError` for what would take more memory than the size of the file.
+
+    Neither torch nor lamina compresses: an archive that does, or whose records overlap, was made to
+    take a thousand times its size of memory when it is read.
+    """
+    file.seek(0)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        file.seek(0)
+        for _ in range(_LEGACY_PICKLES):
+            parse(file)
+        return
+    with archive:
+        records = archive.infolist()
+        packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if packed or sum(record.file_size for record in records) > size:
+            raise StateError(
+                f"{place}: this is no checkpoint: it is compressed, or its records overlap, so "
+                "that it holds more than its size; torch and lamina write neither. Save it again "
+                "with torch.save if you trust it."
+            )
+        for record in records:
+            if record.filename.endswith("data.pkl"):
+                with archive.open(record) as content:
+                    parse(content)
