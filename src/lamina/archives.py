@@ -6,6 +6,7 @@ memory, or from ending the process by nesting.
 
 from __future__ import annotations
 
+import io
 import warnings
 import zipfile
 from pathlib import Path
@@ -76,5 +77,4 @@ def _check_archive(file: IO[bytes], size: int, place: str) -> None:
             )
         for record in records:
             if record.filename.endswith("data.pkl"):
-                with archive.open(record) as content:
-                    parse(content)
+                parse(io.BytesIO(archive.read(record)))

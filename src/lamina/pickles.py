@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+
 @dataclass(frozen=True, eq=False)
 class Name:
     """What a pickle would import, such as "torch.float32"."""
@@ -46,26 +47,22 @@ def parse(file: IO[bytes]) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(file):
-            machine.follow(opcode.name, argument)
+        for opcode, argument, _ in pickletools.genops(_Stream(file)):
+            follow = _FOLLOWED.get(opcode.name)
+            if follow is None:
+                raise ValueError(f"the instruction {opcode.name}")
+            follow(machine, argument)
         return machine.result()
     except (TypeError, LookupError, OverflowError, struct.error) as error:
         raise ValueError(str(error)) from error
 
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-}
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_IGNORED = {"PROTO", "FRAME", "STOP"}
+class _Stream:
+    """A file without `tell`, which `genops` would call for every instruction."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.read = file.read
+        self.readline = file.readline
 
 
 class _Machine:
@@ -81,21 +78,12 @@ class _Machine:
         [value] = self._stack
         return value
 
-    def follow(self, name: str, argument: Any) -> None:
-        """Follow one instruction."""
-        if name in _LITERALS:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self._stack.append(_EMPTY[name]())
-        elif name in _TUPLES:
-            self._stack.append(self._popped(_TUPLES[name]))
-        elif name not in _IGNORED:
-            method = _FOLLOWED.get(name)
-            if method is None:
-                raise ValueError(f"the instruction {name}")
-            method(self, argument)
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self._stack.append(value)
+
+    def _nothing(self, _: Any) -> None:
+        pass
 
     def _popped(self, count: int) -> tuple[Any, ...]:
         taken = tuple(self._stack[-count:])
@@ -115,6 +103,15 @@ class _Machine:
     def _tuple(self, _: Any) -> None:
         items = self._since_mark()
         self._stack.append(tuple(items))
+
+    def _tuple1(self, _: Any) -> None:
+        self._stack.append(self._popped(1))
+
+    def _tuple2(self, _: Any) -> None:
+        self._stack.append(self._popped(2))
+
+    def _tuple3(self, _: Any) -> None:
+        self._stack.append(self._popped(3))
 
     def _memoize(self, place: int | None) -> None:
         self._memo[len(self._memo) if place is None else place] = self._stack[-1]
@@ -175,7 +172,23 @@ class _Machine:
         self._stack.append(Call("", (self._stack.pop(),)))
 
 
+_LITERALS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+)
 _FOLLOWED: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(_LITERALS, _Machine.push),
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine._nothing),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "TUPLE1": _Machine._tuple1,
+    "TUPLE2": _Machine._tuple2,
+    "TUPLE3": _Machine._tuple3,
     "MARK": _Machine._mark,
     "TUPLE": _Machine._tuple,
     "MEMOIZE": _Machine._memoize,
