@@ -16,7 +16,7 @@ import torch
 
 from .errors import StateError
 from .pickles import parse
-from .plain import check_size
+from .plain import check_size, check_values
 
 #: how many pickles stand before the bytes in the form of torch.save that is no archive
 _LEGACY_PICKLES = 5
@@ -49,6 +49,7 @@ def load_plain(file: IO[bytes], size: int, place: str, path: Path | None = None)
             "or save state_dict()s only."
         ) from error
     check_size(content, place)
+    check_values(content, place)
     return content
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import StateError
+from .errors import StateError, shortened
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 #: of a whole number: longer ones are pickled in a form that `weights_only` does not know
@@ -72,12 +72,8 @@ def _check_plain(value: Any, place: str) -> None:
             f"{place} is a number of {value.bit_length():,} bits; expected at most {_BITS:,}."
         )
     elif isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise StateError(
-                f"{place} is {value!a}, which is no text that can be written."
-            ) from None
+        if not is_writable(value):
+            raise StateError(f"{place} is {value!a}, which is no text that can be written.")
 
 
 #: how many values a state may hold, each counted as often as it is met: one that trains a hundred
@@ -115,6 +111,45 @@ def check_size(value: Any, place: str) -> None:
             f"{place}: it holds more than {_MOST_VALUES:,} values, since its lists stand in each "
             "other again and again. No optimizer's state is like that, and it is not read."
         )
+
+
+def check_values(value: Any, place: str, numbers: bool = True) -> None:
+    """Raise `StateError` for texts and numbers that could be loaded, but not be saved again.
+
+    Args:
+        value: a state, of whatever form; each object in it is looked at once.
+        place: what it is, for the error.
+        numbers: whether to look at numbers too.
+    """
+    stack, seen = [value], set()
+    while stack:
+        each = stack.pop()
+        if type(each) is int:
+            if numbers and each.bit_length() > _BITS:
+                raise StateError(
+                    f"{place} has a number of {each.bit_length():,} bits in it; expected at most "
+                    f"{_BITS:,}. It was damaged, or changed by hand; use another one."
+                )
+        elif type(each) is str:
+            if not each.isascii() and not is_writable(each):
+                raise StateError(
+                    f"{place} has the text {shortened(ascii(each), 60)} in it, which cannot be "
+                    "written. It was damaged, or changed by hand; use another one."
+                )
+        elif id(each) not in seen:
+            parts = _parts(each)
+            if parts:
+                seen.add(id(each))
+                stack += parts
+
+
+def is_writable(text: str) -> bool:
+    """Return whether a text can be encoded: lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parts(value: Any) -> list[Any]:
