@@ -381,6 +381,20 @@ def test_small_files_that_grow_are_refused(tmp_path, folder, run, what):
     assert grown * (1 if sys.platform == "darwin" else 1024) < 300e6
 
 
+def test_numbers_that_stand_for_a_billion_elements_are_refused(tmp_path, folder, run):
+    content = io.BytesIO()
+    torch.save({"lr": [torch.ones(1).expand(2**30)]}, content)
+    path = tmp_path / "state.pt"
+    path.write_bytes(content.getvalue())
+    for read in (load_safely, inspect):
+        with pytest.raises(lm.StateError, match="a tensor of 4,294,967,296 bytes"):
+            read(path)
+    put(folder, LR, content.getvalue())
+    assert_refused(folder, run, "a tensor of 4,294,967,296 bytes")
+    torch.save(torch.ones(3).expand(1000, 3), path)
+    assert load_safely(path).shape == (1000, 3)
+
+
 def test_endless_and_compressed_values_are_refused(folder, run):
     laughs = [1.0] * 10
     for _ in range(40):

@@ -16,10 +16,12 @@ import torch
 
 from .errors import StateError
 from .pickles import parse
-from .plain import check_size, check_values
+from .plain import check_size, check_values, parts_of
 
 #: how many pickles stand before the bytes in the form of torch.save that is no archive
 _LEGACY_PICKLES = 5
+#: bytes that a tensor may have beyond those of its file, as an expanded one has
+_SPARE = 2**26
 
 
 def load_plain(file: IO[bytes], size: int, place: str, path: Path | None = None) -> Any:
@@ -49,8 +51,34 @@ def load_plain(file: IO[bytes], size: int, place: str, path: Path | None = None)
             "or save state_dict()s only."
         ) from error
     check_size(content, place)
+    _check_tensors(content, size, place)
     check_values(content, place)
     return content
+
+
+def _check_tensors(content: Any, size: int, place: str) -> None:
+    """Raise `StateError` for a tensor whose copy would be much larger than the file.
+
+    With a stride of 0 one saved number may stand for any count of elements.
+    """
+    stack, seen = [content], set()
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        stack += parts_of(each)
+        if isinstance(each, torch.Tensor) and _bytes_of(each) > size + _SPARE:
+            raise StateError(
+                f"{place}: it holds a tensor of {_bytes_of(each):,} bytes, and has only {size:,}: "
+                "the same numbers stand in it again and again. Save a part of it, or a clone."
+            )
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """Return the bytes of a copy; 0 for what has no elements in this sense."""
+    plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+    return tensor.numel() * tensor.element_size() if plain else 0
 
 
 def _check_archive(file: IO[bytes], size: int, place: str) -> None:

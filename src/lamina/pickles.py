@@ -10,7 +10,7 @@ import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def parse(file: IO[bytes]) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(_Stream(file)):
+        for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", _Stream(file))):
             follow = _FOLLOWED.get(opcode.name)
             if follow is None:
                 raise ValueError(f"the instruction {opcode.name}")

@@ -71,9 +71,8 @@ def _check_plain(value: Any, place: str) -> None:
         raise StateError(
             f"{place} is a number of {value.bit_length():,} bits; expected at most {_BITS:,}."
         )
-    elif isinstance(value, str) and not value.isascii():
-        if not is_writable(value):
-            raise StateError(f"{place} is {value!a}, which is no text that can be written.")
+    elif isinstance(value, str) and not is_writable(value):
+        raise StateError(f"{place} is {value!a}, which is no text that can be written.")
 
 
 #: how many values a state may hold, each counted as often as it is met: one that trains a hundred
@@ -98,7 +97,7 @@ def check_size(value: Any, place: str) -> None:
         each, is_done = stack.pop()
         if id(each) in sizes:
             continue
-        parts = _parts(each)
+        parts = parts_of(each)
         if is_done:
             # What contains itself is not done yet, and counts as one value there.
             sizes[id(each)] = 1.0 + sum(sizes.get(id(part), 1.0) for part in parts)
@@ -131,28 +130,25 @@ def check_values(value: Any, place: str, numbers: bool = True) -> None:
                     f"{_BITS:,}. It was damaged, or changed by hand; use another one."
                 )
         elif type(each) is str:
-            if not each.isascii() and not is_writable(each):
+            if not is_writable(each):
                 raise StateError(
                     f"{place} has the text {shortened(ascii(each), 60)} in it, which cannot be "
                     "written. It was damaged, or changed by hand; use another one."
                 )
         elif id(each) not in seen:
-            parts = _parts(each)
-            if parts:
-                seen.add(id(each))
-                stack += parts
+            seen.add(id(each))
+            stack += parts_of(each)
 
 
 def is_writable(text: str) -> bool:
     """Return whether a text can be encoded: lone surrogates cannot."""
     try:
-        text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
-def _parts(value: Any) -> list[Any]:
+def parts_of(value: Any) -> list[Any]:
     """Return the values that lie in a value, keys of dicts included."""
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]

@@ -141,7 +141,7 @@ _STATES = {"start", "before", "after"}
 def _check_fields(
     content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, within: str
 ) -> None:
-    """Raise `StateError` for a value that is missing or of another kind, or no number of anything."""
+    """Raise `StateError` for a value that is missing or of another kind, or no count."""
     for name, kind in kinds.items():
         value: Any = content.get(name)
         good = name in content and isinstance(value, kind)
