@@ -190,7 +190,7 @@ def test_a_lone_surrogate_in_a_file(tmp_path, changed):
         assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("value", [10**400, NAN, "x" * 10**6, [[]] * 10**5], ids=range(4))
+@pytest.mark.parametrize("value", [10**400, NAN, "x" * 10**6, [[]] * 10**4], ids=range(4))
 @pytest.mark.parametrize("key", ["clock", "epoch", "seconds", "validation", "best", "optimizer"])
 def test_inspect_says_what_it_can_or_one_short_line(tmp_path, key, value):
     path = written(tmp_path, content(**{key: value}))
