@@ -16,8 +16,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,10 @@ from typing import IO, Any, cast
 
 import torch
 
+from .archives import load_plain
 from .errors import StateError
 from .files import atomic, digest_of, legible, remove_leftovers, sync_folder, told
-from .plain import check_given, check_size, told_deep
+from .plain import check_given, told_deep
 
 #: where a run keeps its checkpoints
 FOLDER = "checkpoints"
@@ -121,42 +120,8 @@ def _opened(path: Path) -> dict[str, Any]:
 
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
-    _refuse_inflating(path)
-    try:
-        with legible(path), warnings.catch_warnings():  # of what a foreign file is: the error says
-            warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except StateError:
-        raise
-    except Exception as error:  # whatever a foreign or malicious file brings about
-        raise StateError(
-            f"{path}: this is no checkpoint: it is not a torch file, or holds more than tensors "
-            "and plain values, which could run code and is therefore not opened. Check the path, "
-            "or save state_dict()s only."
-        ) from error
-    check_size(content, str(path))
-    return content
-
-
-def _refuse_inflating(path: Path) -> None:
-    """Raise `StateError` for an archive that holds more than its size on the disk.
-
-    Neither torch nor lamina compresses: an archive that does, or whose records overlap, was made to
-    take a thousand times its size of memory when it is read.
-    """
-    try:
-        with legible(path), zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            size = path.stat().st_size
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return  # no archive: torch.load reads other forms, or refuses them
-    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-    if packed or sum(record.file_size for record in records) > size:
-        raise StateError(
-            f"{path}: this is no checkpoint: it is compressed, or its records overlap, so that it "
-            "holds more than its size; torch and lamina write neither. Save it again with "
-            "torch.save if you trust it."
-        )
+    with legible(path), path.open("rb") as file:
+        return load_plain(file, path.stat().st_size, str(path), path)
 
 
 def is_whole(path: Path) -> bool | None:

@@ -37,7 +37,7 @@ def load_distributed(
 
     Args:
         optimizer: built from a plan, on the model that it trains; call it on every process.
-        checkpoint_id: the folder; torch reads its metadata with pickle, so it must be trusted.
+        checkpoint_id: the folder; no code in it is run, so it may come from anybody.
         key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
         strict: as in `load_state_dict`.
         renamed: as in `load_state_dict`.
@@ -79,7 +79,7 @@ def read_distributed(
 
     Args:
         model: the model to train, sharded as it will be; call it on every process.
-        checkpoint_id: the folder; torch reads its metadata with pickle, so it must be trusted.
+        checkpoint_id: the folder; no code in it is run, so it may come from anybody.
         key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
 
     Returns:
@@ -111,7 +111,7 @@ def _read(
         raise
     except CheckpointException as error:  # no Exception, and nobody's KeyboardInterrupt
         first = next(iter(error.failures.values()))[0]
-        if not isinstance(first, Exception):
+        if isinstance(first, StateError) or not isinstance(first, Exception):
             raise first from None
         raise _unreadable(folder, first) from error
     except Exception as error:  # pickle raises whatever the damage looks like
@@ -133,28 +133,25 @@ def _nested(
 ) -> dict[Hashable, Any]:
     """What was saved under the key."""
     # Imported here: it costs a second, and only those who save this way need it.
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(folder)
-    try:
-        metadata = reader.read_metadata()
-    except FileNotFoundError:
-        raise StateError(
-            f"{folder}: there is no checkpoint of torch.distributed.checkpoint; check the path."
-        ) from None
-    paths = _paths(metadata.planner_data or {}, folder, key)
+    from .distributed_files import FolderReader, PlainPlanner
+
+    reader = FolderReader(folder)
+    paths = _paths(reader.metadata.planner_data, folder, key)
+    reader.check(paths)
     flat: dict[str, Any] = {}
     saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
     owners = _owners([*saved], named, renamed)
     for name, path in paths.items():
         owner = owners.get(path[2]) if _of_state(path) else None
-        flat[name] = _room(metadata.state_dict_metadata[name], owner)
+        flat[name] = _room(reader.tensors[name], owner)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     with warnings.catch_warnings():
         if not distributed:  # torch warns that it takes this for a single process, which it is
             warnings.simplefilter("ignore", UserWarning)
-        load(flat, storage_reader=reader, no_dist=not distributed)
+        planner = PlainPlanner(folder)
+        load(flat, storage_reader=reader, planner=planner, no_dist=not distributed)
     nested: dict[Hashable, Any] = {}
     for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
         _put(nested, path[1:], flat[name])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import StateError
+from .errors import StateError, shortened
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 #: of a whole number: longer ones are pickled in a form that `weights_only` does not know
@@ -71,13 +71,8 @@ def _check_plain(value: Any, place: str) -> None:
         raise StateError(
             f"{place} is a number of {value.bit_length():,} bits; expected at most {_BITS:,}."
         )
-    elif isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise StateError(
-                f"{place} is {value!a}, which is no text that can be written."
-            ) from None
+    elif isinstance(value, str) and not is_writable(value):
+        raise StateError(f"{place} is {value!a}, which is no text that can be written.")
 
 
 #: how many values a state may hold, each counted as often as it is met: one that trains a hundred
@@ -102,7 +97,7 @@ def check_size(value: Any, place: str) -> None:
         each, is_done = stack.pop()
         if id(each) in sizes:
             continue
-        parts = _parts(each)
+        parts = parts_of(each)
         if is_done:
             # What contains itself is not done yet, and counts as one value there.
             sizes[id(each)] = 1.0 + sum(sizes.get(id(part), 1.0) for part in parts)
@@ -117,7 +112,43 @@ def check_size(value: Any, place: str) -> None:
         )
 
 
-def _parts(value: Any) -> list[Any]:
+def check_values(value: Any, place: str, numbers: bool = True) -> None:
+    """Raise `StateError` for texts and numbers that could be loaded, but not be saved again.
+
+    Args:
+        value: a state, of whatever form; each object in it is looked at once.
+        place: what it is, for the error.
+        numbers: whether to look at numbers too.
+    """
+    stack, seen = [value], set()
+    while stack:
+        each = stack.pop()
+        if type(each) is int:
+            if numbers and each.bit_length() > _BITS:
+                raise StateError(
+                    f"{place} has a number of {each.bit_length():,} bits in it; expected at most "
+                    f"{_BITS:,}. It was damaged, or changed by hand; use another one."
+                )
+        elif type(each) is str:
+            if not is_writable(each):
+                raise StateError(
+                    f"{place} has the text {shortened(ascii(each), 60)} in it, which cannot be "
+                    "written. It was damaged, or changed by hand; use another one."
+                )
+        elif id(each) not in seen:
+            seen.add(id(each))
+            stack += parts_of(each)
+
+
+def is_writable(text: str) -> bool:
+    """Return whether a text can be encoded: lone surrogates cannot."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def parts_of(value: Any) -> list[Any]:
     """Return the values that lie in a value, keys of dicts included."""
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..errors import StateError, printable
+from ..errors import StateError, printable, shortened
 from ..files import legible
 from ..state.form import short
 
@@ -47,8 +47,8 @@ def inspect(path: Path) -> str:
     except Exception as error:  # whatever is in a file that something else wrote
         raise StateError(
             f"{path}: the file looks like a checkpoint, but its parts are not what they should be "
-            f"({type(error).__name__}: {error}); it was changed by hand, or written by something "
-            "else."
+            f"({type(error).__name__}: {shortened(str(error))}); it was changed by hand, or "
+            "written by something else."
         ) from error
 
 

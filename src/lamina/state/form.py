@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ..errors import LaminaError, StateError
+from ..errors import LaminaError, StateError, shortened
 from ..optim.loading import state_inside
 from ..parameters import clean_names
+from ..plain import check_values
 from ..time import LONGEST, LONGEST_RUN, Run
 
 #: the version that this lamina writes, and the newest that it reads
@@ -80,7 +81,7 @@ def reading(what: str) -> Iterator[None]:
     except (LaminaError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        text = (str(error).splitlines() or [""])[0]
+        text = shortened((str(error).splitlines() or [""])[0])
         raise StateError(
             f"{what} cannot be read ({type(error).__name__}: {text}); nothing was loaded. The "
             "state was damaged, or changed by hand; use another one."
@@ -96,6 +97,8 @@ def is_count(value: Any) -> bool:
 def read(saved: Any) -> Saved:
     """Check the form of a state; raises `StateError` with the name of what is wrong."""
     groups = _groups(saved)
+    # Saved hyperparameters are only compared with those of the plan, whatever numbers they are.
+    check_values(saved, "the saved state", numbers=False)
     for group in groups:
         _check_version(group.get("format", FORMAT))
     keys = [key for group in groups for key in group["params"]]
@@ -114,11 +117,11 @@ def read(saved: Any) -> Saved:
     for place, (key, group) in enumerate(rows):
         values = entries.get(key)
         if values is not None and not isinstance(values, Mapping):
-            called = f"parameter {key!r}" if names is None else repr(names[place])
+            called = f"parameter {short(key)}" if names is None else short(names[place])
             raise StateError(f"the saved state of {called} is {short(values)}; expected a dict.")
         for name, value in (values or {}).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
-                called = f"parameter {key!r}" if names is None else repr(names[place])
+                called = f"parameter {short(key)}" if names is None else short(names[place])
                 raise StateError(
                     f"the saved {name} of {called} is on the meta device, without data; nothing "
                     "was loaded."
@@ -142,7 +145,7 @@ def read(saved: Any) -> Saved:
 def stray(key: Any, count: int) -> StateError:
     """Return the error for an entry that belongs to none of so many parameters."""
     return StateError(
-        f"the saved state has an entry {key!r}, which is no parameter of its groups "
+        f"the saved state has an entry {short(key)}, which is no parameter of its groups "
         f"({count} parameters); nothing was loaded."
     )
 
@@ -261,7 +264,7 @@ def _is_shape(row: Any) -> bool:
 def _refuse_doubles(what: str, given: list[Any]) -> None:
     if len(set(given)) != len(given):
         double = next(key for key in given if given.count(key) > 1)
-        raise StateError(f"the saved state lists {what} {double!r} twice; nothing was loaded.")
+        raise StateError(f"the saved state lists {what} {short(double)} twice; nothing was loaded.")
 
 
 def _clock(groups: list[Group]) -> int | None:

@@ -16,6 +16,7 @@ from ..kernels.base import short as dtype_name
 from ..optim.registry import is_whole_vector, method_of, settings_of
 from ..packing import unpack
 from ..parameters import ParamInfo
+from ..plain import check_values
 from ..resolved import Cell, Resolved
 from ..sharding import is_flattened
 from ..timeline import Feedback, values_at
@@ -221,6 +222,7 @@ class _Fitting:
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
+            check_values(entry.values, f"the saved state of {info.name!r}")
             fitted = guest_entry(param, entry)
             if fitted:
                 self._guests.read(group, param, fitted)
@@ -262,6 +264,7 @@ def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     else:  # the guest's own state, to which schedulers may have added
         keys = saved.keys() - (_SCHEDULERS - group.keys())
     keys -= OURS | settings_of(cell.optimizer) | dict(cell.hyper).keys()
+    check_values([saved[key] for key in keys], f"the saved group {cell.name!r}")
     return {key: unpack(copied(saved[key], None)) for key in keys}
 
 

@@ -23,6 +23,7 @@ import torch
 
 from ..errors import LaminaError, PlanError, StateError
 from ..files import atomic, legible, remove_leftovers, told
+from ..plain import check_values
 from ..plan import Plan
 from ..preview import Preview
 from .folder_lock import FILES as LOCK_FILES
@@ -177,6 +178,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(about, dict):
         raise StateError(f"{folder}: this is not the folder of a run: {ABOUT} holds no object.")
+    check_values(about, str(folder / ABOUT))
     return about
 
 

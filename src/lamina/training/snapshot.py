@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import StateError
+from ..state.form import is_count, short
 from .position import Position, State
 from .records import Validation
 
@@ -86,7 +88,7 @@ class Snapshot:
             if not isinstance(states, Mapping) or states.keys() != _STATES:
                 raise StateError(
                     f"{path}: the checkpoint is not one of a run: a random state is "
-                    f"{_shown(states)}. Use one that `lamina run` wrote."
+                    f"{short(states)}. Use one that `lamina run` wrote."
                 )
         snapshot = cls(**{name: content[name] for name in _KINDS})
         groups = snapshot.optimizer.get("param_groups")
@@ -139,13 +141,14 @@ _STATES = {"start", "before", "after"}
 def _check_fields(
     content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, within: str
 ) -> None:
-    """Raise `StateError` for a value that is missing or of another kind, or a negative number."""
+    """Raise `StateError` for a value that is missing or of another kind, or no count."""
     for name, kind in kinds.items():
         value: Any = content.get(name)
         good = name in content and isinstance(value, kind)
-        good &= not (isinstance(value, bool) and kind is int)
-        if not good or (kind is int and value < 0):
-            given = "nothing" if name not in content else _shown(value)
+        good &= kind is not int or is_count(value)
+        good &= name != "seconds" or (isinstance(value, float) and math.isfinite(value))
+        if not good:
+            given = "nothing" if name not in content else short(value)
             raise StateError(
                 f"{path}: the checkpoint is not one of a run: its {within + name!r} is {given}. "
                 "Use one that `lamina run` wrote."
@@ -193,8 +196,3 @@ def _form(value: Any) -> str:
 def _first(names: Sequence[str]) -> str:
     more = len(names) - _MORE
     return ", ".join(names[:_MORE]) + (f" and {more} more" if more > 0 else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
