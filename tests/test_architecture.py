@@ -27,6 +27,7 @@ LAYERS = [
     "sparkline",
     "schedules",
     "memory",
+    "blocks",
     "sharding",
     "parameters",
     "holding",
