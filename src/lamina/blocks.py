@@ -11,7 +11,8 @@ BLOCK = 65_536
 #: elements on an accelerator, where a block costs a few launches
 ACCELERATOR_BLOCK = 4_194_304
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: types whose views are what they seem
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 Tensors = Sequence[torch.Tensor]
 
 
@@ -27,7 +28,7 @@ def in_blocks(tensors: Tensors, length: int) -> Iterable[Tensors]:
     something else.
     """
     first = tensors[0]
-    if first.numel() <= length or any(type(tensor) not in _PLAIN for tensor in tensors):
+    if first.numel() <= length or any(type(tensor) not in PLAIN for tensor in tensors):
         return [tensors]
     stride = first.stride()
     if is_dense(first) and all(tensor.stride() == stride for tensor in tensors):

@@ -45,7 +45,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
     return norms
 
 
-def _norms_of_half(tensors: Sequence[torch.Tensor], p: float) -> Sequence[torch.Tensor]:
+def _norms_of_half(tensors: list[torch.Tensor], p: float) -> Sequence[torch.Tensor]:
     """Return norms in float32; on the CPU torch would copy each whole tensor to float32."""
     if not tensors[0].is_cpu or p <= 0:
         return torch._foreach_norm(tensors, p, dtype=torch.float32)

@@ -13,7 +13,7 @@ from ..algorithms.lars import LARS
 from ..algorithms.muon import Muon, lr_ratio, orthogonalized
 from ..algorithms.rmsprop import RMSprop
 from ..algorithms.sgd import SGD
-from ..blocks import block_length, in_blocks
+from ..blocks import PLAIN, block_length, in_blocks
 from . import per_tensor
 from .base import Kernel, missing, short
 from .foreach import FORMS
@@ -21,7 +21,6 @@ from .fused import OPERATORS, step_refusal
 
 _DEVICES = ("cpu", "cuda", "xpu")
 _DTYPES = (*HALF, torch.float32)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 #: algorithms whose buffer exists only while they have a momentum
 _MAY_REST = (SGD, RMSprop, LARS)
 
@@ -61,7 +60,7 @@ class Blockwise(Kernel):
     def ready(self, batch: Batch) -> bool:
         """Dense gradients of 16 or 32 bits, in any layout."""
         return all(
-            grad.layout is torch.strided and grad.dtype in _DTYPES and type(grad) in _PLAIN
+            grad.layout is torch.strided and grad.dtype in _DTYPES and type(grad) in PLAIN
             for grad in batch.grads
         )
 
@@ -84,13 +83,13 @@ def _refusal(batch: Batch, index: int) -> str:
         return f"is {short(param.dtype)}, which needs no wider copy"
     if param.device.type not in _DEVICES:
         return f"is on {param.device.type}"
-    if type(param) not in _PLAIN:
+    if type(param) not in PLAIN:
         return f"is a {type(param).__name__}"
     for key, values in batch.columns.items():
         value = values[index]
         if value is None:
             continue
-        if type(value) not in _PLAIN or value.layout is not torch.strided:
+        if type(value) not in PLAIN or value.layout is not torch.strided:
             return f"and its {key} is not a plain dense tensor"
         if value.dtype not in _DTYPES:
             return f"is {short(param.dtype)} and its {key} {short(value.dtype)}"
@@ -244,10 +243,9 @@ def _update_in_two_passes(
     for piece in _pieces(batch, keys, set(), [index]):
         wide = _widened(batch, keys, [piece], in_place=False)
         found.append(rule.norms(wide, rule.prepare(wide, wide.grads)))
-    norms = [
-        torch.linalg.vector_norm(torch.cat(each), rule.order) for each in zip(*found, strict=True)
-    ]
-    factors = rule.factors(batch, [norm.view(1) for norm in norms], [batch.params[index].numel()])
+    of_blocks = [torch.cat(each) for each in zip(*found, strict=True)]
+    norms = [torch.linalg.vector_norm(each, rule.order).view(1) for each in of_blocks]
+    factors = rule.factors(batch, norms, [batch.params[index].numel()])
     for piece in _pieces(batch, keys, set(), [index]):
         wide = _widened(batch, keys, [piece])
         rule.finish(wide, rule.prepare(wide, wide.grads), factors)

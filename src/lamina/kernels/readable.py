@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from ..algorithms.base import Batch, State, times, widen
-from ..blocks import block_length, in_blocks
+from ..blocks import PLAIN, block_length, in_blocks
 from .base import Kernel
 
 
@@ -52,8 +52,7 @@ def _update(batch: Batch, index: int, step: int) -> None:
     if pairs:
         param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
         state = {key: torch.view_as_real(value) for key, value in state.items()}
-    large = param.numel() > block_length(param) and grad.layout is torch.strided
-    rule = _in_blocks if large and batch.algorithm.unit == "element" else _as_one
+    rule = _in_blocks if _can_be_cut(batch, param, grad) else _as_one
     for key, value in rule(batch, param, grad, state, step).items():
         column = batch.columns.setdefault(key, [None] * len(batch.params))
         if column[index] is None or column[index].is_sparse:
@@ -62,6 +61,12 @@ def _update(batch: Batch, index: int, step: int) -> None:
             batch.grown = True
         elif value is not state[key]:
             state[key].copy_(value)
+
+
+def _can_be_cut(batch: Batch, param: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Return whether a parameter is large, and its rule goes by elements."""
+    large = param.numel() > block_length(param) and batch.algorithm.unit == "element"
+    return large and type(param) in PLAIN and grad.layout is torch.strided
 
 
 def _as_one(
@@ -94,7 +99,7 @@ def _in_blocks(
 
 
 def _begun(batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int) -> State:
-    """Return room for the state that begins with this update, which an update of no elements tells."""
+    """Return room for the state that begins now, which an update of no elements tells."""
     few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]
     old = dict(zip(state, few[2:], strict=True))
     _, new = batch.algorithm.update(few[0], few[1], old, step, batch.hyper)
