@@ -29,6 +29,7 @@ LAYERS = [
     "sparkline",
     "schedules",
     "memory",
+    "blocks",
     "sharding",
     "parameters",
     "holding",

@@ -105,15 +105,17 @@ class Muon(Algorithm):
 def orthogonalized(direction: torch.Tensor, hyper: Hyper) -> torch.Tensor:
     """Return the result of the Newton-Schulz iteration, in bfloat16, in the shape of the tensor."""
     a, b, c = (number(each) for each in hyper["ns_coefficients"])
-    matrix = direction.flatten(1)
+    shape, matrix = direction.shape, direction.flatten(1)
     tall = matrix.size(0) > matrix.size(1)
     x = matrix.bfloat16()
     x = x.T if tall else x
+    del direction, matrix  # a caller that keeps neither gets their memory back
     x = x / x.norm().clamp(min=number(hyper["eps"]))
     for _ in range(int(hyper["ns_steps"])):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).reshape(direction.shape)
+        gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, gram, x, beta=a)
+    return (x.T if tall else x).reshape(shape)
 
 
 def lr_ratio(hyper: Hyper, shape: torch.Size) -> float:

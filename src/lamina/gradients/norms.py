@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from ..algorithms.base import HALF, widen
+from ..blocks import block_length, in_blocks
 from ..sharding import is_dtensor, whole_of
 
 
@@ -36,11 +38,22 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
         else:
             groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
     for (_, dtype, _), indices in groups.items():
-        wide = torch.float32 if dtype in HALF else None
-        found = torch._foreach_norm([dense[i] for i in indices], p, dtype=wide)
+        norms_of = _norms_of_half if dtype in HALF else torch._foreach_norm
+        found: Any = norms_of([dense[i] for i in indices], p)
         for index, norm in zip(indices, found, strict=True):
             norms[index] = whole_of(norm)
     return norms
+
+
+def _norms_of_half(tensors: list[torch.Tensor], p: float) -> Sequence[torch.Tensor]:
+    """Return norms in float32; on the CPU torch would copy each whole tensor to float32."""
+    if not tensors[0].is_cpu or p <= 0:
+        return torch._foreach_norm(tensors, p, dtype=torch.float32)
+    length = block_length(tensors[0])
+    blocks = [[block for (block,) in in_blocks([tensor], length)] for tensor in tensors]
+    found = iter(torch._foreach_norm(list(chain.from_iterable(blocks)), p, dtype=torch.float32))
+    norms = [list(islice(found, len(each))) for each in blocks]
+    return [total(each, p) if len(each) > 1 else each[0] for each in norms]
 
 
 def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Foreach(Kernel):
     def refusal(self, batch: Batch) -> str:
         """Only what has no fused operator, in a dtype that foreach does not round."""
         algorithm = batch.algorithm
-        if type(algorithm) not in _FORMS:
+        if type(algorithm) not in FORMS:
             return f"there is no foreach form of {algorithm.name}"
         for index, param in enumerate(batch.params):
             reason = tensor_refusal(batch, index)
@@ -50,7 +50,7 @@ class Foreach(Kernel):
             grads: Any = batch.grads if batch.scale is None else scaled(batch)
             if batch.hyper.get("maximize"):
                 grads = torch._foreach_neg(grads)
-            _FORMS[type(batch.algorithm)](batch, grads)
+            FORMS[type(batch.algorithm)](batch, grads)
 
 
 def _rmsprop(batch: Batch, grads: Any) -> None:
@@ -87,7 +87,7 @@ def _rmsprop(batch: Batch, grads: Any) -> None:
     torch._foreach_add_(params, buffers, alpha=-lr)
 
 
-_FORMS: dict[type, Callable[[Batch, Any], None]] = {
+FORMS: dict[type, Callable[[Batch, Any], None]] = {
     RMSprop: _rmsprop,
     LARS: per_tensor.lars,
     LAMB: per_tensor.lamb,

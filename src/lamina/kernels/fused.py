@@ -10,6 +10,7 @@ import torch
 from ..algorithms.adam import Adam, AdamW
 from ..algorithms.base import HALF, Batch, number
 from ..algorithms.sgd import SGD
+from ..blocks import is_dense
 from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]
@@ -35,14 +36,14 @@ class Fused(Kernel):
     def refusal(self, batch: Batch) -> str:
         """Torch has the operator, and memory is laid out as it assumes."""
         algorithm = type(batch.algorithm)
-        if algorithm not in _OPERATORS:
+        if algorithm not in OPERATORS:
             return f"torch has no fused operator for {batch.algorithm.name}"
         for index, param in enumerate(batch.params):
             reason = tensor_refusal(batch, index) or self._layout_refusal(batch, index)
             if not reason and algorithm is SGD:
                 reason = _sgd_refusal(param)
             elif not reason:
-                reason = _step_refusal(param, batch.steps[index])
+                reason = step_refusal(param, batch.steps[index])
             if reason:
                 return f"{batch.name_of(index)} {reason}"
         return ""
@@ -51,7 +52,7 @@ class Fused(Kernel):
         param = batch.params[index]
         if self._contiguous:
             return "" if param.is_contiguous() else "is not contiguous"
-        return "" if _is_dense(param) else "has gaps in memory"
+        return "" if is_dense(param) else "has gaps in memory"
 
     def ready(self, batch: Batch) -> bool:
         """Gradients of the dtype and layout of their parameters."""
@@ -80,7 +81,7 @@ class Fused(Kernel):
                     if key not in inverses:
                         inverses[key] = _inverse(scale, param.device)
                     inverse = inverses[key]
-            _OPERATORS[type(batch.algorithm)](batch, grads, inverse)
+            OPERATORS[type(batch.algorithm)](batch, grads, inverse)
 
 
 def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
@@ -169,13 +170,14 @@ def _sgd_refusal(param: torch.Tensor) -> str:
     return "is a DTensor, for which torch's fused SGD is not made" if is_dtensor(param) else ""
 
 
-def _step_refusal(param: torch.Tensor, step: torch.Tensor) -> str:
+def step_refusal(param: torch.Tensor, step: torch.Tensor) -> str:
+    """Return why an operator cannot read this step count, or ""."""
     if step.device != param.device:
         return f"is on {param.device} and its step on {step.device}"
     return "" if step.dtype is torch.float32 else f"has a step in {short(step.dtype)}"
 
 
-_OPERATORS: dict[type, Operator] = {Adam: _adam, AdamW: _adam, SGD: _sgd}
+OPERATORS: dict[type, Operator] = {Adam: _adam, AdamW: _adam, SGD: _sgd}
 
 
 def _on(batch: Batch, value: Any) -> Any:
@@ -183,9 +185,3 @@ def _on(batch: Batch, value: Any) -> Any:
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         return value.to(batch.params[0].device)
     return value
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their stretch of memory without gaps or overlaps."""
-    # torch keeps the strides of such tensors, and only of such
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

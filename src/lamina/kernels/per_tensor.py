@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..algorithms.base import Batch, begun_dtype, number, trust_ratio
+from ..algorithms.lamb import LAMB
+from ..algorithms.lars import LARS
+from ..algorithms.layer_adaptive import LayerAdaptiveAdam
 from ..algorithms.muon import lr_ratio, orthogonalized
 from .base import missing
 
@@ -15,18 +18,56 @@ from .base import missing
 BLOCK = 262_144
 
 
+class NormRule(NamedTuple):
+    """A rule in two parts, with the norms of each whole tensor between them.
+
+    `prepare` and `finish` go by elements, so that both may be given parts of tensors.
+    """
+
+    #: what norm it is
+    order: float
+    #: the work of the first part, from a batch and its gradients; updates their moments
+    prepare: Callable[[Batch, Any], Any]
+    #: the lists of tensors whose norms are needed, from the batch and that work
+    measured: Callable[[Batch, Any], Sequence[Any]]
+    #: a number for each tensor, from these norms and the numbers of elements
+    factors: Callable[[Batch, list[torch.Tensor], Sequence[int]], Any]
+    #: the update, from the work and the factors
+    finish: Callable[[Batch, Any, Any], None]
+
+    def norms(self, batch: Batch, work: Any) -> list[torch.Tensor]:
+        """Return the norms that are needed, each as one vector over the tensors."""
+        measured = self.measured(batch, work)
+        return [torch.stack(torch._foreach_norm(tensors, self.order)) for tensors in measured]
+
+    def update(self, batch: Batch, grads: Any) -> None:
+        """Update whole tensors."""
+        work = self.prepare(batch, grads)
+        counts = [param.numel() for param in batch.params]
+        self.finish(batch, work, self.factors(batch, self.norms(batch, work), counts))
+
+
 def lars(batch: Batch, grads: Any) -> None:
     """One step of LARS."""
-    hyper, params = batch.hyper, batch.params
-    lr, momentum, weight_decay, trust, eps = (
-        number(hyper[key]) for key in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+    NORM_RULES[LARS].update(batch, grads)
+
+
+def _lars_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
+    hyper = batch.hyper
+    lr, weight_decay, trust, eps = (
+        number(hyper[key]) for key in ("lr", "weight_decay", "trust_coefficient", "eps")
     )
-    weights, norms = _norms(params), _norms(grads)
-    damped = (norms + weight_decay * weights + eps) / max(trust, 1e-30)
-    ratios = trust_ratio(weights, norms, damped).mul_(lr)
+    weights, slopes = norms
+    damped = (slopes + weight_decay * weights + eps) / max(trust, 1e-30)
+    return _scalars(trust_ratio(weights, slopes, damped).mul_(lr))
+
+
+def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
+    hyper, params = batch.hyper, batch.params
+    weight_decay, momentum = number(hyper["weight_decay"]), number(hyper["momentum"])
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
-    changes: Any = torch._foreach_mul(grads, _scalars(ratios))
+    changes: Any = torch._foreach_mul(grads, factors)
     if momentum:
         for index in missing(batch, "momentum_buffer"):
             dtype = begun_dtype(params[index], hyper)
@@ -42,8 +83,12 @@ def lars(batch: Batch, grads: Any) -> None:
 
 def lamb(batch: Batch, grads: Any) -> None:
     """One step of LAMB."""
+    NORM_RULES[LAMB].update(batch, grads)
+
+
+def _lamb_directions(batch: Batch, grads: Any) -> Any:
     hyper, params = batch.hyper, batch.params
-    lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
+    eps, weight_decay = number(hyper["eps"]), number(hyper["weight_decay"])
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
     means, squares = _moments(batch, grads, beta1, beta2)
     steps = torch.stack(batch.steps).double()  # 1 - beta^t loses digits in float32
@@ -55,31 +100,51 @@ def lamb(batch: Batch, grads: Any) -> None:
     torch._foreach_mul_(roots, second)
     torch._foreach_add_(roots, eps)
     torch._foreach_mul_(roots, first)
-    updates = torch._foreach_div(means, roots)
+    directions = torch._foreach_div(means, roots)
     if weight_decay:
-        torch._foreach_add_(updates, params, alpha=weight_decay)
-    norms = _norms(updates)
-    ratios = trust_ratio(_norms(params), norms, norms)
-    torch._foreach_mul_(updates, _scalars(ratios.mul_(-lr)))
-    torch._foreach_add_(params, updates)
+        torch._foreach_add_(directions, params, alpha=weight_decay)
+    return directions
+
+
+def _lamb_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
+    weights, lengths = norms
+    return _scalars(trust_ratio(weights, lengths, lengths).mul_(-number(batch.hyper["lr"])))
+
+
+def _lamb_finish(batch: Batch, directions: Any, factors: Any) -> None:
+    torch._foreach_mul_(directions, factors)
+    torch._foreach_add_(batch.params, directions)
 
 
 def layer_adaptive(batch: Batch, grads: Any) -> None:
     """One step of LayerAdaptiveAdam."""
-    hyper, params = batch.hyper, batch.params
-    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
-    free = _reads_freely(params[0])
-    totals: Any = _steadiness_in_blocks(batch, grads) if free else _steadiness(batch, grads)
-    if weight_decay and hyper["decoupled_weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    means, shares = batch.columns["exp_avg"], _shares(params, lr)
-    if free:
-        for param, mean, total, share in zip(params, means, totals, shares, strict=True):
-            param.add_(mean, alpha=share * total)
+    if not _reads_freely(batch.params[0]):
+        NORM_RULES[LayerAdaptiveAdam].update(batch, grads)
         return
-    sizes = torch._foreach_mul(totals, shares)
-    wide = [size.expand_as(mean) for size, mean in zip(sizes, means, strict=True)]
-    torch._foreach_addcmul_(params, means, wide)
+    params, lr = batch.params, number(batch.hyper["lr"])
+    totals = _steadiness_in_blocks(batch, grads)
+    _decay(batch)
+    counts = [param.numel() for param in params]
+    means, shares = batch.columns["exp_avg"], _shares(counts, lr)
+    for param, mean, total, share in zip(params, means, totals, shares, strict=True):
+        param.add_(mean, alpha=share * total)
+
+
+def _decay(batch: Batch) -> None:
+    lr, weight_decay = number(batch.hyper["lr"]), number(batch.hyper["weight_decay"])
+    if weight_decay and batch.hyper["decoupled_weight_decay"]:
+        torch._foreach_mul_(batch.params, 1 - lr * weight_decay)
+
+
+def _layer_adaptive_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
+    return torch._foreach_mul(_scalars(norms[0]), _shares(counts, number(batch.hyper["lr"])))
+
+
+def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
+    _decay(batch)
+    means = batch.columns["exp_avg"]
+    wide = [factor.expand_as(mean) for factor, mean in zip(factors, means, strict=True)]
+    torch._foreach_addcmul_(batch.params, means, wide)
 
 
 def _reads_freely(param: torch.Tensor) -> bool:
@@ -87,12 +152,12 @@ def _reads_freely(param: torch.Tensor) -> bool:
     return param.is_cpu
 
 
-def _shares(params: Sequence[torch.Tensor], lr: float) -> Any:
-    return [-lr / max(param.numel(), 1) for param in params]
+def _shares(counts: Sequence[int], lr: float) -> Any:
+    return [-lr / max(count, 1) for count in counts]
 
 
 def _steadiness(batch: Batch, grads: Any) -> Any:
-    """The sum of abs(m) / (sqrt(v) + eps) of each tensor, its moments updated first."""
+    """The quotients m / (sqrt(v) + eps), the moments updated first."""
     hyper = batch.hyper
     weight_decay = number(hyper["weight_decay"])
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
@@ -105,11 +170,11 @@ def _steadiness(batch: Batch, grads: Any) -> Any:
         squares = largest
     work = torch._foreach_sqrt(squares)
     torch._foreach_add_(work, number(hyper["eps"]))
-    return torch._foreach_norm(torch._foreach_div(means, work), 1)
+    return torch._foreach_div(means, work)
 
 
 def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
-    """As `_steadiness`, a block at a time: all its passes find their numbers in the cache."""
+    """The sums of abs(`_steadiness`), a block at a time: all passes find it in the cache."""
     hyper, columns = batch.hyper, batch.columns
     coupled = 0.0 if hyper["decoupled_weight_decay"] else number(hyper["weight_decay"])
     eps = number(hyper["eps"])
@@ -141,14 +206,19 @@ def _blocks(tensors: Sequence[torch.Tensor]) -> Any:
 def muon(batch: Batch, grads: Any) -> None:
     """One step of Muon, rounded as torch's: bfloat16 in the middle makes it matter."""
     hyper, params = batch.hyper, batch.params
-    lr, weight_decay, momentum = (number(hyper[key]) for key in ("lr", "weight_decay", "momentum"))
-    buffers = batch.columns["momentum_buffer"]
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    directions = torch._foreach_lerp(grads, buffers, momentum) if hyper["nesterov"] else buffers
+    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
+    directions = muon_directions(batch, grads)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     for param, direction in zip(params, directions, strict=True):
         ratio = lr_ratio(hyper, param.shape)
         param.add_(orthogonalized(direction, hyper), alpha=-lr * ratio)
+
+
+def muon_directions(batch: Batch, grads: Any) -> Any:
+    """Update the momentum of Muon; return what is to be orthogonalized."""
+    momentum, buffers = number(batch.hyper["momentum"]), batch.columns["momentum_buffer"]
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    return torch._foreach_lerp(grads, buffers, momentum) if batch.hyper["nesterov"] else buffers
 
 
 def _moments(batch: Batch, grads: Any, beta1: float, beta2: float) -> tuple[Any, Any]:
@@ -161,10 +231,30 @@ def _moments(batch: Batch, grads: Any, beta1: float, beta2: float) -> tuple[Any,
     return means, squares
 
 
-def _norms(tensors: Any) -> torch.Tensor:
-    """The norm of each tensor, as one vector."""
-    return torch.stack(torch._foreach_norm(tensors))
-
-
 def _scalars(vector: torch.Tensor) -> Any:
     return list(vector.unbind())
+
+
+NORM_RULES: dict[type, NormRule] = {
+    LARS: NormRule(
+        order=2,
+        prepare=lambda batch, grads: grads,
+        measured=lambda batch, grads: (batch.params, grads),
+        factors=_lars_factors,
+        finish=_lars_finish,
+    ),
+    LAMB: NormRule(
+        order=2,
+        prepare=_lamb_directions,
+        measured=lambda batch, directions: (batch.params, directions),
+        factors=_lamb_factors,
+        finish=_lamb_finish,
+    ),
+    LayerAdaptiveAdam: NormRule(
+        order=1,
+        prepare=_steadiness,
+        measured=lambda batch, quotients: (quotients,),
+        factors=_layer_adaptive_factors,
+        finish=_layer_adaptive_finish,
+    ),
+}

@@ -10,12 +10,13 @@ import torch
 from ..algorithms.base import Batch
 from ..errors import PlanError, did_you_mean
 from .base import Kernel
+from .blockwise import Blockwise
 from .foreach import Foreach
 from .fused import Fused
 from .readable import Readable
 
 #: the fastest first; each is exact where it does not refuse
-KERNELS: tuple[Kernel, ...] = (Fused(True), Fused(False), Foreach(), Readable())
+KERNELS: tuple[Kernel, ...] = (Fused(True), Fused(False), Foreach(), Blockwise(), Readable())
 READABLE = KERNELS[-1]
 #: wrapped once: an operator over many scalars on the CPU would wrap a 1.0 for each of them
 _ONE = torch.tensor(1.0, device="cpu")
@@ -43,8 +44,8 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> Work:
 
     Arguments:
         batches: all groups of one algorithm (several algorithms are fine too).
-        prefer: the name of the kernel to use where it can be: "fused", "foreach", "readable";
-            it goes before the preference of a batch.
+        prefer: the name of the kernel to use where it can be: "fused", "foreach",
+            "blockwise", "readable"; it goes before the preference of a batch.
 
     Raises:
         PlanError: a gradient is sparse and the rule is not made for that.

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from ..algorithms.base import Batch, State, times, widen
+from ..blocks import PLAIN, block_length, in_blocks
 from .base import Kernel
 
 
@@ -51,11 +52,8 @@ def _update(batch: Batch, index: int, step: int) -> None:
     if pairs:
         param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
         state = {key: torch.view_as_real(value) for key, value in state.items()}
-    if batch.scale is not None:
-        grad = times(widen(grad), batch.scale)
-    change, new = batch.algorithm.update(param, grad, state, step, batch.hyper)
-    param.add_(change)
-    for key, value in new.items():
+    rule = _in_blocks if _can_be_cut(batch, param, grad) else _as_one
+    for key, value in rule(batch, param, grad, state, step).items():
         column = batch.columns.setdefault(key, [None] * len(batch.params))
         if column[index] is None or column[index].is_sparse:
             value = torch.view_as_complex(value) if pairs else value
@@ -63,6 +61,53 @@ def _update(batch: Batch, index: int, step: int) -> None:
             batch.grown = True
         elif value is not state[key]:
             state[key].copy_(value)
+
+
+def _can_be_cut(batch: Batch, param: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Return whether a parameter is large, and its rule goes by elements."""
+    large = param.numel() > block_length(param) and batch.algorithm.unit == "element"
+    return large and type(param) in PLAIN and grad.layout is torch.strided
+
+
+def _as_one(
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+) -> State:
+    """Update a parameter; return its new state."""
+    if batch.scale is not None:
+        grad = times(widen(grad), batch.scale)
+    change, new = batch.algorithm.update(param, grad, state, step, batch.hyper)
+    param.add_(change)
+    return new
+
+
+def _in_blocks(
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+) -> State:
+    """Update a large parameter block by block, its state in place; return its new state.
+
+    The rule goes by elements, so that its terms need not be as large as the parameter.
+    """
+    new = {**state, **_begun(batch, param, grad, state, step)}
+    tensors = [param, grad, *new.values()]
+    for its_param, its_grad, *values in in_blocks(tensors, block_length(param)):
+        its_state = dict(zip(new, values, strict=True))
+        old = {key: value for key, value in its_state.items() if key in state}
+        for key, value in _as_one(batch, its_param, its_grad, old, step).items():
+            if value is not its_state[key]:
+                its_state[key].copy_(value)
+    return new
+
+
+def _begun(batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int) -> State:
+    """Return room for the state that begins now, which an update of no elements tells."""
+    few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]
+    old = dict(zip(state, few[2:], strict=True))
+    _, new = batch.algorithm.update(few[0], few[1], old, step, batch.hyper)
+    return {
+        key: torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+        for key, value in new.items()
+        if key not in state
+    }
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

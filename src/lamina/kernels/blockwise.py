@@ -1,0 +1,279 @@
+"""16-bit parameters: float32 copies of a block at a time, updated by the forms for float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+
+from ..algorithms.adam import AdamRule
+from ..algorithms.base import HALF, Batch, begun_dtype, number, times
+from ..algorithms.lars import LARS
+from ..algorithms.muon import Muon, lr_ratio, orthogonalized
+from ..algorithms.rmsprop import RMSprop
+from ..algorithms.sgd import SGD
+from ..blocks import PLAIN, block_length, in_blocks
+from . import per_tensor
+from .base import Kernel, missing, short
+from .foreach import FORMS
+from .fused import OPERATORS, step_refusal
+
+_DEVICES = ("cpu", "cuda", "xpu")
+_DTYPES = (*HALF, torch.float32)
+#: algorithms whose buffer exists only while they have a momentum
+_MAY_REST = (SGD, RMSprop, LARS)
+
+
+class Piece(NamedTuple):
+    """Some elements of one parameter, as views."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    state: list[torch.Tensor]
+    step: torch.Tensor
+    #: whether the state begins with this update, so that its values mean nothing yet
+    fresh: bool = False
+
+
+@final
+class Blockwise(Kernel):
+    """Float32 copies of a few small tensors or of a part of a large one, then the next ones.
+
+    Temporaries are a few blocks, however large the tensors are, and the copies are still in the
+    cache when they are updated and rounded. State in float32 is updated where it lies.
+    """
+
+    name: ClassVar[str] = "blockwise"
+    about: ClassVar[str] = "float32 copies of one block at a time, each result rounded once"
+
+    def refusal(self, batch: Batch) -> str:
+        """Only 16-bit parameters with such or float32 state, of rules with a fast form."""
+        algorithm = batch.algorithm
+        if type(algorithm) not in OPERATORS and type(algorithm) not in FORMS:
+            return f"there is no float32 form of {algorithm.name}"
+        for index in range(len(batch.params)):
+            if reason := _refusal(batch, index):
+                return f"{batch.name_of(index)} {reason}"
+        return ""
+
+    def ready(self, batch: Batch) -> bool:
+        """Dense gradients of 16 or 32 bits, in any layout."""
+        return all(
+            grad.layout is torch.strided and grad.dtype in _DTYPES and type(grad) in PLAIN
+            for grad in batch.grads
+        )
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """The small tensors together, the large ones block by block."""
+        for batch in batches:
+            fresh = _begin_momentum(batch)
+            keys = _used_state(batch)
+            if type(batch.algorithm) is Muon:
+                _muon(batch)
+            elif batch.algorithm.unit == "element":
+                _update(batch, keys, _pieces(batch, keys, fresh, range(len(batch.params))))
+            else:
+                _update_by_norm(batch, keys)
+
+
+def _refusal(batch: Batch, index: int) -> str:
+    param = batch.params[index]
+    if param.dtype not in HALF:
+        return f"is {short(param.dtype)}, which needs no wider copy"
+    if param.device.type not in _DEVICES:
+        return f"is on {param.device.type}"
+    if type(param) not in PLAIN:
+        return f"is a {type(param).__name__}"
+    for key, values in batch.columns.items():
+        value = values[index]
+        if value is None:
+            continue
+        if type(value) not in PLAIN or value.layout is not torch.strided:
+            return f"and its {key} is not a plain dense tensor"
+        if value.dtype not in _DTYPES:
+            return f"is {short(param.dtype)} and its {key} {short(value.dtype)}"
+    if isinstance(batch.algorithm, AdamRule):
+        return step_refusal(param, batch.steps[index])
+    return ""
+
+
+def _begin_momentum(batch: Batch) -> set[int]:
+    """Make room for buffers that begin now; return the parameters whose buffer means nothing yet.
+
+    SGD's buffer begins as the gradient, the others as zeros.
+    """
+    if type(batch.algorithm) not in _MAY_REST or not number(batch.hyper["momentum"]):
+        return set()
+    fresh = missing(batch, "momentum_buffer")
+    for index in fresh:
+        param = batch.params[index]
+        dtype = begun_dtype(param, batch.hyper)
+        zeros = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        batch.columns["momentum_buffer"][index] = zeros
+        batch.grown = True
+    return set(fresh) if type(batch.algorithm) is SGD else set()
+
+
+def _used_state(batch: Batch) -> list[str]:
+    """Return the names of the state that this update reads; a buffer at rest is left alone."""
+    rests = type(batch.algorithm) in _MAY_REST and not number(batch.hyper["momentum"])
+    return [key for key in batch.columns if not (rests and key == "momentum_buffer")]
+
+
+def _pieces(
+    batch: Batch, keys: Sequence[str], fresh: set[int], indices: Iterable[int]
+) -> Iterator[Piece]:
+    """Cut parameters, with their gradients and state, into blocks."""
+    length = block_length(batch.params[0])
+    columns = [batch.columns[key] for key in keys]
+    for index in indices:
+        step, is_fresh = batch.steps[index], index in fresh
+        tensors = [batch.params[index], batch.grads[index], *(col[index] for col in columns)]
+        for param, grad, *state in in_blocks(tensors, length):
+            yield Piece(param, grad, state, step, is_fresh)
+
+
+def _portions(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Put small pieces together, up to about one block."""
+    portion: list[Piece] = []
+    filled = 0
+    for piece in pieces:
+        size = piece.param.numel()
+        if portion and filled + size > block_length(piece.param):
+            yield portion
+            portion, filled = [], 0
+        portion.append(piece)
+        filled += size
+    if portion:
+        yield portion
+
+
+def _update(batch: Batch, keys: Sequence[str], pieces: Iterable[Piece]) -> None:
+    """Update pieces by the form of their rule for float32."""
+    for portion in _portions(pieces):
+        wide = _widened(batch, keys, portion)
+        _form(batch.algorithm)(wide)
+        _round_into(portion, keys, wide)
+
+
+def _form(algorithm: Any) -> Callable[[Batch], None]:
+    operator = OPERATORS.get(type(algorithm))
+    if operator is not None:
+        return lambda wide: operator(wide, wide.grads, None)
+    return lambda wide: FORMS[type(algorithm)](wide, wide.grads)
+
+
+def _widened(
+    batch: Batch, keys: Sequence[str], pieces: Sequence[Piece], in_place: bool = True
+) -> Batch:
+    """Return pieces as a batch in float32, its gradients scaled and turned round already.
+
+    `in_place`: state that is float32 stands for itself, so that updating it needs no copy.
+    """
+    hyper, scale = batch.hyper, batch.scale
+    fused = type(batch.algorithm) in OPERATORS
+    turned = bool(hyper.get("maximize")) and not fused  # the fused operators do this themselves
+    untouched = scale is None and not turned
+    params = [piece.param.float() for piece in pieces]
+    both = list(zip(pieces, params, strict=True))
+    grads: Any = [_wide(piece.grad, param, untouched) for piece, param in both]
+    if scale is not None:
+        grads = _scaled(grads, scale)
+    if turned:
+        torch._foreach_neg_(grads)
+    columns = {
+        key: [
+            None if piece.fresh else _wide(piece.state[place], param, in_place)
+            for piece, param in both
+        ]
+        for place, key in enumerate(keys)
+    }
+    steps = [piece.step for piece in pieces]
+    return Batch(batch.algorithm, params, grads, columns, steps, hyper)
+
+
+def _wide(tensor: torch.Tensor, param: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """Return a tensor in float32, in its parameter's order in memory."""
+    if in_place and tensor.dtype is torch.float32 and tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param).copy_(tensor)
+
+
+def _scaled(grads: Any, scale: torch.Tensor) -> Any:
+    """Multiply float32 copies of gradients by the clip factor."""
+    if torch.promote_types(scale.dtype, torch.float32) is not torch.float32:
+        return [times(grad, scale) for grad in grads]
+    torch._foreach_mul_(grads, scale.to(grads[0].device, torch.float32))
+    return grads
+
+
+def _round_into(pieces: Sequence[Piece], keys: Sequence[str], wide: Batch) -> None:
+    """Write the results back; state that was updated where it lies is there already."""
+    torch._foreach_copy_([piece.param for piece in pieces], wide.params)
+    _round_state_into(pieces, keys, wide)
+
+
+def _round_state_into(pieces: Sequence[Piece], keys: Sequence[str], wide: Batch) -> None:
+    for place, key in enumerate(keys):
+        olds = [piece.state[place] for piece in pieces]
+        pairs = [
+            pair for pair in zip(olds, wide.columns[key], strict=True) if pair[0] is not pair[1]
+        ]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def _update_by_norm(batch: Batch, keys: Sequence[str]) -> None:
+    """Update the tensors of a rule that needs their norms: twice through each large one."""
+    length = block_length(batch.params[0])
+    small = [index for index, param in enumerate(batch.params) if param.numel() <= length]
+    _update(batch, keys, _pieces(batch, keys, set(), small))
+    rule = per_tensor.NORM_RULES[type(batch.algorithm)]
+    for index, param in enumerate(batch.params):
+        if param.numel() > length:
+            _update_in_two_passes(batch, keys, rule, index)
+
+
+def _update_in_two_passes(
+    batch: Batch, keys: Sequence[str], rule: per_tensor.NormRule, index: int
+) -> None:
+    """Measure all blocks of a tensor without a change, then update all of them."""
+    found: list[list[torch.Tensor]] = []
+    for piece in _pieces(batch, keys, set(), [index]):
+        wide = _widened(batch, keys, [piece], in_place=False)
+        found.append(rule.norms(wide, rule.prepare(wide, wide.grads)))
+    of_blocks = [torch.cat(each) for each in zip(*found, strict=True)]
+    norms = [torch.linalg.vector_norm(each, rule.order).view(1) for each in of_blocks]
+    factors = rule.factors(batch, norms, [batch.params[index].numel()])
+    for piece in _pieces(batch, keys, set(), [index]):
+        wide = _widened(batch, keys, [piece])
+        rule.finish(wide, rule.prepare(wide, wide.grads), factors)
+        _round_into([piece], keys, wide)
+
+
+def _muon(batch: Batch) -> None:
+    """Update matrices by Muon, whose direction is rounded to bfloat16 in any case."""
+    hyper, keys = batch.hyper, ["momentum_buffer"]
+    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
+    length = block_length(batch.params[0])
+    for index, param in enumerate(batch.params):
+        step = orthogonalized(_muon_direction(batch, keys, index), hyper)
+        ratio = lr_ratio(hyper, param.shape)
+        for old, change in in_blocks([param, step], length):
+            old.copy_(old.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr * ratio))
+
+
+def _muon_direction(batch: Batch, keys: Sequence[str], index: int) -> torch.Tensor:
+    """Update the momentum of a matrix; return the direction to be orthogonalized."""
+    param, grad, step = batch.params[index], batch.grads[index], batch.steps[index]
+    buffer = batch.columns["momentum_buffer"][index]
+    whole = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False)
+    for part, its_grad, its_buffer, out in in_blocks(
+        [param, grad, buffer, whole], block_length(param)
+    ):
+        piece = Piece(part, its_grad, [its_buffer], step)
+        wide = _widened(batch, keys, [piece])
+        out.copy_(per_tensor.muon_directions(wide, wide.grads)[0])
+        _round_state_into([piece], keys, wide)
+    return whole
