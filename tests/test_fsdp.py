@@ -5,6 +5,7 @@ Every comparison is with one process on the whole batch, in float64.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -271,10 +272,28 @@ def parts(part: slice, names: list[str], kinds: list[bool]) -> dict[str, object]
     return found
 
 
+def parts_inside(part: slice, names: list[str], kinds: list[bool]) -> dict[str, object]:
+    """Each plan built on the model inside the wrapper, or before there was one."""
+    found: dict[str, object] = {}
+    for name in names:
+        for nested in kinds:
+            inner = encoder(LAYERS)
+            before = PARTS[name].build(inner, steps=STEPS)
+            wrapper = wrap(inner, nested=nested)
+            seen = train(wrapper, before, range(STEPS), part)
+            found[f"{name}, {nested}, before"] = {"norms": seen, "weights": unwrapped(wrapper)}
+            wrapper = wrap(encoder(LAYERS), nested=nested)
+            inside = PARTS[name].build(wrapper.module, steps=STEPS)
+            seen = train(wrapper, inside, range(STEPS), part)
+            found[f"{name}, {nested}, inner"] = {"norms": seen, "weights": unwrapped(wrapper)}
+    return found
+
+
 def refused_by_fsdp1() -> dict[str, str]:
     model = wrap(encoder(LAYERS))
     found = {name: error_of(lambda p=plan: p.build(model)) for name, (plan, _) in REFUSED.items()}
     inner = wrap(encoder(LAYERS), nested=False).module
+    gc.collect()  # nothing in this process has the wrapper any more
     found["inner"] = error_of(lambda: PLAN.build(inner, steps=STEPS))
     bare = encoder(LAYERS)
     lost = lm.Plan(lm.SGD, lr=0.1).build(bare)
@@ -363,6 +382,7 @@ def work(rank: int, folder: str) -> None:
         "in between": built_in_between(part),
         "refused by FSDP2": refused_by_fsdp2(),
         "parts": parts(part, ["norms"], [False]),
+        "inside": parts_inside(part, ["norms"], [False]),
         "refused by FSDP1": refused_by_fsdp1(),
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
@@ -378,6 +398,7 @@ def more_work(rank: int, folder: str) -> None:
         "policies": with_policies(part),
         "sharded": {name: sharded(plan, part) for name, plan in SHARDED.items()},
         "parts": parts(part, [*PARTS], [True, False]),
+        "inside": parts_inside(part, ["each norm", "by dimensions", "guest"], [True, False]),
         "bad": bad_on_one(rank),
         "state of parts": state_of_parts(part),
         "torch's way of parts": torchs_way_of_parts(part),
@@ -518,6 +539,28 @@ def test_what_needs_whole_tensors_has_them_under_fsdp2(more, name):
 def test_fsdp1_does_what_one_process_does(more, name, nested):
     model, _, seen = alone(PARTS[name])
     found = more[0]["parts"][f"{name}, {nested}"]
+    assert_near(found["weights"], numbers(model))
+    for mine, theirs in zip(found["norms"], seen, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("built", ["before", "inner"])
+def test_a_plan_on_the_model_inside_one_wrapper_finds_it(both, built):
+    model, _, seen = alone(PARTS["norms"])
+    for record in both:
+        found = record["inside"][f"norms, False, {built}"]
+        assert_near(found["weights"], numbers(model))
+        for mine, theirs in zip(found["norms"], seen, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("built", ["before", "inner"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("name", ["each norm", "by dimensions", "guest"])
+def test_a_plan_on_the_model_inside_wrappers_finds_them(more, name, nested, built):
+    model, _, seen = alone(PARTS[name])
+    found = more[0]["inside"][f"{name}, {nested}, {built}"]
     assert_near(found["weights"], numbers(model))
     for mine, theirs in zip(found["norms"], seen, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9)

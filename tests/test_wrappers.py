@@ -24,7 +24,8 @@ SOME = {
     Cell("DDP", "wrapper", "thaw", "plan"): "equal",
     Cell("FSDP2", "before", "top_down", "trainer"): "equal",
     Cell("FSDP1", "before", "thaw", "trainer"): "equal",
-    Cell("FSDP1, one wrapper", "before", "freeze", "plan"): "Build the plan on the wrapper itself",
+    Cell("FSDP1, one wrapper", "before", "freeze", "plan"): "equal",
+    Cell("FSDP1, one wrapper", "inner", "thaw", "trainer"): "equal",
 }
 
 

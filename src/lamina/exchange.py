@@ -78,10 +78,12 @@ class Exchange:
         self._gradients: int | None = None
         self._shards: dict[int, Shards] = {}
         self._whole: Shards | None = None
+        #: what FSDP1 said of the parameters, which the groups keep alive
+        self._flat: dict[int, FlatPart] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be copied; the next step looks again."""
-        return {**self.__dict__, "_gradients": None, "_shards": {}, "_whole": None}
+        return {**self.__dict__, "_gradients": None, "_shards": {}, "_whole": None, "_flat": {}}
 
     def misses(self, gradients: int) -> bool:
         """Return whether a step has fewer gradients than the last one: there it should look."""
@@ -117,7 +119,7 @@ class Exchange:
 
     def show_flags(self, groups: Groups) -> None:
         """Let FSDP, in whose forward the flags were set, take notice of them."""
-        tell_flat_parameters(self._model)
+        tell_flat_parameters(self._model, [param for group in groups for param in group["params"]])
         for group, rows in zip(groups, self._places, strict=True):
             for param, places in zip(group["params"], rows, strict=True):
                 module, attribute = places[0]
@@ -137,11 +139,19 @@ class Exchange:
         self._shards, self._whole = {}, None
         if not any(map(is_flattened, params)):
             return
-        flat = flat_parts(self._model)
+        flat = self._flat_parts(params)
         for cell, group in zip(self._resolved.cells, groups, strict=True):
             if cell.windows:
                 self._refuse_parts(cell, group, flat, at_build)
         self._spread(groups, flat)
+
+    def _flat_parts(self, params: Sequence[torch.Tensor]) -> dict[int, FlatPart]:
+        """Return what FSDP1 says of the parameters; wrappers around the model are searched once."""
+        known = self._flat | flat_parts(self._model)
+        if any(is_flattened(param) and id(param) not in known for param in params):
+            known = flat_parts(self._model, params)
+        self._flat = {id(param): known[id(param)] for param in params if id(param) in known}
+        return self._flat
 
     def _refuse_vector(self, groups: Groups) -> None:
         for cell, group in zip(self._resolved.cells, groups, strict=True):
@@ -179,9 +189,9 @@ class Exchange:
             part = flat.get(id(param))
             if part is None and (at_build or needs_norm):
                 raise PlanError(
-                    f"{info.name!r} is cut up by {_FSDP1}, and the model given to the plan is "
-                    "inside the wrapper, which alone knows how. Build the plan on the wrapper "
-                    "itself, after wrapping."
+                    f"{info.name!r} is cut up by {_FSDP1}, and the wrapper, which alone knows how, "
+                    "is neither in the model given to the plan nor around it. Build the plan on "
+                    "the wrapper itself, after wrapping."
                 )
             for operation in operations:
                 if operation.whole or (operation.each and _is_flat(param)):

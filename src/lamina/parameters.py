@@ -129,7 +129,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     by_identity: dict[int, list[str]] = {}
     for raw, (_, _, tensor) in places.items():
         by_identity.setdefault(id(tensor), []).append(raw)
-    flat = flat_parts(model)
+    flat = flat_parts(model, [tensor for _, _, tensor in places.values()])
     found = []
     for raws in by_identity.values():
         tensor = places[raws[0]][2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 
 #: what torch's FSDP1 writes on a parameter that it has put into a flat one
 _FLATTENED = "_fsdp_flattened"
+#: the class with which a wrapper of FSDP1 keeps its flat parameter
+_HANDLE = "FlatParamHandle"
 
 Place = tuple[int, str]
 
@@ -151,13 +154,24 @@ class FlatPart:
     shape: tuple[int, ...]
 
 
-def flat_parts(model: nn.Module) -> dict[int, FlatPart]:
+def flat_parts(model: nn.Module, params: Iterable[torch.Tensor] = ()) -> dict[int, FlatPart]:
     """Return what FSDP1 says of the parameters of a model, by their identity.
 
-    It is known only to the wrappers in the model: below one of them, nothing tells.
+    Args:
+        model: the wrapper, a module with wrappers inside, or a module inside one.
+        params: parameters of the model. A module inside a wrapper does not know it: for what no
+            wrapper in the model has, the wrappers of this process are searched.
     """
+    found = _parts_of(_fsdp1_handles(model))
+    missing = {id(param) for param in params if is_flattened(param)} - found.keys()
+    if missing:
+        found |= _parts_of(_handles_around(missing))
+    return found
+
+
+def _parts_of(handles: Iterable[Any]) -> dict[int, FlatPart]:
     found: dict[int, FlatPart] = {}
-    for handle in _fsdp1_handles(model):
+    for handle in handles:
         flat = handle.flat_param
         group = handle.process_group if handle.uses_sharded_strategy else None
         found[id(flat)] = FlatPart(group, tuple(flat.shape))
@@ -166,9 +180,13 @@ def flat_parts(model: nn.Module) -> dict[int, FlatPart]:
     return found
 
 
-def tell_flat_parameters(model: nn.Module) -> None:
+def tell_flat_parameters(model: nn.Module, params: Iterable[torch.Tensor]) -> None:
     """Let flat parameters take notice of flags that were set since the forward began."""
-    for handle in _fsdp1_handles(model):
+    handles = list(_fsdp1_handles(model))
+    missing = {id(param) for param in params if is_flattened(param)} - _parts_of(handles).keys()
+    if missing:
+        handles += _handles_around(missing)
+    for handle in handles:
         handle._reset_flat_param_grad_info_if_needed()
 
 
@@ -177,6 +195,13 @@ def _fsdp1_handles(model: nn.Module) -> Iterator[Any]:
         handle = getattr(module, "_handle", None) if _is_fsdp1(module) else None
         if handle is not None:
             yield handle
+
+
+def _handles_around(ids: set[int]) -> list[Any]:
+    """All handles in this process that have one of these parameters in their flat one."""
+    # `isinstance` would ask proxies for their class, which may load whatever they stand for.
+    handles: list[Any] = [it for it in gc.get_objects() if type(it).__name__ == _HANDLE]
+    return [it for it in handles if not ids.isdisjoint(_parts_of([it]))]
 
 
 def _is_fsdp1(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,9 +68,8 @@ def prepare(
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
-    lock = None if resume is None else _locked(resume, folder)
-    session = None
-    try:
+    with ExitStack() as undo:
+        lock = None if resume is None else _locked(resume, folder, undo)
         start = None if resume is None else find(resume, task)
         if start is None:
             settings, chosen, place = _begin(task, plan, asked, folder, extend)
@@ -78,17 +78,12 @@ def prepare(
             extend = start.way(settings) if extend is None else extend
             chosen, place = resumed_plan(start, task, plan)
         accelerator = begin(settings, cpu)
-        try:
-            data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
-            made = (task, settings, accelerator, task.model(), chosen, data)
-            with placed(place):
-                session = Session(*made, folder, start, extend, lock)
-        finally:
-            if session is None:
-                end(accelerator)
-    finally:
-        if session is None and lock is not None:
-            lock.release()
+        undo.callback(end, accelerator)
+        data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
+        made = (task, settings, accelerator, task.model(), chosen, data)
+        with placed(place):
+            session = Session(*made, folder, start, extend, lock)
+        undo.pop_all()  # the session has them now
     return session
 
 
@@ -124,8 +119,8 @@ def _begin(
     return settings, *choose_plan(task, plan)
 
 
-def _locked(resume: str | os.PathLike[str], out: Path | None) -> FolderLock | None:
-    """Take the folder of a run that goes on, before its checkpoint is chosen.
+def _locked(resume: str | os.PathLike[str], out: Path | None, undo: ExitStack) -> FolderLock | None:
+    """Take the folder of a run that goes on, before its checkpoint is chosen, until `undo` ends.
 
     Of several processes that train together the first one takes it for all.
     """
@@ -136,7 +131,11 @@ def _locked(resume: str | os.PathLike[str], out: Path | None) -> FolderLock | No
         )
     home = Path(resume)
     read_about(home)  # which says what is wrong with a folder that is not that of a run
-    return FolderLock(home) if is_first() else None
+    if not is_first():
+        return None
+    lock = FolderLock(home)
+    undo.callback(lock.release)
+    return lock
 
 
 def fit(
