@@ -194,6 +194,21 @@ class Monitor:
         return float(np.max(values_at(self._resolved, steps).lr(index)))
 
 
+class Backoff:
+    """Says when to look for what is dear to look for: ever more rarely, while nothing is found."""
+
+    def __init__(self) -> None:
+        self._due = self._wait = 0
+
+    def is_due(self, clock: int) -> bool:
+        """Return whether to look in this step; the next look is then twice as far away."""
+        if clock < self._due:
+            return False
+        self._wait = max(1, 2 * self._wait)
+        self._due = clock + self._wait
+        return True
+
+
 class LightningTrainer:
     """The trainer of a LightningModule, which knows the length of its run once that has begun."""
 

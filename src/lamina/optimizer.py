@@ -16,7 +16,7 @@ from . import kernels
 from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
-from .checks.live import examine
+from .checks.live import examine, untrained
 from .claims import Claim
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
@@ -26,7 +26,7 @@ from .findings import rebuilt, turned_off, turned_on
 from .freezing import Freezer
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
-from .monitor import Monitor
+from .monitor import Backoff, Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
@@ -51,7 +51,7 @@ log = logging.getLogger("lamina")
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
     *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
-    "_claim",
+    *("_claim", "_places"),
 )
 
 
@@ -90,6 +90,7 @@ class Optimizer(Restorable):
         self._received = Received()
         self._monitor = Monitor(resolved, self._notices, model)
         self._exchange = Exchange(model, resolved, owned)
+        self._places = Backoff()
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
@@ -286,6 +287,18 @@ class Optimizer(Restorable):
         if count != self._freezer.with_gradient:
             self._freezer.with_gradient = count
             self._look_at_flags()
+        pairs = zip(self.param_groups, self._freezer.active, strict=True)
+        if count < sum(len(group["params"]) for group, active in pairs if active):
+            self._look_at_places()
+
+    def _look_at_places(self) -> None:
+        """Warn of parameters that were replaced since the build: the old ones have no gradient."""
+        if not self._places.is_due(self.clock) or self._is_sharded():
+            return
+        elsewhere = self._claim.trained_elsewhere()
+        model = self._exchange.model
+        for finding in untrained(self._resolved, self.param_groups, model, elsewhere):
+            self._notices.tell(finding)
 
     def _advance(self) -> None:
         was = self._freezer.active
