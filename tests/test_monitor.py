@@ -238,7 +238,8 @@ def test_a_loss_of_a_copy_of_the_model_is_told():
 
 @pytest.mark.filterwarnings("ignore:nothing-trains")  # which is meant here
 def test_steps_in_which_nothing_should_train_are_not_told_of_gradients():
-    model, optimizer = built({"steps": 9}, thaw=4)
+    with pytest.warns(lm.LaminaWarning, match="nothing-trains"):
+        model, optimizer = built({"steps": 9}, thaw=4)
     assert codes(lambda: [optimizer.step() for _ in range(4)]) == []
     take(model, optimizer, 5)
 
@@ -461,6 +462,7 @@ def test_parts_without_gradient_that_are_still_there_are_no_news():
         optimizer.zero_grad()
         model(torch.ones(3, 4), step % 2).square().mean().backward()
         optimizer.step()
+    assert optimizer.clock == 40
 
 
 def test_what_another_plan_trains_is_no_news():
@@ -472,3 +474,4 @@ def test_what_another_plan_trains_is_no_news():
         each.zero_grad()
         part(torch.ones(3, 4)).square().mean().backward()
         each.step()
+    assert optimizer.clock == other.clock == 8

@@ -47,6 +47,7 @@ class Monitor:
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._trainer = LightningTrainer(model)
         self._clip = ClippedElsewhere()
+        self.search = Backoff()  # for parameters that were replaced
         self._samples = _has_half(resolved)
         self._moments = self._moments_to_look()
         self._due = min(self._moments, default=math.inf)

@@ -26,7 +26,7 @@ from .findings import rebuilt, turned_off, turned_on
 from .freezing import Freezer
 from .gradients.scopes import check_finite, operate
 from .guests import GUEST, Guests
-from .monitor import Backoff, Monitor
+from .monitor import Monitor
 from .notices import Notices
 from .optim.registry import is_whole_vector, optimizer_name
 from .ownership import refuse_foreign_writes
@@ -51,7 +51,7 @@ log = logging.getLogger("lamina")
 _OWN = (
     *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
     *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
-    *("_claim", "_places"),
+    "_claim",
 )
 
 
@@ -90,7 +90,6 @@ class Optimizer(Restorable):
         self._received = Received()
         self._monitor = Monitor(resolved, self._notices, model)
         self._exchange = Exchange(model, resolved, owned)
-        self._places = Backoff()
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
         self._infos = {item.info.name: item.info for item in owned}
         self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
@@ -293,7 +292,7 @@ class Optimizer(Restorable):
 
     def _look_at_places(self) -> None:
         """Warn of parameters that were replaced since the build: the old ones have no gradient."""
-        if not self._places.is_due(self.clock) or self._is_sharded():
+        if not self._monitor.search.is_due(self.clock) or self._is_sharded():
             return
         elsewhere = self._claim.trained_elsewhere()
         model = self._exchange.model
