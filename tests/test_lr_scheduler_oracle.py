@@ -246,9 +246,9 @@ def test_an_edit_ends_a_factor_of_zero():
 # --- restored -------------------------------------------------------------------------------------
 
 
-def restored(make, saved, order, kind=float):
+def restored(make, saved, order, kind=float, cls=torch.optim.SGD):
     """A new optimizer and schedulers, restored in an order: b build, o optimizer, s schedulers."""
-    optimizer, schedulers = optimizer_of(kind=kind), []
+    optimizer, schedulers = optimizer_of(cls, kind), []
     for letter in order:
         if letter == "o":
             optimizer.load_state_dict(copy.deepcopy(saved[0]))
@@ -260,15 +260,15 @@ def restored(make, saved, order, kind=float):
     return optimizer, schedulers
 
 
-def assert_resumes(make, what, places=(0, 3, 5, 8), kind=float):
+def assert_resumes(make, what, places=(0, 3, 5, 8), kind=float, cls=torch.optim.SGD):
     for place in places:
-        first = optimizer_of(kind=kind)
+        first = optimizer_of(cls, kind)
         schedulers = make(first)
         advance(first, schedulers, place)
         saved = copy.deepcopy((first.state_dict(), [each.state_dict() for each in schedulers]))
         wanted = advance(first, schedulers, 8)
         for order in ("obs", "bos", "bso", "bs"):
-            got = advance(*restored(make, saved, order, kind), 8)
+            got = advance(*restored(make, saved, order, kind, cls), 8)
             assert_rows(got, wanted, (what, place, order))
 
 
@@ -292,6 +292,14 @@ def test_every_pair_resumes_in_every_order_of_restoring(first, together):
     for second in some:
         makers = [OWN[first], OWN[second]]
         assert_resumes(lambda o, m=makers: together(ours, o, m), (first, second), (3, 5))
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+@pytest.mark.parametrize("together", TOGETHER)
+def test_restarts_resume_on_an_optimizer_of_lamina(name, together):
+    for first in ("Linear", "Step"):
+        makers = [OWN[first], OWN[name]]
+        assert_resumes(lambda o, m=makers: together(ours, o, m), first, (3, 5), cls=optim.SGD)
 
 
 def test_momentum_is_restored_with_the_scheduler():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import sys
 import types
 import warnings
@@ -11,6 +12,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lamina as lm
 from lamina.monitor import ClippedElsewhere
@@ -236,7 +238,8 @@ def test_a_loss_of_a_copy_of_the_model_is_told():
 
 @pytest.mark.filterwarnings("ignore:nothing-trains")  # which is meant here
 def test_steps_in_which_nothing_should_train_are_not_told_of_gradients():
-    model, optimizer = built({"steps": 9}, thaw=4)
+    with pytest.warns(lm.LaminaWarning, match="nothing-trains"):
+        model, optimizer = built({"steps": 9}, thaw=4)
     assert codes(lambda: [optimizer.step() for _ in range(4)]) == []
     take(model, optimizer, 5)
 
@@ -403,3 +406,72 @@ def test_a_pickled_optimizer_still_tells():
     file.seek(0)
     model, optimizer = torch.load(file, weights_only=False)
     assert codes(lambda: take(model, optimizer, 1)) == ["beyond-the-end"]
+
+
+# --- parameters that were replaced ----------------------------------------------------------------
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(3, 4)).square().mean().backward()
+        optimizer.step()
+
+
+def assign(model):
+    model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.__setitem__(2, nn.Linear(8, 2)), "2.weight, 2.bias was replaced"),
+        (lambda m: setattr(m[0], "bias", nn.Parameter(torch.ones(8))), "0.bias was replaced"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m[2]), "original0.* came into"),
+        (assign, "0.weight, 0.bias, 2.weight and 1 more was replaced"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 3])
+def test_what_was_replaced_in_the_model_is_told_in_a_step(change, named, before):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = lm.Plan(lm.AdamW, lr=1e-2).build(model, steps=40)
+    train(model, optimizer, before)
+    change(model)
+    with pytest.warns(lm.LaminaWarning) as caught:
+        train(model, optimizer, 8)
+    assert any(re.search(named, str(each.message)) for each in caught)
+    assert len({str(each.message) for each in caught}) == len(caught)
+
+
+def test_parts_without_gradient_that_are_still_there_are_no_news():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 8)
+            self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+
+        def forward(self, x, head):
+            return self.heads[head](self.body(x))
+
+    model = Heads()
+    prune.random_unstructured(model.heads[2], "weight", 0.5)
+    optimizer = lm.Plan(lm.AdamW, lr=1e-2, rules=[lm.Rule("body", thaw=5)]).build(model, steps=40)
+    for step in range(40):  # warnings are errors
+        optimizer.zero_grad()
+        model(torch.ones(3, 4), step % 2).square().mean().backward()
+        optimizer.step()
+    assert optimizer.clock == 40
+
+
+def test_what_another_plan_trains_is_no_news():
+    model = nn.ModuleDict({"a": nn.Linear(4, 2), "unused": nn.Linear(4, 2)})
+    optimizer = lm.Plan(lm.AdamW, lr=1e-2).build(model, steps=20)
+    model["b"] = nn.Linear(4, 2)
+    other = lm.Plan(lm.AdamW, lr=1e-2).build(model["b"], steps=20)
+    for part, each in [(model["a"], optimizer), (model["b"], other)] * 8:
+        each.zero_grad()
+        part(torch.ones(3, 4)).square().mean().backward()
+        each.step()
+    assert optimizer.clock == other.clock == 8

@@ -71,7 +71,7 @@ class Exchange:
 
     def __init__(self, model: nn.Module, resolved: Resolved, owned: Sequence[Owned]) -> None:
         places = {item.info.name: item.places for item in owned}
-        self._model = model
+        self.model = model
         self._resolved = resolved
         self._places = [[places[info.name] for info in cell.parameters] for cell in resolved.cells]
         #: how many gradients came in the last step, None before the first
@@ -105,7 +105,7 @@ class Exchange:
         Returns:
             Whether there were any.
         """
-        lasting = lasting_parameters(self._model)
+        lasting = lasting_parameters(self.model)
         found = False
         for group, rows in zip(groups, self._places, strict=True):
             params = group["params"]
@@ -119,7 +119,7 @@ class Exchange:
 
     def show_flags(self, groups: Groups) -> None:
         """Let FSDP, in whose forward the flags were set, take notice of them."""
-        tell_flat_parameters(self._model, [param for group in groups for param in group["params"]])
+        tell_flat_parameters(self.model, [param for group in groups for param in group["params"]])
         for group, rows in zip(groups, self._places, strict=True):
             for param, places in zip(group["params"], rows, strict=True):
                 module, attribute = places[0]
@@ -147,9 +147,9 @@ class Exchange:
 
     def _flat_parts(self, params: Sequence[torch.Tensor]) -> dict[int, FlatPart]:
         """Return what FSDP1 says of the parameters; wrappers around the model are searched once."""
-        known = self._flat | flat_parts(self._model)
+        known = self._flat | flat_parts(self.model)
         if any(is_flattened(param) and id(param) not in known for param in params):
-            known = flat_parts(self._model, params)
+            known = flat_parts(self.model, params)
         self._flat = {id(param): known[id(param)] for param in params if id(param) in known}
         return self._flat
 
@@ -168,7 +168,7 @@ class Exchange:
         for cell, rows in zip(self._resolved.cells, self._places, strict=True):
             for info, places in zip(cell.parameters, rows, strict=True):
                 module, attribute = places[0]
-                if attribute in module._parameters or not _has_flat(self._model):
+                if attribute in module._parameters or not _has_flat(self.model):
                     continue
                 raise PlanError(
                     f"{info.name!r} is no parameter any more: {_FSDP1} wrapped the model with "

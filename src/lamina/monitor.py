@@ -47,6 +47,7 @@ class Monitor:
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._trainer = LightningTrainer(model)
         self._clip = ClippedElsewhere()
+        self.search = Backoff()  # for parameters that were replaced
         self._samples = _has_half(resolved)
         self._moments = self._moments_to_look()
         self._due = min(self._moments, default=math.inf)
@@ -192,6 +193,21 @@ class Monitor:
         index = next(i for i, cell in enumerate(self._resolved.cells) if cell.name == name)
         steps = np.unique(np.linspace(0, (self._resolved.run.steps or 1000) - 1, 500).round())
         return float(np.max(values_at(self._resolved, steps).lr(index)))
+
+
+class Backoff:
+    """Says when to look for what is dear to look for: ever more rarely, while nothing is found."""
+
+    def __init__(self) -> None:
+        self._due = self._wait = 0
+
+    def is_due(self, clock: int) -> bool:
+        """Return whether to look in this step; the next look is then twice as far away."""
+        if clock < self._due:
+            return False
+        self._wait = max(1, 2 * self._wait)
+        self._due = clock + self._wait
+        return True
 
 
 class LightningTrainer:

@@ -16,7 +16,7 @@ from . import kernels
 from .algorithms.base import Algorithm, Batch
 from .algorithms.lbfgs import lbfgs_step
 from .audit import Audit
-from .checks.live import examine
+from .checks.live import examine, untrained
 from .claims import Claim
 from .engine import Closure
 from .errors import NonFiniteError, OwnershipError, PlanError
@@ -286,6 +286,18 @@ class Optimizer(Restorable):
         if count != self._freezer.with_gradient:
             self._freezer.with_gradient = count
             self._look_at_flags()
+        pairs = zip(self.param_groups, self._freezer.active, strict=True)
+        if count < sum(len(group["params"]) for group, active in pairs if active):
+            self._look_at_places()
+
+    def _look_at_places(self) -> None:
+        """Warn of parameters that were replaced since the build: the old ones have no gradient."""
+        if not self._monitor.search.is_due(self.clock) or self._is_sharded():
+            return
+        elsewhere = self._claim.trained_elsewhere()
+        model = self._exchange.model
+        for finding in untrained(self._resolved, self.param_groups, model, elsewhere):
+            self._notices.tell(finding)
 
     def _advance(self) -> None:
         was = self._freezer.active

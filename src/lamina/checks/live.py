@@ -85,6 +85,28 @@ def examine(
     )
 
 
+def untrained(
+    resolved: Resolved, groups: Groups, model: nn.Module, elsewhere: Set[int]
+) -> list[Finding]:
+    """Find parameters that took the place of others after the build, and so do not train.
+
+    Args:
+        resolved: what the plan meant when it was built.
+        groups: the optimizer's parameter groups.
+        model: the model as it is now.
+        elsewhere: the ids of parameters that other plans train.
+    """
+    owned = [item for item in collect(model) if id(item.tensor) not in elsewhere]
+    rows = list(_rows(resolved, groups))
+    updated = {id(param) for _, _, param in rows}
+    there = {id(item.tensor) for item in owned} | elsewhere
+    found = (
+        *_exchanged(rows, by_name(owned), there),
+        *_unknown(resolved, [item for item in owned if item.tensor.requires_grad], updated),
+    )
+    return [each for each in found if each.code in ("parameter-replaced", "parameter-added")]
+
+
 def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo, torch.Tensor]]:
     for cell, group in zip(resolved.cells, groups, strict=True):
         for info, param in zip(cell.parameters, group["params"], strict=True):

@@ -225,10 +225,10 @@ class DropIn(Engine):
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
-        # In place: through the wrapper of a trainer, an assignment would land in the wrapper.
-        for group, loaded in zip(self.param_groups, groups, strict=True):
-            group.clear()
-            group.update(loaded)
+        # The list is changed in place: through the wrapper of a trainer, an assignment would land
+        # in the wrapper. The dicts are new, as torch's are: by that, schedulers tell a restored
+        # learning rate from an edit by hand.
+        self.param_groups[:] = groups
         self.__setstate__({})  # a subclass fills in what older states lack, as in torch
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
