@@ -296,6 +296,7 @@ def test_damaged_states(plan):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the saved state was loaded, but")
 @pytest.mark.parametrize("plan", [WHOLE, GUEST], ids=["own", "guest"])
 def test_thousands_of_damaged_states(plan):
     found = fuzz_states(plan, range(2000))
