@@ -208,7 +208,7 @@ def driven(finished, statuses):
 def test_kills_are_judged(finished, monkeypatch, statuses, spoil, wrong):
     monkeypatch.setattr("test_kill.drive", driven(finished, statuses))
     rows = kills.kills(full=False, spoil=spoil)
-    assert [row.numbers["wrong"] for row in rows] == [wrong]
+    assert [row.numbers["wrong"] for row in rows] == [wrong], rows[0].notes
     assert sum(row.tried for row in rows) == 1
 
 
@@ -292,13 +292,13 @@ def test_canary_steps_and_states_that_grow(monkeypatch):
     step, save = lm.Optimizer.step, lm.Optimizer.state_dict
 
     def slower(self, closure=None):
-        for _ in range(self.clock):
+        for _ in range(self.clock if self.plan.rules else 0):
             Calls.__call__(clock)
         return step(self, closure)
 
     monkeypatch.setattr(lm.Optimizer, "step", slower)
     monkeypatch.setattr(
-        lm.Optimizer, "state_dict", lambda self: {**save(self), "more": "x" * 50 * self.clock}
+        lm.Optimizer, "state_dict", lambda self: {**save(self), "more": "x" * 100 * self.clock}
     )
     with Calls() as clock:
         found, notes = faults(steps.steps(full=False, clock=clock, show=False))

@@ -121,7 +121,7 @@ CODE = (
 
 
 def by_grammar(text: str, chance: random.Random) -> str:
-    """Change one to five tokens of a plan, or a value as a whole, so that most of it still parses."""
+    """Change one to five tokens or values of a plan, so that the rest can still be read."""
     for _ in range(chance.choice((1, 1, 1, 2, 3, 5))):
         change = chance.choice((_number, _word, _value, _nested, _key, _swapped, _doubled, _code))
         text = change(text, chance)
