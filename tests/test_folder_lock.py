@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +57,44 @@ def test_a_lock_names_its_holder_and_is_given_back(tmp_path):
     first.release()
     assert not (tmp_path / HOLDER).exists()
     FolderLock(tmp_path).release()
+
+
+ABOUT = {"host": platform.node(), "since": "2026-01-01T00:00:00+00:00"}
+
+
+@pytest.mark.parametrize(
+    "at_first",
+    [None, "", '{"pid": 1, "ho', "[1]", "[" * 1000, "killed"],
+    ids=["missing", "empty", "half", "list", "deep", "killed"],
+)
+def test_a_holder_that_has_not_yet_said_so_is_waited_for(tmp_path, at_first):
+    """Nothing, half of it, or what a killed process left: the lock is taken before it is told."""
+    if at_first == "killed":
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        at_first = json.dumps({"pid": ended.pid, **ABOUT})
+    lock = FolderLock(tmp_path)
+    holder = tmp_path / HOLDER
+    about = holder.read_text()
+    holder.unlink()
+    if at_first is not None:
+        holder.write_text(at_first)
+    late = threading.Timer(0.2, holder.write_text, [about])
+    late.start()
+    with pytest.raises(lm.StateError, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path)
+    late.join()
+    lock.release()
+
+
+@pytest.mark.parametrize("pid", ["a word", None, 10**30, -(10**30), 2**31, 1.5, [1]])
+def test_a_holder_that_is_no_process_is_told_as_it_is(tmp_path, pid, monkeypatch):
+    monkeypatch.setattr("lamina.training.folder_lock._PATIENCE", 0.05)
+    lock = FolderLock(tmp_path)
+    (tmp_path / HOLDER).write_text(json.dumps({"pid": pid, **ABOUT}))
+    with pytest.raises(lm.StateError, match="another process uses this run: process "):
+        FolderLock(tmp_path)
+    lock.release()
 
 
 def test_a_run_that_goes_on_cannot_be_resumed_a_second_time(stopped):

@@ -64,8 +64,11 @@ WORSE: list[Any] = [
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
+    return begin(tmp_path_factory.mktemp("fuzz"))
+
+
+def begin(home):
     """A run that stands in its second epoch, with two checkpoints, and the weights it ends with."""
-    home = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
         patch.setattr(training_task, "loss", interrupted(12))

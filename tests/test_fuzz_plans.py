@@ -18,22 +18,23 @@ PLANS = [
     (Path(lm.__file__).parent / "tasks" / "digits.toml").read_text(),
     """
 optimizer = "SGD"
-lr = "linear(0.1, 0.01, 50%) >> cosine()"
+lr = "linear(0.1, 0.01, 50%) >> cosine(0.01, 0.001)"
 momentum = 0.9
 nonfinite = "skip"
-stop = "early_stop(val_loss, patience=3)"
-feedback = "plateau(val_loss, patience=2)"
+stop = "early_stop('val_loss', patience=3)"
+feedback = "plateau('val_loss', patience=2)"
 gradients = ["clip_value(0.5)", "clip_norm(1.0, p=inf)"]
 [[rule]]
-match = "layer.{depth}.* & !type:LayerNorm"
+match = "layer.{depth}.*"
 lr = "x0.5"
-thaw = "on_plateau(val_loss)"
+thaw = "on_plateau('val_loss')"
 rewarm = "warmup(3)"
 [[rule]]
-match = "re:embed.* | ndim<2"
+match = "norm | re:embed.*"
 freeze = "50%"
 hold = false
-optimizer = "Muon"
+optimizer = "RMSprop"
+lr = 0.01
 """,
 ]
 #: what a mutation inserts: words of the grammar, and what would run code if anything did

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from .errors import LaminaError, PlanError, shortened
+from .errors import LaminaError, PlanError, printable, shortened
 from .expressions import Spelled, spell
 from .gradients.operations import Apply
 from .optim.registry import OPTIMIZERS, optimizer_name
@@ -37,9 +37,10 @@ def read(source: str | os.PathLike[str]) -> Plan:
             text = file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise PlanError(f"{path}: there is no such plan file; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError: no text, or no path (a NUL in it)
+        shown = printable(shortened(str(path)))
         raise PlanError(
-            f"{shortened(str(path))}: cannot be read as a plan file ({shortened(str(error))})."
+            f"{shown}: cannot be read as a plan file ({shortened(str(error))})."
         ) from error
     return _plan(text, str(path))
 

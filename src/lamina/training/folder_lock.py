@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..errors import LaminaError, StateError, printable, shortened
 LOCK, HOLDER = ".lock", ".holder"
 #: what a lock leaves in a folder, beside the files of the run
 FILES = (LOCK, HOLDER)
+#: seconds in which a process that has just taken a lock will have said so
+_PATIENCE = 1.0
 
 
 class FolderLock:
@@ -63,13 +66,44 @@ class FolderLock:
 
 
 def _said(holder: Path) -> str:
-    """Return in words which process holds a lock, as far as it has said so."""
+    """Return in words which process holds a lock, as far as it has said so.
+
+    Between taking the lock and saying so lies a moment, in which nothing is written yet, or a name
+    is left of a process that was killed.
+    """
+    end = time.monotonic() + _PATIENCE
+    about = _read(holder)
+    while (about is None or _is_gone(about)) and time.monotonic() < end:
+        time.sleep(0.02)
+        about = _read(holder)
+    if about is None:
+        return "it has just begun"
+    text = f"process {about['pid']} on {about['host']}, since {about['since']}"
+    return printable(shortened(text))
+
+
+def _read(holder: Path) -> dict[str, Any] | None:
+    """Return what a holder has written about itself, or None if that is not there or not whole."""
     try:
         about: Any = json.loads(holder.read_text(encoding="utf-8")[:1000])
-        text = f"process {about['pid']} on {about['host']}, since {about['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it has just begun"
-    return printable(shortened(text))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(about, dict) or not {"pid", "host", "since"} <= about.keys():
+        return None
+    return about
+
+
+def _is_gone(about: dict[str, Any]) -> bool:
+    """Return whether a process of this host is known to have ended."""
+    if os.name != "posix" or about["host"] != platform.node():
+        return False
+    try:
+        os.kill(about["pid"], 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError, TypeError, ValueError):
+        return False  # it is somebody else's, or no process number
+    return False
 
 
 def _now() -> str:
