@@ -216,8 +216,8 @@ SAYS = "lamina: run: another process uses this run: process 12 on host, since 20
 
 
 def test_a_race_with_one_winner_is_right():
-    resumes.judge([0, 2], ["", SAYS], [12, 13])
-    resumes.judge([2, 0], [SAYS, ""], [13, 12])
+    assert resumes.judge([0, 2], ["", SAYS], [12, 13]) is None
+    assert resumes.judge([2, 0], [SAYS, ""], [13, 12]) is None
 
 
 @pytest.mark.parametrize(
