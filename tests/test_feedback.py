@@ -42,8 +42,8 @@ def test_plateau_reduces_when_torchs_does(patience, cooldown, mode):
     reaction = lm.plateau(
         "loss", factor=0.5, patience=patience, cooldown=cooldown, mode=mode, threshold=0.01
     )
-    mine = lm.Plan(lm.SGD, lr=0.1, feedback=reaction).build(model)
-    theirs = torch.optim.SGD(alone.parameters(), lr=0.1)
+    mine = lm.Plan(lm.SGD, lr=0.01, feedback=reaction).build(model)
+    theirs = torch.optim.SGD(alone.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
         theirs,
         mode,
@@ -104,14 +104,14 @@ def test_min_factor_is_the_lowest_multiplier():
 def test_patience_in_epochs_counts_the_clock():
     model = small()
     optimizer = lm.Plan(
-        lm.SGD, lr=0.1, feedback=lm.plateau("loss", factor=0.5, patience="2 epochs")
+        lm.SGD, lr=0.01, feedback=lm.plateau("loss", factor=0.5, patience="2 epochs")
     ).build(model, epochs=10, steps_per_epoch=3)
     seen = []
     for _ in range(5):
         advance(model, optimizer, 3)
         optimizer.report(loss=1.0)
         seen.append(lrs(optimizer)[0])
-    assert seen == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+    assert seen == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.005])
 
 
 def test_plateau_cosine_warmup_and_thaw_in_one_plan_resume_exactly(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -263,7 +264,14 @@ def test_m6_what_is_frozen_by_hand_after_the_build_does_not_move(name, freeze):
                     leave_gradients(model, "left over")
                 return loss
 
-            run.step(closure)
+            # Who calls lamina.freeze knows of it.
+            silent = freeze is off_by_lamina or not left_over or step != 2
+            with (
+                nullcontext()
+                if silent
+                else pytest.warns(lm.LaminaWarning, match="requires-grad-off")
+            ):
+                run.step(closure)
     assert all(torch.equal(value, at_freeze[k]) for k, value in models[1].body.state_dict().items())
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     assert runs[0].norms == runs[1].norms
@@ -271,7 +279,7 @@ def test_m6_what_is_frozen_by_hand_after_the_build_does_not_move(name, freeze):
         return  # one state for all
     for param, before in zip(models[1].body.parameters(), at, strict=True):
         assert equal(runs[1].state[param], before)
-        assert param.grad is None
+        assert param.grad is not None  # it may be another optimizer's, and is left alone
 
 
 def test_what_is_frozen_by_hand_trains_again_once_it_is_thawed_by_hand():
