@@ -104,7 +104,7 @@ def _cause(batches: Sequence[Batch], work: Work, clock: int) -> NonFiniteError:
         if bad is not None:
             return NonFiniteError(
                 f"{made!r} returned NaN or infinite numbers for {names[bad]!r} at step {clock}, "
-                "whose gradient was finite; the weights were not changed. Mend the function."
+                "whose gradient was finite; the weights were not changed. Fix the function."
             )
     norms = [float(norm) for norm in _wide_norms(work.made[-1][1] if work.made else grads)]
     return _overflow(names[norms.index(max(norms))], clock)

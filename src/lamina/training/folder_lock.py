@@ -53,7 +53,7 @@ class FolderLock:
                 f"{folder}: the folder of the run cannot be locked ({error}), which keeps a second "
                 "process from writing to it. Use a folder that can be written to."
             ) from error
-        about = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+        about = {"pid": os.getpid(), "host": platform.node(), "since": now()}
         with suppress(OSError):  # only for the message of others
             self._holder.write_text(json.dumps(about), encoding="utf-8")
 
@@ -106,5 +106,6 @@ def _is_gone(about: dict[str, Any]) -> bool:
     return False
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as run folders write it, with its zone."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -27,6 +27,7 @@ from ..plain import check_values
 from ..plan import Plan
 from ..preview import Preview
 from .folder_lock import FILES as LOCK_FILES
+from .folder_lock import now
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
 #: where run.json holds a plan until that is in its own file
@@ -89,7 +90,7 @@ class RunFolder:
 
     def begin(self, plan: Plan, preview: Preview, about: dict[str, Any]) -> None:
         """Write what is known before the first step."""
-        self._about = {**about, "versions": versions(), "started": _now(), "status": "running"}
+        self._about = {**about, "versions": versions(), "started": now(), "status": "running"}
         self._write_plan(plan)
         self._text(ABOUT, _json(self._about))
         self.picture(preview)
@@ -106,7 +107,7 @@ class RunFolder:
         earlier = before.get("resumed", [])
         noted = [
             *(earlier if isinstance(earlier, list) else [earlier]),
-            {"at": _now(), **seen, "versions": versions()},
+            {"at": now(), **seen, "versions": versions()},
         ]
         self._about = {**before, **about, "status": "running", "resumed": noted}
         text, name = plan_text(plan)
@@ -141,7 +142,7 @@ class RunFolder:
 
     def end(self, status: str, **found: Any) -> None:
         """Note how the run ended, and with what."""
-        self._about |= {"status": status, "ended": _now(), **found}
+        self._about |= {"status": status, "ended": now(), **found}
         self._text(ABOUT, _json(self._about))
 
     def _text(self, name: str, text: str) -> None:
@@ -198,7 +199,3 @@ def versions() -> dict[str, str]:
 def own_version() -> str:
     """The version of lamina, also when it runs from its source."""
     return str(importlib.import_module("lamina").__version__)
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
