@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import resume_task
-from lamina import LaminaError, checkpoint, files
+from lamina import LaminaError, checkpoint
+from lamina.files import atomic as files
 from lamina.training import fit
 from lamina.training.run_folder import RunFolder
 

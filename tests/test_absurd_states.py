@@ -11,7 +11,7 @@ import torch
 
 import lamina as lm
 from lamina import checkpoint
-from lamina.preview.inspection import inspect
+from lamina.checkpoint.inspect import inspect
 from lamina.training.resume import saved_task
 from lamina.training.run_folder import read_about
 from lamina.training.snapshot import Snapshot

@@ -153,8 +153,8 @@ def test_every_plan_that_is_mutated_is_one():
 
 
 def test_canary_a_grammar_that_evaluates_and_one_that_lets_errors_through(monkeypatch):
-    monkeypatch.setattr("lamina.forms.parse", lambda text, *rest: eval(text, {}))
-    monkeypatch.setattr("lamina.toml._CAUSED_BY_TEXT", ())
+    monkeypatch.setattr("lamina.plan.validate.parse", lambda text, *rest: eval(text, {}))
+    monkeypatch.setattr("lamina.plan.toml._CAUSED_BY_TEXT", ())
     found, _ = faults(plans.plans(full=False))
     assert found["code run"] > 0
     assert found["traceback"] > 0

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.audit import checksums
 from lamina.errors import FrozenMovedError
+from lamina.runtime.audit import checksums
 from models import Tied, Wrapper, backward, encoder, same, train, weights
 
 RULES = [
@@ -111,7 +111,7 @@ def test_a_checksum_changes_with_small_random_changes(dtype):
 
 
 def test_weights_are_those_of_splitmix64():
-    from lamina.audit import _weights
+    from lamina.runtime.audit import _weights
 
     def mixed(index):
         z = (index * 0x9E3779B97F4A7C15) % 2**64

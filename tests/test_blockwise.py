@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamina import blocks
+from lamina._util import blocks
 from lamina.algorithms import ALGORITHMS, Batch
 from lamina.algorithms.base import HALF
 from lamina.gradients.norms import each_norm

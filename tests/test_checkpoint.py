@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lamina import LaminaError, StateError, checkpoint, files
+from lamina import LaminaError, StateError, checkpoint
+from lamina.files import atomic as files
 
 CONTENT = {"clock": 3, "w": torch.arange(4.0), "deep": [1, (2.5, None), {"a": True, 0: "x"}]}
 

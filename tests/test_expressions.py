@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lamina as lm
-from lamina.expressions import parse, spell
-from lamina.forms import NAMES
+from lamina._util.grammar import parse, spell
+from lamina.plan.validate import NAMES
 from plans import schedules, to_schedule
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.feedback import better
-from lamina.time import Run
+from lamina.plan.reactions import better
+from lamina.schedules.duration import Run
 
 
 def small() -> nn.Sequential:

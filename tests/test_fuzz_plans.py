@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.expressions import parse
+from lamina._util.grammar import parse
 
 PLANS = [
     (Path(lm.__file__).parent / "tasks" / "reviews.toml").read_text(),
@@ -121,7 +121,7 @@ def test_every_word_at_every_place(word, place, tmp_path, monkeypatch):
 def test_canary_a_grammar_that_runs_code_is_seen(tmp_path, monkeypatch):
     """The same texts, if expressions were evaluated."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lamina.forms.parse", lambda text, *rest: eval(text, {}))
+    monkeypatch.setattr("lamina.plan.validate.parse", lambda text, *rest: eval(text, {}))
     with suppress(Exception):  # whatever comes of what the evaluation returned
         outcome("optimizer = \"SGD\"\nlr = \"open('ran', 'w').close()\"\n")
     assert list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ from lamina.errors import (
     PatternError,
     PlanError,
 )
-from lamina.gradients.functions import clip_grad_norm_, clip_grad_value_
-from lamina.manual import freeze
+from lamina.gradients.clip import clip_grad_norm_, clip_grad_value_
+from lamina.model.freeze import freeze
 from models import Tied, backward, encoder, mlp
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lamina as lm
 from lamina.algorithms.base import times
-from lamina.gradients.functions import clip_grad_norm_, clip_grad_value_
+from lamina.gradients.clip import clip_grad_norm_, clip_grad_value_
 from lamina.gradients.norms import each_norm, finite, total_norm
 
 HALVES = [torch.float16, torch.bfloat16]

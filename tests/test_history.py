@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.history import LONGEST_HISTORY, extended, value_at
+from lamina.plan.history import LONGEST_HISTORY, extended, value_at
 from lamina.schedules.base import EXACT, steps_to_check
-from lamina.time import Run
+from lamina.schedules.duration import Run
 
 
 def stepped(optimizer, model, steps=1):

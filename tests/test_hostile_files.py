@@ -9,9 +9,9 @@ import torch
 
 import lamina as lm
 from lamina import checkpoint
-from lamina.plain import check_size
-from lamina.preview.inspection import inspect
-from lamina.state.form import short
+from lamina.checkpoint.inspect import inspect
+from lamina.files.plain import check_size
+from lamina.state.schema import short
 from lamina.training.resume import saved_task
 
 BUILTIN = {"digits": "lamina.tasks.digits"}

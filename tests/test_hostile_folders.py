@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import lamina as lm
-from lamina.checkpoint import load_safely
-from lamina.pickles import Call, Name, parse
-from lamina.preview.inspection import inspect
+from lamina.checkpoint.checkpoint import load_safely
+from lamina.checkpoint.inspect import inspect
+from lamina.files.pickles import Call, Name, parse
 from models import equal, mlp, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

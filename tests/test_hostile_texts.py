@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 import lamina as lm
-from lamina.parameters import ParamInfo
-from lamina.patterns import _compile_glob, compile_pattern
-from lamina.toml import _LARGEST
+from lamina.model.parameters import ParamInfo
+from lamina.model.patterns import _compile_glob, compile_pattern
+from lamina.plan.toml import _LARGEST
 
 LONG_NAME = ".".join(["encoder_layer", "0", "self_attention", "output_dense_projection"] * 3)
 

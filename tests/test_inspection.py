@@ -7,7 +7,7 @@ import torch
 
 import training_task
 from lamina import StateError, checkpoint
-from lamina.preview.inspection import inspect
+from lamina.checkpoint.inspect import inspect
 from lamina.training import fit
 
 

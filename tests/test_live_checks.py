@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.manual import freeze
-from lamina.ties import tie, ties
+from lamina.model.freeze import freeze
+from lamina.model.ties import tie, ties
 from models import Tied, backward, encoder, mlp, train
 
 

@@ -13,7 +13,7 @@ import lamina as lm
 from lamina.errors import LaminaWarning, OwnershipError, ScheduleError
 from lamina.optim import lr_scheduler as ours
 from lamina.schedules import cosine, one_cycle, warm_restarts, warmup
-from lamina.time import Run
+from lamina.schedules.duration import Run
 
 
 def optimizer_of(*rates, cls=torch.optim.SGD, **hyper):

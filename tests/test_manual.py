@@ -8,7 +8,7 @@ from torch import nn
 
 import lamina as lm
 from lamina.errors import PatternError, PlanError
-from lamina.manual import freeze, thaw, trainable
+from lamina.model.freeze import freeze, thaw, trainable
 from models import Tied, Wrapper, backward, encoder, mlp, same, train, weights
 
 

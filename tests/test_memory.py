@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lamina.memory import overlapping, relation
+from lamina._util.tensors import overlapping, relation
 
 
 def places(tensor: torch.Tensor) -> set[int]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import lamina as lm
 from lamina import optim
-from lamina.memory import MemorySnapshot, has_elements, overlaps_itself
+from lamina._util.tensors import MemorySnapshot, has_elements, overlaps_itself
 
 OPTIMIZERS = {
     "SGD": {"momentum": 0.9},

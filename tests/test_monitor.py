@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lamina as lm
-from lamina.monitor import ClippedElsewhere
+from lamina.runtime.monitor import ClippedElsewhere
 
 
 def net(dtype=torch.float32, width=16):
@@ -74,7 +74,7 @@ def test_a_resumed_build_tells_again():
 
 
 def test_with_several_processes_the_first_one_speaks(monkeypatch):
-    monkeypatch.setattr("lamina.monitor.is_first_process", lambda: False)
+    monkeypatch.setattr("lamina.runtime.monitor.is_first_process", lambda: False)
     model, optimizer = built({"steps": 2}, rules=[lm.Rule("0.*", lr=0.0)])
     assert codes(lambda: take(model, optimizer, 3)) == []
     assert [finding.code for finding in optimizer.findings] == ["lr-zero"]
@@ -205,7 +205,7 @@ def test_an_epoch_that_a_loaded_state_begins_in_the_middle_is_not_judged(monkeyp
 
 @pytest.mark.parametrize(("first", "told"), [(10, ["another-length"]), (20, []), (5, [])])
 def test_a_first_report_after_the_share_of_a_process_is_told(monkeypatch, first, told):
-    monkeypatch.setattr("lamina.monitor.count_processes", lambda: 2)
+    monkeypatch.setattr("lamina.runtime.monitor.count_processes", lambda: 2)
     settings = {"feedback": lm.plateau("val_loss")}
     model, optimizer = built({"epochs": 4, "steps_per_epoch": 20}, **settings)
     take(model, optimizer, first)

@@ -3,7 +3,7 @@
 import warnings
 
 import lamina as lm
-from lamina.notices import Notices, warn
+from lamina._util.notices import Notices, warn
 
 
 def test_a_warning_points_at_the_line_of_the_user():

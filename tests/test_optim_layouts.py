@@ -8,8 +8,8 @@ from torch import nn
 
 import lamina as lm
 from lamina import optim
-from lamina.engine import _follow
 from lamina.kernels import choose
+from lamina.optim.engine import _follow
 from reference.runner import assert_close
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format

@@ -137,7 +137,7 @@ def test_no_model_is_walked_and_no_pattern_read_in_a_step(monkeypatch):
         with monkeypatch.context() as patch:
             for name in ("named_modules", "named_parameters", "modules", "parameters"):
                 patch.setattr(torch.nn.Module, name, lambda *args, **kwargs: calls.append(args))
-            patch.setattr("lamina.patterns._parse", lambda *args: calls.append(args))
+            patch.setattr("lamina.model.patterns._parse", lambda *args: calls.append(args))
             optimizer.step()
     assert calls == []
     assert optimizer.clock == 6

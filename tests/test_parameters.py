@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lamina as lm
-from lamina.parameters import clean_names, walk
+from lamina.model.parameters import clean_names, walk
 from models import Tied, Wrapper, encoder, mlp
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lamina as lm
-from lamina.parameters import walk
-from lamina.patterns import compile_pattern
+from lamina.model.parameters import walk
+from lamina.model.patterns import compile_pattern
 from models import Tied, described, encoder
 from oracle import select
 from plans import PATTERNS

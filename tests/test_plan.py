@@ -187,7 +187,7 @@ def test_numpy_numbers_become_pythons(kind):
 
 
 def test_every_name_of_an_expression_is_on_the_door():
-    from lamina.forms import NAMES
+    from lamina.plan.validate import NAMES
 
     assert set(NAMES) <= set(lm.__all__)
     assert all(getattr(lm, name) is call for name, call in NAMES.items())

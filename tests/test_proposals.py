@@ -450,7 +450,7 @@ def test_what_a_finding_proposes_ends_it(wrong, code, proposal, right):
 
 def test_every_finding_is_provoked():
     codes = set()
-    for module in ("findings", "monitor"):
+    for module in ("resolve/findings", "runtime/monitor"):
         for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
                 codes.add(node.args[0].value)
@@ -548,9 +548,11 @@ def test_group_keys_that_others_read_are_not_told(key):
 
 #: the modules whose errors propose something of a plan or of the drop-in tier
 MODULES = (
-    *("cascade", "forms", "overrides", "ownership", "patterns", "plan", "reporting", "resolve"),
-    *("settings", "suggestions", "time", "optimizer", "optim/registry", "optim/base", "manual"),
-    *("schedules/base", "feedback", "parameters", "explain", "windows"),
+    *("algorithms/registry", "model/freeze", "model/parameters", "model/patterns"),
+    *("model/suggestions", "optim/base", "optimizer/optimizer", "plan/operators", "plan/plan"),
+    *("plan/reactions", "plan/validate", "resolve/cascade", "resolve/explain", "resolve/resolve"),
+    *("resolve/windows", "runtime/overrides", "runtime/ownership", "runtime/reports"),
+    *("schedules/base", "schedules/duration"),
 )
 #: a call, an argument, or a verb that asks for something
 PROPOSES = re.compile(

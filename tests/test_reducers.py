@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import lamina as lm
-from lamina.reducers import measure
+from lamina.model.reducers import measure
 from models import equal, mlp
 
 WRAPPINGS = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lamina.preview.confirm import confirm
+from lamina.preview.verify import confirm
 from test_preview import Net, example
 
 

@@ -537,11 +537,11 @@ def test_a_task_file_in_the_folder_of_the_run_is_not_run(tmp_path):
 # ----------------------------------------------------------------------------------- a full disk
 
 
-@pytest.mark.parametrize("function", ["lamina.files.Hashing.write", "os.fsync"])
+@pytest.mark.parametrize("function", ["lamina.files.atomic.Hashing.write", "os.fsync"])
 def test_a_full_disk_leaves_the_checkpoints_as_they_are(stopped, function, monkeypatch):
     import os
 
-    from lamina import files
+    from lamina.files import atomic as files
 
     before = {path: path.read_bytes() for path in (stopped / "checkpoints").iterdir()}
     owner, name = (files.Hashing, "write") if "Hashing" in function else (os, "fsync")

@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from lamina._util.grammar import parse, spell
 from lamina.errors import PlanError, ScheduleError, TimeUnitError
-from lamina.expressions import parse, spell
 from lamina.schedules import (
     SCHEDULES,
     Schedule,
@@ -32,7 +32,7 @@ from lamina.schedules import (
     warmup,
     wsd,
 )
-from lamina.time import Run
+from lamina.schedules.duration import Run
 
 RUN = Run(steps=1000, steps_per_epoch=100)
 COS = lambda x: (1 + math.cos(math.pi * x)) / 2  # noqa: E731

@@ -9,11 +9,11 @@ import pytest
 
 import lamina as lm
 from lamina import schedules
+from lamina._util.grammar import parse, spell
+from lamina._util.text import sparkline
 from lamina.errors import ScheduleError
-from lamina.expressions import parse, spell
 from lamina.schedules import SCHEDULES, Shape, cosine, function, linear, register_schedule, warmup
-from lamina.sparkline import sparkline
-from lamina.time import Run
+from lamina.schedules.duration import Run
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ from lamina.schedules import (
     warmup,
     wsd,
 )
-from lamina.time import Run
+from lamina.schedules.duration import Run
 
 get_scheduler = pytest.importorskip("transformers").get_scheduler
 STEPS, WARM, LR = 1000, 77, 1e-3

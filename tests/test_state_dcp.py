@@ -363,6 +363,6 @@ def test_a_parameter_without_gradients_beside_others_has_no_state_by_right():
 
 
 def test_canary_room_that_was_not_read_is_told_from_a_momentum(monkeypatch, tmp_path):
-    monkeypatch.setattr("lamina.state.form._unread", lambda key, value: False)
+    monkeypatch.setattr("lamina.state.schema._unread", lambda key, value: False)
     with pytest.raises(AssertionError, match="assert False"):
         test_a_momentum_that_begins_at_zero_comes_back("SGD", 1, tmp_path)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.time import Run
+from lamina.schedules.duration import Run
 from models import mlp, train
 from test_state import through_a_file
 

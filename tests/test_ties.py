@@ -9,7 +9,7 @@ from torch import nn
 
 import lamina as lm
 from lamina.errors import PlanError
-from lamina.ties import tie, ties, untie
+from lamina.model.ties import tie, ties, untie
 from models import Tied, Wrapper, same, weights
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lamina as lm
-from lamina import time
-from lamina.time import Run, run_of
+from lamina.schedules import duration as time
+from lamina.schedules.duration import Run, run_of
 from models import mlp
 
 

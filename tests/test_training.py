@@ -23,7 +23,7 @@ from lamina import (
     early_stop,
     plateau,
 )
-from lamina.files import atomic
+from lamina.files.atomic import atomic
 from lamina.training import Task, fit, prepare
 from lamina.training.display import Pace, PlainDisplay, lr_text
 from lamina.training.evaluate import batch_size

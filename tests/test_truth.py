@@ -153,7 +153,7 @@ def test_canary_a_rewarmup_that_does_not_restart_is_found(monkeypatch):
     def from_the_first_thaw(self, cell):
         return float(cell.rewarm(max(0.0, self._step - self._feedback.windows(cell)[0][0])))
 
-    monkeypatch.setattr("lamina.timeline.Values._rewarm", from_the_first_thaw)
+    monkeypatch.setattr("lamina.resolve.timeline.Values._rewarm", from_the_first_thaw)
     with pytest.raises(AssertionError):
         assert_truth(SEVERAL, (0, 1), RUNS[1])
 

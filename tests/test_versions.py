@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamina import compat, errors
+from lamina import errors
+from lamina._util import compat
 from lamina.errors import LaminaError, MissingExtraError, require
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ import torch
 import lamina as lm
 import test_fuzz_checkpoints as fuzz
 from lamina import checkpoint
-from lamina.preview.inspection import inspect
+from lamina.checkpoint.inspect import inspect
 from lamina.training.run_folder import RunFolder
 from models import equal, train
 from test_state_atomic import picture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 # isort: off
-from . import _startup  # before anything that takes time  # noqa: F401
+from ._util import startup as _startup  # before anything that takes time  # noqa: F401
 
 # isort: on
-from . import checkpoint, optim
-from .distributed import load_distributed, read_distributed
+from . import optim
+from .checkpoint import checkpoint
 from .errors import (
     FrozenMovedError,
     HyperparameterError,
@@ -24,11 +24,11 @@ from .errors import (
     TaskError,
     TimeUnitError,
 )
-from .explain import Explanation
-from .feedback import early_stop, on_plateau, plateau
-from .gradients.functions import clip_grad_norm_, clip_grad_value_
+from .gradients.clip import clip_grad_norm_, clip_grad_value_
 from .gradients.operations import agc, clip_norm, clip_param_norm, clip_value, scale
-from .manual import Trainable, freeze, thaw, trainable
+from .model.freeze import Trainable, freeze, thaw, trainable
+from .model.parameters import ParamInfo
+from .model.ties import Tie, tie, ties, untie
 from .optim import (
     LAMB,
     LARS,
@@ -41,12 +41,16 @@ from .optim import (
     RMSprop,
     register_optimizer,
 )
-from .optimizer import Optimizer
-from .parameters import ParamInfo
-from .plan import Plan, Rule
+from .optimizer.optimizer import Optimizer
+from .optimizer.wrapped import override, report, restart_state, should_stop, unwrap
+from .plan.operators import by_depth, times, top_down
+from .plan.plan import Plan, Rule
+from .plan.reactions import early_stop, on_plateau, plateau
 from .preview import Preview
-from .resolve import resolve
-from .resolved import Finding, Resolved
+from .resolve.explain import Explanation
+from .resolve.resolve import resolve
+from .resolve.resolved import Finding, Resolved
+from .resolve.timeline import Feedback, values_at
 from .schedules import (
     Schedule,
     Shape,
@@ -71,11 +75,8 @@ from .schedules import (
     warmup,
     wsd,
 )
-from .settings import by_depth, times, top_down
 from .state import LoadReport
-from .ties import Tie, tie, ties, untie
-from .timeline import Feedback, values_at
-from .verbs import override, report, restart_state, should_stop, unwrap
+from .state.distributed import load_distributed, read_distributed
 
 __version__ = "0.1.0"
 

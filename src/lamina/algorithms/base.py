@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .._util.sharding import unit_refusal
 from ..errors import HyperparameterError, did_you_mean
-from ..sharding import unit_refusal
 
 Hyper = Mapping[str, Any]
 #: dtypes that are computed with in float32

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .._util.tensors import has_elements
 from ..errors import MismatchError, NonFiniteError
-from ..memory import has_elements
 from .base import number, widen
 
 _ADVICE = (

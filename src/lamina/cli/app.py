@@ -13,10 +13,10 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
-from .. import _startup
+from .._util import startup as _startup
+from ..checkpoint.inspect import inspect as describe
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
-from ..preview.inspection import inspect as describe
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
 from ..training.interrupts import raising_on_terminate, signal_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from .._util.blocks import block_length, in_blocks
+from .._util.sharding import is_dtensor, whole_of
 from ..algorithms.base import HALF, widen
-from ..blocks import block_length, in_blocks
-from ..sharding import is_dtensor, whole_of
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:

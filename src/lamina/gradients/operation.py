@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from .._util.grammar import Spelled
+from .._util.sharding import Shards
 from ..algorithms.base import times
 from ..errors import PlanError
-from ..expressions import Spelled
-from ..parameters import ParamInfo
+from ..model.parameters import ParamInfo
+from ..plan.operators import python_number
 from ..schedules import Schedule
-from ..settings import python_number
-from ..sharding import Shards
 from .norms import each_norm, total
 
 Amount = float | Schedule

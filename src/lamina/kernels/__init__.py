@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .base import Kernel
 from .differentiable import differentiate
+from .dispatch import KERNELS, apply, assign, carry_out, choose, step_device
 from .memory_check import Kept
-from .pick import KERNELS, apply, assign, carry_out, choose, step_device
 
 __all__ = [
     "KERNELS",

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 
+from .._util.blocks import PLAIN, block_length, in_blocks
 from ..algorithms.adam import AdamRule
 from ..algorithms.base import HALF, Batch, begun_dtype, number, times
 from ..algorithms.lars import LARS
 from ..algorithms.muon import Muon, lr_ratio, orthogonalized
 from ..algorithms.rmsprop import RMSprop
 from ..algorithms.sgd import SGD
-from ..blocks import PLAIN, block_length, in_blocks
 from . import per_tensor
 from .base import Kernel, missing, short
 from .foreach import FORMS

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.blocks import is_dense
 from ..algorithms.adam import Adam, AdamW
 from ..algorithms.base import HALF, Batch, number
 from ..algorithms.sgd import SGD
-from ..blocks import is_dense
 from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
 
 Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]

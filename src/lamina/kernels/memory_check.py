@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._util.tensors import MemorySnapshot, addresses, has_elements, overlaps_itself
 from ..algorithms.base import Batch
-from ..memory import MemorySnapshot, addresses, has_elements, overlaps_itself
 from .base import is_dtensor, short
 
 Entry = dict[str, Any]

@@ -7,8 +7,8 @@ from typing import ClassVar, final
 
 import torch
 
+from .._util.blocks import PLAIN, block_length, in_blocks
 from ..algorithms.base import Batch, State, times, widen
-from ..blocks import PLAIN, block_length, in_blocks
 from .base import Kernel
 
 

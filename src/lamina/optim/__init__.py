@@ -20,12 +20,12 @@ from torch.optim import (
     swa_utils,
 )
 
-from ..compat import swap_in_optimizer_params_and_state
+from .._util.compat import swap_in_optimizer_params_and_state
+from ..algorithms.registry import register_optimizer
 from . import lr_scheduler
 from .classes import SGD, Adam, AdamW, RMSprop
 from .layerwise import LAMB, LARS, LayerAdaptiveAdam, Muon
 from .lbfgs import LBFGS
-from .registry import register_optimizer
 
 _OWN = (SGD, RMSprop, Adam, AdamW, Muon, LARS, LAMB, LayerAdaptiveAdam, LBFGS)
 _TORCH = (Adadelta, Adafactor, Adagrad, Adamax, ASGD, NAdam, RAdam, Rprop, SparseAdam)

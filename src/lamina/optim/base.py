@@ -11,14 +11,14 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import kernels
+from .._util.notices import warn
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Batch, Method, dtype_name
-from ..engine import Engine
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
-from ..notices import warn
-from ..settings import python_number
-from ..suggestions import ALIASES
+from ..model.suggestions import ALIASES
+from ..plan.operators import python_number
+from .engine import Engine
 from .loading import check_form, is_lossy, loss_of_digits, matching_groups
 
 

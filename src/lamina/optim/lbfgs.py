@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 from ..algorithms import METHODS
 from ..algorithms.base import Method
 from ..algorithms.lbfgs import lbfgs_step
-from ..engine import Closure, hooked
 from ..errors import HyperparameterError
 from .base import DropIn
+from .engine import Closure, hooked
 
 
 class LBFGS(DropIn):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from .._util.notices import warn
 from ..errors import StateError
-from ..notices import warn
-from ..parameters import clean_names
+from ..model.parameters import clean_names
 
 Group = dict[str, Any]
 _SHOWN = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ..findings import listed
-from ..reducers import REDUCED
+from ..model.reducers import REDUCED
+from ..resolve.findings import listed
 from .rows import epochs, span
 
 if TYPE_CHECKING:

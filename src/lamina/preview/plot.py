@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TimeUnitError, require
-from .courses import Course, colours, courses
+from .curves import Course, colours, courses
 from .header import facts
 from .rows import epochs
 

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from ..explain import Explanation, explain
-from ..findings import listed
-from ..parameters import observe, walk
-from ..plan import Plan
-from ..reducers import Flags, flags_of
-from ..resolve import resolve_owned
-from ..resolved import Finding, Resolved
+from ..model.parameters import observe, walk
+from ..model.reducers import Flags, flags_of
+from ..plan.plan import Plan
+from ..resolve.explain import Explanation, explain
+from ..resolve.findings import listed
+from ..resolve.resolve import resolve_owned
+from ..resolve.resolved import Finding, Resolved
+from ..resolve.timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
+from ..schedules.duration import Run
 from ..state import Resumed, resume_from
-from ..time import Run
-from ..timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

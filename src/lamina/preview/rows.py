@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..algorithms.registry import optimizer_name
 from ..gradients.operation import Operation
-from ..optim.registry import optimizer_name
-from ..resolved import Cell, Trigger
-from ..timeline import Values
+from ..resolve.resolved import Cell, Trigger
+from ..resolve.timeline import Values
 from .sampling import windows
 
 if TYPE_CHECKING:

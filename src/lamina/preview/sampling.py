@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..resolved import Cell
+from ..resolve.resolved import Cell
 from ..schedules.base import EXACT, boundaries, steps_to_check
 
 if TYPE_CHECKING:

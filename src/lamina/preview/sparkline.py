@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..sparkline import sparkline
+from .._util.text import sparkline
 
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"

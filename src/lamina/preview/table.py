@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import require
-from ..findings import listed
+from ..resolve.findings import listed
 from .header import PLAIN_NORM, facts, header
 from .rows import Row, number, span
 from .sparkline import can_show, curve

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._util.grammar import Spelled, spell
+from .._util.text import sparkline
 from ..errors import ScheduleError
-from ..expressions import Spelled, spell
-from ..sparkline import sparkline
-from ..time import Run
+from .duration import Run
 
 if TYPE_CHECKING:
     import os

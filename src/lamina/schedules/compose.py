@@ -9,10 +9,10 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from .. import time
 from ..errors import ScheduleError
-from ..time import Run, TimeLike
+from . import duration as time
 from .base import FACTOR, Floats, Schedule, steps_text
+from .duration import Run, TimeLike
 from .shape import check_count, check_positive
 from .shapes import Constant, Linear
 from .warm import Warmup

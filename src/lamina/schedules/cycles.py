@@ -10,16 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ScheduleError
-from ..time import TimeLike
 from .base import FACTOR, VALUE, Floats
-from .shape import (
-    Shape,
-    check_choice,
-    check_count,
-    check_finite,
-    check_positive,
-    half_wave,
-)
+from .duration import TimeLike
+from .shape import Shape, check_choice, check_count, check_finite, check_positive, half_wave
 
 _MODES = ("triangular", "triangular2", "exp_range")
 

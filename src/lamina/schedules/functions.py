@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._util.grammar import spell
 from ..errors import ScheduleError
-from ..expressions import spell
-from ..time import TimeLike
 from .base import EITHER, Floats, Schedule
+from .duration import TimeLike
 from .shape import Shape
 
 #: constructors by the name under which plans call them

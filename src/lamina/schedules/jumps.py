@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import time
 from ..errors import ScheduleError
-from ..time import Run, TimeLike
+from . import duration as time
 from .base import EITHER, Floats
+from .duration import Run, TimeLike
 from .shape import Jumping, Shape, check_finite, check_positive
 
 

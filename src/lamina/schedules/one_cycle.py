@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ScheduleError
-from ..time import TimeLike
 from .base import VALUE, Floats
+from .duration import TimeLike
 from .shape import Shape, check_choice, check_finite, check_positive, half_wave
 
 _WAVES = ("cos", "linear")

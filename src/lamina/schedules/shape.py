@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
-from .. import time
 from ..errors import ScheduleError
-from ..time import Run
+from . import duration as time
 from .base import FACTOR, VALUE, Floats, Schedule, steps_text
+from .duration import Run
 
 _S = TypeVar("_S", bound="Shape")
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ScheduleError
-from ..time import TimeLike
 from .base import FACTOR, VALUE, Floats
+from .duration import TimeLike
 from .shape import Shape, check_count, check_finite, check_positive, progress
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .extend import Resumed, resume_from
-from .form import FORMAT, run_record
 from .load import Loaded, prepare
 from .report import Changed, LoadReport
+from .schema import FORMAT, run_record
 
 __all__ = [
     "FORMAT",

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..algorithms.registry import is_whole_vector
 from ..errors import TimeUnitError
-from ..optim.registry import is_whole_vector
-from ..resolved import ALWAYS, Resolved
+from ..resolve.resolved import ALWAYS, Resolved
+from ..resolve.timeline import Values
 from ..schedules import Schedule
-from ..time import LONGEST, Run
-from ..timeline import Values
-from .fit import belongs, evaluations
-from .form import Entry, Saved, reading, short
-from .names import Matched
+from ..schedules.duration import LONGEST, Run
+from .entries import belongs, evaluations
+from .match import Matched
 from .report import Changed, settled_anew
+from .schema import Entry, Saved, reading, short
 
 #: a hyperparameter is not a tensor of more numbers than that
 _FEW = 100

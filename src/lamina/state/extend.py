@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import PlanError, StateError, TimeUnitError, did_you_mean
-from ..resolved import Resolved
-from ..time import Run, parse
-from ..timeline import Feedback, Values, values_at
+from ..resolve.resolved import Resolved
+from ..resolve.timeline import Feedback, Values, values_at
+from ..schedules.duration import Run, parse
 from .compare import TOLERANCE, differences
-from .form import Saved, read
+from .history import lived_of
 from .load import clock_of, in_order
-from .names import match
+from .match import match
 from .report import Changed, jumps, length_of, settled_anew
-from .seen import lived_of
+from .schema import Saved, read
 
 #: what may become of a plan when the length of its run changes
 WAYS = ("hold", "stretch")

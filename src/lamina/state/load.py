@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..engine import begun
+from .._util.sharding import is_flattened
+from ..algorithms.registry import is_whole_vector, method_of, settings_of
 from ..errors import StateError
-from ..guest_memory import OURS, Contents
-from ..guests import Guests
+from ..files.plain import check_values
+from ..guests.guests import Guests
+from ..guests.memory import OURS, Contents
+from ..guests.packing import unpack
 from ..kernels.base import short as dtype_name
-from ..optim.registry import is_whole_vector, method_of, settings_of
-from ..packing import unpack
-from ..parameters import ParamInfo
-from ..plain import check_values
-from ..resolved import Cell, Resolved
-from ..sharding import is_flattened
-from ..timeline import Feedback, values_at
+from ..model.parameters import ParamInfo
+from ..optim.engine import begun
+from ..resolve.resolved import Cell, Resolved
+from ..resolve.timeline import Feedback, values_at
 from .compare import differences
-from .fit import (
+from .entries import (
     belongs,
     check_shape,
     converted,
@@ -32,14 +32,14 @@ from .fit import (
     own_entry,
     whole_entry,
 )
-from .form import Entry, Saved, number_of_steps, read, reading, short, stray
+from .history import lived_of
 from .lost import has_begun, refuse_lost
-from .names import match
+from .match import match
 from .report import LoadReport, few
-from .seen import lived_of
+from .schema import Entry, Saved, number_of_steps, read, reading, short, stray
 
 if TYPE_CHECKING:
-    from ..optimizer import Optimizer
+    from ..optimizer.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

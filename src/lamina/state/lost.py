@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..admission import keeps_state
+from ..algorithms.registry import is_whole_vector
 from ..errors import StateError
-from ..optim.registry import is_whole_vector
-from ..resolved import Cell, Resolved
-from ..timeline import Feedback, values_at
-from .fit import belongs, has_state
-from .form import Entry
+from ..guests.build import keeps_state
+from ..resolve.resolved import Cell, Resolved
+from ..resolve.timeline import Feedback, values_at
+from .entries import belongs, has_state
 from .report import few
+from .schema import Entry
 
 _LOAD = "Load with lamina.load_distributed(optimizer, folder)"
 

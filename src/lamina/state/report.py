@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..time import Run
+from ..schedules.duration import Run
 
 #: rows of one kind that are printed
 _SHOWN = 4

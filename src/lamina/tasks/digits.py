@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lamina.errors import TaskError
-from lamina.tasks.fetch import Package, fetch
-from lamina.tasks.lite0 import Lite0, load_pretrained, normalised
-from lamina.tasks.probe import probe_accuracy
+from ..errors import TaskError
+from .fetch import Package, fetch
+from .lite0 import Lite0, load_pretrained, normalised
+from .probe import probe_accuracy
 
 PLAN = Path(__file__).with_name("digits.toml")
 DEFAULTS = {"epochs": 3, "batch_size": 32, "seed": 0}

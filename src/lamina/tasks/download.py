@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from lamina.errors import TaskError
+from ..errors import TaskError
 
 POLL_SECONDS = 0.2
 

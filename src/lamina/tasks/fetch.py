@@ -22,10 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from lamina.errors import TaskError
-from lamina.files import sync_folder
-from lamina.tasks.archive import extract
-from lamina.tasks.download import pip_download
+from ..errors import TaskError
+from ..files.atomic import sync_folder
+from .archive import extract
+from .download import pip_download
 
 MANIFEST = "complete.json"
 STAGING = ".fetch-"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lamina.errors import TaskError, require
-from lamina.tasks.encoder import ReviewClassifier, features_of, load_classifier
-from lamina.tasks.fetch import Package, fetch
-from lamina.tasks.probe import probe_accuracy
-from lamina.tasks.snippets import Batch, Encoded, Snippet, collate, loaders, read_snippets, split
+from ..errors import TaskError, require
+from .encoder import ReviewClassifier, features_of, load_classifier
+from .fetch import Package, fetch
+from .probe import probe_accuracy
+from .snippets import Batch, Encoded, Snippet, collate, loaders, read_snippets, split
 
 PLAN = Path(__file__).with_name("reviews.toml")
 EXAMPLES = "texts"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 
-from ..optimizer import Optimizer
+from ..optimizer.optimizer import Optimizer
 from ..preview import Preview
-from ..preview.confirm import Confirmation, confirm
-from ..timeline import Feedback
+from ..preview.verify import Confirmation, confirm
+from ..resolve.timeline import Feedback
 from .records import Event, StepRecord, Validation
 
 

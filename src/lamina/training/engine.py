@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._util.notices import warn
 from ..errors import LaminaError, require
-from ..notices import warn
-from ..plan import Plan
-from ..time import TimeLike
+from ..plan.plan import Plan
+from ..schedules.duration import TimeLike
 from .devices import begin, end, is_first
 from .folder_lock import FolderLock
 from .load import choose_plan, load_task, placed

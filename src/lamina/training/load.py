@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
-from ..files import legible
-from ..plan import Plan
+from ..files.atomic import legible
+from ..plan.plan import Plan
 from .task import FROM_FILE, Task, spoken, where
 
 

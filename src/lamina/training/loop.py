@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import TaskError
-from ..optimizer import Optimizer
-from ..reporting import changes
+from ..optimizer.optimizer import Optimizer
+from ..runtime.reports import changes
 from .evaluate import batch_size, evaluate
 from .position import Position, Randomness
 from .records import Event, Listener, StepRecord, Validation

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import LaminaError, StateError
-from ..files import atomic, told
+from ..files.atomic import atomic, told
 from .records import Event, StepRecord, Validation
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 
-from ..preview.confirm import Confirmation
+from ..preview.verify import Confirmation
 from .task import Task
 
 

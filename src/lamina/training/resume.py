@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import checkpoint
+from ..checkpoint import checkpoint
 from ..errors import LaminaError, StateError, TaskError, shortened
-from ..plan import Plan
+from ..plan.plan import Plan
 from ..state.extend import WAYS
 from .load import choose_plan
 from .position import Position

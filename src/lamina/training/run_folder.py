@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ..errors import LaminaError, PlanError, StateError
-from ..files import atomic, legible, remove_leftovers, told
-from ..plain import check_values
-from ..plan import Plan
+from ..files.atomic import atomic, legible, remove_leftovers, told
+from ..files.plain import check_values
+from ..plan.plan import Plan
 from ..preview import Preview
 from .folder_lock import FILES as LOCK_FILES
 from .folder_lock import now

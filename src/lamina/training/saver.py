@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import FOLDER, mark_best, prune, save
+from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
 from .recorder import Recorder
 from .run_folder import plan_text, versions
 from .snapshot import Snapshot, as_plain, position_states

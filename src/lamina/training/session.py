@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import tidy
+from ..checkpoint.checkpoint import tidy
 from ..errors import LaminaError, TaskError
-from ..optimizer import Optimizer
-from ..plan import Plan
-from ..time import run_of
+from ..optimizer.optimizer import Optimizer
+from ..plan.plan import Plan
+from ..schedules.duration import run_of
 from .confirmer import Confirmer
 from .devices import end
 from .evaluate import check_watched

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from .. import time
 from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
-from ..time import Run, TimeLike
+from ..schedules import duration as time
+from ..schedules.duration import Run, TimeLike
 from .task import Task
 
 PRECISIONS = ("no", "fp16", "bf16")

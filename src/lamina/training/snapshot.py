@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import StateError
-from ..state.form import is_count, short
+from ..state.schema import is_count, short
 from .position import Position, State
 from .records import Validation
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import LaminaError, TaskError, did_you_mean
-from ..plan import Plan
+from ..plan.plan import Plan
 
 NEEDED = ("model", "data", "loss")
 OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")

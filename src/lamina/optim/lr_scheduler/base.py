@@ -12,8 +12,8 @@ import numpy as np
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
+from ..._util.notices import warn
 from ...errors import ScheduleError
-from ...notices import warn
 from ...schedules.pictures import plot
 from .groups import keep_config, prepare, watch_steps
 from .ledger import Group, Ledger, Multiplier, Rate, innermost, ledger_of, own

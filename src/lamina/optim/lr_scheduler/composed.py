@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
-from ...compat import update_lr
+from ..._util.compat import update_lr
 from ...errors import ScheduleError
 from .base import LRScheduler
 from .curve import Curve

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from ...errors import ScheduleError
+from ...schedules.duration import Run
 from ...schedules.shape import Shape
-from ...time import Run
 from .base import LRScheduler
 from .ledger import Group, Rate, Record, rounded
 

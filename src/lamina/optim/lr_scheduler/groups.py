@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...notices import warn
+from ..._util.notices import warn
 from .ledger import Group, Rate, innermost, ledger_of, own
 
 __all__ = ["Group", "Rate", "own", "prepare"]

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, SupportsFloat
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
+from ..._util.notices import warn
 from ...errors import ScheduleError
-from ...notices import warn
 from .groups import keep_config, prepare
 from .ledger import Ledger, ledger_of
 

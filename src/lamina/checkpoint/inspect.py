@@ -1,0 +1,173 @@
+"""What a saved file holds, in words, without the model or the task that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import StateError, printable, shortened
+from ..files.atomic import legible
+from ..state.schema import short
+from . import checkpoint
+
+_LARGEST = 5
+_CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
+
+
+def inspect(path: Path) -> str:
+    """Describe a checkpoint, the newest good one of a run, or another file of tensors.
+
+    Args:
+        path: a file, or the folder of a run or of checkpoints.
+
+    Raises:
+        StateError: if it cannot be read, or holds more than state.
+    """
+    lines = []
+    whole: bool | None
+    with legible(path):
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
+        inner = path / checkpoint.FOLDER
+        found = checkpoint.newest(inner if inner.is_dir() else path)
+        lines = [f"{each.name}: checksum {_CHECKED[False]}" for each in found.damaged]
+        path, content, whole = found.path, found.content, True
+    else:
+        if not is_there:
+            raise StateError(f"{path}: there is no such file; check the path.")
+        whole = checkpoint.is_whole(path)
+        content = checkpoint.load_safely(path) if whole is None else checkpoint.read(path)
+    lines.append(str(path))
+    lines.append(f"checksum: {_CHECKED[whole]}")
+    try:
+        return "\n".join(map(printable, [*lines, *_described(content)]))
+    except Exception as error:  # whatever is in a file that something else wrote
+        raise StateError(
+            f"{path}: the file looks like a checkpoint, but its parts are not what they should be "
+            f"({type(error).__name__}: {shortened(str(error))}); it was changed by hand, or "
+            "written by something else."
+        ) from error
+
+
+def _described(content: Any) -> list[str]:
+    if not isinstance(content, Mapping):
+        return [f"not a state: the file holds {_kind(content)}", *_tensors({"": content})]
+    if {"format", "task", "clock", "model", "optimizer"} <= set(content):
+        return _run(content)
+    if {"state", "param_groups"} <= set(content):
+        tensors = _tensors({"state": content["state"]})
+        return ["the state of an optimizer", *tensors, *_groups(content)]
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return ["the state of a model, without an optimizer", *_tensors({"model": content})]
+    keys = ", ".join(map(str, list(content)[:10])) or "nothing"
+    lines = [f"a torch file that holds: {keys}", *_tensors(content)]
+    for value in content.values():
+        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value):
+            lines += _groups(value)
+    return lines
+
+
+def _run(content: Mapping[str, Any]) -> list[str]:
+    settings = content["settings"]
+    where = f"epoch {content['epoch'] + 1}, {content['batches']} of its batches used"
+    lines = [
+        f"a checkpoint of a run of the task {content['task']!r} (format {content['format']}, "
+        f"{content['processes']} process{'es' if content['processes'] != 1 else ''})",
+        f"step {content['clock']} of {content['steps']} · {where}"
+        f"{', validated' if content['validated'] else ''} · {content['seconds']:.1f} s of training",
+    ]
+    if content["validation"] is not None:
+        last = content["validation"]
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in last["averages"].items())
+        lines.append(f"last validation, at step {last['step']}: {figures}")
+    if content["best"] is not None:
+        best = content["best"]
+        lines.append(f"best {best['metric']} so far: {best['value']:.4g} at step {best['step']}")
+    lines.append("settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    lines.append(
+        "written by: " + ", ".join(f"{key} {value}" for key, value in content["versions"].items())
+    )
+    parts = {key: content[key] for key in ("model", "optimizer", "random")}
+    lines += [*_tensors(parts), *_groups(content["optimizer"]), "plan:"]
+    return lines + [f"  {line}" for line in content["plan"].splitlines()]
+
+
+def _tensors(parts: Mapping[str, Any]) -> list[str]:
+    """Count, elements and bytes of each part, and the largest tensors but those of randomness."""
+    everything: list[tuple[str, torch.Tensor]] = []
+    lines = ["tensors:"]
+    for name, part in parts.items():
+        found = list(_walk(part, str(name)))
+        everything += found if name != "random" else []
+        elements = sum(tensor.numel() for _, tensor in found)
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
+        lines.append(f"  {name or 'all'}: {len(found)}, {elements:,} elements, {size:,} bytes")
+    largest = sorted(everything, key=lambda item: -item[1].numel())[:_LARGEST]
+    for place, tensor in largest:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines.append(f"    {place} {dtype} {_shape(tensor)}")
+    return lines if everything else ["no tensors"]
+
+
+def _walk(value: Any, place: str, within: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """The tensors in nested values; what lies in itself is passed over."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif id(value) not in within:
+        inside = (*within, id(value))
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from _walk(item, f"{place}.{key}" if place else str(key), inside)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                yield from _walk(item, f"{place}[{index}]", inside)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:  # which has no single one
+        return f"nested, of {tensor.size(0)} tensors"
+    return str(tuple(tensor.shape))
+
+
+def _groups(state: Mapping[str, Any]) -> list[str]:
+    """The groups of an optimizer, with lr and whether they train."""
+    lines = ["groups of the optimizer:"]
+    for index, group in enumerate(state["param_groups"]):
+        count = len(group["params"])
+        name = group.get("name", f"group {index}")
+        kind = f" · {group['optimizer']}" if "optimizer" in group else ""
+        lr = group.get("lr")
+        shown = _figure(lr) if lr is not None else "none"
+        lines.append(
+            f"  {name}{kind} · {count} parameter{'s' if count != 1 else ''} · "
+            f"lr {shown}{_rest(state, group)}"
+        )
+    return lines
+
+
+def _rest(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """What an lr of 0 means, as far as the state tells."""
+    if _figure(group.get("lr")) != "0" or "clock" not in group:
+        return ""
+    steps = [state["state"].get(index, {}).get("step", 0) for index in group["params"]]
+    if group["clock"] == 0:
+        return " (frozen, or its schedule begins at 0)"
+    never = all(_figure(step) == "0" for step in steps)
+    return " (frozen)" if never else " (frozen again, or its schedule is at 0)"
+
+
+def _figure(value: Any) -> str:
+    """A number in four digits; of anything else what it is."""
+    try:
+        return f"{float(value):.4g}"
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return short(value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {_shape(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,132 @@
+"""Files that are whole or absent, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import LaminaError, StateError
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn a failing disk into an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise LaminaError(
+            f"{path}: cannot be written ({error.strerror or error}). Free some space, or choose "
+            "another folder (for lamina run, with --out)."
+        ) from error
+
+
+@contextmanager
+def legible(path: Path) -> Iterator[None]:
+    """Turn a path or a file that cannot be read into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the path."
+        ) from error
+
+
+class Hashing(io.BufferedIOBase):
+    """Writes to a file and takes the SHA-256 of what passes through.
+
+    Args:
+        file: where the bytes go.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes; a failure is kept, since `torch.save` shows one of its own instead."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._sha256.update(data)
+        return len(data)
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 so far, in hexadecimal digits."""
+        return self._sha256.hexdigest()
+
+
+@contextmanager
+def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Hashing]:
+    """Write a file that appears complete or not at all: temporary file, fsync, rename.
+
+    Args:
+        path: the file, replaced if it exists; what was there stays until the new one is durable.
+        named: its name instead, given the SHA-256 of the content.
+
+    Raises:
+        LaminaError: if it cannot be written; nothing is left behind then.
+    """
+    with told(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                hashing = Hashing(file)
+                try:
+                    yield hashing
+                except RuntimeError:
+                    if hashing.failure is not None:
+                        raise hashing.failure from None
+                    raise
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path.with_name(named(hashing.digest)) if named else path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic` could not clear away when it was killed while writing a file."""
+    for temporary in path.parent.glob(f".{path.name}-*"):
+        temporary.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable, where folders can be opened (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    """What is withheld from new files; mkstemp withholds more."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,123 @@
+"""What clipping by hand was given, checked and named: tensors, modules, groups, limits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HyperparameterError, LaminaWarning, PatternError, PlanError
+from ..model.parameters import collect
+from ..model.patterns import PatternLike, compile_pattern
+from ..model.suggestions import nothing_matched
+
+#: a tensor, tensors or `(name, tensor)` pairs, a parameter group, or a module
+Parameters = torch.Tensor | Iterable[Any] | Mapping[str, Any] | nn.Module
+#: one limit, or limits by pattern
+Limits = Mapping[PatternLike, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors with gradients that share a limit."""
+
+    key: PatternLike
+    limit: float
+    tensors: list[torch.Tensor]
+    names: list[str]
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+
+
+def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> list[Part]:
+    """What to clip, checked before anything is changed."""
+    if not isinstance(limit, Mapping):
+        number = _checked(limit, argument)
+        pairs = _named(parameters)
+        return [Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
+    if not isinstance(parameters, nn.Module):
+        raise PlanError(
+            f"{argument}={limit!r} has patterns, which need names; pass the module, not "
+            f"{type(parameters).__name__}."
+        )
+    numbers = {pattern: _checked(number, argument) for pattern, number in limit.items()}
+    owned = collect(parameters)
+    chosen: dict[str, PatternLike] = {}
+    for pattern in numbers:
+        hit = [item.info.name for item in owned if compile_pattern(pattern).matches(item.info)]
+        if not hit:
+            said = nothing_matched(pattern, [item.info for item in owned])
+            raise PatternError(f"{argument}: {pattern!r} {said}")
+        chosen |= dict.fromkeys(hit, pattern)
+    parts = []
+    for pattern, number in numbers.items():
+        mine = [
+            item for item in owned if chosen.get(item.info.name) is pattern and _counts(item.tensor)
+        ]
+        names = [repr(item.info.name) for item in mine]
+        parts.append(Part(pattern, number, [item.tensor for item in mine], names))
+    return parts
+
+
+def _checked(limit: Any, argument: str) -> float:
+    expected = "a number of at least 0"
+    number = number_of(limit, argument, expected)
+    if not number >= 0:
+        raise HyperparameterError(f"{argument}={limit!r}: expected {expected}.")
+    return number
+
+
+def number_of(value: Any, argument: str, expected: str) -> float:
+    """What torch takes for a number too: "inf" and tensors of one element."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HyperparameterError(f"{argument}={value!r}: expected {expected}.") from error
+
+
+def _counts(param: torch.Tensor) -> bool:
+    return param.requires_grad and param.grad is not None
+
+
+def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
+    """The tensors with a gradient, each once, with a name for messages."""
+    if isinstance(parameters, nn.Module):
+        owned = collect(parameters)
+        return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]
+    if isinstance(parameters, torch.Tensor):
+        return [("the tensor", parameters)] if parameters.grad is not None else []
+    if isinstance(parameters, Mapping):
+        tensors: list[Any] = list(parameters["params"])
+        names = parameters.get("param_names")
+        given: list[Any] = list(zip(names, tensors, strict=True)) if names else tensors
+    else:
+        if not isinstance(parameters, Iterable):
+            raise PlanError(
+                f"parameters={parameters!r}: expected a tensor, tensors, a parameter group or a "
+                "module."
+            )
+        given = list(parameters)
+        if not given and isinstance(parameters, GeneratorType):
+            warnings.warn(
+                "the generator of parameters is empty (used up before?); nothing is clipped.",
+                LaminaWarning,
+                stacklevel=5,
+            )
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for index, item in enumerate(given):
+        name, tensor = item if isinstance(item, tuple) else (None, item)
+        if not isinstance(tensor, torch.Tensor):
+            raise PlanError(
+                f"parameters[{index}] is {tensor!r} ({type(tensor).__name__}); expected a tensor."
+            )
+        if tensor.grad is not None:
+            place = f"parameter {index} of shape {tuple(tensor.shape)}"
+            found.setdefault(id(tensor), (place if name is None else repr(name), tensor))
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""The optimizer that carries out a plan."""

@@ -1,0 +1,290 @@
+"""What has come apart since a plan was built: the model, its ties, its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._util.sharding import is_flattened
+from ..algorithms.registry import is_whole_vector
+from ..model.parameters import (
+    Owned,
+    ParamInfo,
+    collect,
+    module_paths,
+    observe,
+    overlap_fix,
+    overlaps,
+)
+from ..model.ties import broken, by_name, tie_again
+from ..resolve.findings import listed, model_findings, moving_statistics, turned_off, turned_on
+from ..resolve.resolved import Cell, Finding, Resolved
+from ..resolve.timeline import Feedback
+from ..runtime.freezing import Freezer
+from ..runtime.gradient_tracker import Received
+from ..state import LoadReport
+
+_REBUILD = (
+    "Build the optimizer from the plan again, after the change to the model, and load this one's "
+    "state_dict()."
+)
+Groups = Sequence[Mapping[str, Any]]
+
+
+def examine(
+    resolved: Resolved,
+    freezer: Freezer,
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    model: nn.Module,
+    after: int,
+    load: LoadReport | None = None,
+    received: Received | None = None,
+) -> tuple[Finding, ...]:
+    """Everything by which a model and the optimizer of a plan have come apart.
+
+    Args:
+        resolved: what the plan meant when it was built.
+        freezer: what carries out its windows.
+        groups: the optimizer's parameter groups.
+        state: the optimizer's state.
+        model: the model as it is now.
+        after: how many steps a parameter may train without a gradient.
+        load: what the last load came to, if there was one.
+        received: who had a gradient, for optimizers that do not count.
+    """
+    owned = collect(model)
+    live = by_name(owned)
+    anew = (*load.new, *load.restarted) if load else ()
+    rows = list(_rows(resolved, groups))
+    there = {id(item.tensor) for item in owned}
+    if not any(id(param) in there for _, _, param in rows):
+        return (
+            Finding(
+                "another-model",
+                "none of the model's parameters is one that this optimizer updates.",
+                "Pass the model it was built for; for a copied or moved model, build it again.",
+            ),
+        )
+    windows = {name: cell.windows for cell, info, _ in rows for name in info.names}
+    order = {item.info.name: windows.get(item.info.name, ()) for item in owned}
+    seen = observe(model, owned)
+    return (
+        *_ties(rows, live),
+        *_exchanged(rows, live, there),
+        *_exchanged_modules(freezer, model),
+        *_unknown(resolved, owned, {id(param) for _, _, param in rows}),
+        *_overlapping(owned),
+        *_silent(rows, groups, state, after, anew, received or Received()),
+        *_flags(freezer, groups),
+        *moving_statistics(_frozen_by_hand(rows, freezer.active, resolved), seen),
+        *model_findings(order, resolved.run, seen),
+    )
+
+
+def untrained(
+    resolved: Resolved, groups: Groups, model: nn.Module, elsewhere: Set[int]
+) -> list[Finding]:
+    """Find parameters that took the place of others after the build, and so do not train.
+
+    Args:
+        resolved: what the plan meant when it was built.
+        groups: the optimizer's parameter groups.
+        model: the model as it is now.
+        elsewhere: the ids of parameters that other plans train.
+    """
+    owned = [item for item in collect(model) if id(item.tensor) not in elsewhere]
+    rows = list(_rows(resolved, groups))
+    updated = {id(param) for _, _, param in rows}
+    there = {id(item.tensor) for item in owned} | elsewhere
+    found = (
+        *_exchanged(rows, by_name(owned), there),
+        *_unknown(resolved, [item for item in owned if item.tensor.requires_grad], updated),
+    )
+    return [each for each in found if each.code in ("parameter-replaced", "parameter-added")]
+
+
+def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo, torch.Tensor]]:
+    for cell, group in zip(resolved.cells, groups, strict=True):
+        for info, param in zip(cell.parameters, group["params"], strict=True):
+            yield cell, info, param
+
+
+Rows = Sequence[tuple[Cell, ParamInfo, torch.Tensor]]
+
+
+def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
+    """Names that were one parameter at build and are several now."""
+    findings = []
+    for _, info, _ in rows:
+        parts = broken(info.names, live)
+        if len(parts) > 1:
+            findings.append(
+                Finding(
+                    "tie-broken",
+                    f"{' = '.join(info.names)} were one parameter when the optimizer was built; "
+                    f"now they are {' and '.join(' = '.join(part) for part in parts)}.",
+                    f"Call {tie_again(parts)} right after what broke it (a deepcopy of a part, "
+                    "load_state_dict(assign=True), a move between devices), then build again.",
+                )
+            )
+    return findings
+
+
+def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> list[Finding]:
+    """Parameters of the optimizer that are not in the model any more."""
+    updated = {id(param) for _, _, param in rows}
+    gone, replaced, tied = [], [], []
+    for _, info, param in rows:
+        if id(param) in there:
+            continue
+        now = [live[name] for name in info.names if name in live]
+        if not now:
+            gone.append(info.name)
+        elif id(now[0].tensor) in updated:
+            tied.append(" = ".join(now[0].info.names))
+        else:
+            replaced.append(info.name)
+    told = [
+        ("parameter-removed", gone, "is not in the model any more, so that its updates are lost"),
+        ("tied-after-build", tied, "was tied after the optimizer was built, whose rules say two"),
+        (
+            "parameter-replaced",
+            replaced,
+            "was replaced after the optimizer was built, which updates the old one; the new one "
+            "does not train",
+        ),
+    ]
+    return [
+        Finding(code, f"{listed(names)} {what}.", _REBUILD) for code, names, what in told if names
+    ]
+
+
+def _exchanged_modules(freezer: Freezer, model: nn.Module) -> list[Finding]:
+    """Find modules that were exchanged around their parameters, as by a conversion of BatchNorm."""
+    now = module_paths(model)
+    locked, around = [], []
+    for path, module, is_locked in freezer.locks.exchanged(model):
+        what = f"{path or 'the model'} ({type(module).__name__}"
+        what += f", now {type(now[path]).__name__})" if path in now else ", now removed)"
+        if is_locked:
+            locked.append(what)
+        elif _converted(module, now.get(path)):
+            around.append(what)
+    fix = (
+        "Convert the model before Plan.build. For this one, build the optimizer again from the "
+        "plan, with resume=optimizer.state_dict()."
+    )
+    told = [
+        ("kept in eval mode by the plan; what took its place follows train()", locked),
+        ("exchanged after the optimizer was built; its parameters are the same", around),
+    ]
+    return [
+        Finding("module-replaced", f"{listed(names)} was {how}.", fix)
+        for how, names in told
+        if names
+    ]
+
+
+def _converted(old: nn.Module, new: nn.Module | None) -> bool:
+    """Return whether a module of another class took over parameters of one in its place."""
+    params = {id(param) for param in old._parameters.values() if param is not None}
+    return type(new) is not type(old) and any(
+        id(param) in params for param in (new._parameters.values() if new is not None else ())
+    )
+
+
+def _unknown(resolved: Resolved, owned: Sequence[Owned], updated: Set[int]) -> list[Finding]:
+    known = resolved.cell_of
+    names = [
+        item.info.name
+        for item in owned
+        if not known.keys() & set(item.info.names) and id(item.tensor) not in updated
+    ]
+    if not names:
+        return []
+    what = f"{listed(names)} came into the model after the optimizer was built; it does not train."
+    return [Finding("parameter-added", what, _REBUILD)]
+
+
+def _overlapping(owned: Sequence[Owned]) -> list[Finding]:
+    return [
+        Finding(
+            "shared-memory",
+            f"{one.info.name!r} and {other.info.name!r} are two Parameters over the same memory.",
+            overlap_fix(one, other),
+        )
+        for one, other in overlaps(owned)
+    ]
+
+
+def _silent(
+    rows: Rows,
+    groups: Groups,
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    after: int,
+    new: Sequence[str],
+    received: Received,
+) -> list[Finding]:
+    """Parameters that trained for some steps and never received a gradient."""
+    clock, seen = groups[0]["clock"], groups[0]["feedback"]
+    names = []
+    for cell, info, param in rows:
+        if cell.algorithm is None or is_whole_vector(cell.optimizer):
+            silent, since = info.name not in received.names, float(received.since)
+        else:
+            silent = info.name not in new and not float(state[param]["step"])
+            silent = silent and (param.numel() > 0 or not is_flattened(param))  # no part of it here
+            since = _count_began(cell, clock, seen)
+        if silent and _steps_trained(cell, clock, seen, since) >= after:
+            names.append(info.name)
+    if not names:
+        return []
+    return [
+        Finding(
+            "no-gradient",
+            f"{listed(names)} never received a gradient, in at least {after} steps.",
+            "See whether the loss depends on it (a layer not used, a detach, a branch not taken); "
+            "if that is meant, freeze it.",
+        )
+    ]
+
+
+def _steps_trained(
+    cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]], since: float = 0
+) -> float:
+    spans = Feedback(seen=seen).windows(cell)
+    return sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
+
+
+def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
+    """The step from which the updates of a cell's parameters are counted."""
+    if cell.frozen_state == "keep":
+        return 0
+    spans = Feedback(seen=seen).windows(cell)
+    return next((start for start, end in spans if start <= clock < end), clock)
+
+
+def _flags(freezer: Freezer, groups: Sequence[dict[str, Any]]) -> list[Finding]:
+    """Find parameters whose `requires_grad` contradicts the plan."""
+    off: list[str] = []
+    on: dict[bool, list[str]] = {}
+    for cell, names, params in freezer.turned(groups):
+        (on.setdefault(cell.by_model, []) if params[0].requires_grad else off).extend(names)
+    found = [turned_on(names, by_model) for by_model, names in on.items()]
+    return [*found, turned_off(off)] if off else found
+
+
+def _frozen_by_hand(
+    rows: Rows, active: Sequence[bool | None], resolved: Resolved
+) -> dict[str, bool]:
+    """Return for each name whether the parameter was frozen by hand, before the plan or since."""
+    trains = {id(cell): now for cell, now in zip(resolved.cells, active, strict=True)}
+    return {
+        name: not param.requires_grad and (cell.by_model or bool(trains[id(cell)]))
+        for cell, info, param in rows
+        for name in info.names
+    }

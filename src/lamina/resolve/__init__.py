@@ -1,0 +1,1 @@
+"""A plan resolved for one model: groups, windows, origins, findings, and `values_at`."""

@@ -1,0 +1,220 @@
+"""The cascade: for each parameter and each setting, the last rule that sets it wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .._util.grammar import spell
+from ..algorithms.registry import hyperparameters, known_hyperparameter, optimizer_name
+from ..errors import HyperparameterError, PatternError, PlanError
+from ..gradients.operation import Operation
+from ..gradients.operations import ClipNorm
+from ..model.parameters import ParamInfo
+from ..model.patterns import compile_pattern
+from ..model.suggestions import nothing_matched
+from ..plan.operators import ByDepth, Times, check_amount, python_number
+from ..plan.plan import Plan, Rule
+from ..plan.reactions import Plateau, key_of
+from ..plan.validate import WINDOW
+from ..schedules import Schedule
+from ..schedules.duration import Run
+from .resolved import ALWAYS, NEVER, Link, Setting, Windows
+from .windows import moves_window, settle, window_text
+
+#: keys that write the setting of another name
+_SAME = {"clip_norm": "gradients"}
+
+
+@dataclass
+class Draft:
+    """What the rules have said of one parameter so far."""
+
+    info: ParamInfo
+    optimizer: type
+    hyper: dict[str, Setting | tuple[Setting, ...]]
+    schedule: Schedule | None = None
+    rewarm: Schedule | None = None
+    feedback: tuple[str, Plateau] | None = None
+    windows: Windows = ALWAYS
+    hold: bool = True
+    frozen_state: str = "keep"
+    operations: tuple[int, tuple[Operation, ...]] | None = None
+    #: the labels of the rules that match it, in order; a dict, as there may be thousands
+    rules: dict[str, None] = field(default_factory=dict)
+    #: frozen by hand before the plan, and no rule says anything about it
+    by_model: bool = False
+    chains: dict[str, list[Link]] = field(default_factory=dict)
+    #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    #: the rules that match it: bit n stands for rule n of the plan, counted from 1
+    matched: int = 0
+
+    def note(self, rule: str, key: str, value: object, result: object) -> None:
+        """Remember a rule's say, for `explain`."""
+        self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
+
+    def credit(self, rule: int, key: str, value: object) -> None:
+        """Remember which rules a setting comes from; a factor keeps those before it."""
+        if isinstance(value, (Times, ByDepth)):
+            self.sources.setdefault(key, []).append(rule)
+        else:
+            self.sources[key] = [rule]
+
+
+def spelled(value: object) -> str:
+    """A value as an explanation shows it."""
+    if isinstance(value, Setting):
+        parts = [spelled(value.scale)] if value.scale != 1 or not value.curves else []
+        return " * ".join(parts + [f"({spell(curve)})" for curve in value.curves])
+    if isinstance(value, tuple):
+        return "(" + ", ".join(spelled(item) for item in value) + ")"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, type):
+        return optimizer_name(value)
+    if callable(value) and not isinstance(value, Schedule):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+    return spell(value)
+
+
+def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
+    """Apply the plan and its rules, in order, to every parameter."""
+    drafts = []
+    for info in infos:
+        defaults = _defaults(plan.optimizer)
+        draft = Draft(info, plan.optimizer, defaults)
+        if not info.requires_grad:
+            draft.windows, draft.by_model = NEVER, True
+            draft.note("the model", "window", "requires_grad=False", "frozen")
+        drafts.append(draft)
+    for draft in drafts:
+        _apply(draft, dict(plan.settings), "plan", 0, draft.info, 0, run)
+    for index, rule in enumerate(plan.rules, 1):
+        _apply_rule(rule, index, drafts, run)
+    return drafts
+
+
+def _defaults(optimizer: type) -> dict[str, Setting | tuple[Setting, ...]]:
+    return {key: _as_setting(value) for key, value in hyperparameters(optimizer).items()}
+
+
+def _as_setting(value: Any) -> Setting | tuple[Setting, ...]:
+    if isinstance(value, tuple):
+        return tuple(Setting(part) for part in value)
+    return Setting(value)
+
+
+def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> None:
+    pattern = compile_pattern(rule.match)
+    matched = [draft for draft in drafts if pattern.matches(draft.info)]
+    if not matched:
+        infos = [draft.info for draft in drafts]
+        raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, infos)}")
+    depths: dict[str, int | None] = {}
+    for draft in matched:
+        found = pattern.depths(draft.info)
+        if len(found) > 1:
+            raise PatternError(
+                f"rule {rule.label!r}: the tied parameter {' = '.join(draft.info.names)} has "
+                f"several layer numbers ({', '.join(map(str, sorted(found)))}); exclude it with "
+                f"'& !{draft.info.name}' or give it a rule of its own."
+            )
+        depths[draft.info.name] = next(iter(found), None)
+    ranks = {
+        depth: rank
+        for rank, depth in enumerate(sorted({d for d in depths.values() if d is not None}))
+    }
+    for draft in matched:
+        depth = depths[draft.info.name]
+        rank = None if depth is None else ranks[depth]
+        info = replace(draft.info, depth=depth, rank=rank)
+        label = rule.label if depth is None else rule.label.replace("{depth}", str(depth))
+        below_top = 0 if rank is None else len(ranks) - 1 - rank
+        draft.rules[label] = None
+        draft.matched |= 1 << index
+        _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
+
+
+def _apply(
+    draft: Draft,
+    settings: dict[str, Any],
+    rule: str,
+    index: int,
+    info: ParamInfo,
+    below_top: int,
+    run: Run,
+) -> None:
+    where = f"rule {rule!r}" if index else "plan"
+    if "optimizer" in settings:
+        draft.optimizer = settings["optimizer"]
+        for key in draft.hyper:
+            draft.chains.pop(key, None)
+            draft.sources.pop(key, None)
+        draft.hyper = _defaults(draft.optimizer)
+        draft.note(rule, "optimizer", draft.optimizer, draft.optimizer)
+    for key, value in settings.items():
+        if key not in WINDOW:
+            draft.credit(index, _SAME.get(key, key), value)
+        if key in ("schedule", "hold", "frozen_state", "rewarm"):
+            setattr(draft, key, value)
+            draft.note(rule, key, value, value)
+        elif key == "feedback":
+            draft.feedback = None if value is None else (key_of(f"plateau of {rule}", value), value)
+            draft.note(rule, key, value, value)
+        elif key in ("clip_norm", "gradients"):
+            operations = (ClipNorm(value),) if key == "clip_norm" and value is not None else value
+            draft.operations = None if operations is None else (index, operations)
+            draft.note(rule, "gradients", operations, operations)
+        elif key not in (*WINDOW, "optimizer"):
+            place = f"{where} sets {key} on {info.name!r}"
+            known_hyperparameter(draft.optimizer, key, place, value)
+            earlier = draft.hyper.get(key, Setting(1.0))
+            result = _operate(earlier, value, info, below_top, f"{where}, {key}")
+            draft.hyper[key] = result
+            draft.note(rule, key, value, result)
+    if any(key in settings for key in WINDOW):
+        if moves_window(settings, info):
+            draft.credit(index, "window", None)
+            draft.by_model = False
+        windows = settle(settings, below_top, info, run, where, draft.windows)
+        draft.windows = windows if info.differentiable else NEVER  # it can never have a gradient
+        text = {key: settings[key] for key in WINDOW if key in settings}
+        shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
+        reason = "" if info.differentiable else f" ({info.dtype} has no gradients)"
+        text_now = window_text(draft.windows) + reason
+        draft.chains.setdefault("window", []).append(Link(rule, shown, text_now))
+
+
+def _operate(
+    earlier: Setting | tuple[Setting, ...], value: Any, info: ParamInfo, below_top: int, where: str
+) -> Setting | tuple[Setting, ...]:
+    if isinstance(value, tuple):
+        return tuple(_plain(part, info, where) for part in value)
+    if not isinstance(value, (Times, ByDepth)):
+        return _plain(value, info, where)
+    if isinstance(earlier, tuple) or isinstance(earlier.scale, (bool, str, type(None))):
+        raise HyperparameterError(f"{where}={value!r}: only a number can be multiplied.")
+    if isinstance(value, ByDepth):
+        return replace(earlier, scale=earlier.scale * value.rate**below_top)
+    if isinstance(value.factor, Schedule):
+        return replace(earlier, curves=(*earlier.curves, value.factor))
+    return replace(earlier, scale=earlier.scale * value.factor)
+
+
+def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
+    if isinstance(value, Schedule):
+        return Setting(1.0, (value,))
+    if callable(value):
+        try:
+            value = python_number(value(info))
+        except Exception as error:
+            raise PlanError(
+                f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. "
+                "It is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
+                "function of the step is written lamina.function(f)."
+            ) from error
+        check_amount(f"{where}, for {info.name!r}", "", value)
+        value = float(value)
+    return Setting(value)

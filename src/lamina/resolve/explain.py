@@ -1,0 +1,124 @@
+"""Why a number is what it is: the chain of rules behind every setting of a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .._util.grammar import spell
+from ..algorithms.registry import optimizer_name
+from ..errors import PatternError
+from ..model.suggestions import missing_name
+from ..plan.history import LONGEST_HISTORY
+from .cascade import spelled
+from .resolved import Cell, Link, Resolved
+from .timeline import Feedback, Values, values_at
+from .windows import window_text
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting: its value at the step, and what the rules said of it, in order."""
+
+    key: str
+    value: str
+    chain: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a parameter does at a step and why; prints as text.
+
+    `names` are all names of a tied parameter; `end` is how many steps the run has, if that is known
+    and the step is beyond them.
+    """
+
+    name: str
+    step: int
+    group: str
+    active: bool
+    lines: tuple[Line, ...]
+    names: tuple[str, ...] = ()
+    end: int | None = None
+
+    def __str__(self) -> str:
+        state = "trains" if self.active else "is frozen"
+        text = [f"{self.name} at step {self.step}: {state}, in group {self.group!r}"]
+        others = [name for name in self.names if name != self.name]
+        if others:
+            text.append(f"  tied: one parameter with {', '.join(others)}, updated once")
+        if self.end is not None:
+            text.append(
+                f"  beyond the end: the run has {self.end} steps, the last is {self.end - 1}; "
+                "schedules hold their last values"
+            )
+        for line in self.lines:
+            text.append(f"  {line.key} = {line.value}")
+            width = max((len(link.rule) for link in line.chain), default=0)
+            for link in line.chain:
+                text.append(f"      {link.rule:<{width}}  {link.operation}  ->  {link.result}")
+        return "\n".join(text)
+
+    __repr__ = __str__
+
+
+def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Explanation:
+    """Explain one parameter; raises `PatternError` with the closest names."""
+    if name not in resolved.cell_of:
+        near = missing_name(name, list(resolved.cell_of))
+        raise PatternError(f"there is no parameter {name!r}; the closest are: {near}.")
+    index = resolved.cell_of[name]
+    cell = resolved.cells[index]
+    values = values_at(resolved, step, feedback)
+    chains = resolved.chains[name]
+    lines = [
+        Line("optimizer", optimizer_name(cell.optimizer), chains.get("optimizer", ())),
+        Line("window", window_text(cell.windows), chains.get("window", ())),
+    ]
+    if "frozen_state" in chains:
+        lines.append(Line("frozen_state", cell.frozen_state, chains["frozen_state"]))
+    hyper = values.hyper(index)
+    for key, value in hyper.items():
+        chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))
+        if key == "lr":
+            chain = (*chain, *_lr_factors(values, cell, step, chains))
+        history = feedback.overrides.get(cell.name, ())
+        if len(history) == LONGEST_HISTORY and step < history[0][0]:
+            link = Link("overrides", f"those before step {history[0][0]} are not kept", "")
+            chain = (*chain, link)
+        for begin, changed in history:
+            if key in changed and begin <= step:
+                chain = (*chain, Link(f"override at {begin}", spelled(changed[key]), ""))
+        lines.append(Line(key, spelled(value), chain))
+    if cell.scope is not None:
+        shown = ", ".join(
+            f"{operation.spelling} {spelled(amount)}"
+            if operation.amount != 1.0
+            else repr(operation)
+            for operation, amount in values.operations(cell.scope)
+        )
+        together = f"{shown} (all of rule {resolved.scopes[cell.scope].name!r} together)"
+        lines.append(Line("gradients", together, chains.get("gradients", ())))
+    names = next(info.names for info in cell.parameters if name in info.names)
+    steps = resolved.run.steps
+    end = steps if steps is not None and step >= steps else None
+    active = bool(values.active(index))
+    return Explanation(name, step, cell.name, active, tuple(lines), names, end)
+
+
+def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> list[Link]:
+    links = []
+    if cell.schedule is not None:
+        rule = chains["schedule"][-1].rule
+        factor = spelled(float(cell.schedule(step)))
+        links.append(Link(rule, f"schedule {spell(cell.schedule)}", f"x {factor}"))
+    if cell.feedback is not None:
+        link = chains["feedback"][-1]
+        links.append(
+            Link(link.rule, link.operation, f"x {spelled(values.reaction(cell.feedback))}")
+        )
+    if cell.rewarm is not None:
+        links.append(Link(chains["rewarm"][-1].rule, f"rewarm {spell(cell.rewarm)}", "after thaw"))
+    if not values.inside(cell):
+        links.append(Link("window", window_text(cell.windows), "0 while frozen"))
+    return links

@@ -1,0 +1,494 @@
+"""What is legal in a plan but suspicious: stable codes, causes with names, fixes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
+from ..model.parameters import Observed
+from ..plan.plan import Plan, Rule
+from ..plan.validate import CONTROLS
+from ..schedules.duration import Run
+from .cascade import Draft
+from .resolved import NEVER, Cell, Finding, Scope, Setting, Trigger, Windows
+
+#: how often dynamo compiles a function anew, where torch does not say
+_RECOMPILE_LIMIT = 8
+#: the lr above which an optimizer hardly ever trains: about 1 where a step has the length of lr
+_LARGE_LR = {"SGD": 100.0, "LARS": 1000.0} | dict.fromkeys(
+    ("Adam", "AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam", "Muon"), 1.0
+)
+_NO_GRADIENT = (
+    'loss.backward() raises "element 0 of tensors does not require grad and does not have a '
+    'grad_fn"'
+)
+
+
+def find(
+    plan: Plan,
+    drafts: Sequence[Draft],
+    cells: Sequence[Cell],
+    run: Run,
+    seen: Observed | None = None,
+    scopes: Sequence[Scope] = (),
+) -> tuple[Finding, ...]:
+    """All findings of a resolved plan."""
+    return (
+        *_nothing_trains(drafts, run),
+        *_cannot_train(drafts),
+        *_set_but_never_trains(plan, drafts),
+        *_thaw_after_end(drafts, run),
+        *_frozen_by_model(drafts),
+        *_lr_zero(cells),
+        *_rules_without_effect(plan, drafts),
+        *_suspicious(cells, run),
+        *_unchecked(plan, cells, scopes),
+        *moving_statistics(
+            {name: draft.by_model for draft in drafts for name in draft.info.names},
+            seen or Observed(),
+        ),
+        *model_findings(
+            {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
+        ),
+    )
+
+
+def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> tuple[Finding, ...]:
+    """What the windows of all parameters, in the model's order, mean for this kind of model."""
+    return (
+        *_too_many_stages(windows, run, seen),
+        *_reentrant_behind_frozen(windows, seen),
+        *stray_findings(seen),
+        *_split_ties(seen),
+    )
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """A few names and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _nothing_trains(drafts: Sequence[Draft], run: Run) -> list[Finding]:
+    """Find the spans of steps in which no parameter trains."""
+    if not any(draft.windows for draft in drafts):
+        return [
+            Finding(
+                "nothing-trains",
+                f"every parameter is frozen for the whole run, so that {_NO_GRADIENT}.",
+                "Add a rule with frozen=False or thaw= for the parts that should train.",
+            )
+        ]
+    spans = {span for draft in drafts for span in draft.windows}
+    waits = sorted({begin.reaction.metric for begin, _ in spans if isinstance(begin, Trigger)})
+    unless = f" unless {listed(waits)} has stalled by then" if waits else ""
+    gaps = _gaps({(begin, end) for begin, end in spans if isinstance(begin, int)}, run)
+    return [
+        Finding(
+            "nothing-trains",
+            f"nothing trains {_span_text(begin, end)}{unless}: {_NO_GRADIENT} there, and the run "
+            "stops.",
+            "Let some part train at every step: thaw it earlier, freeze it later, or end the run "
+            "where the training ends.",
+        )
+        for begin, end in gaps
+    ]
+
+
+def _gaps(spans: set[tuple[int, int | None]], run: Run) -> list[tuple[int, float]]:
+    """Return the spans of steps of a run that no window covers."""
+    last = math.inf if run.steps is None else run.steps
+    covered, gaps = 0.0, []
+    for begin, end in sorted(spans, key=lambda span: span[0]):
+        if begin > covered:
+            gaps.append((int(covered), min(begin, last)))
+        covered = max(covered, math.inf if end is None else end)
+    if covered < last:
+        gaps.append((int(covered), last))
+    return [(begin, end) for begin, end in gaps if begin < end]
+
+
+def _span_text(begin: int, end: float) -> str:
+    if end == math.inf:
+        return f"from step {begin} on"
+    return f"in step {begin}" if end == begin + 1 else f"in steps {begin} to {end - 1:.0f}"
+
+
+def _cannot_train(drafts: Sequence[Draft]) -> list[Finding]:
+    """Find the parameters whose dtype has no gradients."""
+    found: dict[str, list[str]] = {}
+    for draft in drafts:
+        if not draft.info.differentiable:
+            found.setdefault(draft.info.dtype, []).append(draft.info.name)
+    return [
+        Finding(
+            "cannot-train",
+            f"{listed(names)} has dtype {dtype}, which has no gradients: it stays frozen, whatever "
+            "the rules say.",
+            "To train it, convert it to a floating-point dtype before the build; otherwise train "
+            "other parameters beside it, such as scales or adapters.",
+        )
+        for dtype, names in found.items()
+    ]
+
+
+def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Finding]:
+    """Find the modules frozen by hand whose running statistics are updated all the same.
+
+    Args:
+        by_hand: the names of all parameters, and whether each was frozen by hand.
+        seen: what was observed of the model.
+    """
+    paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
+    if not paths:
+        return []
+    pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
+    return [
+        Finding(
+            "statistics-drift",
+            f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
+            "go on moving in training mode.",
+            f"Keep it in eval mode: call lamina.freeze(model, {pattern!r}) before the build, or "
+            f"add the rule lamina.Rule({pattern!r}, frozen=True). If the statistics are to adapt, "
+            f"say so: lamina.Rule({pattern!r}, frozen=True, hold=False).",
+        )
+    ]
+
+
+def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
+    """Return the pattern of the largest part around a module that is frozen by hand as a whole."""
+    parts = path.split(".")
+    for length in range(len(parts) + 1):
+        prefix = ".".join([*parts[:length], ""]) if length else ""
+        below = [frozen for name, frozen in by_hand.items() if name.startswith(prefix)]
+        if below and all(below):
+            return ".".join(parts[:length]) or "*"
+    return path
+
+
+def turned_on(names: Sequence[str], by_model: bool) -> Finding:
+    """Return the finding on parameters that the plan freezes and that have `requires_grad`."""
+    if by_model:
+        return Finding(
+            "requires-grad-on",
+            f"{listed(names)} had requires_grad=False at build and was turned on since, but the "
+            "plan does not train it.",
+            "To train it, build the optimizer again from the plan, with "
+            "resume=optimizer.state_dict(). If an optimizer other than lamina's trains it, this "
+            "one leaves its gradients alone.",
+        )
+    return Finding(
+        "requires-grad-on",
+        f"{listed(names)} is frozen by the plan now, but its requires_grad was turned on: its "
+        "gradients are dropped.",
+        "To train it, give its rule thaw= or frozen=False, call optimizer.release(), and build "
+        "again with resume=optimizer.state_dict(). To keep it frozen, leave requires_grad alone.",
+    )
+
+
+def turned_off(names: Sequence[str]) -> Finding:
+    """Return the finding on parameters that the plan trains and that lost `requires_grad`."""
+    return Finding(
+        "requires-grad-off",
+        f"{listed(names)} should train now, but has requires_grad=False.",
+        "Something else froze it after the plan was built. Say it in the plan (frozen=True, "
+        f"freeze=), or turn it on again: lamina.thaw(model, {[*names]!r}).",
+    )
+
+
+def rebuilt(steps: int) -> Finding:
+    """Return the finding on an optimizer that replaces another one without its state."""
+    return Finding(
+        "rebuilt",
+        f"this optimizer was built for a model whose optimizer had taken {steps} "
+        f"{'step' if steps == 1 else 'steps'}: momentum, step counts and schedules begin again.",
+        "Build the optimizer once, before the loop. To go on, pass resume=optimizer.state_dict() "
+        "of the earlier one; for a fresh start, call release() on it first.",
+    )
+
+
+def _set_but_never_trains(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+    touched: dict[str, list[Draft]] = {}  # collected once: rules may be as many as parameters
+    for draft in drafts:
+        if not draft.info.differentiable:
+            continue  # what cannot train has a finding of its own
+        for label in {link.rule for link in draft.chains.get("lr", ())}:
+            touched.setdefault(label, []).append(draft)
+    findings = []
+    for rule in plan.rules:
+        keys = [key for key, _ in rule.settings if key not in CONTROLS or key == "optimizer"]
+        if "lr" not in keys:
+            continue
+        hit = touched.get(rule.label, [])
+        if hit and all(draft.windows == NEVER for draft in hit):
+            names = listed([draft.info.name for draft in hit])
+            findings.append(
+                Finding(
+                    "lr-never-trains",
+                    f"rule {rule.label!r} sets an lr on parameters that never train: {names}.",
+                    "Thaw them in this or a later rule (frozen=False), or drop the lr.",
+                )
+            )
+    return findings
+
+
+def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
+    if run.steps is None:
+        return []
+    late: dict[int, list[str]] = {}
+    for draft in drafts:
+        begins = (begin for begin, _ in draft.windows if isinstance(begin, int))
+        first = next((begin for begin in begins if begin >= run.steps), None)
+        if first is not None:
+            late.setdefault(first, []).append(draft.info.name)
+    return [
+        Finding(
+            "thaw-after-end",
+            f"{listed(names)} would thaw at step {step}, but the run ends after {run.steps} steps.",
+            "Thaw earlier, lengthen the run, or write frozen=True if that is meant.",
+        )
+        for step, names in sorted(late.items())
+    ]
+
+
+def _frozen_by_model(drafts: Sequence[Draft]) -> list[Finding]:
+    # Where a rule has spoken of the window too, the freezing is what the plan wants.
+    names = [draft.info.name for draft in drafts if draft.by_model and draft.info.differentiable]
+    if not names:
+        return []
+    return [
+        Finding(
+            "frozen-by-model",
+            f"{listed(names)} had requires_grad=False at build and stay frozen.",
+            "To train them, add a rule with frozen=False; to say so in the plan, frozen=True.",
+        )
+    ]
+
+
+def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
+    return [
+        Finding(
+            "lr-zero",
+            f"group {cell.name!r} has lr 0 but is not frozen: "
+            f"{listed([info.name for info in cell.parameters])}.",
+            "Write frozen=True: gradients are then not computed and nothing else moves it.",
+        )
+        for cell in cells
+        if cell.windows and cell.constants.get("lr") == 0
+    ]
+
+
+def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> list[Finding]:
+    """Return parameters whose bad gradients nobody sees, since the plan looks at norms only."""
+    if plan.nonfinite_check == "all":
+        return []
+    measured = {
+        index
+        for index, scope in enumerate(scopes)
+        if any(operation.measures for operation, _ in scope.operations)
+    }
+    names = [
+        info.name
+        for cell in cells
+        if cell.windows and cell.scope not in measured and not is_whole_vector(cell.optimizer)
+        for info in cell.parameters
+    ]
+    if not names:
+        return []
+    return [
+        Finding(
+            "gradients-unchecked",
+            "nonfinite_check='norms' looks for NaN and infinite gradients only where a norm is "
+            f"computed, and none is of {listed(names)}: theirs would reach the weights.",
+            "Leave nonfinite_check out, or clip their norm (clip_norm=).",
+        )
+    ]
+
+
+def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+    """Find rules of which later ones override every setting for all their parameters."""
+    findings = []
+    effective = {index for d in drafts for rules in d.sources.values() for index in rules}
+    for index, rule in enumerate(plan.rules, 1):
+        if index in effective:
+            continue
+        beside = 0  # every rule that matches a parameter of this one
+        for draft in drafts:
+            if draft.matched >> index & 1:
+                beside |= draft.matched
+        later = beside >> (index + 1)
+        if not later:  # top_down on parameters without a layer number says nothing of them
+            continue
+        others = [rule for place, rule in enumerate(plan.rules[index:]) if later >> place & 1]
+        names = listed([repr(other.label) for other in others])
+        findings.append(
+            Finding(
+                "rule-without-effect",
+                f"rule {rule.label!r} ({_keys(rule)}) has no effect: later rules win, and all that "
+                f"it sets is set again by {names}.",
+                "Put general rules first and special ones after them: move it behind them, or drop "
+                "it.",
+            )
+        )
+    return findings
+
+
+def _keys(rule: Rule) -> str:
+    return ", ".join(f"{key}=" for key, _ in rule.settings)
+
+
+def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
+    """Find values that are legal and hardly ever meant."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell.windows and cell.algorithm is not None:
+            for what in _hardly_meant(cell, run):
+                found.setdefault(what, []).append(repr(cell.name))
+    return [
+        Finding("suspicious-value", f"group {listed(names)}: {what[0]}", what[1])
+        for what, names in found.items()
+    ]
+
+
+def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
+    """Return what is suspicious in the values of a group, each with its fix."""
+    name, found = optimizer_name(cell.optimizer), []
+    usual_lr = hyperparameters(cell.optimizer)["lr"]
+    moving = dict(cell.moving)
+    values = {key: value for key, value in cell.constants.items() if key not in moving}
+    lr, usual = _largest_lr(cell, run), _LARGE_LR.get(name, 100.0)
+    if lr > usual:
+        found.append(
+            (
+                f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
+                f"See whether an exponent lost its sign; the default of {name} is lr={usual_lr:g}.",
+            )
+        )
+    decay = values.get("weight_decay", 0.0)
+    if decay >= 1:
+        found.append(
+            (
+                f"weight_decay={decay:g} pulls the weights to 0 faster than most gradients move "
+                "them.",
+                "Usual are 0 to 0.1.",
+            )
+        )
+    betas = values.get("betas", (0.0, 0.0))
+    if betas[0] > betas[1]:
+        found.append(
+            (
+                f"betas={betas!r} remember the direction longer than the size of gradients; they "
+                "look swapped.",
+                f"Write betas=({betas[1]!r}, {betas[0]!r}).",
+            )
+        )
+    if values.get("momentum", 0.0) >= 1:
+        found.append(
+            (f"momentum={values['momentum']:g} never forgets a gradient.", "Usual is momentum=0.9.")
+        )
+    return found
+
+
+def _largest_lr(cell: Cell, run: Run) -> float:
+    """Return about the largest lr of a group in the run, from some of its steps."""
+    setting = dict(cell.hyper)["lr"]
+    assert isinstance(setting, Setting)  # the forms refuse several values of lr
+    curves = [*setting.curves, *([cell.schedule] if cell.schedule is not None else [])]
+    lr = setting.scale
+    if curves:
+        steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
+        for curve in curves:
+            lr = lr * curve.at(steps)
+    return float(np.max(lr))
+
+
+def stray_findings(seen: Observed) -> list[Finding]:
+    """Attributes `requires_grad` of modules, which freeze and thaw nothing."""
+    return [
+        Finding(
+            "module-requires-grad",
+            f"{f'the module {path!r}' if path else 'the model'} has an attribute "
+            f"requires_grad={value}, which does nothing on a module.",
+            f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
+        )
+        for path, value in seen.stray
+    ]
+
+
+def _split_ties(seen: Observed) -> list[Finding]:
+    return [
+        Finding(
+            "tie-across-shards",
+            f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
+            "different groups, which made a parameter of each; torch 2.13 refuses the first "
+            "forward of such a model.",
+            "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
+            "group of a module that holds both.",
+        )
+        for names in seen.split
+    ]
+
+
+def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> list[Finding]:
+    if not seen.compiled:
+        return []
+    end = math.inf if run.steps is None else run.steps
+    moments = {
+        moment if isinstance(moment, int) else moment.key
+        for spans in windows.values()
+        for span in spans
+        for moment in span
+        if isinstance(moment, Trigger) or (moment is not None and 0 < moment < end)
+    }
+    stages, limit = len(moments) + 1, _recompile_limit()
+    if stages <= limit:
+        return []
+    return [
+        Finding(
+            "recompile-limit",
+            f"the plan goes through {stages} stages of what trains, each compiled anew, but "
+            f"torch.compile gives up and runs uncompiled after {limit} versions.",
+            f"Thaw in fewer stages, or set torch._dynamo.config.recompile_limit = {stages + 1}.",
+        )
+    ]
+
+
+def _recompile_limit() -> int:
+    config = sys.modules.get("torch._dynamo.config")  # there if anything was compiled
+    return int(getattr(config, "recompile_limit", _RECOMPILE_LIMIT))
+
+
+def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> list[Finding]:
+    order = list(windows)
+    moments = sorted(
+        {step for spans in windows.values() for span in spans for step in span if type(step) is int}
+    )
+    cut: dict[str, int] = {}
+    for path, below in seen.reentrant:
+        first = min(order.index(name) for name in below if name in windows)
+        for step in moments:
+            active = {name for name in windows if _trains(windows[name], step)}
+            if active & below and not active.intersection(order[:first]):
+                cut.setdefault(path, step)
+    if not cut:
+        return []
+    return [
+        Finding(
+            "reentrant-behind-frozen",
+            f"{listed(list(cut))} is under reentrant activation checkpointing and nothing before "
+            f"it trains from step {min(cut.values())} on: its parameters would get no gradient.",
+            "Use checkpointing with use_reentrant=False, or let its input require a gradient "
+            "(in Transformers: model.enable_input_require_grads()).",
+        )
+    ]
+
+
+def _trains(windows: Windows, step: int) -> bool:
+    return any(
+        isinstance(begin, int) and begin <= step and (end is None or step < end)
+        for begin, end in windows
+    )

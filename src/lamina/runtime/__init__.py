@@ -1,0 +1,1 @@
+"""What acts while a run goes on, beside the update itself."""

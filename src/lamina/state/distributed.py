@@ -1,0 +1,246 @@
+"""Reading an optimizer's state from `torch.distributed.checkpoint`, whatever was frozen when."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import StateError
+from ..model.parameters import clean_names, collect
+from ..optimizer.optimizer import Optimizer
+from . import LoadReport
+from .match import check_renamed, renamed_cleanly, renamed_to
+
+Path = tuple[Any, ...]
+
+
+def load_distributed(
+    optimizer: Optimizer,
+    checkpoint_id: str | os.PathLike[str],
+    key: str = "optimizer",
+    *,
+    strict: bool = False,
+    renamed: Mapping[str, str | None] | None = None,
+) -> LoadReport:
+    """Take over the state of an optimizer that `torch.distributed.checkpoint` saved to a folder.
+
+    Saved by any number of processes, loaded by any other, by parameter name as in
+    `load_state_dict`. Torch's own way back, `set_optimizer_state_dict`, reads only into tensors
+    that exist already and leaves out what is frozen at that moment; after a thaw, that loses state.
+    For a run of another length, build with `resume=read_distributed(...)` and `extend=`.
+
+    Args:
+        optimizer: built from a plan, on the model that it trains; call it on every process.
+        checkpoint_id: the folder; no code in it is run, so it may come from anybody.
+        key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
+        strict: as in `load_state_dict`.
+        renamed: as in `load_state_dict`.
+
+    Returns:
+        What was kept, new, restarted and dropped; the same as `optimizer.last_load`.
+
+    Raises:
+        StateError: if the folder cannot be read, there is no such state in it, or the state does
+            not fit; nothing changed.
+
+    Example:
+        >>> from torch.distributed.checkpoint import save
+        >>> from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        >>> state = {"optimizer": get_optimizer_state_dict(model, optimizer)}  # doctest: +SKIP
+        >>> save(state, checkpoint_id="step-100")  # doctest: +SKIP
+        >>> load_distributed(optimizer, "step-100")  # doctest: +SKIP
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise StateError(
+            f"load_distributed was given a {type(optimizer).__name__}; it needs an optimizer that "
+            "plan.build made, which knows the names of its parameters."
+        )
+    check_renamed(renamed or {})
+    optimizer._follow_model()
+    state = _read(_by_name(optimizer), os.fspath(checkpoint_id), key, renamed or {})
+    optimizer.load_state_dict(state, strict=strict, renamed=renamed)
+    assert optimizer.last_load is not None
+    return optimizer.last_load
+
+
+def read_distributed(
+    model: nn.Module, checkpoint_id: str | os.PathLike[str], key: str = "optimizer"
+) -> dict[str, Any]:
+    """The state of an optimizer that `torch.distributed.checkpoint` saved, to go on from.
+
+    As `optimizer.state_dict()` gave it, for `plan.build(model, resume=..., extend=...)`, and for
+    `plan.preview`.
+
+    Args:
+        model: the model to train, sharded as it will be; call it on every process.
+        checkpoint_id: the folder; no code in it is run, so it may come from anybody.
+        key: where the dict of `get_optimizer_state_dict(model, optimizer)` lies in what was saved.
+
+    Returns:
+        The state, its tensors sharded as the parameters of the same names.
+
+    Raises:
+        StateError: if the folder cannot be read, or there is no such state in it.
+
+    Example:
+        >>> state = read_distributed(model, "step-100")  # doctest: +SKIP
+        >>> plan.build(model, steps=200, resume=state, extend="hold")  # doctest: +SKIP
+    """
+    named = {name: item.tensor for item in collect(model) for name in item.info.names}
+    return _read(named, os.fspath(checkpoint_id), key, {})
+
+
+def _read(
+    named: Mapping[str, torch.Tensor],
+    folder: str,
+    key: str,
+    renamed: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """The state dict in a folder, its tensors sharded as the parameters of these names are."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        return _numbered(_nested(named, folder, key, renamed))
+    except StateError:
+        raise
+    except CheckpointException as error:  # no Exception, and nobody's KeyboardInterrupt
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, StateError) or not isinstance(first, Exception):
+            raise first from None
+        raise _unreadable(folder, first) from error
+    except Exception as error:  # pickle raises whatever the damage looks like
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: str, error: Exception) -> StateError:
+    lines = str(error).splitlines() or [""]
+    return StateError(
+        f"{folder}: cannot be read ({type(error).__name__}: {lines[0]}); use another checkpoint."
+    )
+
+
+def _nested(
+    named: Mapping[str, torch.Tensor],
+    folder: str,
+    key: str,
+    renamed: Mapping[str, str | None],
+) -> dict[Hashable, Any]:
+    """What was saved under the key."""
+    # Imported here: it costs a second, and only those who save this way need it.
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from ..files.distributed import FolderReader, PlainPlanner
+
+    reader = FolderReader(folder)
+    paths = _paths(reader.metadata.planner_data, folder, key)
+    reader.check(paths)
+    flat: dict[str, Any] = {}
+    saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
+    owners = _owners([*saved], named, renamed)
+    for name, path in paths.items():
+        owner = owners.get(path[2]) if _of_state(path) else None
+        flat[name] = _room(reader.tensors[name], owner)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    with warnings.catch_warnings():
+        if not distributed:  # torch warns that it takes this for a single process, which it is
+            warnings.simplefilter("ignore", UserWarning)
+        planner = PlainPlanner(folder)
+        load(flat, storage_reader=reader, planner=planner, no_dist=not distributed)
+    nested: dict[Hashable, Any] = {}
+    for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
+        _put(nested, path[1:], flat[name])
+    return nested
+
+
+def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]:
+    """Where each saved value lies, of those under the key."""
+    paths = {name: path for name, path in places.items() if path[0] == key}
+    if not any(path[1:2] == ("param_groups",) for path in paths.values()):
+        found = ", ".join(sorted({str(path[0]) for path in places.values()})) or "nothing"
+        raise StateError(
+            f"{folder}: there is no optimizer state under {key!r}, only {found}; pass key=, the "
+            "name under which what get_optimizer_state_dict gave was saved."
+        )
+    return paths
+
+
+def _of_state(path: Path) -> bool:
+    """Whether a place is in the state of a parameter, whose name or number is the third part."""
+    return len(path) > 3 and path[1] == "state"
+
+
+def _owners(
+    saved: list[str], named: Mapping[str, torch.Tensor], renamed: Mapping[str, str | None]
+) -> dict[str, torch.Tensor]:
+    """The parameter of each saved name, by its name now."""
+    cleaned = clean_names(saved)
+    renamed = renamed_cleanly(renamed, cleaned.values())
+    now = {name: renamed_to(clean, renamed) for name, clean in cleaned.items()}
+    return {name: named[target] for name, target in now.items() if target and target in named}
+
+
+def _numbered(nested: Mapping[Hashable, Any]) -> dict[str, Any]:
+    """The form of `optimizer.state_dict()`: numbers for the parameters, names in the groups.
+
+    What a folder has no entry for was not lost on the way: it was saved so.
+    """
+    left = dict(nested.get("state", {}))
+    state: dict[Any, Any] = {}
+    groups = []
+    count = 0
+    for group in nested["param_groups"]:
+        keys = group["params"]
+        numbers = list(range(count, count + len(keys)))
+        count += len(keys)
+        names = {"param_names": keys} if all(isinstance(key, str) for key in keys) else {}
+        groups.append({**group, **names, "params": numbers})
+        pairs = zip(numbers, map(str, keys), strict=True)
+        state |= {number: left.pop(key) for number, key in pairs if key in left}
+    return {"state": state | left, "param_groups": groups}
+
+
+def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        name: param
+        for cell, group in zip(optimizer.resolved.cells, optimizer.param_groups, strict=True)
+        for info, param in zip(cell.parameters, group["params"], strict=True)
+        for name in info.names
+    }
+
+
+def _room(saved: Any, param: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor for what was saved, sharded as its parameter is; None for what is no tensor."""
+    size = getattr(saved, "size", None)
+    if size is None:
+        return None
+    dtype = saved.properties.dtype
+    if param is not None and tuple(param.shape) == tuple(size):
+        return torch.empty_like(param, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype)
+
+
+def _order(path: tuple[Any, ...]) -> list[tuple[int, Any]]:
+    """Places in lists by their number."""
+    return [(0, part) if isinstance(part, int) else (1, str(part)) for part in path]
+
+
+def _put(nested: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Set what lies at a path of keys and of places in lists, which come in order."""
+    for part, following in pairwise(path):
+        new: Any = [] if isinstance(following, int) else {}
+        if isinstance(part, int) and part == len(nested):
+            nested.append(new)
+        elif not isinstance(part, int):
+            nested.setdefault(part, new)
+        nested = nested[part]
+    last = path[-1]
+    if isinstance(last, int):
+        nested.append(value)
+    else:
+        nested[last] = value

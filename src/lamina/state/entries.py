@@ -1,0 +1,237 @@
+"""One parameter's saved entry, made to fit the parameter and the optimizer that it has now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from ..algorithms.base import Algorithm, begun_dtype
+from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
+from ..algorithms.trial import trial_of
+from ..errors import StateError
+from ..guests.packing import unpack
+from ..model.parameters import ParamInfo
+from ..optim.engine import begun
+from ..resolve.resolved import Cell
+from .schema import MOMENTUM, Entry, number_of_steps
+
+_EMPTY = torch.empty(0)
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+#: entries of L-BFGS that are as long as all its parameters together
+_FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
+
+
+def belongs(entry: Entry, cell: Cell) -> bool:
+    """Whether a saved entry is of the optimizer that a cell has now.
+
+    A state of torch's does not say whose it is: then the entries and the hyperparameters tell.
+    """
+    saved = entry.group.get("optimizer")
+    if isinstance(saved, str):
+        if saved == optimizer_name(cell.optimizer):
+            return True
+        before = algorithm_of(OPTIMIZERS[saved]) if saved in OPTIMIZERS else None
+        return before is not None and _family(before) is _family(cell.algorithm)
+    if cell.algorithm is not None:
+        keys = {key for key, value in (entry.values or {}).items() if value is not None}
+        known = {*cell.algorithm.buffers, "step"}
+        return keys <= known and cell.algorithm.limits.keys() <= entry.group.keys()
+    method = method_of(cell.optimizer)
+    if method is None:  # what its constructor puts into the groups, where that is known
+        made = trial_of(cell.optimizer).made or {"lr": None}
+        return cell.constants.keys() & made.keys() <= entry.group.keys()
+    settings = method.defaults
+    return settings.keys() <= entry.group.keys()
+
+
+def has_state(entry: Entry) -> bool:
+    """Whether an entry holds more than the count of no update."""
+    values = {key: value for key, value in (entry.values or {}).items() if value is not None}
+    step = values.pop("step", 0)
+    return bool(values) or number_of_steps("a parameter", step) > 0
+
+
+def keeps_nothing(entry: Entry, cell: Cell) -> bool:
+    """Whether an entry is of an optimizer of torch's that had nothing to keep: plain SGD.
+
+    lamina has the count of updates then, which was lost where it is not.
+    """
+    algorithm = cell.algorithm
+    if algorithm is None or "clock" in entry.group:
+        return False
+    if entry.group.get("momentum") != 0 or not belongs(entry, cell):
+        return False
+    return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+
+
+def _family(algorithm: Algorithm | None) -> type | None:
+    """The rule that an algorithm is a form of: Adam and AdamW share theirs."""
+    bases = [] if algorithm is None else type(algorithm).__mro__
+    rules = [base for base in bases if issubclass(base, Algorithm) and base is not Algorithm]
+    return rules[-1] if rules else None
+
+
+def converted(
+    name: str, entry: Entry, fitted: Mapping[str, Any]
+) -> tuple[str, torch.dtype, torch.dtype] | None:
+    """The name of a parameter whose state has another dtype than it was saved in, and the two."""
+    for key, value in (entry.values or {}).items():
+        now = fitted.get(key)
+        if key == "step" or not isinstance(value, torch.Tensor) or now is None:
+            continue
+        if value.dtype is not now.dtype:
+            return name, value.dtype, now.dtype
+    return None
+
+
+def check_shape(
+    info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
+) -> None:
+    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
+    expected = info.shape if wanted is None else tuple(wanted)
+    if tuple(shape) != expected:
+        raise StateError(
+            f"the saved {what} of {info.name!r} has shape {tuple(shape)}, but the parameter has "
+            f"{expected}; nothing was loaded. To begin its state anew, load with "
+            f"renamed={{{info.name!r}: None}}; if it had another name, with "
+            f"renamed={{old name: {info.name!r}}}."
+        )
+
+
+def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -> None:
+    """Raise `StateError` unless a value is a dense tensor of numbers such as the parameter has."""
+    known = _COMPLEX if param.is_complex() else _REAL
+    if not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+    elif value.layout != torch.strided or value.is_nested:
+        kind = "a sparse or nested tensor"
+    elif value.dtype not in known:
+        kind = str(value.dtype)
+    else:
+        return
+    raise StateError(
+        f"the saved {key} of {info.name!r} is of type {kind}; expected a dense tensor of "
+        f"{'complex' if param.is_complex() else 'real'} floating point numbers; nothing was "
+        "loaded."
+    )
+
+
+def own_entry(
+    info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
+) -> tuple[dict[str, Any], list[str]]:
+    """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
+
+    Tensors are copies on the parameter's device. They get the dtype that the plan asks for; where
+    it asks for none the parameter's, as new state would, but never one that cannot hold what was
+    saved: resuming loses no digits.
+
+    Raises:
+        StateError: if a value is not what the algorithm keeps.
+    """
+    algorithm = cell.algorithm
+    assert algorithm is not None
+    saved = {key: value for key, value in (entry.values or {}).items() if value is not None}
+    steps = number_of_steps(info.name, saved.pop("step")) if "step" in saved else None
+    fitted = begun(param, steps or 0)
+    left = [key for key in saved if key not in algorithm.buffers]
+    if steps == 0 and not any(map(_filled, saved.values())):
+        return fitted, left  # never updated: at most room was made for its tensors
+    for key in algorithm.buffers:  # in this order on every process, or their collectives mix it up
+        if key not in saved:
+            continue
+        value = saved[key]
+        _check_numbers(info, key, value, param)
+        check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
+        if cell.constants.get("state_dtype") is None:
+            dtype = torch.promote_types(value.dtype, param.dtype)
+        else:
+            dtype = begun_dtype(param, cell.constants)
+        fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
+    needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
+    if _has_momentum(entry, cell):
+        needed |= {MOMENTUM} & set(algorithm.buffers)
+    lost = sorted(needed - fitted.keys())
+    if steps and lost:
+        raise StateError(
+            f"the saved state of {info.name!r} counts {steps} updates but has no "
+            f"{' and no '.join(lost)}: a part of the state was lost before it came here. "
+            "With torch.distributed.checkpoint, load with lamina.load_distributed(optimizer, "
+            "folder), or inside `with optimizer.receiving():`."
+        )
+    if steps is None and needed & fitted.keys() and "exp_avg_sq" in needed:
+        raise StateError(
+            f"the saved state of {info.name!r} has no step, without which {algorithm.name} cannot "
+            "correct its running means; nothing was loaded."
+        )
+    return fitted, left
+
+
+def _filled(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or bool(value.any())
+
+
+def _has_momentum(entry: Entry, cell: Cell) -> bool:
+    """Whether a momentum was, and is, the same at every step: then its buffer is always there."""
+    moves = "momentum" in dict(cell.moving) or entry.group.get("overrides", "[]") not in ("[]", [])
+    return bool(entry.group.get("momentum") and cell.constants.get("momentum") and not moves)
+
+
+def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:
+    """The state of a guest's parameter as it was saved, copied; empty before its first update."""
+    saved = dict(entry.values or {})
+    if set(saved) == {"step"} and not float(saved["step"]):
+        return {}  # lamina's own count begins at build; guests begin with nothing
+    own = any(entry.group.get(key) for key in ("capturable", "fused"))
+    return {
+        key: unpack(copied(value, None if key == "step" and not own else param.device))
+        for key, value in saved.items()
+    }
+
+
+def whole_entry(
+    infos: Sequence[ParamInfo], param: torch.Tensor, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The memory of L-BFGS, which lies with the first parameter; raises `StateError`."""
+    fitted = begun(param) | {
+        key: copied(value, param.device) for key, value in values.items() if key != "step"
+    }
+    places = fitted.get("places")
+    try:
+        chosen = infos if places is None else [infos[place] for place in places]
+        vectors = [vector for key in _FLAT for vector in _listed(fitted.get(key))]
+        lengths = {vector.numel() for vector in vectors}
+    except (TypeError, IndexError, AttributeError) as error:
+        raise StateError(f"the saved memory of L-BFGS cannot be read: {error}.") from None
+    size = sum(info.numel * (2 if info.dtype.startswith("complex") else 1) for info in chosen)
+    if lengths - {size}:
+        raise StateError(
+            f"the saved memory of L-BFGS is of {min(lengths - {size})} numbers, but the parameters "
+            f"have {size}; nothing was loaded."
+        )
+    return fitted
+
+
+def evaluations(group: Mapping[str, Any]) -> Any:
+    """The most evaluations in a step of L-BFGS; torch writes its default out, lamina None."""
+    limit = group["max_eval"]
+    return group["max_iter"] * 5 // 4 if limit is None else limit
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def copied(value: Any, device: torch.device | None) -> Any:
+    """A copy of a nested value, its tensors on a device (None: where they are)."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return value.clone() if device is None else value.to(device=device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(each, device) for each in value)
+    return deepcopy(value)
