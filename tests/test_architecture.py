@@ -31,8 +31,8 @@ LAYERS = [
     "guests",
     "runtime",
     "state",
-    "checkpoint",
     "optimizer",
+    "checkpoint",
     "preview",
     "training",
     "tasks",
@@ -43,7 +43,6 @@ LAYERS = [
 
 # (module, layer above it): the reason. Holds inside functions and for the type checker only.
 LAZY_UPWARD = {
-    
     ("lamina.plan.plan", "preview"): "Plan.preview",
     ("lamina.plan.plan", "optimizer"): "Plan.build",
     ("lamina.state.load", "optimizer"): "type of an argument",

@@ -5,10 +5,10 @@ import io
 import pytest
 
 import lamina as lm
-from lamina.model.reducers import REDUCED, Flags
 from lamina.preview.rows import number, span
 from lamina.preview.sparkline import can_show, curve
 from lamina.preview.table import shorten, text
+from lamina.runtime.flags import REDUCED, Flags
 from test_preview import Net, example
 
 

@@ -8,6 +8,7 @@ from ._util import startup as _startup  # before anything that takes time  # noq
 # isort: on
 from . import optim
 from .checkpoint import checkpoint
+from .checkpoint.distributed import load_distributed, read_distributed
 from .errors import (
     FrozenMovedError,
     HyperparameterError,
@@ -26,6 +27,7 @@ from .errors import (
 )
 from .gradients.clip import clip_grad_norm_, clip_grad_value_
 from .gradients.operations import agc, clip_norm, clip_param_norm, clip_value, scale
+from .model.finding import Finding
 from .model.freeze import Trainable, freeze, thaw, trainable
 from .model.parameters import ParamInfo
 from .model.ties import Tie, tie, ties, untie
@@ -49,7 +51,7 @@ from .plan.reactions import early_stop, on_plateau, plateau
 from .preview import Preview
 from .resolve.explain import Explanation
 from .resolve.resolve import resolve
-from .resolve.resolved import Finding, Resolved
+from .resolve.resolved import Resolved
 from .resolve.timeline import Feedback, values_at
 from .schedules import (
     Schedule,
@@ -76,7 +78,6 @@ from .schedules import (
     wsd,
 )
 from .state import LoadReport
-from .state.distributed import load_distributed, read_distributed
 
 __version__ = "0.1.0"
 

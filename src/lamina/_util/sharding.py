@@ -263,3 +263,9 @@ class Shards:
     def _distinct(self) -> list[Any]:
         by_id = {id(group): group for group in self._groups.values() if group is not None}
         return list(by_id.values())
+
+
+def is_distributed() -> bool:
+    """Return whether this process is in a process group, without which nothing is reduced."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()

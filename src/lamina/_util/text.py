@@ -36,3 +36,9 @@ def _bar(value: float | None, low: float, span: float) -> str:
     if value is None or not math.isfinite(value):
         return " "
     return _BARS[math.floor((value - low) / span * (len(_BARS) - 1) + 0.5)]
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """A few names and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from .._util.grammar import Spelled
+from .._util.numbers import python_number
 from .._util.sharding import Shards
 from ..algorithms.base import times
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
-from ..plan.operators import python_number
 from ..schedules import Schedule
 from .norms import each_norm, total
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from .._util.numbers import check_amount, python_number
 from .._util.sharding import whole_of
 from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
-from ..plan.operators import check_amount, python_number
 from .norms import clamped, values_of
 from .operation import Amount, Grads, Operation, Work
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import PatternError, PlanError, did_you_mean
-from ..resolve.findings import stray_findings
 from .eval_lock import hold as hold_module
 from .eval_lock import let_go
+from .finding import stray_findings
 from .parameters import (
     Owned,
     collect,

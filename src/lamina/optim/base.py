@@ -12,12 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from .. import kernels
 from .._util.notices import warn
+from .._util.numbers import python_number
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Batch, Method, dtype_name
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..model.suggestions import ALIASES
-from ..plan.operators import python_number
 from .engine import Engine
 from .loading import check_form, is_lossy, loss_of_digits, matching_groups
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .._util.sharding import is_flattened
+from .._util.text import listed
 from ..algorithms.registry import is_whole_vector
+from ..model.finding import Finding, moving_statistics
 from ..model.parameters import (
     Owned,
     ParamInfo,
@@ -20,8 +22,8 @@ from ..model.parameters import (
     overlaps,
 )
 from ..model.ties import broken, by_name, tie_again
-from ..resolve.findings import listed, model_findings, moving_statistics, turned_off, turned_on
-from ..resolve.resolved import Cell, Finding, Resolved
+from ..resolve.findings import model_findings, turned_off, turned_on
+from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback
 from ..runtime.freezing import Freezer
 from ..runtime.gradient_tracker import Received

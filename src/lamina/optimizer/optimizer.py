@@ -14,15 +14,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import kernels
 from .._util.notices import Notices
-from .._util.sharding import is_sharded
+from .._util.sharding import is_distributed, is_sharded
 from ..algorithms.base import Algorithm, Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import NonFiniteError, OwnershipError, PlanError
 from ..gradients.apply import check_finite, operate
 from ..guests.guests import GUEST, Guests
+from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, frozen_by_call, observe, walk
-from ..model.reducers import is_distributed
 from ..model.ties import Watched
 from ..optim.engine import Closure
 from ..optim.run_state import RunState
@@ -30,7 +30,7 @@ from ..plan.plan import Plan
 from ..resolve.explain import Explanation, explain
 from ..resolve.findings import rebuilt, turned_off, turned_on
 from ..resolve.resolve import resolve_owned
-from ..resolve.resolved import Cell, Finding, Resolved
+from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import values_at
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim

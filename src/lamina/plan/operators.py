@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from .._util.grammar import Spelled
+from .._util.numbers import check_amount, python_number
 from ..errors import HyperparameterError, PlanError
 from ..schedules import Schedule
 from ..schedules import duration as time
@@ -110,22 +108,6 @@ class TopDown(Spelled):
         object.__setattr__(self, "every", time.parse(self.every).text)
         if self.start is not None:
             object.__setattr__(self, "start", time.parse(self.start).text)
-
-
-def check_amount(owner: str, key: str, value: Any) -> None:
-    """Raise `HyperparameterError` unless value is a finite number of at least 0.
-
-    With an empty key the owner is the place of the value itself.
-    """
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not 0 <= value <= sys.float_info.max:
-        what = f"{owner} was given {key}={value!r};" if key else f"{owner}={value!r}:"
-        raise HyperparameterError(f"{what} expected a finite number of at least 0.")
-
-
-def python_number(value: Any) -> Any:
-    """A NumPy number as Python's; in a parameter group it would make checkpoints unloadable."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 times = Times

@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._util.grammar import WORDS, parse
+from .._util.numbers import check_amount, python_number
 from ..algorithms.base import dtype_name
 from ..algorithms.registry import optimizer_class
 from ..errors import HyperparameterError, PlanError, TimeUnitError
@@ -19,7 +20,13 @@ from ..gradients.operations import OPERATIONS, Apply
 from ..model.suggestions import written_as
 from ..schedules import SCHEDULES, Schedule, cosine, function
 from ..schedules import duration as time
-from .operators import Times, TopDown, by_depth, check_amount, python_number, times, top_down
+from .operators import (
+    Times,
+    TopDown,
+    by_depth,
+    times,
+    top_down,
+)
 from .reactions import REACTIONS, EarlyStop, OnPlateau, Plateau, Reaction
 
 #: every name that an expression in a plan may call

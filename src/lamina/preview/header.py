@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ..model.reducers import REDUCED
-from ..resolve.findings import listed
+from .._util.text import listed
+from ..runtime.flags import REDUCED
 from .rows import epochs, span
 
 if TYPE_CHECKING:

@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from .._util.text import listed
+from ..model.finding import Finding
 from ..model.parameters import observe, walk
-from ..model.reducers import Flags, flags_of
 from ..plan.plan import Plan
 from ..resolve.explain import Explanation, explain
-from ..resolve.findings import listed
 from ..resolve.resolve import resolve_owned
-from ..resolve.resolved import Finding, Resolved
+from ..resolve.resolved import Resolved
 from ..resolve.timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
+from ..runtime.flags import Flags, flags_of
 from ..schedules.duration import Run
 from ..state import Resumed, resume_from
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._util.text import listed
 from ..errors import require
-from ..resolve.findings import listed
 from .header import PLAIN_NORM, facts, header
 from .rows import Row, number, span
 from .sparkline import can_show, curve

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._util.grammar import spell
+from .._util.numbers import check_amount, python_number
 from ..algorithms.registry import hyperparameters, known_hyperparameter, optimizer_name
 from ..errors import HyperparameterError, PatternError, PlanError
 from ..gradients.operation import Operation
@@ -14,7 +15,7 @@ from ..gradients.operations import ClipNorm
 from ..model.parameters import ParamInfo
 from ..model.patterns import compile_pattern
 from ..model.suggestions import nothing_matched
-from ..plan.operators import ByDepth, Times, check_amount, python_number
+from ..plan.operators import ByDepth, Times
 from ..plan.plan import Plan, Rule
 from ..plan.reactions import Plateau, key_of
 from ..plan.validate import WINDOW

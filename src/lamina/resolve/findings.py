@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .._util.text import listed
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
+from ..model.finding import Finding, moving_statistics, split_ties, stray_findings
 from ..model.parameters import Observed
 from ..plan.plan import Plan, Rule
 from ..plan.validate import CONTROLS
 from ..schedules.duration import Run
 from .cascade import Draft
-from .resolved import NEVER, Cell, Finding, Scope, Setting, Trigger, Windows
+from .resolved import NEVER, Cell, Scope, Setting, Trigger, Windows
 
 #: how often dynamo compiles a function anew, where torch does not say
 _RECOMPILE_LIMIT = 8
@@ -63,14 +65,8 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
         *stray_findings(seen),
-        *_split_ties(seen),
+        *split_ties(seen),
     )
-
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """A few names and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _nothing_trains(drafts: Sequence[Draft], run: Run) -> list[Finding]:
@@ -134,40 +130,6 @@ def _cannot_train(drafts: Sequence[Draft]) -> list[Finding]:
         )
         for dtype, names in found.items()
     ]
-
-
-def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Finding]:
-    """Find the modules frozen by hand whose running statistics are updated all the same.
-
-    Args:
-        by_hand: the names of all parameters, and whether each was frozen by hand.
-        seen: what was observed of the model.
-    """
-    paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
-    if not paths:
-        return []
-    pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
-    return [
-        Finding(
-            "statistics-drift",
-            f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
-            "go on moving in training mode.",
-            f"Keep it in eval mode: call lamina.freeze(model, {pattern!r}) before the build, or "
-            f"add the rule lamina.Rule({pattern!r}, frozen=True). If the statistics are to adapt, "
-            f"say so: lamina.Rule({pattern!r}, frozen=True, hold=False).",
-        )
-    ]
-
-
-def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
-    """Return the pattern of the largest part around a module that is frozen by hand as a whole."""
-    parts = path.split(".")
-    for length in range(len(parts) + 1):
-        prefix = ".".join([*parts[:length], ""]) if length else ""
-        below = [frozen for name, frozen in by_hand.items() if name.startswith(prefix)]
-        if below and all(below):
-            return ".".join(parts[:length]) or "*"
-    return path
 
 
 def turned_on(names: Sequence[str], by_model: bool) -> Finding:
@@ -404,33 +366,6 @@ def _largest_lr(cell: Cell, run: Run) -> float:
         for curve in curves:
             lr = lr * curve.at(steps)
     return float(np.max(lr))
-
-
-def stray_findings(seen: Observed) -> list[Finding]:
-    """Attributes `requires_grad` of modules, which freeze and thaw nothing."""
-    return [
-        Finding(
-            "module-requires-grad",
-            f"{f'the module {path!r}' if path else 'the model'} has an attribute "
-            f"requires_grad={value}, which does nothing on a module.",
-            f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
-        )
-        for path, value in seen.stray
-    ]
-
-
-def _split_ties(seen: Observed) -> list[Finding]:
-    return [
-        Finding(
-            "tie-across-shards",
-            f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
-            "different groups, which made a parameter of each; torch 2.13 refuses the first "
-            "forward of such a model.",
-            "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
-            "group of a module that holds both.",
-        )
-        for names in seen.split
-    ]
 
 
 def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> list[Finding]:

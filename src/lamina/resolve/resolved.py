@@ -9,6 +9,7 @@ from typing import Any
 
 from ..algorithms.base import Algorithm
 from ..gradients.operation import Operation
+from ..model.finding import Finding
 from ..model.parameters import ParamInfo
 from ..plan.plan import Plan
 from ..plan.reactions import OnPlateau, Reaction
@@ -52,18 +53,6 @@ class Link:
     rule: str
     operation: str
     result: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something legal but suspicious: a stable code, the cause with names, the fix."""
-
-    code: str
-    message: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message} {self.fix}"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from .._util.sharding import (
     FlatPart,
     Shards,
     flat_parts,
+    is_distributed,
     is_dtensor,
     is_flattened,
     lasting_parameters,
@@ -23,7 +24,6 @@ from ..algorithms.registry import method_of, optimizer_name
 from ..errors import PlanError
 from ..guests.build import works_on_parts
 from ..model.parameters import Owned
-from ..model.reducers import is_distributed
 from ..resolve.resolved import Cell, Resolved
 
 Groups = Sequence[dict[str, Any]]

@@ -12,15 +12,10 @@ from torch import nn
 from .._util.sharding import is_sharded
 from ..model.eval_lock import EvalLocks
 from ..model.parameters import Owned, frozen_by_plan, mark_frozen, set_requires_grad
-from ..model.reducers import (
-    MAY_BE_WRAPPED,
-    FlagKeeper,
-    free_gradients,
-    has_zero_gradients,
-    trains_from,
-)
+from ..model.reducers import free_gradients, has_zero_gradients
 from ..resolve.resolved import Cell
 from .claims import Claim
+from .flags import MAY_BE_WRAPPED, FlagKeeper, trains_from
 
 Groups = Sequence[dict[str, Any]]
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from .._util.notices import Notices, is_first_process
 from ..algorithms.base import HALF, Batch
+from ..model.finding import Finding
 from ..plan.reactions import Reaction
-from ..resolve.resolved import Finding, Resolved
+from ..resolve.resolved import Resolved
 from ..resolve.timeline import values_at
 from ..schedules.duration import parse
 

@@ -14,8 +14,8 @@ from torch import nn
 from ..errors import StateError
 from ..model.parameters import clean_names, collect
 from ..optimizer.optimizer import Optimizer
-from . import LoadReport
-from .match import check_renamed, renamed_cleanly, renamed_to
+from ..state import LoadReport
+from ..state.match import check_renamed, renamed_cleanly, renamed_to
 
 Path = tuple[Any, ...]
 
@@ -135,7 +135,7 @@ def _nested(
     # Imported here: it costs a second, and only those who save this way need it.
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from ..files.distributed import FolderReader, PlainPlanner
+    from ..files.distributed_folder import FolderReader, PlainPlanner
 
     reader = FolderReader(folder)
     paths = _paths(reader.metadata.planner_data, folder, key)

@@ -1,0 +1,26 @@
+"""Checks and conversions of single numbers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ..errors import HyperparameterError
+
+
+def check_amount(owner: str, key: str, value: Any) -> None:
+    """Raise `HyperparameterError` unless value is a finite number of at least 0.
+
+    With an empty key the owner is the place of the value itself.
+    """
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not 0 <= value <= sys.float_info.max:
+        what = f"{owner} was given {key}={value!r};" if key else f"{owner}={value!r}:"
+        raise HyperparameterError(f"{what} expected a finite number of at least 0.")
+
+
+def python_number(value: Any) -> Any:
+    """A NumPy number as Python's; in a parameter group it would make checkpoints unloadable."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,83 @@
+"""What is legal but probably not intended: stable codes, causes with names, and a fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .._util.text import listed
+from .parameters import Observed
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something legal but suspicious: a stable code, the cause with names, the fix."""
+
+    code: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message} {self.fix}"
+
+
+def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Finding]:
+    """Find the modules frozen by hand whose running statistics are updated all the same.
+
+    Args:
+        by_hand: the names of all parameters, and whether each was frozen by hand.
+        seen: what was observed of the model.
+    """
+    paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
+    if not paths:
+        return []
+    pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
+    return [
+        Finding(
+            "statistics-drift",
+            f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
+            "go on moving in training mode.",
+            f"Keep it in eval mode: call lamina.freeze(model, {pattern!r}) before the build, or "
+            f"add the rule lamina.Rule({pattern!r}, frozen=True). If the statistics are to adapt, "
+            f"say so: lamina.Rule({pattern!r}, frozen=True, hold=False).",
+        )
+    ]
+
+
+def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
+    """Return the pattern of the largest part around a module that is frozen by hand as a whole."""
+    parts = path.split(".")
+    for length in range(len(parts) + 1):
+        prefix = ".".join([*parts[:length], ""]) if length else ""
+        below = [frozen for name, frozen in by_hand.items() if name.startswith(prefix)]
+        if below and all(below):
+            return ".".join(parts[:length]) or "*"
+    return path
+
+
+def stray_findings(seen: Observed) -> list[Finding]:
+    """Attributes `requires_grad` of modules, which freeze and thaw nothing."""
+    return [
+        Finding(
+            "module-requires-grad",
+            f"{f'the module {path!r}' if path else 'the model'} has an attribute "
+            f"requires_grad={value}, which does nothing on a module.",
+            f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
+        )
+        for path, value in seen.stray
+    ]
+
+
+def split_ties(seen: Observed) -> list[Finding]:
+    """Find parameters that were one tensor until they were sharded in different groups."""
+    return [
+        Finding(
+            "tie-across-shards",
+            f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
+            "different groups, which made a parameter of each; torch 2.13 refuses the first "
+            "forward of such a model.",
+            "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
+            "group of a module that holds both.",
+        )
+        for names in seen.split
+    ]
