@@ -33,7 +33,9 @@ FREEZES = st.sampled_from([9, "75%", "2 epochs", "90%", "100%"])
 @st.composite
 def shapes(draw, value, ends):
     """One shape; `value` with an absolute start, `ends` with a length of its own."""
-    kinds = ["constant", "linear", "cosine", "steps"] + (["warmup"] if not value and ends else [])
+    kinds = ["constant", "linear", "cosine", "step_decay"] + (
+        ["warmup"] if not value and ends else []
+    )
     kind = draw(st.sampled_from(kinds))
     start = draw(MODEST) if value else None
     length = draw(LENGTHS) if ends else None
@@ -41,7 +43,7 @@ def shapes(draw, value, ends):
         return (kind, length, draw(st.sampled_from([0.0, 0.1])))
     if kind == "constant":
         return (kind, draw(MODEST), length)
-    if kind == "steps":
+    if kind == "step_decay":
         return (kind, draw(LENGTHS), draw(st.sampled_from([0.1, 0.5])), start, length)
     return (kind, start, draw(st.sampled_from([0.0, 0.01, 0.2, 0.5])), length)
 
@@ -58,7 +60,9 @@ def schedules(draw, value=False):
 
 
 def _has_start(tree):
-    return tree[0] in ("linear", "cosine", "steps") or (tree[0] == ">>" and _has_start(tree[1][0]))
+    return tree[0] in ("linear", "cosine", "step_decay") or (
+        tree[0] == ">>" and _has_start(tree[1][0])
+    )
 
 
 @st.composite
@@ -165,7 +169,7 @@ def to_schedule(tree):
         "constant": ("value", "length"),
         "linear": ("start", "to", "length"),
         "cosine": ("start", "to", "length"),
-        "steps": ("every", "gamma", "start", "length"),
+        "step_decay": ("every", "gamma", "start", "length"),
     }[kind]
     given = {name: item for name, item in zip(names, rest, strict=True) if item is not None}
     return getattr(lm, kind)(**given)

@@ -93,7 +93,7 @@ def test_blocks_are_the_readable_rule(row, dtype, state, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 10**9)
     oracle = trained(row, dtype, "readable", state=state)
     assert_same(given, oracle, tolerance_of(row, dtype))
-    assert given.grown == oracle.grown
+    assert given.has_new_state == oracle.has_new_state
 
 
 @rows

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lamina as lm
-from lamina._util.grammar import parse, spell
+from lamina._util.grammar import parse, to_source
 from lamina.plan.validate import NAMES
 from plans import schedules, to_schedule
 
@@ -57,7 +57,7 @@ def test_product_binds_closer_than_sequence():
 def test_schedules_print_as_their_constructor_and_read_back(tree):
     schedule = to_schedule(tree)
     assert eval(repr(schedule), vars(lm).copy()) == schedule
-    assert read(spell(schedule, quote=False)) == schedule
+    assert read(to_source(schedule, quote=False)) == schedule
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ HOSTILE = [
     "lambda: 1",
     "eval('1')",
     "cosine.__init__(1)",
-    "function(print)",
+    "from_function(print)",
     "apply(print)",
     'exec("x = 1")',
     "{'a': 1}",
@@ -160,5 +160,5 @@ def test_any_text_is_a_value_or_a_plan_error(text):
     ],
 )
 def test_spelling(value, quoted, plain):
-    assert spell(value) == quoted
-    assert spell(value, quote=False) == plain
+    assert to_source(value) == quoted
+    assert to_source(value, quote=False) == plain

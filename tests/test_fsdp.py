@@ -47,7 +47,9 @@ SHARDED = {
 PARTS = {
     "norms": PLAN,
     "each norm": lm.Plan(
-        lm.SGD, lr=0.1, gradients=[lm.clip_param_norm(0.05), lm.scale(0.5), lm.clip_norm(0.02)]
+        lm.SGD,
+        lr=0.1,
+        gradients=[lm.clip_param_norm(0.05), lm.scale_gradients(0.5), lm.clip_norm(0.02)],
     ),
     "largest": lm.Plan(
         lm.SGD,

@@ -69,7 +69,7 @@ def test_a_factor_too_small_for_float16_is_not_lost():
     wanted = torch.full((3,), 3e-5, dtype=torch.float16)
     assert torch.equal(times(grad, torch.tensor(1e-7)), wanted)
     for more in ([], [lm.clip_value(1.0)]):
-        (got,), _ = moved([grad.clone()], [lm.scale(1e-7), *more])
+        (got,), _ = moved([grad.clone()], [lm.scale_gradients(1e-7), *more])
         assert torch.equal(got, wanted)
 
 
@@ -125,7 +125,7 @@ def test_a_norm_of_several_dtypes_is_that_of_the_widest(order):
 
 def test_a_factor_keeps_the_digits_of_the_widest_gradient():
     for grads in ([torch.ones(1), torch.ones(1).double()], [torch.ones(1, dtype=torch.complex128)]):
-        got, _ = moved(grads, [lm.scale(0.1)])
+        got, _ = moved(grads, [lm.scale_gradients(0.1)])
         assert got[-1].item() == 0.1
 
 
@@ -226,7 +226,7 @@ def test_a_function_that_makes_a_nan_is_named_with_the_right_parameter(more):
 def test_what_a_function_returns_is_looked_at_without_any_norm():
     model = nn.Linear(2, 1)
     before = copy.deepcopy(model.state_dict())
-    plan = lm.Plan("SGD", lr=0.1, gradients=[spoil(1), lm.scale(2.0)])
+    plan = lm.Plan("SGD", lr=0.1, gradients=[spoil(1), lm.scale_gradients(2.0)])
     optimizer = plan.build(model)
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(lm.NonFiniteError, match=r"spoil.*returned NaN .* for 'bias' at step 0"):

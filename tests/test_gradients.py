@@ -64,7 +64,7 @@ def test_equal_thresholds_of_two_rules_stay_apart():
 
 
 def test_operations_run_in_the_stated_order():
-    chain = [ops.clip_value(0.5), ops.scale(0.1), ops.clip_norm(0.05)]
+    chain = [ops.clip_value(0.5), ops.scale_gradients(0.1), ops.clip_norm(0.05)]
     got, raw = applied_gradients([], gradients=chain)
     wanted = {name: np.clip(value, -0.5, 0.5) * 0.1 for name, value in raw.items()}
     factor = min(1.0, 0.05 / (norm_of(wanted.values()) + 1e-6))
@@ -211,7 +211,7 @@ def test_sparse_gradients_are_clipped_by_their_values():
         (lambda: ops.clip_norm(math.nan), "finite number above 0"),
         (lambda: ops.clip_norm(1.0, p=0), "p=0"),
         (lambda: ops.clip_value(-1.0), "finite number above 0"),
-        (lambda: ops.scale(-1.0), "at least 0"),
+        (lambda: ops.scale_gradients(-1.0), "at least 0"),
         (lambda: lm.Plan(lm.SGD, nonfinite="ignore"), "'raise' or 'skip'"),
         (lambda: lm.Plan(lm.SGD, nonfinite_check="some"), "'norms' or 'all'"),
     ],

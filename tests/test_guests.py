@@ -113,7 +113,7 @@ def test_a_clip_factor_is_not_rounded_for_a_guest():
         def step(self, closure=None):
             seen.append(self.param_groups[0]["params"][0].grad.clone())
 
-    optimizer = lm.Plan(Seeing, lr=0.1, gradients=[lm.scale(1.003)]).build(model)
+    optimizer = lm.Plan(Seeing, lr=0.1, gradients=[lm.scale_gradients(1.003)]).build(model)
     seen.clear()  # of the steps in which the class was tried on small tensors
     model[0].grad = torch.full((1,), 255.0, dtype=torch.bfloat16)
     optimizer.step()

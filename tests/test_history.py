@@ -121,6 +121,6 @@ def test_the_longest_run_is_previewed_and_its_mistakes_are_found():
     plan = lm.Plan(lm.AdamW, lr=1e-3, schedule=lm.warmup("10%") >> lm.cosine())
     preview = plan.preview(nn.Linear(2, 2), steps=10**9)
     assert preview.peaks == ((1e-3, 10**8),)
-    bad = lm.Plan(lm.AdamW, lr=1e-3, schedule=lm.function(lambda step: 1.0 - step / 9e8))
+    bad = lm.Plan(lm.AdamW, lr=1e-3, schedule=lm.from_function(lambda step: 1.0 - step / 9e8))
     with pytest.raises(lm.ScheduleError, match="at step"):
         bad.preview(nn.Linear(2, 2), steps=10**9)

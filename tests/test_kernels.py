@@ -180,7 +180,7 @@ def test_mixed_dtypes_are_split(name):
     grads = [torch.ones_like(param) for param in params]
     batches = both(name, params, grads, **hyper)
     for batch in batches:
-        assert batch.grown == (name == "SGD")
+        assert batch.has_new_state == (name == "SGD")
         assert [float(step) for step in batch.steps] == [5.0] * 4
     assert_same(batches, 1e-2)
     for index, tolerance in ((0, 1e-6), (2, 1e-12), (3, 1e-6)):
@@ -260,7 +260,7 @@ def test_sparse_gradients_of_sgd(options):
         optimizer.step()
         apply([batch])
     assert_close(batch.params, [theirs.detach()], 1e-6)
-    assert batch.grown == bool(options)
+    assert batch.has_new_state == bool(options)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_momentum_may_begin_rest_and_come_back(prefer, dampening):
         batch.hyper = {**batch.hyper, "momentum": momentum}
         optimizer.step()
         apply([batch], prefer)
-        assert batch.grown == (t >= 2)
+        assert batch.has_new_state == (t >= 2)
     assert_close(batch.params, [theirs.detach()], 1e-6)
     assert_close(
         batch.columns["momentum_buffer"], [optimizer.state[theirs]["momentum_buffer"]], 1e-6
@@ -325,7 +325,7 @@ def test_rmsprop_momentum_may_begin_late():
         for momentum in (0.0, 0.9, 0.9):
             batch.grads, batch.hyper = [torch.ones(6)], {**batch.hyper, "momentum": momentum}
             apply([batch], prefer)
-        assert batch.grown
+        assert batch.has_new_state
         batches.append(batch)
     assert_same(batches, 1e-6)
 

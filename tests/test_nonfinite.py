@@ -41,7 +41,7 @@ def alike(before, after):
 
 @pytest.mark.filterwarnings("ignore:updates-round-away")  # LARS takes a thousandth of lr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}, {"gradients": lm.scale(0.5)}])
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}, {"gradients": lm.scale_gradients(0.5)}])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_bad_gradient_reaches_a_weight(name, clip, dtype):
     for bad in BAD:

@@ -152,7 +152,7 @@ def test_long_run_of_many_groups():
 
 
 def test_the_peak_is_found_between_samples():
-    spike = lm.function(lambda step: np.where(step == 77_777, 5.0, 1.0))
+    spike = lm.from_function(lambda step: np.where(step == 77_777, 5.0, 1.0))
     (row,) = lm.Plan("SGD", lr=0.1, schedule=spike).preview(Net(), steps=100_000).rows
     assert row.lr_peak == 0.5
     assert 0.5 in row.lr

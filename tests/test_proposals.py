@@ -247,7 +247,7 @@ VALUES = [
     ("plan(lr={'encoder': 0.1})", "Rule('encoder.*', lr=1e-4)", "rules({}, model=encoder())"),
     ("plan(lr=None)", "lr=1e-3", "plan(**dict({}))"),
     ("plan(lr=torch.tensor(0.1))", "float(tensor)", "plan(lr=float(torch.tensor(0.1)))"),
-    ("plan(lr=lambda step: 0.9**step)", "lamina.function(f)", "plan(lr=lamina.function(lambda t: 0.9**t))"),
+    ("plan(lr=lambda step: 0.9**step)", "lamina.from_function(f)", "plan(lr=lamina.from_function(lambda t: 0.9**t))"),
     ("rule('bn', thaw=True)", "frozen=False", "rule('bn', {})"),
     ("rule('bn', freeze=True)", "frozen=True", "rule('bn', {})"),
     ("rule('bn', thaw=None)", "thaw=500", "rule('bn', thaw=5)"),
@@ -450,7 +450,7 @@ def test_what_a_finding_proposes_ends_it(wrong, code, proposal, right):
 
 def test_every_finding_is_provoked():
     codes = set()
-    for module in ("resolve/findings", "runtime/monitor"):
+    for module in ("model/finding", "resolve/findings", "runtime/monitor"):
         for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
                 codes.add(node.args[0].value)

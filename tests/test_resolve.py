@@ -224,7 +224,10 @@ FINDINGS = [
     ),
     (lm.Plan("SGD", lr=1, nonfinite_check="norms", clip_norm=1, rules=[lm.Rule("head", lr=2)]), []),
     (lm.Plan("SGD", lr=1, nonfinite_check="norms", gradients=lm.clip_param_norm(1)), []),
-    (lm.Plan("SGD", lr=1, nonfinite_check="norms", gradients=[lm.scale(2), lm.agc(1)]), []),
+    (
+        lm.Plan("SGD", lr=1, nonfinite_check="norms", gradients=[lm.scale_gradients(2), lm.agc(1)]),
+        [],
+    ),
     (lm.Plan("SGD", lr=1, nonfinite="skip"), []),
     (lm.Plan("LBFGS", lr=1, nonfinite_check="norms"), []),
     (

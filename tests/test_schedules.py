@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lamina._util.grammar import parse, spell
+from lamina._util.grammar import parse, to_source
 from lamina.errors import PlanError, ScheduleError, TimeUnitError
 from lamina.schedules import (
     SCHEDULES,
@@ -16,18 +16,18 @@ from lamina.schedules import (
     cosine,
     cyclic,
     exponential,
-    function,
+    from_function,
     inverse_sqrt,
     linear,
-    multi_steps,
+    multi_step,
     noam,
     one_cycle,
     one_cycle_momentum,
     one_minus_sqrt,
+    piecewise,
     polynomial,
     repeat,
-    steps,
-    table,
+    step_decay,
     warm_restarts,
     warmup,
     wsd,
@@ -74,10 +74,10 @@ TABLE = {
     "polynomial": (polynomial(2.0, to=0.1), "factor", lambda t: 0.1 + 0.9 * (1 - t / 1000) ** 2),
     "one_minus_sqrt": (one_minus_sqrt(), "factor", lambda t: 1 - math.sqrt(t / 1000)),
     "exponential": (exponential(0.5, "1 epochs"), "factor", lambda t: 0.5 ** (t / 100)),
-    "steps": (steps("1 epochs", 0.5), "factor", lambda t: 0.5 ** (t // 100)),
-    "steps, uneven": (steps("7.5%", 0.5), "factor", lambda t: 0.5 ** (t // 75)),
-    "multi_steps": (
-        multi_steps([30, "8 epochs", "50%", 30], 0.3),
+    "steps": (step_decay("1 epochs", 0.5), "factor", lambda t: 0.5 ** (t // 100)),
+    "steps, uneven": (step_decay("7.5%", 0.5), "factor", lambda t: 0.5 ** (t // 75)),
+    "multi_step": (
+        multi_step([30, "8 epochs", "50%", 30], 0.3),
         "factor",
         lambda t: 0.3 ** sum(t >= m for m in (30, 30, 500, 800)),
     ),
@@ -150,12 +150,12 @@ TABLE = {
         lambda t: min(1, t / 100) if t < 800 else 1 - math.sqrt((t - 800) / 200),
     ),
     "table": (
-        table([(0, 1.0), ("50%", 0.5), (800, 0.8)]),
+        piecewise([(0, 1.0), ("50%", 0.5), (800, 0.8)]),
         "either",
         lambda t: float(np.interp(t, [0, 500, 800], [1.0, 0.5, 0.8])),
     ),
     "table, held": (
-        table([(100, 1.0), ("50%", 0.5)], held=True),
+        piecewise([(100, 1.0), ("50%", 0.5)], held=True),
         "either",
         lambda t: 1.0 if t < 500 else 0.5,
     ),
@@ -165,7 +165,7 @@ TABLE = {
         lambda t: 1 - (t % 100) / 100,
     ),
     "repeat, fitted": (
-        repeat(steps(100, 0.5), times=4),
+        repeat(step_decay(100, 0.5), times=4),
         "factor",
         lambda t: 0.5 ** (t % 250 // 100),
     ),
@@ -174,9 +174,9 @@ TABLE = {
         "factor",
         lambda t: min(1, t % 100 / 10),
     ),
-    "function": (function(lambda t: 0.99**t), "either", lambda t: 0.99**t),
+    "function": (from_function(lambda t: 0.99**t), "either", lambda t: 0.99**t),
     "function, looped": (
-        function(lambda t: 0.5 if t > 10 else 1),
+        from_function(lambda t: 0.5 if t > 10 else 1),
         "either",
         lambda t: 0.5 if t > 10 else 1,
     ),
@@ -240,7 +240,7 @@ def test_binding_twice_changes_nothing(name):
 def test_text_reads_back(name):
     schedule = TABLE[name][0]
     if not name.startswith("function"):
-        assert parse(spell(schedule, quote=False), SCHEDULES, "test") == schedule
+        assert parse(to_source(schedule, quote=False), SCHEDULES, "test") == schedule
         assert eval(repr(schedule), dict(SCHEDULES)) == schedule
 
 
@@ -257,9 +257,9 @@ def test_every_schedule_shows_formula_and_example(name):
 
 
 def test_jumps_hold_the_value_before_the_jump():
-    assert steps(100, length=300)(300) == pytest.approx(0.01)
-    assert multi_steps([100, 200], length=200)(500) == 0.1
-    assert table([(0, 1.0), (50, 0.5)], held=True, length=50)(80) == 1.0
+    assert step_decay(100, length=300)(300) == pytest.approx(0.01)
+    assert multi_step([100, 200], length=200)(500) == 0.1
+    assert piecewise([(0, 1.0), (50, 0.5)], held=True, length=50)(80) == 1.0
     assert warm_restarts(100, to=0.1, length=200)(250) == 0.1
     assert warm_restarts(100, mult=2, length=300)(300) == 0.0
     assert repeat(linear(to=0.2, length=50), times=2)(170) == pytest.approx(0.2)
@@ -267,7 +267,7 @@ def test_jumps_hold_the_value_before_the_jump():
 
 def test_an_open_schedule_goes_on():
     assert inverse_sqrt(100)(40_000) == 0.05
-    assert steps(100, 0.5)(1_000) == 0.5**10
+    assert step_decay(100, 0.5)(1_000) == 0.5**10
     assert cyclic(10, 0.5)(1_000_010) == 1.0
 
 
@@ -292,9 +292,9 @@ class TestErrors:
             (lambda: polynomial(0), "power=0"),
             (lambda: exponential(-0.9), "gamma=-0.9"),
             (lambda: exponential(0.9, every=0), "every=0"),
-            (lambda: steps(0), "every=0"),
-            (lambda: multi_steps(30), "a list of times"),
-            (lambda: multi_steps([30, -1]), "-1 is negative"),
+            (lambda: step_decay(0), "every=0"),
+            (lambda: multi_step(30), "a list of times"),
+            (lambda: multi_step([30, -1]), "-1 is negative"),
             (lambda: inverse_sqrt(0), "warmup=0"),
             (lambda: inverse_sqrt(0, timescale=0), "timescale=0"),
             (lambda: noam(0, 100), "d_model=0"),
@@ -311,16 +311,16 @@ class TestErrors:
             (lambda: warm_restarts(0), "first=0"),
             (lambda: warm_restarts(10, mult=0.5), "mult=0.5"),
             (lambda: warm_restarts(cycles=0), "cycles=0"),
-            (lambda: table([]), "at least one pair"),
-            (lambda: table([(0, 1.0), 5]), "at least one pair"),
-            (lambda: table([(0, -1.0)]), "points[0]=-1.0"),
+            (lambda: piecewise([]), "at least one pair"),
+            (lambda: piecewise([(0, 1.0), 5]), "at least one pair"),
+            (lambda: piecewise([(0, -1.0)]), "points[0]=-1.0"),
             (lambda: repeat(0.5), "expected a schedule"),
             (lambda: repeat(cosine(), times=0), "times=0"),
             (lambda: repeat(cosine(), period=0), "period=0"),
             (lambda: wsd(10, cosine()), "a factor with one"),
             (lambda: wsd(10, linear(0.1, 0.2, 5)), "a factor with one"),
             (lambda: wsd(10, linear(length=5), to=0.1), "write to= in the decay"),
-            (lambda: function(0.5), "a function of the step"),
+            (lambda: from_function(0.5), "a function of the step"),
             (lambda: cosine(0.1) * linear(0.1, 0.2), "is a value"),
             (lambda: warmup(10) >> cosine(0.1), "is a factor"),
         ],
@@ -338,7 +338,7 @@ class TestErrors:
             (cosine(length="11 epochs"), "lasts 1100 steps"),
             (repeat(linear(length=400), times=3), "lasts 1200 steps"),
             (cosine() >> linear(), "each last for the rest of the run"),
-            (table([("50%", 1.0), (400, 0.5)]), "steps 500, 400"),
+            (piecewise([("50%", 1.0), (400, 0.5)]), "steps 500, 400"),
             (repeat(linear(length=0)), "no period"),
             (repeat(constant()), "no period"),
         ],
@@ -362,7 +362,7 @@ class TestErrors:
 
     def test_a_function_that_fails_names_the_step(self):
         with pytest.raises(ScheduleError, match="at step 3: ZeroDivisionError"):
-            function(lambda t: 1 / (3 - t) if t < 9 else 1)(np.arange(5))
+            from_function(lambda t: 1 / (3 - t) if t < 9 else 1)(np.arange(5))
 
 
 def test_schedules_are_values():

@@ -9,10 +9,18 @@ import pytest
 
 import lamina as lm
 from lamina import schedules
-from lamina._util.grammar import parse, spell
+from lamina._util.grammar import parse, to_source
 from lamina._util.text import sparkline
 from lamina.errors import ScheduleError
-from lamina.schedules import SCHEDULES, Shape, cosine, function, linear, register_schedule, warmup
+from lamina.schedules import (
+    SCHEDULES,
+    Shape,
+    cosine,
+    from_function,
+    linear,
+    register_schedule,
+    warmup,
+)
 from lamina.schedules.duration import Run
 
 
@@ -47,7 +55,7 @@ def test_a_class_is_registered_bound_saved_and_read_back():
     teeth = parse("teeth(10%, depth=0.25) >> cosine(length=100)", {**SCHEDULES}, "test")
     assert teeth.phases[0] == Teeth("10%", 0.25)
     assert repr(teeth.phases[0]) == "teeth('10%', 0.25)"
-    assert parse(spell(teeth, quote=False), SCHEDULES, "test") == teeth
+    assert parse(to_source(teeth, quote=False), SCHEDULES, "test") == teeth
     bound = Teeth("10%").bind(Run(1000))
     assert bound(50) == 0.75
     assert bound(np.arange(1000)).tolist() == [bound(k) for k in range(1000)]
@@ -61,7 +69,9 @@ def test_a_function_is_registered_and_read_back():
     assert made(length=50)(20) == 1.0
     assert schedule(5) == 0.5
     assert parse("slow_start(length=50)", SCHEDULES, "test") == made(length=50)
-    assert spell(made(length=50) >> cosine(), quote=False) == "slow_start(length=50) >> cosine()"
+    assert (
+        to_source(made(length=50) >> cosine(), quote=False) == "slow_start(length=50) >> cosine()"
+    )
 
 
 def test_a_registered_function_is_in_a_plan_as_toml():
@@ -74,7 +84,7 @@ def test_a_registered_function_is_in_a_plan_as_toml():
 
 def test_own_schedules_survive_copies():
     registered = register_schedule("slow_start", slow_start)
-    for schedule in (Teeth(10), registered(), function(slow_start)):
+    for schedule in (Teeth(10), registered(), from_function(slow_start)):
         assert copy.deepcopy(schedule) == schedule
         assert pickle.loads(pickle.dumps(schedule)) == schedule
 

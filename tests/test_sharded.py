@@ -62,7 +62,9 @@ OTHERS = {
     "Adam": lm.Plan(lm.Adam, lr=0.01, amsgrad=True, clip_norm=0.1),
     "LAMB": lm.Plan(lm.LAMB, lr=0.01, gradients=[lm.clip_value(0.05)]),
     "LARS": lm.Plan(lm.LARS, lr=0.1, gradients=[lm.clip_param_norm(0.05)]),
-    "SGD": lm.Plan(lm.SGD, lr=0.1, gradients=[lm.agc(0.01), lm.scale(2.0), lm.clip_norm(0.1)]),
+    "SGD": lm.Plan(
+        lm.SGD, lr=0.1, gradients=[lm.agc(0.01), lm.scale_gradients(2.0), lm.clip_norm(0.1)]
+    ),
     "largest": lm.Plan(
         lm.SGD,
         lr=0.1,

@@ -349,7 +349,7 @@ def test_a_schedule_that_fails_at_the_clock_changes_nothing():
     def falls(step):
         return 1.5 - 0.001 * step
 
-    plan = lm.Plan(lm.SGD, lr=0.1, schedule=lm.function(falls))
+    plan = lm.Plan(lm.SGD, lr=0.1, schedule=lm.from_function(falls))
     model = encoder()
     optimizer = plan.build(model)
     state = copy.deepcopy(optimizer.state_dict())

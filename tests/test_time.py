@@ -126,7 +126,7 @@ def test_a_phase_that_needs_the_run_says_so():
 
 
 def test_accumulate_counts_batches():
-    plan = lm.Plan("SGD", lr=1.0, schedule=lm.steps("1 epochs", 0.5))
+    plan = lm.Plan("SGD", lr=1.0, schedule=lm.step_decay("1 epochs", 0.5))
     optimizer = plan.build(mlp(), epochs=2, steps_per_epoch=10, accumulate=4)
     assert [optimizer.resolved.run.steps, optimizer.resolved.run.steps_per_epoch] == [6, 3]
     preview = plan.preview(mlp(), epochs=2, steps_per_epoch=10, accumulate=4)

@@ -69,7 +69,7 @@ def test_numpy_numbers_are_written_as_numbers():
 def python_only():
     yield lm.Plan("SGD", lr=lambda info: 1.0), ["plan, lr", "<lambda>"]
     yield lm.Plan("SGD", lr=1, schedule=lambda step: 1.0), ["plan, schedule", "function"]
-    nested = lm.warmup(5) >> lm.function(lambda step: 1.0) * lm.constant(0.5)
+    nested = lm.warmup(5) >> lm.from_function(lambda step: 1.0) * lm.constant(0.5)
     yield lm.Plan("SGD", lr=1, schedule=nested), ["plan, schedule", "function"]
     yield lm.Plan("SGD", lr=1, rules=[lm.Rule(lambda info: True, lr=2)]), ["pattern", "<lambda>"]
     yield lm.Plan("SGD", lr=1, rules=[lm.Rule("a", lr=lambda info: 1)]), ["rule 'a', lr"]
@@ -108,7 +108,7 @@ BAD = [
     (HEAD + '[[rule]]\nmatch = "a"\nthaw = 0.5', ["rule 1", "thaw", "'50%'"]),
     (HEAD + 'schedule = "cosine(to=-1)"', ["schedule", "to=-1"]),
     (HEAD + "schedule = \"__import__('os')\"", ["schedule", "'__import__' is unknown"]),
-    (HEAD + 'schedule = "function(1)"', ["schedule", "'function' is unknown"]),
+    (HEAD + 'schedule = "from_function(1)"', ["schedule", "'from_function' is unknown"]),
     (HEAD + 'schedule = "' + "(" * 5000 + '"', ["schedule", "nested too deeply"]),
     (HEAD + 'momentum = "1e999999"', ["momentum=inf"]),
     (HEAD + "schedule = [1]", ["schedule"]),

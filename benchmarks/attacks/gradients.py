@@ -25,7 +25,7 @@ NORMS: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"clip_norm": 1.0},
     "rule": {"rules": [lm.Rule("0", clip_norm=1.0)]},
-    "scale": {"gradients": lm.scale(0.5)},
+    "scale": {"gradients": lm.scale_gradients(0.5)},
 }
 #: which parameters get it, and how much of them
 WHERE = ("first", "last", "all")

@@ -24,7 +24,7 @@ PLANS = [
     fuzz.PLANS[2],
     """
 optimizer = "AdamW"
-lr = "multi_steps([10, 20], start=1e-3)"
+lr = "multi_step([10, 20], start=1e-3)"
 weight_decay = "linear(0.1, 0.2)"
 clip_norm = 1.0
 feedback = "plateau('val_loss', factor=0.5, patience=2, cooldown=1)"

@@ -35,27 +35,27 @@ _SHOWN = 120
 WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "inf": math.inf}
 
 
-class Spelled:
+class Expression:
     """A frozen dataclass that prints as the call that makes it."""
 
     #: the name under which users call the constructor
-    spelling: ClassVar[str]
+    source_name: ClassVar[str]
 
-    def spelled(self, quote: bool) -> str:
+    def source_text(self, quote: bool) -> str:
         """The constructor call; with `quote=False` as it stands in TOML text."""
         parts = [_argument(name, item, quote) for name, item in _given(self)]
-        return f"{self.spelling}({', '.join(parts)})"
+        return f"{self.source_name}({', '.join(parts)})"
 
     def __repr__(self) -> str:
-        return self.spelled(True)
+        return self.source_text(True)
 
 
-def spell(value: object, quote: bool = True) -> str:
+def to_source(value: object, quote: bool = True) -> str:
     """A value as Python code, or with `quote=False` as it stands in TOML text."""
-    if isinstance(value, Spelled):
-        return value.spelled(quote)
+    if isinstance(value, Expression):
+        return value.source_text(quote)
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(spell(item, quote) for item in value) + "]"
+        return "[" + ", ".join(to_source(item, quote) for item in value) + "]"
     if value == math.inf:
         return 'float("inf")' if quote else "inf"
     if isinstance(value, float):
@@ -73,7 +73,7 @@ def _unquoted(text: str) -> bool:
 
 
 def _argument(name: str | None, value: object, quote: bool) -> str:
-    text = spell(value, quote)
+    text = to_source(value, quote)
     return f"{name}={text}" if name else text
 
 
@@ -161,7 +161,7 @@ class _Parser:
         return value
 
     def combine(self, op: str, left: Any, right: Any) -> Any:
-        if not (isinstance(left, Spelled) and isinstance(right, Spelled)):
+        if not (isinstance(left, Expression) and isinstance(right, Expression)):
             self.fail(f"{op!r} joins two schedules")
         try:
             return left >> right if op == ">>" else left * right  # type: ignore[operator]

@@ -157,7 +157,7 @@ class Batch:
     #: the name of the kernel to use where it can be
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
-    grown: bool = False
+    has_new_state: bool = False
     known_grads: list[torch.Tensor] | None = None
     suited: Any = None
 
@@ -194,7 +194,7 @@ def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
     return name
 
 
-def begun_dtype(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
+def state_dtype_of(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
     """The dtype of new state: that of the parameter, unless `state_dtype` asks for another."""
     wanted = hyper.get("state_dtype")
     if wanted is None or not param.is_floating_point():

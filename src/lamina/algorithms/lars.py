@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, begun_dtype, number, trust_ratio, widen
+from .base import Algorithm, Hyper, State, number, state_dtype_of, trust_ratio, widen
 
 
 @final
@@ -76,7 +76,7 @@ class LARS(Algorithm):
         change = lr * ratio * grad
         if momentum:
             old = state.get("momentum_buffer")  # None if the momentum was 0 until now
-            dtype = begun_dtype(param, hyper) if old is None else old.dtype
+            dtype = state_dtype_of(param, hyper) if old is None else old.dtype
             change = change if old is None else momentum * widen(old) + change
             state = {**state, "momentum_buffer": change.to(dtype)}
         return -change, state

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..errors import HyperparameterError
-from .base import Algorithm, Hyper, State, begun_dtype, number, widen
+from .base import Algorithm, Hyper, State, number, state_dtype_of, widen
 
 
 @final
@@ -83,7 +83,7 @@ class SGD(Algorithm):
                 buffer = direction.clone()
             else:
                 buffer = momentum * widen(old) + (1 - dampening) * direction
-            dtype = begun_dtype(param, hyper) if old is None else old.dtype
+            dtype = state_dtype_of(param, hyper) if old is None else old.dtype
             state = {**state, "momentum_buffer": buffer.to(dtype)}
             direction = direction + momentum * buffer if hyper["nesterov"] else buffer
         return -lr * direction, state

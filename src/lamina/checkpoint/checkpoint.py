@@ -25,7 +25,14 @@ import torch
 
 from ..errors import StateError
 from ..files.archives import load_plain
-from ..files.atomic import atomic, digest_of, legible, remove_leftovers, sync_folder, told
+from ..files.atomic import (
+    atomic,
+    digest_of,
+    remove_leftovers,
+    sync_folder,
+    wrap_read_errors,
+    wrap_write_errors,
+)
 from ..files.plain import check_given, told_deep
 
 #: where a run keeps its checkpoints
@@ -70,7 +77,7 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
     """
     check_given(step, content)
     home = Path(folder)
-    with told(home):
+    with wrap_write_errors(home):
         if not home.is_dir():
             home.mkdir()
             sync_folder(home.parent)
@@ -120,7 +127,7 @@ def _opened(path: Path) -> dict[str, Any]:
 
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
-    with legible(path), path.open("rb") as file:
+    with wrap_read_errors(path), path.open("rb") as file:
         return load_plain(file, path.stat().st_size, str(path), path)
 
 
@@ -129,7 +136,7 @@ def is_whole(path: Path) -> bool | None:
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
-    with legible(path):
+    with wrap_read_errors(path):
         return digest_of(path).startswith(match[3])
 
 
@@ -148,7 +155,7 @@ def candidates(folder: str | os.PathLike[str]) -> list[Path]:
     other not.
     """
     home = Path(folder)
-    with legible(home):
+    with wrap_read_errors(home):
         listed = [*home.iterdir()] if home.is_dir() else []
     matches = [(path, _NAME.fullmatch(path.name)) for path in listed]
     found = [(int(m[2]), _changed(path), m[1], path) for path, m in matches if m is not None]
@@ -214,7 +221,7 @@ def mark_best(path: str | os.PathLike[str]) -> None:
     """Give a checkpoint its second name; the best until now goes after that."""
     path = Path(path)
     target = path.with_name(path.name.replace("step-", "best-", 1))
-    with told(target):
+    with wrap_write_errors(target):
         if not target.exists():
             try:
                 os.link(path, target)
@@ -238,7 +245,7 @@ def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[s
     if keep < 1:
         raise StateError(f"checkpoint.prune was given keep={keep}; expected at least 1.")
     home, last = Path(folder), Path(newest)
-    with told(home):
+    with wrap_write_errors(home):
         files = [path for path in home.glob("step-*.pt") if _NAME.fullmatch(path.name)]
         files = [path for path in files if path.is_file()]  # of others nothing can be read
         files.sort(key=lambda path: (path.name == last.name, step_of(path), _changed(path)))
@@ -248,7 +255,7 @@ def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[s
 
 def tidy(folder: Path, damaged: Sequence[Path]) -> None:
     """Before going on in a folder: damaged files step aside, unfinished ones are removed."""
-    with told(folder):
+    with wrap_write_errors(folder):
         for path in damaged:
             for name in {path.name, path.name.replace("step-", "best-", 1)}:
                 each = path.with_name(name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import StateError, printable, shortened
-from ..files.atomic import legible
+from ..files.atomic import wrap_read_errors
 from ..state.schema import short
 from . import checkpoint
 
@@ -28,7 +28,7 @@ def inspect(path: Path) -> str:
     """
     lines = []
     whole: bool | None
-    with legible(path):
+    with wrap_read_errors(path):
         is_folder, is_there = path.is_dir(), path.exists()
     if is_folder:
         inner = path / checkpoint.FOLDER

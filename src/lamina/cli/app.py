@@ -20,7 +20,7 @@ from ..preview import Preview
 from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
 from ..training.interrupts import raising_on_terminate, signal_of
-from ..training.load import choose_plan, load_task, placed
+from ..training.load import choose_plan, error_location, load_task
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
 from ..training.session import batches
@@ -60,7 +60,7 @@ Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step
 
 
 @contextmanager
-def spoken() -> Iterator[None]:
+def cli_errors() -> Iterator[None]:
     """Errors as one paragraph and exit code 2; an interruption as a line; no traceback.
 
     The exit code of an interruption is the usual one: 130 after Ctrl-C, 143 after SIGTERM.
@@ -136,7 +136,7 @@ def run(
     cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
 ) -> None:
     """Announce the plan, train TASK by it, and show the result."""
-    with spoken():
+    with cli_errors():
         saved = None if resume is None else partial(saved_task, resume, BUILTIN)
         source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
         session = prepare(
@@ -181,7 +181,7 @@ def show(
     plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
 ) -> None:
     """Show what a plan would do with the model of TASK, without training."""
-    with spoken():
+    with cli_errors():
         source, plan_file = task_and_plan(["show"], (task, plan), task_option)
         preview = _preview(source, plan_file, epochs, steps, accumulate)
         console = Console()
@@ -208,7 +208,7 @@ def explain(
     accumulate: Accumulate = None,
 ) -> None:
     """Show the chain of rules behind every number of a parameter at a step."""
-    with spoken():
+    with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
         print(_preview(source, plan_file, epochs, None, accumulate).explain(name, step))
@@ -219,14 +219,14 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
 ) -> None:
     """Say what a saved file holds, without loading a model or a task."""
-    with spoken():
+    with cli_errors():
         print(describe(path))
 
 
 @app.command()
 def tasks() -> None:
     """List the built-in tasks."""
-    with spoken():
+    with cli_errors():
         for name in BUILTIN:
             task = load_task(name, BUILTIN)
             mark = "  (default)" if name == DEFAULT else ""
@@ -251,7 +251,7 @@ def _preview(
     length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}
     loader = task.data(settings.seed).train
     model = task.model()
-    with placed(place):
+    with error_location(place):
         return plan.preview(
             model,
             **length,

@@ -15,7 +15,7 @@ from ..errors import LaminaError, StateError
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn a failing disk into an error that names the file."""
     try:
         yield
@@ -27,7 +27,7 @@ def told(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def legible(path: Path) -> Iterator[None]:
+def wrap_read_errors(path: Path) -> Iterator[None]:
     """Turn a path or a file that cannot be read into an error that names it."""
     try:
         yield
@@ -80,7 +80,7 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
     Raises:
         LaminaError: if it cannot be written; nothing is left behind then.
     """
-    with told(path):
+    with wrap_write_errors(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         temporary = Path(name)
         try:

@@ -11,7 +11,7 @@ from ..algorithms.base import Batch
 from ..errors import NonFiniteError
 from ..model.parameters import ParamInfo
 from .norms import all_finite, each_norm, every_finite, finite, values_of
-from .operation import Operation, Work
+from .operation import Operation, ScopeGradients
 
 #: the operations of a scope with their numbers at this step
 Steps = Sequence[tuple[Operation, float]]
@@ -40,7 +40,7 @@ def operate(
     Raises:
         NonFiniteError: if a norm shows that a gradient is not finite; nothing was changed.
     """
-    work = Work(
+    work = ScopeGradients(
         [grad for batch in batches for grad in batch.grads],
         [param for batch in batches for param in batch.params],
         [infos[name] for batch in batches for name in batch.names],
@@ -81,14 +81,14 @@ def check_finite(batches: Sequence[Batch], clock: int, shards: Shards | None = N
                 raise nonfinite_error(name, clock)
 
 
-def _is_any_bad(batches: Sequence[Batch], work: Work) -> bool:
+def _is_any_bad(batches: Sequence[Batch], work: ScopeGradients) -> bool:
     """Return whether a gradient is not finite, on any process that has parts of them."""
     if work.shards is not None:
         return _bad_anywhere(batches, work.shards) is not None
     return not every_finite(work.grads)
 
 
-def _cause(batches: Sequence[Batch], work: Work, clock: int) -> NonFiniteError:
+def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFiniteError:
     """The error for norms that are not finite; names what was the first not to be."""
     if work.shards is not None:
         return _cause_anywhere(batches, work.shards, clock)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .._util.grammar import Spelled
+from .._util.grammar import Expression
 from .._util.numbers import python_number
 from .._util.sharding import Shards
 from ..algorithms.base import times
@@ -24,7 +24,7 @@ Grads = list[torch.Tensor]
 
 
 @dataclass
-class Work:
+class ScopeGradients:
     """The gradients of one scope on their way through its operations.
 
     `scale` is a factor still to be multiplied onto every gradient; `norms` the scalar tensors
@@ -72,7 +72,7 @@ class Work:
         self.scale = factor if self.scale is None else self.scale * factor
 
 
-class Operation(Spelled, ABC):
+class Operation(Expression, ABC):
     """One gradient operation of a scope; `amount` is its number, or a schedule of it.
 
     `measures` says whether it computes norms, which tell of a gradient that is not finite; `whole`
@@ -86,7 +86,7 @@ class Operation(Spelled, ABC):
     amount: Amount
 
     @abstractmethod
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         """Change the gradients of a scope; `amount` is the number at this step."""
 
     def check(self, low_open: bool = True) -> None:
@@ -96,7 +96,7 @@ class Operation(Spelled, ABC):
         if isinstance(amount, Schedule):
             if amount.kind == "factor":
                 raise PlanError(
-                    f"{self.spelling}({amount!r}): the schedule is a factor; a threshold is a "
+                    f"{self.source_name}({amount!r}): the schedule is a factor; a threshold is a "
                     "value: give it a start."
                 )
             return
@@ -104,7 +104,7 @@ class Operation(Spelled, ABC):
         if not ok or not 0 <= amount < math.inf or (low_open and amount == 0):
             limit = "above 0" if low_open else "of at least 0"
             raise PlanError(
-                f"{self.spelling} was given {amount!r}; expected a finite number {limit}."
+                f"{self.source_name} was given {amount!r}; expected a finite number {limit}."
             )
 
     def check_order(self, p: Any) -> None:
@@ -113,6 +113,6 @@ class Operation(Spelled, ABC):
         object.__setattr__(self, "p", p)
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
             raise PlanError(
-                f"{self.spelling} was given p={p!r}; expected a number above 0, or float('inf') "
+                f"{self.source_name} was given p={p!r}; expected a number above 0, or float('inf') "
                 "for the largest number."
             )

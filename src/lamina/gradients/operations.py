@@ -14,7 +14,7 @@ from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
 from .norms import clamped, values_of
-from .operation import Amount, Grads, Operation, Work
+from .operation import Amount, Grads, Operation, ScopeGradients
 
 _DOUBLE = (torch.float64, torch.complex128)
 
@@ -36,7 +36,7 @@ class ClipNorm(Operation):
     Source: Pascanu et al., On the difficulty of training recurrent neural networks (2013).
     """
 
-    spelling: ClassVar[str] = "clip_norm"
+    source_name: ClassVar[str] = "clip_norm"
     measures: ClassVar[bool] = True
     amount: Amount
     p: float = 2.0
@@ -45,7 +45,7 @@ class ClipNorm(Operation):
         self.check()
         self.check_order(self.p)
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         norm = work.total_norm(self.p)
         if work.scale is not None:
             norm = norm * work.scale.abs()
@@ -64,13 +64,13 @@ class ClipValue(Operation):
         clip_value(0.5)
     """
 
-    spelling: ClassVar[str] = "clip_value"
+    source_name: ClassVar[str] = "clip_value"
     amount: Amount
 
     def __post_init__(self) -> None:
         self.check()
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         work.grads = [_on_values(g, lambda x: clamped(x, amount)) for g in work.settle()]
 
 
@@ -85,7 +85,7 @@ class ClipParamNorm(Operation):
         clip_param_norm(0.1)
     """
 
-    spelling: ClassVar[str] = "clip_param_norm"
+    source_name: ClassVar[str] = "clip_param_norm"
     measures: ClassVar[bool] = True
     each: ClassVar[bool] = True
     amount: Amount
@@ -95,7 +95,7 @@ class ClipParamNorm(Operation):
         self.check()
         self.check_order(self.p)
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         work.settle()
         norms = work.each_norm(self.p)
         factors = [torch.clamp(amount / (norm + 1e-6), max=1.0) for norm in norms]
@@ -121,7 +121,7 @@ class AGC(Operation):
     (2021), equation 3.
     """
 
-    spelling: ClassVar[str] = "agc"
+    source_name: ClassVar[str] = "agc"
     measures: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     amount: Amount = 0.01
@@ -132,7 +132,7 @@ class AGC(Operation):
         object.__setattr__(self, "eps", python_number(self.eps))
         check_amount("agc", "eps", self.eps)
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         clipped = []
         for grad, param in zip(work.settle(), work.params, strict=True):
             dense = grad.to_dense() if grad.is_sparse else grad
@@ -144,21 +144,21 @@ class AGC(Operation):
 
 
 @dataclass(frozen=True, repr=False)
-class Scale(Operation):
+class ScaleGradients(Operation):
     """Multiply the gradients by a number (or by a schedule that is a value).
 
     Example:
-        >>> scale(0.1)
-        scale(0.1)
+        >>> scale_gradients(0.1)
+        scale_gradients(0.1)
     """
 
-    spelling: ClassVar[str] = "scale"
+    source_name: ClassVar[str] = "scale_gradients"
     amount: Amount
 
     def __post_init__(self) -> None:
         self.check(low_open=False)
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         if not work.grads:  # they are on other processes, but the norm of all is scaled here too
             work.multiply(torch.tensor(amount, dtype=torch.float64))
             return
@@ -171,15 +171,15 @@ class Scale(Operation):
 class Apply(Operation):
     """A function of one's own: `(grads, infos) -> grads`, lists of tensors and of `ParamInfo`."""
 
-    spelling: ClassVar[str] = "apply"
+    source_name: ClassVar[str] = "apply"
     whole: ClassVar[bool] = True
     function: Callable[[Grads, Sequence[ParamInfo]], Sequence[torch.Tensor]]
     amount: Amount = 1.0
 
-    def spelled(self, quote: bool) -> str:
+    def source_text(self, quote: bool) -> str:
         return f"apply({getattr(self.function, '__qualname__', repr(self.function))})"
 
-    def run(self, work: Work, amount: float) -> None:
+    def run(self, work: ScopeGradients, amount: float) -> None:
         given = work.settle()
         got = self._checked(self.function(list(given), work.infos), given, work.infos)
         work.made.append((self, got))
@@ -254,12 +254,12 @@ clip_norm = ClipNorm
 clip_value = ClipValue
 clip_param_norm = ClipParamNorm
 agc = AGC
-scale = Scale
+scale_gradients = ScaleGradients
 #: constructors by the name under which plans call them
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "agc": agc,
     "clip_norm": clip_norm,
     "clip_param_norm": clip_param_norm,
     "clip_value": clip_value,
-    "scale": scale,
+    "scale_gradients": scale_gradients,
 }

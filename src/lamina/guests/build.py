@@ -17,7 +17,7 @@ from .memory import GuestMemory
 from .rehearsal import alike, construct, rehearse
 
 
-def admit(
+def build_guest(
     optimizer: type[torch.optim.Optimizer],
     cells: Sequence[Cell],
     groups: Sequence[dict[str, Any]],

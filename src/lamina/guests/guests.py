@@ -14,7 +14,7 @@ from ..algorithms.base import Algorithm, Batch, Hyper, State, times
 from ..algorithms.registry import method_of, optimizer_name, settings_of
 from ..errors import PlanError, StateError
 from ..resolve.resolved import Cell
-from .build import admit
+from .build import build_guest
 from .memory import OURS, Contents, GuestMemory, apart, copies, is_torchs
 from .packing import UnwritableError, pack, unpack
 from .rehearsal import steps_with
@@ -49,8 +49,8 @@ class Guests:
     def __init__(self, cells: Sequence[Cell], groups: Sequence[dict[str, Any]], state: Any) -> None:
         self._of: dict[str, torch.optim.Optimizer] = {}
         #: what guests made when they were built, by parameter and by group: where they begin anew
-        self.begun: dict[str, dict[str, Any]] = {}
-        self.begun_groups: dict[str, dict[str, Any]] = {}
+        self.initial: dict[str, dict[str, Any]] = {}
+        self.initial_groups: dict[str, dict[str, Any]] = {}
         #: what each guest keeps beside the groups and the state of parameters
         self._memories: dict[torch.optim.Optimizer, GuestMemory] = {}
         #: by group: learning rates and the like that a guest keeps as tensors
@@ -63,7 +63,7 @@ class Guests:
             chosen = [i for i, cell in enumerate(cells) if cell.optimizer is optimizer]
             own = [groups[i] for i in chosen]
             its = [cells[i] for i in chosen]
-            guest, memory = admit(optimizer, its, own, state)
+            guest, memory = build_guest(optimizer, its, own, state)
             self._memories[guest] = memory
             self._of |= {group["name"]: guest for group in own}
             for cell, group in zip(its, own, strict=True):
@@ -96,10 +96,10 @@ class Guests:
     def _remember(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
         for group in groups:
             rest = {key: value for key, value in group.items() if key != "params"}
-            self.begun_groups[group["name"]] = deepcopy(rest)
+            self.initial_groups[group["name"]] = deepcopy(rest)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if state.get(param):  # most guests begin their state in their first step
-                    self.begun[name] = deepcopy(dict(state[param]))
+                    self.initial[name] = deepcopy(dict(state[param]))
 
     def read(self, group: Mapping[str, Any], param: torch.Tensor, entry: dict[str, Any]) -> None:
         """Let a group's guest bring a saved entry into its form of today, as in torch's load.
@@ -168,7 +168,7 @@ class Guests:
         """
         place = next(i for i, each in enumerate(group["params"]) if each is param)
         name = group["param_names"][place]
-        entry = self.begun.get(name, {})
+        entry = self.initial.get(name, {})
         for key, value in entry.items():
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape:
                 kind = optimizer_name(type(self._of[group["name"]]))
@@ -245,8 +245,8 @@ class Guests:
                 try:
                     group[key] = pack(group[key])
                 except UnwritableError as error:
-                    begun = self.begun_groups[group["name"]]
-                    if key in own and begun.get(key) is not group[key]:
+                    initial = self.initial_groups[group["name"]]
+                    if key in own and initial.get(key) is not group[key]:
                         raise _unwritable(guest, error, f"group {group['name']!r}", key) from None
                     del group[key]  # a setting of the plan's, or what every build puts there
                     own.discard(key)
@@ -384,9 +384,9 @@ class Guests:
     def _as_built(
         self, guest: torch.optim.Optimizer, group: dict[str, Any], parameter: str
     ) -> tuple[dict[str, Any], dict[str, Any], Contents]:
-        begun = self.begun_groups[group["name"]]
-        own = {key: begun[key] for key in self.own_keys(group["name"], begun)}
-        return self.begun.get(parameter, {}), own, self._memories[guest].read(guest, {}, [], {})
+        initial = self.initial_groups[group["name"]]
+        own = {key: initial[key] for key in self.own_keys(group["name"], initial)}
+        return self.initial.get(parameter, {}), own, self._memories[guest].read(guest, {}, [], {})
 
     def _failure(
         self,

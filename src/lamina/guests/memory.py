@@ -55,7 +55,7 @@ class GuestMemory:
             for value in group.values()
             if isinstance(value, torch.Tensor)
         ]
-        self._begun = copies(guest, own_attributes(guest), self._values)
+        self._initial_state = copies(guest, own_attributes(guest), self._values)
 
     @contextmanager
     def at_work(self, state: dict[Any, Any]) -> Iterator[None]:
@@ -89,7 +89,7 @@ class GuestMemory:
             tensors = list(_tensors(value))
             if any(id(tensor) in known for tensor in tensors):
                 continue  # where it looks for its parameters and values
-            now, begun = _form(value), _form(self._begun.get(name, _ABSENT))
+            now, begun = _form(value), _form(self._initial_state.get(name, _ABSENT))
             # Tensors may come from the weights at build, which are others after a load.
             if now is not _ABSENT and (tensors or not same(now, begun)):
                 found[name] = now
@@ -123,7 +123,7 @@ class GuestMemory:
         Raises:
             StateError: if the guest refuses what its own `state_dict` wrote.
         """
-        attributes = own_attributes(guest) | copies(guest, self._begun, self._values)
+        attributes = own_attributes(guest) | copies(guest, self._initial_state, self._values)
         for name, value in dict(written.get("attributes", {})).items():
             attributes[name] = _placed(unpack(value), attributes.get(name))
         loose = deepcopy(self._begun_loose)

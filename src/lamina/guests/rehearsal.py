@@ -118,7 +118,7 @@ class _Stage:
         ]
         self._settings = settings_of(optimizer).union(*values)
         self.values = values
-        self._begun = [dict(group) for group in self.groups]
+        self._initial_state = [dict(group) for group in self.groups]
         self.memory = GuestMemory(self.guest)
 
     def step(self, number: int, *, graph: bool, all_train: bool = False) -> None:
@@ -154,7 +154,7 @@ class _Stage:
         """What a checkpoint would hold of it, written to a file and read back."""
         groups = [
             {k: pack(v) for k, v in group.items() if self._is_own(k, v, begun)}
-            for group, begun in zip(self.groups, self._begun, strict=True)
+            for group, begun in zip(self.groups, self._initial_state, strict=True)
         ]
         entries = [[pack(dict(self.guest.state.get(p, {}))) for p in row] for row in self.params]
         content = {"groups": groups, "state": entries, "memory": self.memory.write(self.guest)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..algorithms.base import Batch, begun_dtype, times
+from ..algorithms.base import Batch, state_dtype_of, times
 
 _DEVICES = ("cpu", "cuda", "xpu")
 
@@ -53,7 +53,7 @@ def tensor_refusal(batch: Batch, index: int) -> str:
         return f"is on {param.device.type}"
     if type(param) not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(param):
         return f"is a {type(param).__name__}"
-    wanted = begun_dtype(param, batch.hyper)
+    wanted = state_dtype_of(param, batch.hyper)
     if wanted is not param.dtype:
         return f"is {short(param.dtype)} and its state is to be {short(wanted)}"
     for key, values in batch.columns.items():

@@ -9,7 +9,7 @@ import torch
 
 from .._util.blocks import PLAIN, block_length, in_blocks
 from ..algorithms.adam import AdamRule
-from ..algorithms.base import HALF, Batch, begun_dtype, number, times
+from ..algorithms.base import HALF, Batch, number, state_dtype_of, times
 from ..algorithms.lars import LARS
 from ..algorithms.muon import Muon, lr_ratio, orthogonalized
 from ..algorithms.rmsprop import RMSprop
@@ -108,10 +108,10 @@ def _begin_momentum(batch: Batch) -> set[int]:
     fresh = missing(batch, "momentum_buffer")
     for index in fresh:
         param = batch.params[index]
-        dtype = begun_dtype(param, batch.hyper)
+        dtype = state_dtype_of(param, batch.hyper)
         zeros = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         batch.columns["momentum_buffer"][index] = zeros
-        batch.grown = True
+        batch.has_new_state = True
     return set(fresh) if type(batch.algorithm) is SGD else set()
 
 

@@ -18,7 +18,7 @@ def differentiate(batch: Batch) -> None:
         for index, count in enumerate(batch.steps):
             count.detach().add_(1)
             _update(batch, index, int(count))
-    batch.grown = True
+    batch.has_new_state = True
 
 
 def _update(batch: Batch, index: int, step: int) -> None:

@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 
 #: batches by the kernel that is to update them
-Work = dict[Kernel, list[Batch]]
+KernelPlan = dict[Kernel, list[Batch]]
 
 
 def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
@@ -39,7 +39,7 @@ def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
     carry_out(assign(batches, prefer))
 
 
-def assign(batches: Sequence[Batch], prefer: str | None = None) -> Work:
+def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
     """Choose the kernels of all batches; nothing is changed.
 
     Arguments:
@@ -50,14 +50,14 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> Work:
     Raises:
         PlanError: a gradient is sparse and the rule is not made for that.
     """
-    work: Work = {}
+    work: KernelPlan = {}
     for batch in batches:
         if batch.params:
             work.setdefault(choose(batch, prefer)[0], []).append(batch)
     return work
 
 
-def carry_out(work: Work) -> None:
+def carry_out(work: KernelPlan) -> None:
     """One update of all batches, in place; their steps are counted."""
     done: list[Batch] = []
     with torch.no_grad():
@@ -70,7 +70,7 @@ def carry_out(work: Work) -> None:
                 raise
             done += batches
     for batch in done:
-        if batch.grown:
+        if batch.has_new_state:
             batch.kernel = None  # it was chosen before this state was there
 
 
@@ -166,7 +166,7 @@ class Split(Kernel):
                 part.grads = [batch.grads[i] for i in indices]
                 part.hyper, part.scale = batch.hyper, batch.scale
                 choose(part, self._prefer)[0].run([part])
-                if part.grown:
+                if part.has_new_state:
                     _give_back(part, batch, indices)
 
 
@@ -188,7 +188,7 @@ def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
         whole = batch.columns.setdefault(key, [None] * len(batch.params))
         for index, value in zip(indices, values, strict=True):
             whole[index] = value
-    part.grown, batch.grown = False, True
+    part.has_new_state, batch.has_new_state = False, True
 
 
 def _count(steps: list[torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from ..algorithms.base import HALF, Batch, begun_dtype, number
+from ..algorithms.base import HALF, Batch, number, state_dtype_of
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
 from ..algorithms.layer_adaptive import LayerAdaptiveAdam
@@ -77,10 +77,10 @@ def _rmsprop(batch: Batch, grads: Any) -> None:
         torch._foreach_addcdiv_(params, grads, roots, value=-lr)
         return
     for index in missing(batch, "momentum_buffer"):
-        dtype = begun_dtype(params[index], hyper)
+        dtype = state_dtype_of(params[index], hyper)
         zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
         columns["momentum_buffer"][index] = zeros
-        batch.grown = True
+        batch.has_new_state = True
     buffers = columns["momentum_buffer"]
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_addcdiv_(buffers, grads, roots)

@@ -125,7 +125,7 @@ def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) 
     if not fresh:
         _call_sgd(batch, batch.params, grads, buffers, momentum, False, inverse)
         return
-    batch.grown = True
+    batch.has_new_state = True
     for index in fresh:
         buffers[index] = torch.empty_like(batch.params[index], requires_grad=False)
     rest = sorted(set(range(len(buffers))) - set(fresh))

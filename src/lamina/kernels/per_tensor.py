@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..algorithms.base import Batch, begun_dtype, number, trust_ratio
+from ..algorithms.base import Batch, number, state_dtype_of, trust_ratio
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
 from ..algorithms.layer_adaptive import LayerAdaptiveAdam
@@ -70,10 +70,10 @@ def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
     changes: Any = torch._foreach_mul(grads, factors)
     if momentum:
         for index in missing(batch, "momentum_buffer"):
-            dtype = begun_dtype(params[index], hyper)
+            dtype = state_dtype_of(params[index], hyper)
             zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
             batch.columns["momentum_buffer"][index] = zeros
-            batch.grown = True
+            batch.has_new_state = True
         buffers = batch.columns["momentum_buffer"]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, changes)

@@ -58,7 +58,7 @@ def _update(batch: Batch, index: int, step: int) -> None:
         if column[index] is None or column[index].is_sparse:
             value = torch.view_as_complex(value) if pairs else value
             column[index] = _laid_out(value, batch.params[index])
-            batch.grown = True
+            batch.has_new_state = True
         elif value is not state[key]:
             state[key].copy_(value)
 
@@ -87,7 +87,7 @@ def _in_blocks(
 
     The rule goes by elements, so that its terms need not be as large as the parameter.
     """
-    new = {**state, **_begun(batch, param, grad, state, step)}
+    new = {**state, **_initial_state(batch, param, grad, state, step)}
     tensors = [param, grad, *new.values()]
     for its_param, its_grad, *values in in_blocks(tensors, block_length(param)):
         its_state = dict(zip(new, values, strict=True))
@@ -98,7 +98,9 @@ def _in_blocks(
     return new
 
 
-def _begun(batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int) -> State:
+def _initial_state(
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+) -> State:
     """Return room for the state that begins now, which an update of no elements tells."""
     few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]
     old = dict(zip(state, few[2:], strict=True))

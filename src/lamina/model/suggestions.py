@@ -81,12 +81,12 @@ _SETTINGS = (
 
 def _plain(value: object) -> str:
     """Return a value as the user would write it."""
-    from .._util.grammar import spell
+    from .._util.grammar import to_source
 
     if isinstance(value, (list, tuple)):
         inside = ", ".join(map(_plain, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
-    return re.sub(r"\b(?=[A-Za-z_]+\()", "lamina.", spell(value))
+    return re.sub(r"\b(?=[A-Za-z_]+\()", "lamina.", to_source(value))
 
 
 def nothing_matched(pattern: PatternLike, infos: Sequence[ParamInfo]) -> str:

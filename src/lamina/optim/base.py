@@ -171,7 +171,7 @@ class DropIn(Engine):
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
         kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
-        self._keep_grown(batches)
+        self._store_new_state(batches)
 
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
         batches = super()._collect(groups)

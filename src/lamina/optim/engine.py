@@ -10,7 +10,7 @@ import torch
 
 from .. import kernels
 from .._util.sharding import laid_out_as, unit_refusal
-from ..algorithms.base import Algorithm, Batch, Method, begun_dtype
+from ..algorithms.base import Algorithm, Batch, Method, state_dtype_of
 from ..errors import MismatchError, PlanError
 from ..kernels.memory_check import (
     Misfit,
@@ -100,7 +100,7 @@ class Engine(torch.optim.Optimizer):
     def _update(self) -> None:
         selected = self._collect(self.param_groups)
         kernels.apply(selected)
-        self._keep_grown(selected)
+        self._store_new_state(selected)
 
     def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
         """One batch for each group that has gradients.
@@ -266,11 +266,11 @@ class Engine(torch.optim.Optimizer):
         self._kept_batches.by_group.pop(id(group), None)  # kept batches hold them too
         for param in group["params"]:
             # A new dict: a state dict that was taken before holds the old one.
-            self.state[param] = self._begun(group, param)
+            self.state[param] = self._initial_state(group, param)
 
-    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+    def _initial_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         """The state of a parameter before its first update."""
-        return begun(param)
+        return initial_state(param)
 
     def restart_state(self, *which: str | torch.Tensor) -> None:
         """Begin the state of some parameters anew, in their size of now, as for a new optimizer.
@@ -302,7 +302,7 @@ class Engine(torch.optim.Optimizer):
         """Exchange the state of parameters for the one they have before their first update."""
         for group, param, _ in chosen:
             self._kept_batches.by_group.pop(id(group), None)
-            self.state[param] = self._begun(group, param)
+            self.state[param] = self._initial_state(group, param)
 
     def _new_batch(
         self,
@@ -340,7 +340,7 @@ class Engine(torch.optim.Optimizer):
             entry["step"] = new_step(param)
         if entry.keys() >= algorithm.init(_EMPTY, hyper).keys():
             return
-        dtype = begun_dtype(param, hyper)
+        dtype = state_dtype_of(param, hyper)
         for key, tensor in algorithm.init(param, hyper).items():
             if key not in entry:
                 entry[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -353,15 +353,15 @@ class Engine(torch.optim.Optimizer):
         by_id = {id(param): name for param, name in zip(group["params"], names, strict=True)}
         return [by_id[id(param)] for param in params]
 
-    def _keep_grown(self, batches: Sequence[Batch]) -> None:
+    def _store_new_state(self, batches: Sequence[Batch]) -> None:
         """Store the state tensors that an update brought into being."""
         for batch in batches:
-            if batch.grown:
+            if batch.has_new_state:
                 for key, column in batch.columns.items():
                     for param, tensor in zip(batch.params, column, strict=True):
                         if tensor is not None:
                             self.state[param][key] = tensor
-                batch.grown = False
+                batch.has_new_state = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: as in torch, not the hooks nor a patched `step`."""
@@ -389,7 +389,7 @@ def _is_of_its_shape(value: Any, param: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == param.shape
 
 
-def begun(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
+def initial_state(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
     """The state of a parameter before any tensor is needed: the count of its updates."""
     return {"step": new_step(param).fill_(steps)}
 

@@ -26,7 +26,7 @@ from ..resolve.findings import model_findings, turned_off, turned_on
 from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback
 from ..runtime.freezing import Freezer
-from ..runtime.gradient_tracker import Received
+from ..runtime.gradient_tracker import GradientTracker
 from ..state import LoadReport
 
 _REBUILD = (
@@ -44,7 +44,7 @@ def examine(
     model: nn.Module,
     after: int,
     load: LoadReport | None = None,
-    received: Received | None = None,
+    received: GradientTracker | None = None,
 ) -> tuple[Finding, ...]:
     """Everything by which a model and the optimizer of a plan have come apart.
 
@@ -80,7 +80,7 @@ def examine(
         *_exchanged_modules(freezer, model),
         *_unknown(resolved, owned, {id(param) for _, _, param in rows}),
         *_overlapping(owned),
-        *_silent(rows, groups, state, after, anew, received or Received()),
+        *_silent(rows, groups, state, after, anew, received or GradientTracker()),
         *_flags(freezer, groups),
         *moving_statistics(_frozen_by_hand(rows, freezer.active, resolved), seen),
         *model_findings(order, resolved.run, seen),
@@ -229,7 +229,7 @@ def _silent(
     state: Mapping[torch.Tensor, Mapping[str, Any]],
     after: int,
     new: Sequence[str],
-    received: Received,
+    received: GradientTracker,
 ) -> list[Finding]:
     """Parameters that trained for some steps and never received a gradient."""
     clock, seen = groups[0]["clock"], groups[0]["feedback"]

@@ -36,7 +36,7 @@ from ..runtime.audit import Audit
 from ..runtime.claims import Claim
 from ..runtime.exchange import BeforeForward, Exchange
 from ..runtime.freezing import Freezer
-from ..runtime.gradient_tracker import Received
+from ..runtime.gradient_tracker import GradientTracker
 from ..runtime.monitor import Monitor
 from ..runtime.ownership import refuse_foreign_writes
 from ..runtime.reports import begin_all
@@ -87,7 +87,7 @@ class Optimizer(Restorable):
         self._run_state = RunState()
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
-        self._received = Received()
+        self._received = GradientTracker()
         self._monitor = Monitor(resolved, self._notices, model)
         self._exchange = Exchange(model, resolved, owned)
         self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
@@ -102,7 +102,7 @@ class Optimizer(Restorable):
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
-                self.state[param].update(self._begun(group, param))
+                self.state[param].update(self._initial_state(group, param))
         with self._freezer.undone_on_error(owned):
             self._claim.enter(resumed=resume is not None)
             if resume is None:
@@ -371,7 +371,7 @@ class Optimizer(Restorable):
         kernels.carry_out(work)
         if sample is not None:
             self._monitor.compare(sample, self.clock)
-        self._keep_grown(own)
+        self._store_new_state(own)
         wrote = self._guests.own_writes(self._run_state.published)
         self._advance()
         if wrote:
@@ -420,7 +420,7 @@ class Optimizer(Restorable):
         begun = [
             self._guests.begin_anew(group, param)
             if group["name"] in self._guests
-            else self._begun(group, param)
+            else self._initial_state(group, param)
             for group, param, _ in chosen
         ]
         for (group, param, place), entry in zip(chosen, begun, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from .._util.notices import warn
 from .._util.sharding import is_flattened
-from ..algorithms.base import begun_dtype
+from ..algorithms.base import state_dtype_of
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import StateError
 from ..guests.memory import OURS
@@ -21,7 +21,7 @@ from ..model.ties import Watched
 from ..optim.run_state import RunState
 from ..resolve.resolved import NEVER
 from ..runtime.audit import Audit
-from ..runtime.gradient_tracker import Received
+from ..runtime.gradient_tracker import GradientTracker
 from ..state import Loaded, prepare
 from ..state.entries import evaluations
 from ..state.history import KEYS, written
@@ -36,7 +36,7 @@ class Restorable(Steerable):
     """An optimizer under a plan whose state can be saved and loaded."""
 
     _audit: Audit
-    _received: Received
+    _received: GradientTracker
     _ties: Watched
     _run_state: RunState
 
@@ -213,7 +213,7 @@ class Restorable(Steerable):
         self._ensure_state(algorithm, param, entry, group)
         # Whatever the momentum is now: a schedule or an override may have given it another value.
         if MOMENTUM in algorithm.buffers and MOMENTUM not in entry:
-            entry[MOMENTUM] = torch.full_like(param, math.nan, dtype=begun_dtype(param, group))
+            entry[MOMENTUM] = torch.full_like(param, math.nan, dtype=state_dtype_of(param, group))
 
     def _drop_states(self, before: Sequence[bool | None]) -> None:
         """Release the state of what froze now, or was loaded frozen, where the plan says so."""
@@ -227,9 +227,9 @@ class Restorable(Steerable):
             if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
                 self._drop_state(group)
 
-    def _begun(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+    def _initial_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         # Guests make their state themselves, where they find an empty one.
-        return {} if group["name"] in self._guests else super()._begun(group, param)
+        return {} if group["name"] in self._guests else super()._initial_state(group, param)
 
 
 def _never_updated(entry: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .._util.grammar import Spelled
+from .._util.grammar import Expression
 from .._util.numbers import check_amount, python_number
 from ..errors import HyperparameterError, PlanError
 from ..schedules import Schedule
@@ -13,7 +13,7 @@ from ..schedules import duration as time
 from ..schedules.duration import TimeLike
 
 
-class _Factor(Spelled):
+class _Factor(Expression):
     """A factor on what earlier rules gave, which is no number and cannot be multiplied with one."""
 
     def __mul__(self, other: object) -> Any:
@@ -41,7 +41,7 @@ class Times(_Factor):
         times(0.1)
     """
 
-    spelling: ClassVar[str] = "times"
+    source_name: ClassVar[str] = "times"
     factor: float | Schedule
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class ByDepth(_Factor):
     Source: Howard and Ruder, ULMFiT (2018), section 3.2, discriminative fine-tuning.
     """
 
-    spelling: ClassVar[str] = "by_depth"
+    source_name: ClassVar[str] = "by_depth"
     rate: float
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class ByDepth(_Factor):
 
 
 @dataclass(frozen=True, repr=False)
-class TopDown(Spelled):
+class TopDown(Expression):
     """Gradual unfreezing: the top layer thaws at `start`, each next lower one `every` later.
 
     Formula: a layer of rank r below the top thaws at `start + r * every`, rounded up.
@@ -100,7 +100,7 @@ class TopDown(Spelled):
     Source: Howard and Ruder, ULMFiT (2018), section 3.3, gradual unfreezing.
     """
 
-    spelling: ClassVar[str] = "top_down"
+    source_name: ClassVar[str] = "top_down"
     every: TimeLike
     start: TimeLike | None = None
 

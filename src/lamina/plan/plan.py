@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._util.grammar import parse, spell
+from .._util.grammar import parse, to_source
 from ..algorithms.registry import optimizer_class, optimizer_name
 from ..errors import PlanError
 from ..model.patterns import PatternLike, compile_pattern
@@ -48,7 +48,7 @@ class Rule:
         clip_norm: the largest norm of the gradients of all these parameters together; a number,
             a schedule that is a value, or None for no clipping.
         gradients: gradient operations instead of clip_norm: `clip_norm(...)`, `clip_value(...)`,
-            `clip_param_norm(...)`, `agc(...)`, `scale(...)`, a function
+            `clip_param_norm(...)`, `agc(...)`, `scale_gradients(...)`, a function
             `(grads, infos) -> grads`, or a list of these, in order; None for nothing.
         **hyper: hyperparameters of the optimizer: a number, a schedule that is a value, a function
             `(ParamInfo) -> float`, or a factor on what earlier rules gave (`times`, `by_depth`).
@@ -146,7 +146,7 @@ class Plan:
             raise PlanError(f"nonfinite={nonfinite!r} is unknown; expected 'raise' or 'skip'.")
         if isinstance(stop, type):
             raise PlanError(
-                f"stop={getattr(stop, 'spelling', stop.__name__)} is not called; write "
+                f"stop={getattr(stop, 'source_name', stop.__name__)} is not called; write "
                 "stop=lamina.early_stop('val_loss')."
             )
         if isinstance(stop, str):
@@ -326,7 +326,7 @@ def _argument_text(value: object) -> str:
         return optimizer_name(value)
     if callable(value) and not isinstance(value, Schedule):
         return _callable_name(value)
-    return spell(value)
+    return to_source(value)
 
 
 def _callable_name(value: object) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-from .._util.grammar import Spelled
+from .._util.grammar import Expression
 from ..errors import PlanError
 from ..schedules import duration as time
 from ..schedules.duration import Run, TimeLike
@@ -24,10 +24,10 @@ Seen = Mapping[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
-class Reaction(Spelled, ABC):
+class Reaction(Expression, ABC):
     """What all reactions share: the metric they watch and when it counts as better."""
 
-    spelling: ClassVar[str] = ""
+    source_name: ClassVar[str] = ""
     metric: str
 
     @property
@@ -43,17 +43,18 @@ class Reaction(Spelled, ABC):
         """Raise `PlanError` for arguments that cannot be meant."""
         if not (isinstance(self.metric, str) and self.metric.isidentifier()):
             raise PlanError(
-                f"{self.spelling} was given the metric {self.metric!r}; expected the name used in "
-                f"optimizer.report(...), such as {_as_name(self.metric)!r}."
+                f"{self.source_name} was given the metric {self.metric!r}; expected the name used "
+                f"in optimizer.report(...), such as {_as_name(self.metric)!r}."
             )
         if mode not in ("min", "max"):
-            raise PlanError(f"{self.spelling} was given mode={mode!r}; expected 'min' or 'max'.")
+            raise PlanError(f"{self.source_name} was given mode={mode!r}; expected 'min' or 'max'.")
         time.parse(patience)
         for key, number in numbers.items():
             ok = isinstance(number, (int, float)) and not isinstance(number, bool)
             if not ok or not 0 <= number < math.inf:
                 raise PlanError(
-                    f"{self.spelling} was given {key}={number!r}; expected a number of at least 0."
+                    f"{self.source_name} was given {key}={number!r}; expected a number of at "
+                    "least 0."
                 )
 
 
@@ -116,7 +117,7 @@ class Plateau(Reaction):
         plateau('val_loss', factor=0.5, patience=2)
     """
 
-    spelling: ClassVar[str] = "plateau"
+    source_name: ClassVar[str] = "plateau"
     _: KW_ONLY
     factor: float = 0.1
     patience: TimeLike = 10
@@ -182,7 +183,7 @@ class EarlyStop(Reaction):
         early_stop('val_loss', patience=3)
     """
 
-    spelling: ClassVar[str] = "early_stop"
+    source_name: ClassVar[str] = "early_stop"
     _: KW_ONLY
     patience: TimeLike = 3
     min_delta: float = 0.0
@@ -238,7 +239,7 @@ class OnPlateau(Reaction):
         on_plateau('val_loss', patience=2)
     """
 
-    spelling: ClassVar[str] = "on_plateau"
+    source_name: ClassVar[str] = "on_plateau"
     _: KW_ONLY
     patience: TimeLike = 10
     threshold: float = 1e-4

@@ -11,11 +11,11 @@ from typing import Any
 
 import tomli_w
 
-from .._util.grammar import Spelled, spell
+from .._util.grammar import Expression, to_source
 from ..algorithms.registry import OPTIMIZERS, optimizer_name
 from ..errors import LaminaError, PlanError, printable, shortened
 from ..gradients.operations import Apply
-from ..schedules import function as Function
+from ..schedules import from_function as FromFunction
 from .plan import Plan, Rule
 
 #: no plan is larger, and a parser should not be handed a file of gigabytes
@@ -107,7 +107,7 @@ def write(plan: Plan) -> str:
     if plan.nonfinite_check != "all":
         table["nonfinite_check"] = plan.nonfinite_check
     if plan.stop is not None:
-        table["stop"] = spell(plan.stop, quote=False)
+        table["stop"] = to_source(plan.stop, quote=False)
     rules = []
     for rule in plan.rules:
         if not isinstance(rule.match, str):
@@ -125,9 +125,9 @@ def write(plan: Plan) -> str:
 def _value(value: Any, where: str) -> Any:
     if isinstance(value, type):
         return _registered(value, where)
-    if isinstance(value, Spelled):
+    if isinstance(value, Expression):
         _refuse_functions(value, where)
-        return spell(value, quote=False)
+        return to_source(value, quote=False)
     if isinstance(value, tuple):
         return [_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if value is None:
@@ -140,14 +140,14 @@ def _value(value: Any, where: str) -> Any:
 
 
 def _refuse_functions(value: Any, where: str) -> None:
-    if isinstance(value, (Function, Apply)):
+    if isinstance(value, (FromFunction, Apply)):
         raise PlanError(
             f"{where}: {value!r} is a Python function, which TOML cannot hold; "
             "keep the plan in Python."
         )
     for part in vars(value).values():
         for item in part if isinstance(part, tuple) else (part,):
-            if isinstance(item, Spelled):
+            if isinstance(item, Expression):
                 _refuse_functions(item, where)
 
 

@@ -18,7 +18,7 @@ from ..errors import HyperparameterError, PlanError, TimeUnitError
 from ..gradients.operation import Operation
 from ..gradients.operations import OPERATIONS, Apply
 from ..model.suggestions import written_as
-from ..schedules import SCHEDULES, Schedule, cosine, function
+from ..schedules import SCHEDULES, Schedule, cosine, from_function
 from ..schedules import duration as time
 from .operators import (
     Times,
@@ -229,7 +229,7 @@ def _factor(value: Any, place: str) -> Schedule | None:
                 f"{place}={value!r}: expected a schedule, a function of the step, or None."
                 f"{_as_schedule(value)}"
             )
-        value = function(value)
+        value = from_function(value)
     schedule: Schedule | None = value
     if schedule is not None and schedule.kind == "value":
         raise PlanError(

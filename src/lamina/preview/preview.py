@@ -129,7 +129,7 @@ class Preview:
         before = values_at(self.resumed.before, step, self.resumed.past)
         return spliced(before, after, step, self.resumed.clock)
 
-    def _lived(self, step: int) -> tuple[Resolved, Feedback]:
+    def _feedback_at(self, step: int) -> tuple[Resolved, Feedback]:
         """What the plan was settled to at a step: before its clock, a resumed run was another."""
         resumed = self.resumed
         if resumed is None or resumed.before is None or step >= resumed.clock:
@@ -141,13 +141,13 @@ class Preview:
 
         Before the clock of a resumed run these are its groups as they were.
         """
-        resolved, feedback = self._lived(step)
+        resolved, feedback = self._feedback_at(step)
         values = values_at(resolved, step, feedback)
         return {cell.name: values.hyper(i) for i, cell in enumerate(resolved.cells)}
 
     def explain(self, name: str, step: int = 0) -> Explanation:
         """The chain of rules behind every number of a parameter at a step."""
-        resolved, feedback = self._lived(step)
+        resolved, feedback = self._feedback_at(step)
         return explain(resolved, name, step, feedback)
 
     def plot(self, path: str | os.PathLike[str] | None = None, ax: Axes | None = None) -> Figure:

@@ -125,8 +125,8 @@ def _row(preview: Preview, values: Values, index: int) -> Row:
 
 def _operation_text(operation: Operation, start: float | None, end: float | None) -> str:
     """A gradient operation with its number as it moves; more arguments, or none, as written."""
-    plain = repr(operation) == f"{operation.spelling}({operation.amount!r})"
-    return f"{operation.spelling} {span(start, end)}" if plain else repr(operation)
+    plain = repr(operation) == f"{operation.source_name}({operation.amount!r})"
+    return f"{operation.source_name} {span(start, end)}" if plain else repr(operation)
 
 
 def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]) -> str:

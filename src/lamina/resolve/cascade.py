@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._util.grammar import spell
+from .._util.grammar import to_source
 from .._util.numbers import check_amount, python_number
 from ..algorithms.registry import hyperparameters, known_hyperparameter, optimizer_name
 from ..errors import HyperparameterError, PatternError, PlanError
@@ -54,7 +54,7 @@ class Draft:
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
-        self.chains.setdefault(key, []).append(Link(rule, spelled(value), spelled(result)))
+        self.chains.setdefault(key, []).append(Link(rule, shown_value(value), shown_value(result)))
 
     def credit(self, rule: int, key: str, value: object) -> None:
         """Remember which rules a setting comes from; a factor keeps those before it."""
@@ -64,20 +64,20 @@ class Draft:
             self.sources[key] = [rule]
 
 
-def spelled(value: object) -> str:
+def shown_value(value: object) -> str:
     """A value as an explanation shows it."""
     if isinstance(value, Setting):
-        parts = [spelled(value.scale)] if value.scale != 1 or not value.curves else []
-        return " * ".join(parts + [f"({spell(curve)})" for curve in value.curves])
+        parts = [shown_value(value.scale)] if value.scale != 1 or not value.curves else []
+        return " * ".join(parts + [f"({to_source(curve)})" for curve in value.curves])
     if isinstance(value, tuple):
-        return "(" + ", ".join(spelled(item) for item in value) + ")"
+        return "(" + ", ".join(shown_value(item) for item in value) + ")"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, type):
         return optimizer_name(value)
     if callable(value) and not isinstance(value, Schedule):
         return str(getattr(value, "__qualname__", type(value).__name__))
-    return spell(value)
+    return to_source(value)
 
 
 def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
@@ -182,7 +182,7 @@ def _apply(
         windows = settle(settings, below_top, info, run, where, draft.windows)
         draft.windows = windows if info.differentiable else NEVER  # it can never have a gradient
         text = {key: settings[key] for key in WINDOW if key in settings}
-        shown = ", ".join(f"{key}={spelled(value)}" for key, value in text.items())
+        shown = ", ".join(f"{key}={shown_value(value)}" for key, value in text.items())
         reason = "" if info.differentiable else f" ({info.dtype} has no gradients)"
         text_now = window_text(draft.windows) + reason
         draft.chains.setdefault("window", []).append(Link(rule, shown, text_now))
@@ -214,7 +214,7 @@ def _plain(value: Any, info: ParamInfo, where: str) -> Setting:
             raise PlanError(
                 f"{where}: the function failed for {info.name!r}: {type(error).__name__}: {error}. "
                 "It is called with the ParamInfo of each parameter (name, shape, ndim, ...); a "
-                "function of the step is written lamina.function(f)."
+                "function of the step is written lamina.from_function(f)."
             ) from error
         check_amount(f"{where}, for {info.name!r}", "", value)
         value = float(value)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .._util.grammar import spell
+from .._util.grammar import to_source
 from ..algorithms.registry import optimizer_name
 from ..errors import PatternError
 from ..model.suggestions import missing_name
 from ..plan.history import LONGEST_HISTORY
-from .cascade import spelled
+from .cascade import shown_value
 from .resolved import Cell, Link, Resolved
 from .timeline import Feedback, Values, values_at
 from .windows import window_text
@@ -79,7 +79,9 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         lines.append(Line("frozen_state", cell.frozen_state, chains["frozen_state"]))
     hyper = values.hyper(index)
     for key, value in hyper.items():
-        chain = chains.get(key, (Link("default", optimizer_name(cell.optimizer), spelled(value)),))
+        chain = chains.get(
+            key, (Link("default", optimizer_name(cell.optimizer), shown_value(value)),)
+        )
         if key == "lr":
             chain = (*chain, *_lr_factors(values, cell, step, chains))
         history = feedback.overrides.get(cell.name, ())
@@ -88,11 +90,11 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
             chain = (*chain, link)
         for begin, changed in history:
             if key in changed and begin <= step:
-                chain = (*chain, Link(f"override at {begin}", spelled(changed[key]), ""))
-        lines.append(Line(key, spelled(value), chain))
+                chain = (*chain, Link(f"override at {begin}", shown_value(changed[key]), ""))
+        lines.append(Line(key, shown_value(value), chain))
     if cell.scope is not None:
         shown = ", ".join(
-            f"{operation.spelling} {spelled(amount)}"
+            f"{operation.source_name} {shown_value(amount)}"
             if operation.amount != 1.0
             else repr(operation)
             for operation, amount in values.operations(cell.scope)
@@ -110,15 +112,17 @@ def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> list[Link
     links = []
     if cell.schedule is not None:
         rule = chains["schedule"][-1].rule
-        factor = spelled(float(cell.schedule(step)))
-        links.append(Link(rule, f"schedule {spell(cell.schedule)}", f"x {factor}"))
+        factor = shown_value(float(cell.schedule(step)))
+        links.append(Link(rule, f"schedule {to_source(cell.schedule)}", f"x {factor}"))
     if cell.feedback is not None:
         link = chains["feedback"][-1]
         links.append(
-            Link(link.rule, link.operation, f"x {spelled(values.reaction(cell.feedback))}")
+            Link(link.rule, link.operation, f"x {shown_value(values.reaction(cell.feedback))}")
         )
     if cell.rewarm is not None:
-        links.append(Link(chains["rewarm"][-1].rule, f"rewarm {spell(cell.rewarm)}", "after thaw"))
+        links.append(
+            Link(chains["rewarm"][-1].rule, f"rewarm {to_source(cell.rewarm)}", "after thaw")
+        )
     if not values.inside(cell):
         links.append(Link("window", window_text(cell.windows), "0 while frozen"))
     return links

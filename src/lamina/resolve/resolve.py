@@ -69,7 +69,7 @@ def resolve_owned(
     _refuse_tensors(cells, {item.info.name: item for item in owned})
     for scope in scopes:
         for operation, amount in scope.operations:
-            binder.judge_all(amount.curves, f"{operation.spelling} of {scope.name}")
+            binder.judge_all(amount.curves, f"{operation.source_name} of {scope.name}")
     chains = {
         name: {key: tuple(links) for key, links in draft.chains.items()}
         for draft in drafts

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class Received:
+class GradientTracker:
     """The parameters that had a gradient since the step `since`, by name.
 
     Lamina's own algorithms count the updates of each parameter; guests need not have any state,

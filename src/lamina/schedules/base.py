@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from .._util.grammar import Spelled, spell
+from .._util.grammar import Expression, to_source
 from .._util.text import sparkline
 from ..errors import ScheduleError
 from .duration import Run
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 FACTOR, VALUE, EITHER = "factor", "value", "either"
 
 
-class Schedule(Spelled, ABC):
+class Schedule(Expression, ABC):
     """What all schedules share: `a >> b` one after the other, `a * b` product, calling."""
 
     @property
@@ -122,7 +122,7 @@ class Schedule(Spelled, ABC):
 def _refuse(schedule: Schedule, op: str, other: object) -> None:
     """Raise `ScheduleError` for what people join with a schedule; of others Python says enough."""
     if isinstance(other, type) and issubclass(other, Schedule):
-        raise ScheduleError(f"{other.spelling} is not called; write {other.spelling}(...).")
+        raise ScheduleError(f"{other.source_name} is not called; write {other.source_name}(...).")
     if op == "*" and isinstance(other, (int, float)):
         raise ScheduleError(
             f"{schedule!r} cannot be multiplied with the number {other!r}; write lr={other!r} and "
@@ -168,13 +168,13 @@ def _run_of(schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch:
 class Sequence(Schedule):
     """Schedules one after the other; at most one of them may last for the rest of the run."""
 
-    spelling: ClassVar[str] = ">>"
+    source_name: ClassVar[str] = ">>"
     phases: tuple[Schedule, ...]
 
     def __post_init__(self) -> None:
         joined_kind(">>", self.phases)
 
-    def spelled(self, quote: bool) -> str:
+    def source_text(self, quote: bool) -> str:
         return " >> ".join(spell_part(phase, quote) for phase in self.phases)
 
     @property
@@ -238,14 +238,14 @@ class Sequence(Schedule):
 class Product(Schedule):
     """The product of two schedules."""
 
-    spelling: ClassVar[str] = "*"
+    source_name: ClassVar[str] = "*"
     left: Schedule
     right: Schedule
 
     def __post_init__(self) -> None:
         joined_kind("*", (self.left, self.right))
 
-    def spelled(self, quote: bool) -> str:
+    def source_text(self, quote: bool) -> str:
         return " * ".join(spell_part(part, quote) for part in (self.left, self.right))
 
     @property
@@ -269,8 +269,8 @@ class Product(Schedule):
 def spell_part(schedule: Schedule, quote: bool) -> str:
     """A part of a composition, in brackets where its meaning would change without them."""
     if isinstance(schedule, (Sequence, Product)):
-        return f"({schedule.spelled(quote)})"
-    return spell(schedule, quote)
+        return f"({schedule.source_text(quote)})"
+    return to_source(schedule, quote)
 
 
 def steps_text(amount: Fraction) -> str:

@@ -36,7 +36,7 @@ class Repeat(Schedule):
         0.5
     """
 
-    spelling: ClassVar[str] = "repeat"
+    source_name: ClassVar[str] = "repeat"
     schedule: Schedule
     times: int | None = None
     period: TimeLike | None = None

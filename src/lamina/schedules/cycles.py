@@ -42,7 +42,7 @@ class Cyclic(Shape):
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017).
     """
 
-    spelling: ClassVar[str] = "cyclic"
+    source_name: ClassVar[str] = "cyclic"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("up", "down")
     up: TimeLike
@@ -102,7 +102,7 @@ class WarmRestarts(Shape):
     Source: Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
-    spelling: ClassVar[str] = "warm_restarts"
+    source_name: ClassVar[str] = "warm_restarts"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("first",)
     first: TimeLike | None = None

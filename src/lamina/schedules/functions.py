@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._util.grammar import spell
+from .._util.grammar import to_source
 from ..errors import ScheduleError
 from .base import EITHER, Floats, Schedule
 from .duration import TimeLike
@@ -24,7 +24,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {}
 class Computed(Shape):
     """A schedule whose formula is a Python function of the step."""
 
-    spelling: ClassVar[str] = "computed"
+    source_name: ClassVar[str] = "computed"
     needs_length: ClassVar[bool] = False
     f: Callable[[Any], Any]
     length: TimeLike | None = None
@@ -53,7 +53,7 @@ class Computed(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Function(Computed):
+class FromFunction(Computed):
     """Any function of the step, as a factor or as a value, depending on where it stands.
 
     Formula: `f(t)`, with t counted from the first step of this phase.
@@ -63,15 +63,15 @@ class Function(Computed):
         length: how long, in any unit of time; the rest of the run by default.
 
     Example:
-        >>> function(lambda t: 0.95**t)(0)
+        >>> from_function(lambda t: 0.95**t)(0)
         1.0
     """
 
-    spelling: ClassVar[str] = "function"
+    source_name: ClassVar[str] = "from_function"
 
-    def spelled(self, quote: bool) -> str:
+    def source_text(self, quote: bool) -> str:
         name = getattr(self.f, "__qualname__", repr(self.f))
-        return f"function({name}{'' if self.length is None else f', length={self.length!r}'})"
+        return f"from_function({name}{'' if self.length is None else f', length={self.length!r}'})"
 
 
 @lru_cache(maxsize=256)
@@ -92,11 +92,11 @@ def _takes_arrays(f: Callable[[Any], Any]) -> bool:
 class Registered(Computed):
     """A function of the step with a name, under which TOML can hold it."""
 
-    spelling: ClassVar[str] = "registered"
+    source_name: ClassVar[str] = "registered"
     name: str = field(default="", kw_only=True)
 
-    def spelled(self, quote: bool) -> str:
-        length = "" if self.length is None else f"length={spell(self.length, quote)}"
+    def source_text(self, quote: bool) -> str:
+        length = "" if self.length is None else f"length={to_source(self.length, quote)}"
         return f"{self.name}({length})"
 
 
@@ -140,7 +140,7 @@ def register_schedule(name: str, schedule: Any) -> Callable[..., Schedule]:
     if name in SCHEDULES and not _same(SCHEDULES[name], made):
         raise ScheduleError(f"the name {name!r} is taken by another schedule; choose another.")
     if isinstance(made, type):
-        made.spelling = name
+        made.source_name = name
     SCHEDULES[name] = made
     return made
 

@@ -19,7 +19,7 @@ from .shape import Jumping, Shape, check_finite, check_positive
 
 
 @dataclass(frozen=True, repr=False)
-class Steps(Jumping):
+class StepDecay(Jumping):
     """Lower by a factor after every period (step decay).
 
     Formula: `start * gamma ** floor(t / every)`, with start 1 for a factor.
@@ -31,11 +31,11 @@ class Steps(Jumping):
         length: how long in all; the rest of the run by default.
 
     Example:
-        >>> steps(every=30, gamma=0.1)(59)
+        >>> step_decay(every=30, gamma=0.1)(59)
         0.1
     """
 
-    spelling: ClassVar[str] = "steps"
+    source_name: ClassVar[str] = "step_decay"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("every",)
     every: TimeLike
@@ -56,7 +56,7 @@ class Steps(Jumping):
 
 
 @dataclass(frozen=True, repr=False)
-class MultiSteps(Jumping):
+class MultiStep(Jumping):
     """Lower by a factor at every milestone.
 
     Formula: `start * gamma ** (how many milestones <= t)`, with start 1 for a factor.
@@ -68,11 +68,11 @@ class MultiSteps(Jumping):
         length: how long in all; the rest of the run by default.
 
     Example:
-        >>> multi_steps([30, 80], gamma=0.5)(80)
+        >>> multi_step([30, 80], gamma=0.5)(80)
         0.25
     """
 
-    spelling: ClassVar[str] = "multi_steps"
+    source_name: ClassVar[str] = "multi_step"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("milestones",)
     milestones: Many[TimeLike]
@@ -102,7 +102,7 @@ class MultiSteps(Jumping):
 
 
 @dataclass(frozen=True, repr=False)
-class Table(Jumping):
+class Piecewise(Jumping):
     """Numbers at points in time; as factors or as values, depending on where it stands.
 
     Formula: the straight line between neighbouring points, or the number of the last point
@@ -114,11 +114,11 @@ class Table(Jumping):
         length: how long in all; the rest of the run by default.
 
     Example:
-        >>> table([(0, 1.0), (100, 0.5)])(50)
+        >>> piecewise([(0, 1.0), (100, 0.5)])(50)
         0.75
     """
 
-    spelling: ClassVar[str] = "table"
+    source_name: ClassVar[str] = "piecewise"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("points",)
     points: Many[tuple[TimeLike, float]]
@@ -130,7 +130,7 @@ class Table(Jumping):
         if not pairs or not all(_is_pair(pair) for pair in pairs):
             raise ScheduleError(
                 f"table was given points={self.points!r}; expected at least one pair of a time "
-                "and a number, such as table([(0, 1.0), ('50%', 0.1)])."
+                "and a number, such as piecewise([(0, 1.0), ('50%', 0.1)])."
             )
         for index, (_, number) in enumerate(pairs):
             check_finite(self, **{f"points[{index}]": number})

@@ -51,7 +51,7 @@ class OneCycle(Shape):
     Source: Smith and Topin, Super-Convergence (2018).
     """
 
-    spelling: ClassVar[str] = "one_cycle"
+    source_name: ClassVar[str] = "one_cycle"
     pct_start: float = 0.3
     div_factor: float = 25.0
     final_div_factor: float = 1e4
@@ -90,7 +90,7 @@ class OneCycleMomentum(Shape):
     Source: Smith and Topin, Super-Convergence (2018).
     """
 
-    spelling: ClassVar[str] = "one_cycle_momentum"
+    source_name: ClassVar[str] = "one_cycle_momentum"
     low: float = 0.85
     high: float = 0.95
     pct_start: float = 0.3
@@ -122,7 +122,7 @@ def _check_cycle(cycle: OneCycle | OneCycleMomentum) -> None:
     most = 0.5 if cycle.three_phase else 1.0
     if cycle.pct_start > most:
         raise ScheduleError(
-            f"{cycle.spelling} was given pct_start={cycle.pct_start!r}; expected a share of the "
+            f"{cycle.source_name} was given pct_start={cycle.pct_start!r}; expected a share of the "
             f"length, 0 to {most:g}{' with three phases' if cycle.three_phase else ''}."
         )
     check_choice(cycle, "anneal_strategy", cycle.anneal_strategy, _WAVES)

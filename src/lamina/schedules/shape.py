@@ -44,8 +44,8 @@ class Shape(Schedule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "spelling" not in vars(cls):
-            cls.spelling = cls.__name__
+        if "source_name" not in vars(cls):
+            cls.source_name = cls.__name__
 
     def __post_init__(self) -> None:
         for name in (*self.spans, "length"):
@@ -124,7 +124,7 @@ def _with_length(shape: _S, length: int) -> _S:
 class Jumping(Shape):
     """A shape made of jumps: its left limit at the end is the value of the last step."""
 
-    spelling: ClassVar[str] = "jumping"
+    source_name: ClassVar[str] = "jumping"
 
     def end(self, length: float) -> float:
         return float(self.shape(np.array([max(math.ceil(length) - 1.0, 0.0)]), length)[0])
@@ -150,11 +150,11 @@ def check_finite(schedule: Schedule, **numbers: object) -> None:
             if isinstance(number, str):
                 hint = f" A length of time is given by name: length={number!r}."
             raise ScheduleError(
-                f"{schedule.spelling} was given {name}={number!r}; expected a number.{hint}"
+                f"{schedule.source_name} was given {name}={number!r}; expected a number.{hint}"
             )
         if not 0 <= number < math.inf:
             raise ScheduleError(
-                f"{schedule.spelling} was given {name}={number!r}; "
+                f"{schedule.source_name} was given {name}={number!r}; "
                 "expected a finite number of at least 0."
             )
 
@@ -165,7 +165,7 @@ def check_positive(schedule: Schedule, **times_or_numbers: object) -> None:
         amount = time.parse(given).amount if isinstance(given, str) else given
         if amount == 0:
             raise ScheduleError(
-                f"{schedule.spelling} was given {name}={given!r}; expected more than 0."
+                f"{schedule.source_name} was given {name}={given!r}; expected more than 0."
             )
 
 
@@ -173,7 +173,7 @@ def check_choice(schedule: Schedule, name: str, given: object, choices: tuple[st
     """Raise `ScheduleError` unless a word is one of those that there are."""
     if given not in choices:
         raise ScheduleError(
-            f"{schedule.spelling} was given {name}={given!r}; expected one of "
+            f"{schedule.source_name} was given {name}={given!r}; expected one of "
             f"{', '.join(map(repr, choices))}."
         )
 
@@ -185,5 +185,6 @@ def check_count(schedule: Schedule, **numbers: object) -> None:
             continue
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ScheduleError(
-                f"{schedule.spelling} was given {name}={number!r}; expected a whole number above 0."
+                f"{schedule.source_name} was given {name}={number!r}; expected a whole number "
+                "above 0."
             )

@@ -29,7 +29,7 @@ class Constant(Shape):
         0.5
     """
 
-    spelling: ClassVar[str] = "constant"
+    source_name: ClassVar[str] = "constant"
     needs_length: ClassVar[bool] = False
     value: float = 1.0
     length: TimeLike | None = None
@@ -66,7 +66,7 @@ class Linear(Shape):
         0.5
     """
 
-    spelling: ClassVar[str] = "linear"
+    source_name: ClassVar[str] = "linear"
     start: float | None = None
     to: float = 0.0
     length: TimeLike | None = None
@@ -87,7 +87,7 @@ class Fall(Shape):
     Formula: `to + (start - to) * fall(t / length)`.
     """
 
-    spelling: ClassVar[str] = "fall"
+    source_name: ClassVar[str] = "fall"
     start: float | None = None
     to: float = 0.0
     length: TimeLike | None = None
@@ -125,7 +125,7 @@ class Cosine(Fall):
     Source: Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
-    spelling: ClassVar[str] = "cosine"
+    source_name: ClassVar[str] = "cosine"
 
     def fall(self, share: Floats) -> Floats:
         return half_wave(share)
@@ -152,7 +152,7 @@ class OneMinusSqrt(Fall):
     Durations (2024), equation 1.
     """
 
-    spelling: ClassVar[str] = "one_minus_sqrt"
+    source_name: ClassVar[str] = "one_minus_sqrt"
 
     def fall(self, share: Floats) -> Floats:
         return 1.0 - np.sqrt(share)
@@ -177,7 +177,7 @@ class Polynomial(Shape):
         0.25
     """
 
-    spelling: ClassVar[str] = "polynomial"
+    source_name: ClassVar[str] = "polynomial"
     power: float = 1.0
     start: float | None = None
     to: float = 0.0
@@ -195,7 +195,7 @@ class Polynomial(Shape):
 
 @dataclass(frozen=True, repr=False)
 class Exponential(Shape):
-    """Continuous decay by a factor in every period; `steps(...)` does the same in jumps.
+    """Continuous decay by a factor in every period; `step_decay(...)` does the same in jumps.
 
     Formula: `start * gamma ** (t / every)`, with start 1 for a factor.
 
@@ -210,7 +210,7 @@ class Exponential(Shape):
         0.5
     """
 
-    spelling: ClassVar[str] = "exponential"
+    source_name: ClassVar[str] = "exponential"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("every",)
     gamma: float

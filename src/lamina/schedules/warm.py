@@ -28,7 +28,7 @@ class Warmup(Shape):
         0.5
     """
 
-    spelling: ClassVar[str] = "warmup"
+    source_name: ClassVar[str] = "warmup"
     length: TimeLike
     start: float = 0.0
 
@@ -64,7 +64,7 @@ class InverseSqrt(Shape):
     Source: Vaswani et al., Attention Is All You Need (2017), section 5.3, scaled to a peak of 1.
     """
 
-    spelling: ClassVar[str] = "inverse_sqrt"
+    source_name: ClassVar[str] = "inverse_sqrt"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("warmup", "timescale")
     warmup: TimeLike
@@ -102,7 +102,7 @@ class Noam(Shape):
     Source: Vaswani et al., Attention Is All You Need (2017), equation 3.
     """
 
-    spelling: ClassVar[str] = "noam"
+    source_name: ClassVar[str] = "noam"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("warmup",)
     d_model: int

@@ -60,7 +60,7 @@ def _operations(resolved: Resolved, planned: Run, clock: int, values: Values) ->
             with suppress(TimeUnitError):  # epochs of an unknown length
                 before = float(operation.amount.bind(planned)(clock))
                 if not close(before, now):
-                    kind = operation.spelling
+                    kind = operation.source_name
                     yield Changed(scope.name, kind, before, now, count, moves=True)
 
 

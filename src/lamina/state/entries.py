@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm, begun_dtype
+from ..algorithms.base import Algorithm, state_dtype_of
 from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
 from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
 from ..model.parameters import ParamInfo
-from ..optim.engine import begun
+from ..optim.engine import initial_state
 from ..resolve.resolved import Cell
 from .schema import MOMENTUM, Entry, number_of_steps
 
@@ -136,7 +136,7 @@ def own_entry(
     assert algorithm is not None
     saved = {key: value for key, value in (entry.values or {}).items() if value is not None}
     steps = number_of_steps(info.name, saved.pop("step")) if "step" in saved else None
-    fitted = begun(param, steps or 0)
+    fitted = initial_state(param, steps or 0)
     left = [key for key in saved if key not in algorithm.buffers]
     if steps == 0 and not any(map(_filled, saved.values())):
         return fitted, left  # never updated: at most room was made for its tensors
@@ -149,7 +149,7 @@ def own_entry(
         if cell.constants.get("state_dtype") is None:
             dtype = torch.promote_types(value.dtype, param.dtype)
         else:
-            dtype = begun_dtype(param, cell.constants)
+            dtype = state_dtype_of(param, cell.constants)
         fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):
@@ -196,7 +196,7 @@ def whole_entry(
     infos: Sequence[ParamInfo], param: torch.Tensor, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The memory of L-BFGS, which lies with the first parameter; raises `StateError`."""
-    fitted = begun(param) | {
+    fitted = initial_state(param) | {
         key: copied(value, param.device) for key, value in values.items() if key != "step"
     }
     places = fitted.get("places")

@@ -13,7 +13,7 @@ from ..resolve.resolved import Resolved
 from ..resolve.timeline import Feedback, Values, values_at
 from ..schedules.duration import Run, parse
 from .compare import TOLERANCE, differences
-from .history import lived_of
+from .history import restore_history
 from .load import clock_of, in_order
 from .match import match
 from .report import Changed, jumps, length_of, settled_anew
@@ -95,10 +95,10 @@ def resume_from(
         )
     resolved, before = settled(settle, run, saved, extend, renamed)
     matched = match(saved, in_order(resolved), renamed)
-    lived = lived_of(saved, matched, resolved)[0]
-    past = lived if before is None else lived_of(saved, matched, before)[0]
-    changed = differences(saved, matched, resolved, clock, values_at(resolved, clock, lived))
-    return Resumed(resolved, before, clock, lived, past, saved.run, saved.settled_for, changed)
+    feedback = restore_history(saved, matched, resolved)[0]
+    past = feedback if before is None else restore_history(saved, matched, before)[0]
+    changed = differences(saved, matched, resolved, clock, values_at(resolved, clock, feedback))
+    return Resumed(resolved, before, clock, feedback, past, saved.run, saved.settled_for, changed)
 
 
 def settled(
@@ -118,8 +118,8 @@ def settled(
     stretched = settle(run)
     if extend is None:
         matched = match(saved, in_order(before), renamed)
-        lived = [lived_of(saved, matched, each)[0] for each in (before, stretched)]
-        difference = first_difference(before, stretched, clock_of(saved)[0], *lived)
+        feedback = [restore_history(saved, matched, each)[0] for each in (before, stretched)]
+        difference = first_difference(before, stretched, clock_of(saved)[0], *feedback)
         if difference:
             raise StateError(
                 f"the saved run was planned for {length_of(planned)}, this one has "
@@ -147,7 +147,7 @@ def _check_way(extend: Any, renamed: Any, resumed: bool) -> None:
 
 
 def first_difference(
-    one: Resolved, other: Resolved, clock: int, lived: Feedback, lived_other: Feedback
+    one: Resolved, other: Resolved, clock: int, feedback: Feedback, lived_other: Feedback
 ) -> str:
     """In words, a value that differs between two settlements from the clock on; "" if none."""
     impatient = _patience(one, other)
@@ -166,7 +166,7 @@ def first_difference(
     steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
     inside = [step for step in edges if clock <= step <= last]
     steps = np.union1d(steps, np.array(inside, dtype=np.int64))
-    pair = values_at(one, steps, lived), values_at(other, steps, lived_other)
+    pair = values_at(one, steps, feedback), values_at(other, steps, lived_other)
     seen = set()
     for name, first in one.cell_of.items():
         indices = first, other.cell_of[name]
@@ -211,7 +211,7 @@ def _threshold(pair: tuple[Values, Values], scope: int, steps: Any) -> Any:
     for (operation, one), (_, other) in listed:
         told = _apart(one, other, steps)
         if told:
-            return operation.spelling, told
+            return operation.source_name, told
     return None
 
 

@@ -42,7 +42,7 @@ def _unwritten(group: Group, key: str, absent: Any) -> Any:
 
 
 @reading("what the saved run has lived through")
-def lived_of(
+def restore_history(
     saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[Feedback, tuple[str, ...]]:
     """What a saved run has lived through, by the present groups, and in words what is lost of it.

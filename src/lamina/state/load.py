@@ -17,7 +17,7 @@ from ..guests.memory import OURS, Contents
 from ..guests.packing import unpack
 from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
-from ..optim.engine import begun
+from ..optim.engine import initial_state
 from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback, values_at
 from .compare import differences
@@ -32,7 +32,7 @@ from .entries import (
     own_entry,
     whole_entry,
 )
-from .history import lived_of
+from .history import restore_history
 from .lost import has_begun, refuse_lost
 from .match import match
 from .report import LoadReport, few
@@ -71,7 +71,7 @@ def prepare(
     resolved, saved = optimizer.resolved, read(state_dict)
     matched = match(saved, _as_now(resolved, optimizer.param_groups), renamed)
     clock, clock_from = clock_of(saved)
-    lived, lost = lived_of(saved, matched, resolved)
+    lived, lost = restore_history(saved, matched, resolved)
     values = values_at(resolved, clock, lived)
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
@@ -168,7 +168,7 @@ class _Fitting:
         told: Entry | None = None  # the entry whose group speaks for this one
         for info, param in zip(cell.parameters, group["params"], strict=True):
             entry = self.entries.pop(info.name, None)
-            self.state[param] = begun(param) if own else self._guest_begun(info)
+            self.state[param] = initial_state(param) if own else self._guest_begun(info)
             if entry is None or (own and not entry.values):
                 # Of parts of FSDP1, what was never updated is left out of a saved state.
                 part = entry is not None and is_flattened(param) and "clock" in entry.group
@@ -186,7 +186,7 @@ class _Fitting:
                 elif not own:
                     _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
-            first = self._guests.begun_groups[cell.name]
+            first = self._guests.initial_groups[cell.name]
             keys = self._guests.own_keys(cell.name, first)
             saved = _carried(cell, group, told.group) if told else {}
             self.groups[cell.name] = {key: copied(first[key], None) for key in keys} | saved
@@ -207,7 +207,7 @@ class _Fitting:
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
         """The state of a guest's parameter as it was when the guest was built: mostly empty."""
-        values = self._guests.begun.get(info.name, {})
+        values = self._guests.initial.get(info.name, {})
         return {key: copied(value, None) for key, value in values.items()}
 
     def _keep(
@@ -239,7 +239,7 @@ class _Fitting:
         """Fit the memory of L-BFGS, which is of all parameters in one order."""
         infos = [info for cell in resolved.cells for info in cell.parameters]
         params = [param for group in groups for param in group["params"]]
-        self.state = {param: begun(param) for param in params}
+        self.state = {param: initial_state(param) for param in params}
         names = [info.name for info in infos]
         saved = {name: self.entries[name] for name in self.entries}
         known = [name for name in names if self.entries.pop(name, None) is not None]

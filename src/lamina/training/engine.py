@@ -15,7 +15,7 @@ from ..plan.plan import Plan
 from ..schedules.duration import TimeLike
 from .devices import begin, end, is_first
 from .folder_lock import FolderLock
-from .load import choose_plan, load_task, placed
+from .load import choose_plan, error_location, load_task
 from .loaders import has_own_order
 from .records import Listener
 from .result import Result
@@ -81,7 +81,7 @@ def prepare(
         undo.callback(end, accelerator)
         data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
-        with placed(place):
+        with error_location(place):
             session = Session(*made, folder, start, extend, lock)
         undo.pop_all()  # the session has them now
     return session

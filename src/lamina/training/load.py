@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
-from ..files.atomic import legible
+from ..files.atomic import wrap_read_errors
 from ..plan.plan import Plan
-from .task import FROM_FILE, Task, spoken, where
+from .task import FROM_FILE, Task, in_one_line, where
 
 
 def load_task(
@@ -48,7 +48,7 @@ def load_task(
             f"there is no task {text!r}; expected a Python file, or one of: "
             f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
         )
-    with legible(path):
+    with wrap_read_errors(path):
         is_file = path.is_file()
     if not is_file:
         raise TaskError(f"{text}: there is no such task file; check the path.")
@@ -66,7 +66,7 @@ def choose_plan(task: Task, plan: Plan | str | os.PathLike[str] | None) -> tuple
 
 
 @contextmanager
-def placed(place: str) -> Iterator[None]:
+def error_location(place: str) -> Iterator[None]:
     """Name the file in what a plan, read without fault, gets wrong about a model."""
     try:
         yield
@@ -103,7 +103,7 @@ def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
         else:
             fix = "Correct it and try again."
         raise TaskError(
-            f"{where(error, place)}: the task cannot be imported: {spoken(error)}. {fix}"
+            f"{where(error, place)}: the task cannot be imported: {in_one_line(error)}. {fix}"
         ) from error
 
 

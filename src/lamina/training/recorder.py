@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import LaminaError, StateError
-from ..files.atomic import atomic, told
+from ..files.atomic import atomic, wrap_write_errors
 from .records import Event, StepRecord, Validation
 
 
@@ -22,7 +22,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with told(path):
+        with wrap_write_errors(path):
             self._file = path.open("a", encoding="utf-8")
         claim(self._file, path)
 
@@ -38,18 +38,18 @@ class Recorder:
 
     def sync(self) -> int:
         """Make every line durable; returns the length of the file in bytes."""
-        with told(self.path):
+        with wrap_write_errors(self.path):
             os.fsync(self._file.fileno())
             return self._file.tell()
 
     def close(self) -> None:
         """Write no more."""
-        with told(self.path):
+        with wrap_write_errors(self.path):
             self._file.close()
 
     def _write(self, kind: str, fields: dict[str, Any]) -> None:
         line = json.dumps(_finite({"kind": kind, **fields}), allow_nan=False, ensure_ascii=False)
-        with told(self.path):
+        with wrap_write_errors(self.path):
             # One write of the whole line: a run that is stopped here leaves no half of one.
             self._file.write(line + "\n")
             self._file.flush()
@@ -96,7 +96,7 @@ def cut_back(path: Path, length: int) -> None:
     """
     if not path.exists():
         return
-    with told(path), path.open("r+b") as file:
+    with wrap_write_errors(path), path.open("r+b") as file:
         claim(file, path)
         kept = file.read(length)
         more = file.read(1)
@@ -119,7 +119,7 @@ def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, flo
     """
     if not path.exists():
         return [], 0
-    with told(path), path.open("rb") as file:
+    with wrap_write_errors(path), path.open("rb") as file:
         rows = [_row(line) for line in file.read(length).splitlines()]
     found = dict(row for row in rows if row)
     first = clock

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import LaminaError, PlanError, StateError
-from ..files.atomic import atomic, legible, remove_leftovers, told
+from ..files.atomic import atomic, remove_leftovers, wrap_read_errors, wrap_write_errors
 from ..files.plain import check_values
 from ..plan.plan import Plan
 from ..preview import Preview
@@ -36,7 +36,7 @@ PENDING = "plan"
 
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds something beside the lock of a run."""
-    with told(folder):
+    with wrap_write_errors(folder):
         is_there, is_folder = folder.exists(), folder.is_dir()
         holds = is_folder and any(path.name not in LOCK_FILES for path in folder.iterdir())
     if is_there and not is_folder:
@@ -61,7 +61,7 @@ class RunFolder:
         self._about: dict[str, Any] = {}
         if folder is not None:
             check_free(folder)
-            with told(folder):
+            with wrap_write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             self.path = folder
             return
@@ -70,7 +70,7 @@ class RunFolder:
         for number in range(1, 1000):
             self.path = Path("runs") / (name if number == 1 else f"{name}-{number}")
             try:
-                with told(self.path):
+                with wrap_write_errors(self.path):
                     self.path.mkdir(parents=True)
                 return
             except LaminaError as error:
@@ -83,7 +83,7 @@ class RunFolder:
         """The folder of a run that goes on, cleared of files that it was killed while writing."""
         made = cls.__new__(cls)
         made.path, made.saved, made._about = folder, [], {}
-        with told(folder):
+        with wrap_write_errors(folder):
             for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
                 remove_leftovers(folder / name)
         return made
@@ -120,7 +120,7 @@ class RunFolder:
         text, name = plan_text(plan)
         other = self.path / (PLAN if name == PLAN_AS_PYTHON else PLAN_AS_PYTHON)
         self._text(name, text)
-        with told(other):
+        with wrap_write_errors(other):
             other.unlink(missing_ok=True)
 
     @property
@@ -132,7 +132,7 @@ class RunFolder:
         """Draw the lr of every group."""
         target = self.path / "lr.png"
         temporary = self.path / ".lr.png"
-        with told(target):
+        with wrap_write_errors(target):
             try:
                 preview.plot(temporary)
                 temporary.replace(target)
@@ -166,7 +166,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         StateError: if the folder is not that of a run.
     """
-    with legible(folder):
+    with wrap_read_errors(folder):
         is_folder, is_there = folder.is_dir(), folder.exists()
     if not is_folder:
         what = "is a file" if is_there else "there is no such folder"

@@ -179,7 +179,7 @@ class Task:
         except Exception as error:
             raise TaskError(
                 f"{where(error, self.place)}: {function}() failed with "
-                f"{spoken(error)}. Correct it, or install what it needs."
+                f"{in_one_line(error)}. Correct it, or install what it needs."
             ) from error
 
     def _wrong(self, what: str, given: object, expected: str) -> TaskError:
@@ -199,7 +199,7 @@ def where(error: BaseException, place: str) -> str:
     return f"{place}, line {same[-1]}" if same else place
 
 
-def spoken(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception on one line."""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(text.split()).rstrip(".")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ...schedules import exponential, multi_steps, steps
+from ...schedules import exponential, multi_step, step_decay
 from .curve import Curve, check_share, formula, made, whole
 from .ledger import Multiplier, Rate
 
@@ -32,7 +32,9 @@ class StepLR(Curve):
         super().__init__(optimizer, last_epoch, verbose)
 
     def _wave(self, epoch: float) -> float:
-        return formula(made(steps, whole(self, "step_size", self.step_size), self.gamma), epoch)
+        return formula(
+            made(step_decay, whole(self, "step_size", self.step_size), self.gamma), epoch
+        )
 
 
 class MultiStepLR(Curve):
@@ -55,7 +57,7 @@ class MultiStepLR(Curve):
 
     def _wave(self, epoch: float) -> float:
         return formula(
-            made(multi_steps, tuple(sorted(self.milestones.elements())), self.gamma), epoch
+            made(multi_step, tuple(sorted(self.milestones.elements())), self.gamma), epoch
         )
 
 
