@@ -45,9 +45,7 @@ LAYERS = [
 LAZY_UPWARD = {
     ("lamina.plan.plan", "preview"): "Plan.preview",
     ("lamina.plan.plan", "optimizer"): "Plan.build",
-    ("lamina.state.load", "optimizer"): "type of an argument",
     ("lamina.optimizer.scheduler_view", "optimizer"): "type of an argument",
-    ("lamina.optim.run_state", "state"): "type of a field",
 }
 
 

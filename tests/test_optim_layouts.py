@@ -9,7 +9,7 @@ from torch import nn
 import lamina as lm
 from lamina import optim
 from lamina.kernels import choose
-from lamina.optim.engine import _follow
+from lamina.optim.updates import _move_to
 from reference.runner import assert_close
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -171,7 +171,7 @@ def test_state_follows_a_model_to_another_device():
     optimizer.step()
     # Here meta stands for an accelerator; a step refuses it, as it has no data.
     entry = optimizer.state[param]
-    _follow(optimizer.algorithm, torch.empty(3, 2, device="meta"), entry)
+    _move_to(torch.empty(3, 2, device="meta"), entry, optimizer.algorithm)
     assert entry["square_avg"].is_meta
     assert entry["step"] == 1
 

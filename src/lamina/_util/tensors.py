@@ -1,8 +1,8 @@
-"""Which tensors lie over the same memory, exactly: element by element, not by their ranges."""
+"""Questions about tensors in memory: which share elements, and whether they lie as before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,3 +192,11 @@ def _all_apart(tensor: torch.Tensor) -> bool:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         places = (places[:, None] + np.arange(size) * stride).reshape(-1)
     return len(np.unique(places)) == len(places)
+
+
+def have_addresses(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether all tensors have data; False also for sparse ones."""
+    try:
+        return all(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:  # of a sparse tensor
+        return False

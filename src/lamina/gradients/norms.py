@@ -29,7 +29,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
 
     Norms of 16-bit floats are float32: they easily pass 65504, and have more digits.
     """
-    dense = [values_of(tensor) for tensor in tensors]
+    dense = [values_of(each) if each.is_sparse else each for each in tensors]
     groups: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
     norms: list[torch.Tensor] = [torch.empty(0)] * len(dense)
     for index, tensor in enumerate(dense):
@@ -41,7 +41,7 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
         norms_of = _norms_of_half if dtype in HALF else torch._foreach_norm
         found: Any = norms_of([dense[i] for i in indices], p)
         for index, norm in zip(indices, found, strict=True):
-            norms[index] = whole_of(norm)
+            norms[index] = norm if type(norm) is torch.Tensor else whole_of(norm)
     return norms
 
 

@@ -13,6 +13,8 @@ import torch
 from ..algorithms.base import Algorithm, Batch, Hyper, State, times
 from ..algorithms.registry import method_of, optimizer_name, settings_of
 from ..errors import PlanError, StateError
+from ..kernels.memory_check import plainly_fit
+from ..optim.updates import Group, OptimizerState, Tensors, Updates, names_of
 from ..resolve.resolved import Cell
 from .build import build_guest
 from .memory import OURS, Contents, GuestMemory, apart, copies, is_torchs
@@ -43,8 +45,8 @@ class Guest(Algorithm):
 GUEST = Guest()
 
 
-class Guests:
-    """The guests of a plan, each over its groups."""
+class Guests(Updates):
+    """The third-party optimizers of a plan, each over its groups."""
 
     def __init__(self, cells: Sequence[Cell], groups: Sequence[dict[str, Any]], state: Any) -> None:
         self._of: dict[str, torch.optim.Optimizer] = {}
@@ -70,6 +72,8 @@ class Guests:
                 self._settings[cell.name] = settings_of(optimizer).union(dict(cell.hyper))
                 self._take_tensors(cell, group)
             self._remember(own, state)
+        #: whether there are any
+        self.present = bool(self._of)
 
     def __contains__(self, group: str) -> bool:
         return group in self._of
@@ -127,56 +131,48 @@ class Guests:
                 with _alone(guest, chosen), self._at_work(guest):
                     switch()
 
-    @staticmethod
-    def batch(
-        group: dict[str, Any],
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        names: list[str],
-    ) -> Batch:
-        """The gradients of a guest's group, for the gradient operations."""
-        return Batch(GUEST, params, grads, {}, [], group, names=names)
+    def batch(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> Batch:
+        """Put gradients into a batch for the gradient operations; the guest has the state."""
+        return Batch(GUEST, list(params), list(grads), {}, [], group, names=names_of(group, params))
 
-    @staticmethod
-    def any_outgrown(group: Mapping[str, Any]) -> bool:
-        """Whether any parameter of a group has another shape than its guest began with."""
-        return bool([list(param.shape) for param in group["params"]] != group["param_shapes"])
+    def watched(self, params: Tensors, state: OptimizerState) -> list[dict[str, Any]]:
+        """Return nothing: what a guest keeps is its own, and may change at every step."""
+        return []
 
-    @staticmethod
-    def outgrown(
-        group: Mapping[str, Any], param: torch.Tensor, entry: Mapping[str, Any]
-    ) -> list[str]:
-        """In words, the state of a guest that is of another size than its parameter has now.
+    def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
+        """Return whether the parameters have the shapes that the guest knows, and the gradients."""
+        known = [list(param.shape) for param in group["params"]] == group["param_shapes"]
+        return known and plainly_fit(params, grads, [], ())
 
-        What a guest keeps may have any shape; so it is looked at only after a change of the
-        parameter's, and must all have the new one then.
+    def misfit(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> list[str]:
+        """Describe state of another size than its parameter has now.
+
+        What a guest keeps may have any shape. So it is looked at only after the shape of the
+        parameter changed, and must all have the new one then.
         """
-        place = next(i for i, each in enumerate(group["params"]) if each is param)
-        if tuple(group["param_shapes"][place]) == tuple(param.shape):
+        if tuple(group["param_shapes"][_place_in(group, param)]) == tuple(param.shape):
             return []
-        return [
-            f"its {key} {tuple(value.shape)}"
-            for key, value in entry.items()
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape
-        ]
+        return [f"its {key} {tuple(value.shape)}" for key, value in _resized(param, entry)]
 
-    def begin_anew(self, group: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
-        """The state of a parameter before its guest's first update of it.
+    def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return nothing: guests make their state themselves, where they find an empty one."""
+        return {}
+
+    def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return the state that the guest made for a parameter when it was built.
 
         Raises:
-            PlanError: if the guest made it when it was built, for another size.
+            PlanError: if it made it for another size.
         """
-        place = next(i for i, each in enumerate(group["params"]) if each is param)
-        name = group["param_names"][place]
+        name = group["param_names"][_place_in(group, param)]
         entry = self.initial.get(name, {})
-        for key, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape:
-                kind = optimizer_name(type(self._of[group["name"]]))
-                raise PlanError(
-                    f"the guest optimizer {kind} made the {key} of {name!r} when it was built, of "
-                    f"shape {tuple(value.shape)}, and the parameter has {tuple(param.shape)} now; "
-                    "build the optimizer again from its plan. Nothing was changed."
-                )
+        for key, value in _resized(param, entry):
+            kind = optimizer_name(type(self._of[group["name"]]))
+            raise PlanError(
+                f"the guest optimizer {kind} made the {key} of {name!r} when it was built, of "
+                f"shape {tuple(value.shape)}, and the parameter has {tuple(param.shape)} now; "
+                "build the optimizer again from its plan. Nothing was changed."
+            )
         return deepcopy(entry)
 
     def step(self, batches: Sequence[Batch]) -> None:
@@ -419,6 +415,17 @@ class Guests:
                             "optimizer without a plan, or another one."
                         )
         return ""
+
+
+def _place_in(group: Mapping[str, Any], param: torch.Tensor) -> int:
+    return next(place for place, each in enumerate(group["params"]) if each is param)
+
+
+def _resized(param: torch.Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of an entry, scalars apart, whose shape is not that of the parameter."""
+    for key, value in entry.items():
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape:
+            yield key, value
 
 
 #: parameters that are larger are not copied for a trial

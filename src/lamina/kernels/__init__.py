@@ -5,11 +5,9 @@ from __future__ import annotations
 from .base import Kernel
 from .differentiable import differentiate
 from .dispatch import KERNELS, apply, assign, carry_out, choose, step_device
-from .memory_check import Kept
 
 __all__ = [
     "KERNELS",
-    "Kept",
     "Kernel",
     "apply",
     "assign",

@@ -10,15 +10,14 @@ is not the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain, repeat
-from operator import eq, is_, le, methodcaller
+from itertools import repeat
+from operator import eq, le, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 
-from .._util.tensors import MemorySnapshot, addresses, has_elements, overlaps_itself
-from ..algorithms.base import Batch
-from .base import is_dtensor, short
+from .._util.tensors import has_elements, have_addresses, overlaps_itself
+from .base import short
 
 Entry = dict[str, Any]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -41,69 +40,6 @@ class Misfit(NamedTuple):
         return f"{self.name} has " + ", ".join(
             [f"shape {self.shape}", *self.of_param, *self.of_state, *self.of_gradient]
         )
-
-
-class Kept:
-    """A batch that is kept from step to step, and how all its tensors lay when it was made."""
-
-    __slots__ = (
-        *("batch", "_keys", "_values", "_tensors", "_sharded"),
-        *("_forms", "_addresses", "_grads"),
-    )
-
-    def __init__(self, batch: Batch, entries: Sequence[Entry]) -> None:
-        self.batch = batch
-        self._keys = [*chain.from_iterable(entries)]
-        self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
-        columns = (value for column in batch.columns.values() for value in column)
-        found = (*batch.params, *(value for value in columns if value is not None))
-        # A sparse tensor has no address; operators over lists never take it.
-        self._tensors = [each for each in found if each.layout is torch.strided]
-        self._sharded = any(map(is_dtensor, self._tensors))
-        tensors = self._watched()
-        self._forms = MemorySnapshot(tensors)
-        self._addresses = addresses(tensors)
-        self._grads = MemorySnapshot(batch.grads)
-
-    def holds(self, params: Sequence[torch.Tensor], entries: Sequence[Entry]) -> bool:
-        """Return whether these are the same tensors, in the same memory as before.
-
-        Asked at every step, so it makes a few calls in C and no loop of its own.
-        """
-        if len(params) != len(self.batch.params) or not all(map(is_, params, self.batch.params)):
-            return False
-        if [*chain.from_iterable(entries)] != self._keys:
-            return False
-        if not all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values)):
-            return False
-        tensors = self._watched()
-        return self._forms.matches(tensors) and addresses(tensors) == self._addresses
-
-    def fits(self, grads: Sequence[torch.Tensor]) -> bool:
-        """Return whether gradients have the forms of those that were looked at, and have data.
-
-        False also for what a quick look cannot tell: sparse, sharded and empty gradients.
-        """
-        return self._grads.matches(grads) and _have_addresses(grads)
-
-    def accept(self, grads: Sequence[torch.Tensor]) -> None:
-        """Remember the forms of gradients that were looked at closely."""
-        self._grads = MemorySnapshot(grads)
-        self.batch.suited = None
-
-    def _watched(self) -> list[torch.Tensor]:
-        """Return the tensors that are compared; those of shards may be exchanged inside."""
-        if not self._sharded:
-            return self._tensors
-        shards: Any = [each for each in self._tensors if is_dtensor(each)]
-        return [*self._tensors, *(each._local_tensor for each in shards)]
-
-
-def _have_addresses(tensors: Iterable[torch.Tensor]) -> bool:
-    try:
-        return all(map(torch.Tensor.data_ptr, tensors))
-    except RuntimeError:  # of a sparse tensor
-        return False
 
 
 def plainly_fit(
@@ -134,8 +70,8 @@ def plainly_fit(
         and len(set(map(torch.Tensor.get_device, every))) == 1
         and all(map(torch.Tensor.is_contiguous, every))
         and all(map(eq, map(torch.Tensor.numel, steps), repeat(1)))
-        and _have_addresses(every)
-        and _have_addresses(steps)
+        and have_addresses(every)
+        and have_addresses(steps)
         and _are_stored(every)
     )
 

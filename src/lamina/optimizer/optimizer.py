@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,49 +14,47 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import kernels
-from .._util.notices import Notices
+from .._util.notices import warn
 from .._util.sharding import is_distributed, is_sharded
-from ..algorithms.base import Algorithm, Batch
+from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import NonFiniteError, OwnershipError, PlanError
 from ..gradients.apply import check_finite, operate
 from ..guests.guests import GUEST, Guests
 from ..model.finding import Finding
-from ..model.parameters import Owned, ParamInfo, frozen_by_call, observe, walk
+from ..model.parameters import Owned, ParamInfo, observe, walk
 from ..model.ties import Watched
-from ..optim.engine import Closure
-from ..optim.run_state import RunState
+from ..optim.engine import Closure, Engine
+from ..optim.updates import Group, KernelUpdates, Updates
+from ..plan.history import extended
 from ..plan.plan import Plan
 from ..resolve.explain import Explanation, explain
-from ..resolve.findings import rebuilt, turned_off, turned_on
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Cell, Resolved
-from ..resolve.timeline import values_at
+from ..resolve.timeline import Feedback, values_at
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim
 from ..runtime.exchange import BeforeForward, Exchange
 from ..runtime.freezing import Freezer
 from ..runtime.gradient_tracker import GradientTracker
 from ..runtime.monitor import Monitor
+from ..runtime.overrides import check_chosen, select_groups
 from ..runtime.ownership import refuse_foreign_writes
-from ..runtime.reports import begin_all
+from ..runtime.reports import begin_all, changes, check_report, from_rank_zero, observe_all
 from ..schedules.duration import Run
-from ..state import FORMAT, LoadReport, resume_from, run_record
-from .checks import examine, untrained
-from .restoring import Restorable
+from ..state import FORMAT, Loaded, LoadReport, prepare, resume_from, run_record
+from ..state.io import add_plan_state, room_for_loading, torch_form
+from ..state.report import few
+from .checks import examine
+from .contradictions import Contradictions
+from .run_state import RunState
 from .scheduler_view import SchedulerView
 
 log = logging.getLogger("lamina")
-#: what an optimizer under a plan has beside torch's attributes
-_OWN = (
-    *("_resolved", "_complete", "_freezer", "_algorithms", "_scope_of", "_infos", "_guests"),
-    *("_whole_vector", "_audit", "_ties", "_received", "_run_state", "_exchange", "_monitor"),
-    "_claim",
-)
 
 
-class Optimizer(Restorable):
+class Optimizer(Engine):
     """Carries out a plan on a model; made by `Plan.build`.
 
     `param_groups` are plain dicts whose values are those of the next step (lr is 0.0 while a
@@ -63,6 +62,23 @@ class Optimizer(Restorable):
     gradient norm of each clip scope in that step; `skipped` counts steps not taken because of a
     non-finite gradient.
     """
+
+    # The parts of the optimizer. Each owns its data and changes it in place: wrappers of trainers
+    # share these objects, and would keep what a method assigned to the optimizer for themselves.
+    _kernel_updates: KernelUpdates
+    _resolved: Resolved
+    _searches_whole_vector: bool
+    _infos: dict[str, ParamInfo]
+    _run_state: RunState
+    _claim: Claim
+    _freezer: Freezer
+    _exchange: Exchange
+    _guests: Guests
+    _audit: Audit
+    _ties: Watched
+    _gradient_tracker: GradientTracker
+    _monitor: Monitor
+    _contradictions: Contradictions
 
     def __init__(
         self,
@@ -78,31 +94,37 @@ class Optimizer(Restorable):
         if strict and resume is None:
             raise PlanError("strict=True is for a saved state; give it with resume=state.")
         owned = walk(model)
-        settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
-        resumed = resume_from(settle, run, resume, extend, renamed)
-        resolved = resumed.resolved if resumed else settle(run)
+        resolve_for = partial(resolve_owned, plan, owned, seen=observe(model, owned))
+        resumed = resume_from(resolve_for, run, resume, extend, renamed)
+        resolved = resumed.resolved if resumed else resolve_for(run)
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
-        self._complete = False
-        self._run_state = RunState()
+        self._infos = {item.info.name: item.info for item in owned}
+        self._searches_whole_vector = is_whole_vector(resolved.cells[0].optimizer)
+        self._run_state = RunState({cell.name: cell.scope for cell in resolved.cells})
         self._audit = Audit(model, on=audit)
         self._ties = Watched(model, owned)
-        self._received = GradientTracker()
-        self._monitor = Monitor(resolved, self._notices, model)
+        self._gradient_tracker = GradientTracker()
+        self._monitor = Monitor(resolved, self._run_state.notices, model)
         self._exchange = Exchange(model, resolved, owned)
-        self._scope_of = {cell.name: cell.scope for cell in resolved.cells}
-        self._infos = {item.info.name: item.info for item in owned}
-        self._whole_vector = is_whole_vector(resolved.cells[0].optimizer)
-        self._algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
-        self._complete = True
+        algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
+        self._kernel_updates = KernelUpdates(None, algorithms)
         self._claim = Claim(resolved, self.param_groups)
         self._freezer = Freezer(model, resolved.cells, owned, self._claim)
         self._exchange.settle(self.param_groups, at_build=True)
         self._guests = Guests(resolved.cells, self.param_groups, self.state)
+        self._contradictions = Contradictions(
+            resolved,
+            self._freezer,
+            self._claim,
+            self._exchange,
+            self._monitor,
+            self._run_state.notices,
+        )
         for group in self.param_groups:  # so that nothing needs a step to have state
             for param in group["params"]:
-                self.state[param].update(self._initial_state(group, param))
+                self.state[param].update(self._updates_for(group).initial_state(group, param))
         with self._freezer.undone_on_error(owned):
             self._claim.enter(resumed=resume is not None)
             if resume is None:
@@ -110,7 +132,7 @@ class Optimizer(Restorable):
             else:  # which may fail, so it comes before anything is set on the model
                 self._restore(resume, strict, renamed)
         if self._freezer.keeps_for_wrapping(self.param_groups, self.clock):
-            BeforeForward(model, self._settle_shards)
+            BeforeForward(model, self._settle_before_forward)
 
     # --- what a user reads ---------------------------------------------------------------------
 
@@ -123,6 +145,17 @@ class Optimizer(Restorable):
     def resolved(self) -> Resolved:
         """What the plan means for this model."""
         return self._resolved
+
+    @property
+    def clock(self) -> int:
+        """How many steps were taken; the step that comes next, counted from 0."""
+        return int(self.param_groups[0]["clock"])
+
+    @property
+    def active(self) -> dict[str, bool]:
+        """Whether each group trains in the next step, by name."""
+        names = (group["name"] for group in self.param_groups)
+        return dict(zip(names, map(bool, self._freezer.active), strict=True))
 
     @property
     def applied(self) -> dict[str, dict[str, Any]]:
@@ -140,6 +173,11 @@ class Optimizer(Restorable):
         return self._run_state.skipped
 
     @property
+    def should_stop(self) -> bool:
+        """Whether early stopping has asked to stop."""
+        return any(seen.get("stop") for seen in self.param_groups[0]["feedback"].values())
+
+    @property
     def last_load(self) -> LoadReport | None:
         """What the last load kept, restarted or dropped; None before the first."""
         return self._run_state.last_load
@@ -150,7 +188,7 @@ class Optimizer(Restorable):
         return self._resolved.findings
 
     def explain(self, name: str, step: int | None = None) -> Explanation:
-        """The chain of rules behind every number of a parameter.
+        """Return the chain of rules behind every number of a parameter.
 
         Args:
             name: the name of a parameter (any of its names, if it is tied).
@@ -159,7 +197,7 @@ class Optimizer(Restorable):
         return explain(self._resolved, name, self.clock if step is None else step, self._feedback)
 
     def check(self, model: nn.Module, *, after: int = 10) -> tuple[Finding, ...]:
-        """What came apart since build: parameters exchanged, ties broken, gradients missing.
+        """Find what came apart since build: parameters replaced, ties broken, gradients missing.
 
         Args:
             model: the model that the optimizer was built for, as it is now.
@@ -169,49 +207,171 @@ class Optimizer(Restorable):
             A finding for each thing that is not as it was, or that cannot be meant.
         """
         self._follow_model()
-        known = (self.param_groups, self.state, model, after, self.last_load, self._received)
-        return (*examine(self._resolved, self._freezer, *known), *self._monitor.found.values())
+        known = (self.param_groups, self.state, model, after, self.last_load)
+        found = examine(self._resolved, self._freezer, *known, self._gradient_tracker)
+        return (*found, *self._monitor.found.values())
 
     def announce(self) -> None:
         """Give each finding as a `LaminaWarning`, once; `Plan.build` does it."""
         self._monitor.announce(self.findings)
 
     def scheduler_view(self) -> LRScheduler:
-        """A read-only scheduler, for trainers that insist on one; its `step` does nothing."""
+        """Return a read-only scheduler for trainers that insist on one; its `step` does nothing."""
         return SchedulerView(self)
-
-    @property
-    def _notices(self) -> Notices:
-        return self._run_state.notices
 
     # --- the step ------------------------------------------------------------------------------
 
-    def algorithm_for(self, group: dict[str, Any]) -> Algorithm:
-        """The algorithm of a group."""
-        return self._algorithms[group["name"]]
-
     def _step(self, closure: Closure | None) -> Any:
         try:
-            return self._step_all(closure) if self._whole_vector else super()._step(closure)
+            if self._searches_whole_vector:
+                return self._search(closure)
+            return super()._step(closure)  # evaluates the closure, then calls `_update`
         finally:
             self._freezer.put_back()
 
-    def _step_all(self, closure: Closure | None) -> Any:
-        # A method over all parameters at once evaluates the loss itself, several times. It is given
-        # all groups, so that it knows parameters by their place among all, and leaves out what has
-        # no gradient.
+    def _update(self) -> None:
+        """Take a step; nothing is changed before all that may refuse it has been asked."""
+        batches = self._collect_trained()
+        try:
+            self._operate(batches)
+        except NonFiniteError as error:
+            self._skip(error)
+            return
+        self._apply(batches)
+        written_by_guest = ""
+        if self._guests.present:
+            written_by_guest = self._guests.own_writes(self._run_state.published)
+        self._advance()
+        if written_by_guest:
+            raise OwnershipError(f"{written_by_guest} The step was taken.")
+
+    def _collect_trained(self) -> list[Batch]:
+        """Return a batch for each group that trains in this step; all others lose their gradients.
+
+        Where fewer gradients came than in the last step, wrappers may have exchanged parameters.
+        """
+        batches = self._collect(self._begin())
+        count = sum(len(batch.params) for batch in batches)
+        before = self._exchange.gradients
+        if before is not None and count < before and is_distributed():
+            self._settle_wrapping()
+            batches = self._collect(self._begin())
+            count = sum(len(batch.params) for batch in batches)
+        self._exchange.gradients = count
+        if count != self._freezer.with_gradient:
+            self._freezer.with_gradient = count
+            self._contradictions.check_flags(self.param_groups)
+        if count < self._freezer.trained:
+            self._contradictions.check_places(self.param_groups, self.clock)
+        if not batches:
+            self._monitor.without_gradient(self.clock, self._freezer.active)
+        return batches
+
+    def _begin(self) -> list[Group]:
+        """Return the groups that train in this step, after dropping the gradients of the others."""
+        published = self._run_state.published
+        for group in self.param_groups:
+            hyper = published[group["name"]]
+            if any(key not in group or group[key] is not value for key, value in hyper.items()):
+                refuse_foreign_writes(published, self.param_groups, self.clock)
+        if self._audit.on:
+            self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
+        if not self._freezer.flags.settled:
+            self._settle_wrapping()
+        if self._claim.lost_steps:
+            self._contradictions.report_rebuilt(loaded=self.last_load is not None)
+        self._drop_frozen_gradients()
+        pairs = zip(self.param_groups, self._freezer.active, strict=True)
+        return [group for group, active in pairs if active]
+
+    def _drop_frozen_gradients(self) -> None:
+        for cell, names in self._freezer.drop(self.param_groups):
+            self._contradictions.report_flags(cell, names, on=True)
+
+    def _operate(self, batches: Sequence[Batch]) -> None:
+        """Check that gradients are finite, and run the gradient operations of every scope."""
+        every = self.plan.nonfinite_check == "all"
+        shards = self._exchange.shards
+        members = self._sharded_scopes() if shards is not None else {}
+        without_scope: list[Batch] = []
+        for batch in batches:
+            scope = self._run_state.scope_of[batch.hyper["name"]]
+            if scope is None:
+                without_scope.append(batch)
+            else:
+                members.setdefault(scope, []).append(batch)
+        if every and (without_scope or shards is not None):
+            check_finite(without_scope, self.clock, shards)
+        run = self._run_state
+        norms: dict[str, torch.Tensor] = {}
+        for scope, its in members.items():
+            parts = self._exchange.shards_by_scope.get(scope)
+            norm = operate(its, run.operations[scope], self._infos, self.clock, every, parts)
+            if norm is not None:
+                norms[self._resolved.scopes[scope].name] = norm
+        run.norms = norms
+        if norms and self._monitor.watches_norms:
+            self._monitor.measured(norms)
+
+    def _sharded_scopes(self) -> dict[int, list[Batch]]:
+        """Return the scopes in whose norms every process takes part, with a gradient or not."""
+        rows = zip(self.param_groups, self._freezer.active, strict=True)
+        scopes = dict.fromkeys(self._run_state.scope_of[g["name"]] for g, now in rows if now)
+        spread = self._exchange.shards_by_scope
+        return {scope: [] for scope in scopes if scope is not None and scope in spread}
+
+    def _apply(self, batches: Sequence[Batch]) -> None:
+        """Update the weights. Kernels may refuse a gradient, and so may guests: both come first."""
+        own = batches
+        if self._guests.present:
+            own = [batch for batch in batches if batch.hyper["name"] not in self._guests]
+        assigned = kernels.assign(own)
+        if self._guests.present:
+            self._guests.step(batches)
+        sample = self._monitor.sample(own, self.clock) if self._monitor.samples else None
+        kernels.carry_out(assigned)
+        if sample is not None:
+            self._monitor.compare(sample, self.clock)
+        self._store_new_state(own)
+
+    def _advance(self) -> None:
+        """Count the step, publish the values of the next one, and open or close windows."""
+        was = self._freezer.active
+        run = self._run_state
+        run.applied = run.published
+        self._publish(self.clock + 1, run.published)
+        if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
+            rows = zip(self.param_groups, was, self._freezer.active, strict=True)
+            self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
+            self._contradictions.check_flags(self.param_groups)
+        if self.clock >= self._monitor.next_look:
+            seen = self.param_groups[0]["feedback"]
+            self._monitor.after_step(self.clock, self.skipped, seen)
+
+    def _skip(self, error: NonFiniteError) -> None:
+        if self.plan.nonfinite == "raise":
+            raise error
+        self._run_state.skipped += 1
+        log.warning("step %d skipped: %s", self.clock, error)
+
+    def _search(self, closure: Closure | None) -> Any:
+        """Take a step of L-BFGS, which evaluates the closure itself, several times.
+
+        It is given all groups, so that it knows parameters by their place among all, and leaves
+        out what has no gradient.
+        """
         self._begin()
-        self._look_at_flags()
+        self._contradictions.check_flags(self.param_groups)
 
         def evaluate() -> Any:
             self._freezer.put_back()
             loss = closure() if closure is not None else None
-            self._drop_frozen()
+            self._drop_frozen_gradients()
             for group in self.param_groups:
                 for param in group["params"]:
                     if not param.requires_grad:
                         self._freezer.set_aside(param)
-            self._received.note(self.param_groups)
+            self._gradient_tracker.note(self.param_groups)
             return loss
 
         state = self.state[self.param_groups[0]["params"][0]]  # holds it all, as in torch
@@ -223,222 +383,40 @@ class Optimizer(Restorable):
         self._advance()
         return loss
 
-    def _begin(self) -> list[dict[str, Any]]:
-        """The groups that train in this step; the others are left without gradients."""
-        refuse_foreign_writes(self._run_state.published, self.param_groups, self.clock)
-        self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
-        if not self._freezer.flags.settled:
-            self._settle_wrapping()
-        if self._claim.lost_steps:
-            self._tell_rebuilt()
-        self._drop_frozen()
-        pairs = zip(self.param_groups, self._freezer.active, strict=True)
-        return [group for group, active in pairs if active]
+    def _updates_for(self, group: Group) -> Updates:
+        if self._guests.present and group["name"] in self._guests:
+            return self._guests
+        return self._kernel_updates
 
-    def _settle_wrapping(self) -> None:
-        """Take the model as wrappers have left it, in the first step and where gradients miss."""
-        adopted = is_distributed() and self._follow_model()
-        if is_distributed():
-            self._exchange.settle(self.param_groups)
-        # Where gradients miss for another reason, as in models that choose a part of themselves,
-        # the search for wrappers would cost more than the step.
-        if adopted or not self._freezer.flags.settled or self._is_sharded():
-            self._freezer.settle(self.param_groups, self.clock)
-
-    def _is_sharded(self) -> bool:
-        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
-
-    def _settle_shards(self) -> None:
-        """Do so before the first forward: in its step, a trainer clips before ours begins.
-
-        What a reducer of DDP holds has its gradients at zero from the build on; FSDP has made
-        other parameters, and computes gradients of what has the flag.
-        """
-        self._follow_model()
-        if self._is_sharded():
-            self._settle_wrapping()
-            self._exchange.show_flags(self.param_groups)
-
-    def _drop_frozen(self) -> None:
-        for cell, names in self._freezer.drop(self.param_groups):
-            self._tell_flags(cell, names, on=True)
-
-    def _tell_rebuilt(self) -> None:
-        if self.last_load is None:
-            self._notices.tell(rebuilt(self._claim.lost_steps), key="rebuilt")
-        self._claim.lost_steps = 0
-
-    def _look_at_flags(self) -> None:
-        """Warn of `requires_grad` that contradicts the plan."""
-        for cell, names, params in self._freezer.turned(self.param_groups):
-            if params[0].requires_grad:
-                self._tell_flags(cell, names, on=True)
-            elif not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
-                self._tell_flags(cell, names, on=False)
-
-    def _tell_flags(self, cell: Cell, names: Sequence[str], on: bool) -> None:
-        finding = turned_on(names, cell.by_model) if on else turned_off(names)
-        self._notices.tell(finding, key=f"{finding.code} {cell.name}")
-
-    def _count_gradients(self, batches: Sequence[Batch]) -> None:
-        """Look at the flags when another number of parameters than before has a gradient."""
-        count = sum(len(batch.params) for batch in batches)
-        if count != self._freezer.with_gradient:
-            self._freezer.with_gradient = count
-            self._look_at_flags()
-        pairs = zip(self.param_groups, self._freezer.active, strict=True)
-        if count < sum(len(group["params"]) for group, active in pairs if active):
-            self._look_at_places()
-
-    def _look_at_places(self) -> None:
-        """Warn of parameters that were replaced since the build: the old ones have no gradient."""
-        if not self._monitor.search.is_due(self.clock) or self._is_sharded():
-            return
-        elsewhere = self._claim.trained_elsewhere()
-        model = self._exchange.model
-        for finding in untrained(self._resolved, self.param_groups, model, elsewhere):
-            self._notices.tell(finding)
-
-    def _advance(self) -> None:
-        was = self._freezer.active
-        run = self._run_state
-        run.applied = run.published
-        self._publish(self.clock + 1, run.published)
-        if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
-            rows = zip(self.param_groups, was, self._freezer.active, strict=True)
-            self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
-            self._look_at_flags()
-        self._monitor.after_step(self.clock, self.skipped, self.param_groups[0]["feedback"])
-
-    def _skip(self, error: NonFiniteError) -> None:
-        if self.plan.nonfinite == "raise":
-            raise error
-        self._run_state.skipped += 1
-        log.warning("step %d skipped: %s", self.clock, error)
-
-    def _batch(
-        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
+    def _new_batch(
+        self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> Batch:
-        if group["name"] not in self._guests:
-            return super()._batch(group, params, grads)
-        self._received.note([group])
-        batch = self._guests.batch(group, params, grads, self._names(group, params))
-        self._kept_batches.by_group[id(group)] = kernels.Kept(batch, ())
-        return batch
+        if self._updates_for(group) is self._guests:  # which need not keep state that tells
+            self._gradient_tracker.note([group])
+        return super()._new_batch(group, params, grads)
 
-    def _entries(
-        self, group: dict[str, Any], params: Iterable[torch.Tensor]
-    ) -> list[dict[str, Any]]:
-        if group["name"] not in self._guests:
-            return super()._entries(group, params)
-        return [{} for _ in params]  # what a guest keeps is its own
-
-    def _plainly_fit(
-        self,
-        group: dict[str, Any],
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        entries: list[dict[str, Any]],
-    ) -> bool:
-        if group["name"] in self._guests and self._guests.any_outgrown(group):
-            return False
-        return super()._plainly_fit(group, params, grads, entries)
-
-    def _wrong_with_state(
-        self, group: dict[str, Any], param: torch.Tensor, entry: dict[str, Any]
-    ) -> list[str]:
-        if group["name"] not in self._guests:
-            return super()._wrong_with_state(group, param, entry)
-        return self._guests.outgrown(group, param, self.state[param])
-
-    def _update(self) -> None:
-        batches = self._collect(self._begin())
-        if self._exchange.misses(sum(len(batch.params) for batch in batches)):
-            self._settle_wrapping()
-            batches = self._collect(self._begin())
-        self._count_gradients(batches)
-        if not batches:
-            self._monitor.without_gradient(self.clock, self._freezer.active)
-        try:
-            self._operate(batches)
-        except NonFiniteError as error:
-            self._skip(error)
-            return
-        own = [batch for batch in batches if batch.hyper["name"] not in self._guests]
-        work = kernels.assign(own)  # which may refuse a gradient, as guests may: both come first
-        self._guests.step(batches)
-        sample = self._monitor.sample(own, self.clock)
-        kernels.carry_out(work)
-        if sample is not None:
-            self._monitor.compare(sample, self.clock)
-        self._store_new_state(own)
-        wrote = self._guests.own_writes(self._run_state.published)
-        self._advance()
-        if wrote:
-            raise OwnershipError(f"{wrote} The step was taken.")
-
-    def _operate(self, batches: Sequence[Batch]) -> None:
-        """Run the gradient operations of every scope, and look at the gradients of no scope."""
-        every = self.plan.nonfinite_check == "all"
-        members = self._shared_scopes()
-        without: list[Batch] = []
-        for batch in batches:
-            scope = self._scope_of[batch.hyper["name"]]
-            if scope is None:
-                without.append(batch)
-            else:
-                members.setdefault(scope, []).append(batch)
-        if every and (without or self._exchange.shards is not None):
-            check_finite(without, self.clock, self._exchange.shards)
-        run = self._run_state
-        norms: dict[str, torch.Tensor] = {}
-        for scope, its in members.items():
-            shards = self._exchange.shards_of(scope)
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every, shards)
-            if norm is not None:
-                norms[self._resolved.scopes[scope].name] = norm
-        run.norms = norms
-        if norms:
-            self._monitor.measured(norms)
-
-    def _shared_scopes(self) -> dict[int, list[Batch]]:
-        """The scopes in whose norms every process takes part, if it has a gradient or not."""
-        training = (
-            g["name"] for g, now in zip(self.param_groups, self._freezer.active, strict=True) if now
-        )
-        scopes = dict.fromkeys(self._scope_of[name] for name in training)
-        return {s: [] for s in scopes if s is not None and self._exchange.shards_of(s)}
-
-    # --- a parameter that changed under it -----------------------------------------------------
-
-    def _described(self, group: dict[str, Any], place: int) -> ParamInfo:
-        return self._infos[group["param_names"][place]]
-
-    def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
-        if self._whole_vector:  # one memory over all parameters, which lies with the first
-            chosen = [(g, p, i) for g in self.param_groups for i, p in enumerate(g["params"])]
-        begun = [
-            self._guests.begin_anew(group, param)
-            if group["name"] in self._guests
-            else self._initial_state(group, param)
-            for group, param, _ in chosen
-        ]
-        for (group, param, place), entry in zip(chosen, begun, strict=True):
-            name = group["param_names"][place]
-            self._kept_batches.by_group.pop(id(group), None)
-            self.state[param] = entry
-            group["param_shapes"][place] = list(param.shape)
-            self._infos[name] = replace(self._infos[name], shape=tuple(param.shape))
+    def _is_due(self, param: torch.Tensor) -> bool:
+        # Frozen by hand since the build: left alone, as what the plan itself did not freeze.
+        self._freezer.set_aside(param)
+        return False
 
     # --- values --------------------------------------------------------------------------------
 
-    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] | None = None) -> None:
-        """Write the values of step `clock` into the groups, and open or close windows.
+    @property
+    def _feedback(self) -> Feedback:
+        changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
+        return Feedback(changed, self.param_groups[0]["feedback"])
 
-        `before`: what the groups hold now, which steady cells keep.
+    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """Write the values of a step into the groups, and open or close windows.
+
+        Args:
+            clock: the number of the step.
+            before: what the groups hold now, which cells whose values never change keep.
         """
         resolved = self._resolved
-        self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
+        if self._audit.on:
+            self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
         values = values_at(resolved, clock, self._feedback)
         published: dict[str, dict[str, Any]] = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
@@ -452,21 +430,266 @@ class Optimizer(Restorable):
         active = [*map(values.active, range(len(resolved.cells)))]
         self._freezer.follow(self.param_groups, active, clock)
         self._drop_states(was)
-        self._audit.begin(self.param_groups, self._freezer.active)
+        if self._audit.on:
+            self._audit.begin(self.param_groups, self._freezer.active)
         run = self._run_state
         run.published = published
         run.operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+
+    def _drop_states(self, before: Sequence[bool | None]) -> None:
+        """Release the state of what froze now, or was loaded frozen, where the plan says so."""
+        rows = zip(
+            self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
+        )
+        for cell, group, was, now in rows:
+            if now or cell.frozen_state == "keep":
+                continue
+            # Loaded state may come from a plan that keeps it.
+            if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
+                self._kept_batches.forget(group)  # it holds the tensors too
+                for param in group["params"]:
+                    # A new dict: a state dict that was taken before holds the old one.
+                    self.state[param] = self._updates_for(group).initial_state(group, param)
+
+    def override(self, *, rule: str | None = None, **hyper: float | None) -> None:
+        """Replace what the plan gives for hyperparameters, from the next step on.
+
+        As a last rule would: the schedule still multiplies lr. Saved with the state and logged.
+
+        Args:
+            rule: the name of a group, or a pattern that covers whole groups; all by default.
+            **hyper: numbers; None takes an override back.
+
+        Raises:
+            PlanError: for an unknown group or hyperparameter; nothing was changed.
+        """
+        self._follow_model()
+        chosen = select_groups(self._resolved, rule)
+        check_chosen(self._resolved, chosen, hyper, self.clock)
+        for index in chosen:
+            group = self.param_groups[index]
+            before = group["overrides"][-1][1] if group["overrides"] else {}
+            kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
+            group["overrides"] = extended(group["overrides"], self.clock, kept)
+            log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
+        self._publish(self.clock)
+
+    def report(self, **metrics: float) -> None:
+        """Feed metrics to plateaus, early stopping and thaws that wait for one.
+
+        Call it on every process; the numbers of rank 0 count. Values change for the next step,
+        windows at the end of the next step; `should_stop` says when to stop.
+
+        Args:
+            **metrics: names as in the plan, and numbers, such as `val_loss=0.31`.
+
+        Raises:
+            PlanError: for a NaN, or if the plan watches none of these; nothing was changed.
+        """
+        self._follow_model()
+        numbers = check_report(self._resolved, from_rank_zero(metrics))
+        seen = self.param_groups[0]["feedback"]
+        new = observe_all(self._resolved, seen, numbers, self.clock)
+        for group in self.param_groups:  # a new dict: saved states must not move with it
+            group["feedback"] = new
+        for line in changes(seen, new):
+            log.info("step %d: %s", self.clock, line)
+        self._publish(self.clock)
+        self._monitor.reported(self.clock)
+
+    def train(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into training mode.
+
+        What the plan froze stays as it is.
+        """
+        self._guests.set_mode("train", [name for name, trains in self.active.items() if trains])
+
+    def eval(self) -> None:
+        """Put guests that have modes (schedule-free optimizers) into evaluation mode.
+
+        What the plan froze stays as it is.
+        """
+        self._guests.set_mode("eval", [name for name, trains in self.active.items() if trains])
+
+    # --- wrappers that exchange parameters -----------------------------------------------------
+
+    def _follow_model(self) -> bool:
+        """Adopt the parameters that FSDP2 has put into the model, with the state of the old ones.
+
+        Returns:
+            Whether there were any.
+        """
+        adopted = self._exchange.adopt(self.param_groups)
+        self._follow_exchanged()
+        return adopted
+
+    def _settle_wrapping(self) -> None:
+        """Take the model as wrappers have left it, in the first step and where gradients miss."""
+        adopted = is_distributed() and self._follow_model()
+        if is_distributed():
+            self._exchange.settle(self.param_groups)
+        # Where gradients miss for another reason, as in models that choose a part of themselves,
+        # the search for wrappers would cost more than the step.
+        if adopted or not self._freezer.flags.settled or self._is_sharded():
+            self._freezer.settle(self.param_groups, self.clock)
+
+    def _settle_before_forward(self) -> None:
+        """Settle before the first forward: in its step, a trainer clips before ours begins.
+
+        What a reducer of DDP holds has its gradients at zero from the build on; FSDP has made
+        other parameters, and computes gradients of what has the flag.
+        """
+        self._follow_model()
+        if self._is_sharded():
+            self._settle_wrapping()
+            self._exchange.show_flags(self.param_groups)
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
 
     def release(self) -> None:
         """Undo what the plan set on the model: `requires_grad` and module modes as before."""
         self._follow_model()
         self._freezer.release(self.param_groups)
 
+    # --- state out and in ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's shape, with what a plan needs to continue in the groups.
+
+        Tensors and plain values only; the tensors are the live ones, not copies.
+        """
+        self._follow_model()
+        return add_plan_state(super().state_dict(), self.param_groups, self._guests)
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """Return the state in the form that torch's optimizer of the same name loads.
+
+        Without what only a plan reads, and without entries for parameters that were never updated,
+        whose state torch allocates itself. torch matches by position: build its optimizer over
+        `[{"params": group["params"]} for group in optimizer.param_groups]`.
+
+        Raises:
+            StateError: if the plan uses several optimizers; torch's can be only one.
+        """
+        return torch_form(self.state_dict(), self._resolved, self._guests)
+
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        strict: bool = False,
+        renamed: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Restore the state of a saved optimizer, by parameter name and shape.
+
+        The plan's values stay; clock, overrides, feedback and every parameter's state are loaded.
+        `last_load` says what was kept, new, restarted or dropped, and which values differ. A state
+        without names (torch's) is matched by position, if number and shapes agree.
+
+        Args:
+            state_dict: from `state_dict()`, of torch's optimizer of the same name too.
+            strict: whether state that is missing, of another optimizer or left over is an error;
+                hyperparameters are the plan's and only reported.
+            renamed: from the saved name of a parameter or module to its name now, such as
+                `{"old.encoder": "encoder"}`; None leaves it out: `{"head.weight": None}`.
+
+        Raises:
+            StateError: if it does not fit; nothing was changed.
+        """
+        self._restore(state_dict, strict, renamed)
+        report = self._run_state.last_load
+        jumps = report.jumps if report else ()
+        if jumps:
+            log.warning(
+                "the state's schedules fit a run of another length, and the plan's are used: "
+                "%s. To choose how the run goes on, build with resume=state and extend='hold' or "
+                "'stretch'.",
+                few(jumps),
+            )
+
+    def _restore(
+        self,
+        state_dict: Any,
+        strict: bool = False,
+        renamed: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self._follow_model()
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)  # what a hook changes is not the caller's
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        live = (self._resolved, self.param_groups, self._guests)
+        loaded = prepare(*live, state_dict, strict, renamed)
+        self._ties.warn()
+        if loaded.warning:  # before anything is changed: warnings may be errors
+            warn(loaded.warning)
+        self._put(loaded)
+        if loaded.lost:
+            log.warning(
+                "the state holds what fits no group or rule of the plan any more, and it is lost: "
+                "%s. Call override again where it is still meant.",
+                few(loaded.lost),
+            )
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _put(self, loaded: Loaded) -> None:
+        """Exchange the state; nothing in here can fail."""
+        self.state.update(loaded.state)
+        self._kept_batches.clear()  # kept batches hold the old tensors
+        for group in self.param_groups:
+            group["overrides"] = loaded.feedback.overrides.get(group["name"], [])
+            group["feedback"] = loaded.feedback.seen
+        self._guests.put(self.param_groups, loaded.groups, loaded.guests)
+        self._audit.forget()
+        self._gradient_tracker.begin(loaded.clock)
+        self._monitor.loaded()
+        self._publish(loaded.clock)
+        self._run_state.last_load = loaded.report
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Make room for a state that torch.distributed.checkpoint loads in place.
+
+        It loads what is there already, and only for parameters with `requires_grad`. Inside, all
+        that the plan ever trains has both; at the end what was not loaded is as it was.
+
+        Example:
+            with optimizer.receiving():
+                state = get_optimizer_state_dict(model, optimizer)
+                torch.distributed.checkpoint.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(model, optimizer, state)
+        """
+        self._follow_model()
+        active = list(self._freezer.active)
+        live = (self._resolved, self.param_groups, self.state, self._kernel_updates)
+        with room_for_loading(*live) as flags:
+            try:
+                yield
+            finally:
+                for place, param, flag in flags:
+                    if self._freezer.active[place] == active[place]:  # else the load has set it
+                        param.requires_grad_(flag)
+
+    def _described(self, group: Group, place: int) -> ParamInfo:
+        return self._infos[group["param_names"][place]]
+
+    def _restart(self, chosen: Sequence[tuple[Group, torch.Tensor, int]]) -> None:
+        if self._searches_whole_vector:  # one memory over all parameters, which lies with the first
+            chosen = [(g, p, i) for g in self.param_groups for i, p in enumerate(g["params"])]
+        super()._restart(chosen)
+        for group, param, place in chosen:
+            name = group["param_names"][place]
+            group["param_shapes"][place] = list(param.shape)
+            self._infos[name] = replace(self._infos[name], shape=tuple(param.shape))
+
     # --- torch's interface ---------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused under a plan, which already covers every parameter of the model."""
-        if self._complete:
+        if len(self.param_groups) == len(self._resolved.cells):
             raise PlanError(
                 "add_param_group: a plan covers every parameter from the start, frozen ones too. "
                 "To train a part later, give its rule thaw=; for parameters added to the model "
@@ -496,11 +719,13 @@ class Optimizer(Restorable):
                 param.grad = param.grad.detach().zero_()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN}}
+        own = (*Engine.__annotations__, *Optimizer.__annotations__)
+        parts = {name: self.__dict__[name] for name in own if name in self.__dict__}
+        return {**super().__getstate__(), **parts}
 
 
 def _group(cell: Cell, by_name: Mapping[str, Owned], resolved: Resolved) -> dict[str, Any]:
-    """A parameter group without its values; what it holds beside torch's keys is saved with it."""
+    """Return a parameter group without its values; what it holds beside torch's keys is saved."""
     return {
         "params": [by_name[info.name].tensor for info in cell.parameters],
         "param_names": [info.name for info in cell.parameters],

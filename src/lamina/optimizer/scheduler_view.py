@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-if TYPE_CHECKING:
-    from .optimizer import Optimizer
 
 
 class SchedulerView(LRScheduler):

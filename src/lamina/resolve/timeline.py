@@ -104,6 +104,8 @@ class Values:
 
     def _override(self, values: dict[str, Any], cell: Cell) -> None:
         history = self._feedback.overrides.get(cell.name, ())
+        if not history:
+            return
         if self._scalar:  # one look, however many overrides there were
             values.update(value_at(history, self._step, {}))
             return
@@ -156,7 +158,7 @@ class Values:
         return float(factor[0]) if self._scalar else factor
 
     def _value(self, setting: Setting) -> Any:
-        return setting.value(self._curve)
+        return setting.value(self._curve) if setting.curves else setting.scale
 
     def _curve(self, schedule: Schedule) -> Any:
         if schedule not in self._curves:

@@ -49,6 +49,7 @@ class Audit:
     """
 
     def __init__(self, model: nn.Module, on: bool) -> None:
+        self.on = on
         self._model = model if on else None
         self._names = {item.info.name: item.info.names for item in collect(model)} if on else {}
         self._known: dict[str, _Mark] = {}

@@ -13,7 +13,6 @@ from .._util.sharding import (
     FlatPart,
     Shards,
     flat_parts,
-    is_distributed,
     is_dtensor,
     is_flattened,
     lasting_parameters,
@@ -75,29 +74,22 @@ class Exchange:
         self._resolved = resolved
         self._places = [[places[info.name] for info in cell.parameters] for cell in resolved.cells]
         #: how many gradients came in the last step, None before the first
-        self._gradients: int | None = None
-        self._shards: dict[int, Shards] = {}
-        self._whole: Shards | None = None
+        self.gradients: int | None = None
+        #: how all parameters, and those of each clip scope, are spread over processes by FSDP1
+        self.shards: Shards | None = None
+        self.shards_by_scope: dict[int, Shards] = {}
         #: what FSDP1 said of the parameters, which the groups keep alive
         self._flat: dict[int, FlatPart] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be copied; the next step looks again."""
-        return {**self.__dict__, "_gradients": None, "_shards": {}, "_whole": None, "_flat": {}}
-
-    def misses(self, gradients: int) -> bool:
-        """Return whether a step has fewer gradients than the last one: there it should look."""
-        before, self._gradients = self._gradients, gradients
-        return before is not None and gradients < before and is_distributed()
-
-    def shards_of(self, scope: int) -> Shards | None:
-        """Return how the parameters of a clip scope are spread over processes, if by FSDP1."""
-        return self._shards.get(scope)
-
-    @property
-    def shards(self) -> Shards | None:
-        """How all parameters are spread over processes, if by FSDP1."""
-        return self._whole
+        return {
+            **self.__dict__,
+            "gradients": None,
+            "shards": None,
+            "shards_by_scope": {},
+            "_flat": {},
+        }
 
     def adopt(self, groups: Groups) -> bool:
         """Put the sharded parameters of the model into the groups, for those they were made of.
@@ -136,7 +128,7 @@ class Exchange:
         params = [param for group in groups for param in group["params"]]
         self._refuse_vector(groups)
         self._refuse_lost(groups)
-        self._shards, self._whole = {}, None
+        self.shards, self.shards_by_scope = None, {}
         if not any(map(is_flattened, params)):
             return
         flat = self._flat_parts(params)
@@ -222,8 +214,8 @@ class Exchange:
                     scopes.setdefault(cell.scope, {})[info.name] = known[info.name]
         if not any(group is not None for group in known.values()):
             return
-        self._whole = Shards(known, tensors)
-        self._shards = {scope: Shards(names, tensors) for scope, names in scopes.items()}
+        self.shards = Shards(known, tensors)
+        self.shards_by_scope = {scope: Shards(names, tensors) for scope, names in scopes.items()}
 
 
 def _is_flat(param: torch.Tensor) -> bool:

@@ -40,6 +40,8 @@ class Freezer:
         self.active: list[bool | None] = [None] * len(cells)
         #: how many parameters had a gradient in the last step; at first all that train
         self.with_gradient = 0
+        #: how many parameters train in the step that comes next
+        self.trained = 0
         self.flags = FlagKeeper(model, cells)
         self._cells = cells
         self._places = [[by_name[info.name].places for info in cell.parameters] for cell in cells]
@@ -72,10 +74,11 @@ class Freezer:
             ]
             self._set(rows, clock)
         self.active = list(active)
+        if changed:
+            pairs = zip(groups, active, strict=True)
+            self.trained = sum(len(group["params"]) for group, now in pairs if now)
         if changed and not self._released:
-            self.with_gradient = sum(
-                len(group["params"]) for group, now in zip(groups, active, strict=True) if now
-            )
+            self.with_gradient = self.trained
             self._lock(groups)
 
     def settle(self, groups: Groups, clock: int) -> None:

@@ -48,10 +48,15 @@ class Monitor:
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._trainer = LightningTrainer(model)
         self._clip = ClippedElsewhere()
+        #: whether `measured` is still looking for clipping by somebody else
+        self.watches_norms = self._clip.open
         self.search = Backoff()  # for parameters that were replaced
-        self._samples = _has_half(resolved)
+        #: whether weights are compared before and after some steps
+        self.samples = _has_half(resolved)
         self._moments = self._moments_to_look()
         self._due = min(self._moments, default=math.inf)
+        #: the step from which `after_step` has something to do; an ordinary step compares numbers
+        self.next_look: float = 0
 
     def announce(self, findings: Sequence[Finding]) -> None:
         """Give the findings of a plan as warnings, each once."""
@@ -83,8 +88,12 @@ class Monitor:
             self._compare_with(self._trainer.steps())
         if self._epoch.open and (length := self._epoch.after_step(clock, skipped)):
             self._compare(length)
-        if clock < self._due:
-            return
+        if clock >= self._due:
+            self._look(clock, seen)
+        self.next_look = 0 if self._trainer.open or self._epoch.open else self._due
+
+    def _look(self, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> None:
+        """Tell of a run beyond its end, and of metrics that were never reported."""
         steps = self._resolved.run.steps
         if steps is not None and clock > steps:
             self._tell(_beyond(steps))
@@ -96,6 +105,7 @@ class Monitor:
     def loaded(self) -> None:
         """Forget what was counted: the clock is that of a loaded state."""
         self._epoch.forget()
+        self.next_look = 0
 
     def _moments_to_look(self) -> list[float]:
         steps = self._resolved.run.steps
@@ -159,16 +169,16 @@ class Monitor:
 
     def measured(self, norms: Mapping[str, torch.Tensor]) -> None:
         """Look at the norms of a step, which were read on the host already."""
-        if self._clip.open:
-            limit = self._clip.after_step([float(norm) for norm in norms.values()])
-            if limit is not None:
-                self._tell(_clipped_elsewhere(limit))
+        limit = self._clip.after_step([float(norm) for norm in norms.values()])
+        if limit is not None:
+            self._tell(_clipped_elsewhere(limit))
+        self.watches_norms = self._clip.open
 
     # --- weights of 16 bits --------------------------------------------------------------------
 
     def sample(self, batches: Sequence[Batch], clock: int) -> Sample | None:
         """Return numbers of a 16-bit parameter before the update, at a few steps of the run."""
-        if not self._samples or clock not in _SAMPLED:
+        if not self.samples or clock not in _SAMPLED:
             return None
         found = [
             (param.numel(), batch, index)
@@ -186,7 +196,7 @@ class Monitor:
         lr, share = float(sample.batch.hyper["lr"]), sample.unchanged()
         if lr and share > 0.5 and lr >= 0.5 * self._peak(sample.batch.hyper["name"]):
             name = sample.batch.name_of(sample.index)
-            self._samples = False
+            self.samples = False
             self._tell(_rounds_away(name, sample.param.dtype, share, lr, clock))
 
     def _peak(self, name: str) -> float:

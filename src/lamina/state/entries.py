@@ -14,7 +14,7 @@ from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
 from ..model.parameters import ParamInfo
-from ..optim.engine import initial_state
+from ..optim.updates import initial_state
 from ..resolve.resolved import Cell
 from .schema import MOMENTUM, Entry, number_of_steps
 

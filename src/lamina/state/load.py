@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from ..guests.memory import OURS, Contents
 from ..guests.packing import unpack
 from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
-from ..optim.engine import initial_state
+from ..optim.updates import initial_state
 from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback, values_at
 from .compare import differences
@@ -38,15 +38,12 @@ from .match import match
 from .report import LoadReport, few
 from .schema import Entry, Saved, number_of_steps, read, reading, short, stray
 
-if TYPE_CHECKING:
-    from ..optimizer.optimizer import Optimizer
-
 
 @dataclass(frozen=True)
 class Loaded:
     """State ready to be put in place; `groups` holds values that guests keep in their groups.
 
-    `guests` is what guests keep beside groups and the state of parameters. `lived` are the
+    `guests` is what guests keep beside groups and the state of parameters. `feedback` are the
     overrides and what reactions have seen, `lost` in words those of them that fit nothing any
     more; `warning` what the user is told of the parameters, or "".
     """
@@ -55,39 +52,52 @@ class Loaded:
     groups: dict[str, dict[str, Any]]
     guests: dict[torch.optim.Optimizer, Contents]
     clock: int
-    lived: Feedback
+    feedback: Feedback
     lost: tuple[str, ...]
     warning: str
     report: LoadReport
 
 
 def prepare(
-    optimizer: Optimizer,
+    resolved: Resolved,
+    live: Sequence[dict[str, Any]],
+    guests: Guests,
     state_dict: Any,
     strict: bool = False,
     renamed: Mapping[str, str | None] | None = None,
 ) -> Loaded:
-    """Match a saved state dict to an optimizer; raises `StateError` and changes nothing."""
-    resolved, saved = optimizer.resolved, read(state_dict)
-    matched = match(saved, _as_now(resolved, optimizer.param_groups), renamed)
+    """Match a saved state dict to an optimizer, without changing it.
+
+    Args:
+        resolved: the resolved plan of the optimizer.
+        live: its parameter groups.
+        guests: its third-party optimizers.
+        state_dict: what was saved.
+        strict: whether state that is missing or left over is an error.
+        renamed: new names of parameters and modules by their saved ones.
+
+    Raises:
+        StateError: if it does not fit.
+    """
+    saved = read(state_dict)
+    matched = match(saved, _as_now(resolved, live), renamed)
     clock, clock_from = clock_of(saved)
-    lived, lost = restore_history(saved, matched, resolved)
-    values = values_at(resolved, clock, lived)
+    feedback, lost = restore_history(saved, matched, resolved)
+    values = values_at(resolved, clock, feedback)
     for scope in range(len(resolved.scopes)):
         values.operations(scope)  # a schedule that fails at the clock fails here
-    fitting = _Fitting(dict(matched.entries), clock, lived, optimizer._guests)
+    fitting = _Fitting(dict(matched.entries), clock, feedback, guests)
     with reading("the saved state of the parameters"):
         if saved.by_fqn:
-            refuse_lost(resolved, optimizer.param_groups, matched.entries, clock, lived)
+            refuse_lost(resolved, live, matched.entries, clock, feedback)
         if is_whole_vector(resolved.cells[0].optimizer):
-            fitting.whole(resolved, optimizer.param_groups)
+            fitting.whole(resolved, live)
         else:
-            for index, group in enumerate(optimizer.param_groups):
+            for index, group in enumerate(live):
                 fitting.cell(resolved.cells[index], group)
-        guests = optimizer._guests
         _refuse_loose(saved, resolved)
         records = fitting.records(saved)
-        place = optimizer.param_groups, fitting.state, fitting.groups
+        place = live, fitting.state, fitting.groups
         contents = guests.read_memories(records, *place)
         guests.check_loaded(*place, contents, values.hyper)
     report = LoadReport(
@@ -114,7 +124,7 @@ def prepare(
     unused = clock == 0 and not any(entry.values for entry in saved.entries)
     # Saved before its first step, it has nothing of the parameters that it lists.
     told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
-    prepared = (fitting.state, fitting.groups, contents, clock, lived, lost)
+    prepared = (fitting.state, fitting.groups, contents, clock, feedback, lost)
     return Loaded(*prepared, _warning(told), report)
 
 

@@ -9,47 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .._util.notices import Notices
 from ..gradients.operation import Operation
-from ..kernels import Kept
-
-if TYPE_CHECKING:
-    from ..state.report import LoadReport
-
-
-@dataclass(eq=False)
-class KeptBatches:
-    """The tensors of each group as the kernels take them, kept from step to step.
-
-    `by_group` holds, by the id of a group, the batch and how its tensors lay in memory.
-    """
-
-    by_group: dict[int, Kept] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Drop all batches, which are made anew in the next step."""
-        self.by_group.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # they hold tensors of state, of which a copy has its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+from ..state.report import LoadReport
 
 
 @dataclass(eq=False)
 class RunState:
     """What an optimizer under a plan remembers of its steps, beside clock and state.
 
-    `published` are the values of the next step by group name, `applied` those of the step just
-    done; `operations` the gradient operations of each scope with their numbers for the next step;
-    `norms` the gradient norm of each scope in the step just done.
+    `scope_of` is the index of each group's clip scope. `published` are the values of the next
+    step by group name, `applied` those of the step just done; `operations` the gradient operations
+    of each scope with their numbers for the next step; `norms` the gradient norm of each scope in
+    the step just done.
     """
 
+    scope_of: Mapping[str, int | None]
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     applied: dict[str, dict[str, Any]] = field(default_factory=dict)
     operations: Sequence[Sequence[tuple[Operation, float]]] = ()

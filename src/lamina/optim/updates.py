@@ -1,0 +1,265 @@
+"""How parameters are updated: by which strategy, and in batches that are kept from step to step.
+
+An optimizer asks the strategy of a parameter group for its batch and its state, and does not know
+what is behind it: kernels, or a third-party optimizer (`guests/`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+
+from .. import kernels
+from .._util.sharding import is_dtensor, unit_refusal
+from .._util.tensors import MemorySnapshot, addresses, have_addresses
+from ..algorithms.base import Algorithm, Batch, Method, state_dtype_of
+from ..errors import PlanError
+from ..kernels.memory_check import plainly_fit, wrong_with_state
+
+Group = dict[str, Any]
+Tensors = Sequence[torch.Tensor]
+#: the state of an optimizer: an entry for each parameter
+OptimizerState = Mapping[torch.Tensor, dict[str, Any]]
+_EMPTY = torch.empty(0)
+
+
+class Updates(ABC):
+    """Updates the parameters of some groups; every method is told which group is meant."""
+
+    @abstractmethod
+    def batch(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> Batch:
+        """Put parameters with their gradients and their state into a batch."""
+
+    @abstractmethod
+    def watched(self, params: Tensors, state: OptimizerState) -> list[dict[str, Any]]:
+        """Return the entries of the state whose tensors must stay the same for a batch to stay."""
+
+    @abstractmethod
+    def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
+        """Return whether a quick look tells that gradients and state fit the parameters."""
+
+    @abstractmethod
+    def misfit(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> list[str]:
+        """Describe what of a parameter's state does not fit it; nothing if all of it does."""
+
+    @abstractmethod
+    def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return the state of a parameter before its first update."""
+
+    @abstractmethod
+    def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return the state with which a parameter starts again, whose size may have changed."""
+
+
+class KernelUpdates(Updates):
+    """Updates by the kernels, each group by its algorithm.
+
+    Args:
+        algorithm: the algorithm of every group, unless `by_group` has another one.
+        by_group: algorithms by the name of a group.
+    """
+
+    def __init__(
+        self, algorithm: Method | None, by_group: Mapping[str, Algorithm] | None = None
+    ) -> None:
+        self._algorithm = algorithm
+        self._by_group = dict(by_group or {})
+
+    def algorithm_for(self, group: Group) -> Algorithm:
+        """Return the algorithm of a group."""
+        found = self._by_group.get(group.get("name", ""), self._algorithm)
+        if not isinstance(found, Algorithm):
+            raise PlanError(f"the parameter group {group.get('name')!r} has no update rule.")
+        return found
+
+    def batch(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> Batch:
+        """Make a batch, with state for parameters that have none yet."""
+        algorithm = self.algorithm_for(group)
+        names = names_of(group, params)
+        for index, param in enumerate(params) if algorithm.unit != "element" else ():
+            if why := unit_refusal(algorithm.name, algorithm.unit, param):
+                raise PlanError(f"parameter {names[index] if names else index!r} {why}.")
+        entries = self.watched(params, state)
+        for param, entry in zip(params, entries, strict=True):
+            _move_to(param, entry, algorithm)
+            self.allocate(group, param, entry)
+        keys = [key for key in algorithm.buffers if any(key in entry for entry in entries)]
+        return Batch(
+            algorithm,
+            list(params),
+            list(grads),
+            {key: [entry.get(key) for entry in entries] for key in keys},
+            [entry["step"] for entry in entries],
+            group,
+            names=names,
+            prefer=preferred_kernel(group),
+        )
+
+    def watched(self, params: Tensors, state: OptimizerState) -> list[dict[str, Any]]:
+        """Return the whole state: the kernels update its tensors in place."""
+        return [state[param] for param in params]
+
+    def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
+        """Return whether all tensors are plain, contiguous and of the same sizes."""
+        entries = self.watched(params, state)
+        return plainly_fit(params, grads, entries, self.algorithm_for(group).buffers)
+
+    def misfit(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> list[str]:
+        """Describe state tensors of another size or kind than the parameter."""
+        return wrong_with_state(param, entry, self.algorithm_for(group).buffers)
+
+    def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return a step count of 0; tensors are allocated at the first update."""
+        return initial_state(param)
+
+    def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
+        """Return the initial state."""
+        return initial_state(param)
+
+    def allocate(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> None:
+        """Add to the state of a parameter what its algorithm needs and is not there yet."""
+        algorithm = self.algorithm_for(group)
+        if "step" not in entry:
+            entry["step"] = new_step(param)
+        if entry.keys() >= algorithm.init(_EMPTY, group).keys():
+            return
+        dtype = state_dtype_of(param, group)
+        for key, tensor in algorithm.init(param, group).items():
+            if key not in entry:
+                entry[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -> None:
+    """Bring the state of a parameter to its device and its order in memory.
+
+    A model may move, or change its memory format, between steps. The dtype stays: `state_dtype`
+    chose it.
+    """
+    for key, value in entry.items():
+        if key == "step":
+            step = torch.as_tensor(value)
+            dtype = step.dtype if step.is_floating_point() else torch.float32
+            entry[key] = step.to(kernels.step_device(param), dtype).reshape(())
+        elif key not in algorithm.buffers or value.is_sparse:
+            continue
+        elif value.device != param.device or value.stride() != param.stride():
+            entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+            entry[key].copy_(value)
+
+
+def initial_state(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
+    """Return the state of a parameter that holds no tensors yet, only the count of its updates."""
+    return {"step": new_step(param).fill_(steps)}
+
+
+def new_step(param: torch.Tensor) -> torch.Tensor:
+    """Return the step count of a parameter that was never updated."""
+    return torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+
+
+def names_of(group: Group, params: Tensors) -> list[str]:
+    """Return the names of some parameters of a group; empty if the group has no names."""
+    names = group.get("param_names")
+    if not names:
+        return []
+    by_id = {id(param): name for param, name in zip(group["params"], names, strict=True)}
+    return [by_id[id(param)] for param in params]
+
+
+def preferred_kernel(group: Group) -> str | None:
+    """Return the kernel that a group asks for with torch's `fused` and `foreach`."""
+    fused, foreach = group.get("fused"), group.get("foreach")
+    if fused:
+        return "fused"
+    if foreach:
+        return "foreach"
+    return "readable" if fused is False or foreach is False else None
+
+
+class KeptBatch:
+    """A batch that is kept from step to step, and how all its tensors lay when it was made."""
+
+    __slots__ = (
+        *("batch", "_keys", "_values", "_tensors", "_sharded"),
+        *("_forms", "_addresses", "_grads"),
+    )
+
+    def __init__(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
+        self.batch = batch
+        self._keys = [*chain.from_iterable(entries)]
+        self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
+        columns = (value for column in batch.columns.values() for value in column)
+        found = (*batch.params, *(value for value in columns if value is not None))
+        # A sparse tensor has no address; operators over lists never take it.
+        self._tensors = [each for each in found if each.layout is torch.strided]
+        self._sharded = any(map(is_dtensor, self._tensors))
+        tensors = self._watched()
+        self._forms = MemorySnapshot(tensors)
+        self._addresses = addresses(tensors)
+        self._grads = MemorySnapshot(batch.grads)
+
+    def holds(self, params: Sequence[torch.Tensor], entries: Sequence[dict[str, Any]]) -> bool:
+        """Return whether these are the same tensors, in the same memory as before.
+
+        Asked at every step, so it makes a few calls in C and no loop of its own.
+        """
+        if len(params) != len(self.batch.params) or not all(map(is_, params, self.batch.params)):
+            return False
+        if [*chain.from_iterable(entries)] != self._keys:
+            return False
+        if not all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values)):
+            return False
+        tensors = self._watched() if self._sharded else self._tensors
+        return self._forms.matches(tensors) and addresses(tensors) == self._addresses
+
+    def fits(self, grads: Sequence[torch.Tensor]) -> bool:
+        """Return whether gradients have the forms of those that were looked at, and have data.
+
+        False also for what a quick look cannot tell: sparse, sharded and empty gradients.
+        """
+        return self._grads.matches(grads) and have_addresses(grads)
+
+    def accept(self, grads: Sequence[torch.Tensor]) -> None:
+        """Remember the forms of gradients that were looked at closely."""
+        self._grads = MemorySnapshot(grads)
+        self.batch.suited = None
+
+    def _watched(self) -> list[torch.Tensor]:
+        """Return the tensors that are compared; those of shards may be exchanged inside."""
+        if not self._sharded:
+            return self._tensors
+        shards: Any = [each for each in self._tensors if is_dtensor(each)]
+        return [*self._tensors, *(each._local_tensor for each in shards)]
+
+
+class KeptBatches:
+    """The batches of the last step, by the id of their group; a copy of it is empty.
+
+    A copied optimizer has tensors of its own, which these batches do not hold.
+    """
+
+    def __init__(self) -> None:
+        self.by_group: dict[int, KeptBatch] = {}
+
+    def keep(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
+        """Keep a batch for the steps to come."""
+        self.by_group[id(batch.hyper)] = KeptBatch(batch, entries)
+
+    def forget(self, group: dict[str, Any]) -> None:
+        """Drop the batch of a group, which holds tensors of its state."""
+        self.by_group.pop(id(group), None)
+
+    def clear(self) -> None:
+        """Drop all batches, which are made anew in the next step."""
+        self.by_group.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.by_group = {}
