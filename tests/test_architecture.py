@@ -45,7 +45,6 @@ LAYERS = [
 LAZY_UPWARD = {
     ("lamina.plan.plan", "preview"): "Plan.preview",
     ("lamina.plan.plan", "optimizer"): "Plan.build",
-    ("lamina.optimizer.scheduler_view", "optimizer"): "type of an argument",
 }
 
 

@@ -296,7 +296,7 @@ def fails(*_, **__):
     raise RuntimeError("planted")
 
 
-@pytest.mark.parametrize("part", ["match", "lived_of", "values_at"])
+@pytest.mark.parametrize("part", ["match", "restore_history", "values_at"])
 def test_a_failure_inside_changes_nothing(part, monkeypatch):
     _, other = running(8)
     model, optimizer = running()

@@ -19,7 +19,7 @@ from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
 from ..optim.updates import initial_state
 from ..resolve.resolved import Cell, Resolved
-from ..resolve.timeline import Feedback, values_at
+from ..resolve.timeline import Feedback, Values, values_at
 from .compare import differences
 from .entries import (
     belongs,
@@ -34,7 +34,7 @@ from .entries import (
 )
 from .history import restore_history
 from .lost import has_begun, refuse_lost
-from .match import match
+from .match import Matched, match
 from .report import LoadReport, few
 from .schema import Entry, Saved, number_of_steps, read, reading, short, stray
 
@@ -81,7 +81,7 @@ def prepare(
     """
     saved = read(state_dict)
     matched = match(saved, _as_now(resolved, live), renamed)
-    clock, clock_from = clock_of(saved)
+    clock, _ = clock_of(saved)
     feedback, lost = restore_history(saved, matched, resolved)
     values = values_at(resolved, clock, feedback)
     for scope in range(len(resolved.scopes)):
@@ -100,7 +100,27 @@ def prepare(
         place = live, fitting.state, fitting.groups
         contents = guests.read_memories(records, *place)
         guests.check_loaded(*place, contents, values.hyper)
-    report = LoadReport(
+    report = _report(saved, matched, resolved, fitting, values, lost)
+    rows = _unexpected(report, {*matched.asked, *lost})
+    if strict:
+        _refuse_unexpected(rows, report, matched.asked)
+    unused = clock == 0 and not any(entry.values for entry in saved.entries)
+    # Saved before its first step, it has nothing of the parameters that it lists.
+    told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
+    prepared = (fitting.state, fitting.groups, contents, clock, feedback, lost)
+    return Loaded(*prepared, _warning(told), report)
+
+
+def _report(
+    saved: Saved,
+    matched: Matched,
+    resolved: Resolved,
+    fitting: _Fitting,
+    values: Values,
+    lost: Sequence[str],
+) -> LoadReport:
+    clock, clock_from = clock_of(saved)
+    return LoadReport(
         kept=tuple(fitting.kept),
         new=tuple(fitting.new),
         restarted=tuple(fitting.restarted),
@@ -118,14 +138,6 @@ def prepare(
             (name, dtype_name(old), dtype_name(new)) for name, old, new in fitting.converted
         ),
     )
-    rows = _unexpected(report, {*matched.asked, *lost})
-    if strict:
-        _refuse_unexpected(rows, report, matched.asked)
-    unused = clock == 0 and not any(entry.values for entry in saved.entries)
-    # Saved before its first step, it has nothing of the parameters that it lists.
-    told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
-    prepared = (fitting.state, fitting.groups, contents, clock, feedback, lost)
-    return Loaded(*prepared, _warning(told), report)
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
