@@ -7,7 +7,7 @@ A plan is plain data, a parameter is {"name", "types", "ndim", "requires_grad"}:
               ("top_down", every, start or None), or a schedule
     schedule  ("warmup", length, start)          ("constant", value, length)
               ("linear", start, to, length)      ("cosine", start, to, length)
-              ("steps", every, gamma, start, length)
+              ("step_decay", every, gamma, start, length)
               (">>", [schedule, ...])            ("*", [schedule, ...])
     times     of thaw and freeze: a time, or a list of them
     time      500, "500 steps", "0.4 epochs", "10%"; None as a length is the rest of the run
@@ -18,7 +18,7 @@ import math
 import re
 from fractions import Fraction
 
-SHAPES = ("warmup", "constant", "linear", "cosine", "steps", ">>", "*")
+SHAPES = ("warmup", "constant", "linear", "cosine", "step_decay", ">>", "*")
 DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}  # of SGD
 FOREVER = math.inf
 
@@ -76,7 +76,7 @@ def shape(tree, t, total, run):
     kind = tree[0]
     if kind == "constant":
         return tree[1]
-    if kind == "steps":
+    if kind == "step_decay":
         _, every, gamma, start, _ = tree
         last = max(total - 1, 0)  # drops fall on whole steps; one on the end is not reached
         drops = math.floor(Fraction(min(t, last)) / exact(every, run))

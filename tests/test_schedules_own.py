@@ -120,7 +120,7 @@ def test_several_schedules_on_one_axis(tmp_path):
 
 def test_a_plot_of_a_million_steps_is_sampled():
     pytest.importorskip("matplotlib")
-    figure = schedules.steps(1000, 0.9).plot(steps=1_000_000)
+    figure = schedules.step_decay(1000, 0.9).plot(steps=1_000_000)
     assert len(figure.axes[0].lines[0].get_data()[0]) == 2000
 
 

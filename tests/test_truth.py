@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lamina as lm
+from lamina.resolve.timeline import Values
 from models import described, encoder
 from oracle import SHAPES, Meaning
 from plans import RUNS, fits, plain_plans, to_plan
@@ -153,7 +154,7 @@ def test_canary_a_rewarmup_that_does_not_restart_is_found(monkeypatch):
     def from_the_first_thaw(self, cell):
         return float(cell.rewarm(max(0.0, self._step - self._feedback.windows(cell)[0][0])))
 
-    monkeypatch.setattr("lamina.resolve.timeline.Values._rewarm", from_the_first_thaw)
+    monkeypatch.setattr(Values, "_rewarm", from_the_first_thaw)
     with pytest.raises(AssertionError):
         assert_truth(SEVERAL, (0, 1), RUNS[1])
 
