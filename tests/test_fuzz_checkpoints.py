@@ -96,7 +96,7 @@ def in_bytes(data: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.randint(1, 3)):
         kind, place = chance.randrange(6), chance.randrange(max(len(changed), 1))
         length = chance.choice([1, 2, 8, 64, 1000])
-        if kind <= 1:
+        if kind <= 1 and changed:  # a record may be empty
             changed[place] = chance.randrange(256)
         elif kind == 2:
             del changed[place : place + length]
