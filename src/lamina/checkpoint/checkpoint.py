@@ -94,7 +94,7 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint holds, with its tensors on the CPU.
+    """Return what a checkpoint holds, with its tensors on the CPU.
 
     Raises:
         StateError: if it is damaged, holds more than state, or is of a newer format.
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint whose checksum was compared, or that has none in its name."""
+    """Read a checkpoint whose checksum is right, or that has none in its name."""
     content = load_safely(path)
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int):
@@ -126,13 +126,13 @@ def _opened(path: Path) -> dict[str, Any]:
 
 
 def load_safely(path: Path) -> Any:
-    """`torch.load` of tensors and plain values only, or a `StateError` in one line."""
+    """Load tensors and plain values only; raise `StateError` for anything else."""
     with wrap_read_errors(path), path.open("rb") as file:
         return load_plain(file, path.stat().st_size, str(path), path)
 
 
 def is_whole(path: Path) -> bool | None:
-    """Whether the content has the checksum in the name; None if the name holds none."""
+    """Return whether the content has the checksum in the name; None if the name holds none."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
@@ -141,7 +141,7 @@ def is_whole(path: Path) -> bool | None:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether a checkpoint is a file that can be read and is whole."""
+    """Return whether a checkpoint is a file that can be read and is whole."""
     try:
         return path.is_file() and bool(is_whole(path))
     except (OSError, StateError):
@@ -149,7 +149,7 @@ def _is_usable(path: Path) -> bool:
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a folder by their names, the newest first; other files are left out.
+    """List the checkpoints of a folder by their names, the newest first.
 
     The best has two names, of which "step" comes first: copied apart, one may be whole and the
     other not.
@@ -163,7 +163,7 @@ def candidates(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _changed(path: Path) -> int:
-    """When a file was written; 0 if it is gone by now."""
+    """Return when a file was written; 0 if it is gone by now."""
     try:
         return path.lstat().st_mtime_ns
     except OSError:
@@ -210,7 +210,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Return the step in the name of a checkpoint."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise StateError(f"{path}: not the name of a checkpoint (step-...-....pt).")
@@ -254,7 +254,7 @@ def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[s
 
 
 def tidy(folder: Path, damaged: Sequence[Path]) -> None:
-    """Before going on in a folder: damaged files step aside, unfinished ones are removed."""
+    """Rename damaged files and remove unfinished ones before a run continues."""
     with wrap_write_errors(folder):
         for path in damaged:
             for name in {path.name, path.name.replace("step-", "best-", 1)}:

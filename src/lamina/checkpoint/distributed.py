@@ -72,7 +72,7 @@ def load_distributed(
 def read_distributed(
     model: nn.Module, checkpoint_id: str | os.PathLike[str], key: str = "optimizer"
 ) -> dict[str, Any]:
-    """The state of an optimizer that `torch.distributed.checkpoint` saved, to go on from.
+    """Return the state of an optimizer that `torch.distributed.checkpoint` saved, to go on from.
 
     As `optimizer.state_dict()` gave it, for `plan.build(model, resume=..., extend=...)`, and for
     `plan.preview`.
@@ -102,7 +102,7 @@ def _read(
     key: str,
     renamed: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """The state dict in a folder, its tensors sharded as the parameters of these names are."""
+    """Read a state dict from a folder; its tensors are sharded like the parameters."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -131,7 +131,7 @@ def _nested(
     key: str,
     renamed: Mapping[str, str | None],
 ) -> dict[Hashable, Any]:
-    """What was saved under the key."""
+    """Return what was saved under the key."""
     # Imported here: it costs a second, and only those who save this way need it.
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -159,7 +159,7 @@ def _nested(
 
 
 def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]:
-    """Where each saved value lies, of those under the key."""
+    """Return where each saved value lies, of those under the key."""
     paths = {name: path for name, path in places.items() if path[0] == key}
     if not any(path[1:2] == ("param_groups",) for path in paths.values()):
         found = ", ".join(sorted({str(path[0]) for path in places.values()})) or "nothing"
@@ -171,14 +171,14 @@ def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]
 
 
 def _of_state(path: Path) -> bool:
-    """Whether a place is in the state of a parameter, whose name or number is the third part."""
+    """Return whether a path leads into the state of a parameter (its third part)."""
     return len(path) > 3 and path[1] == "state"
 
 
 def _owners(
     saved: list[str], named: Mapping[str, torch.Tensor], renamed: Mapping[str, str | None]
 ) -> dict[str, torch.Tensor]:
-    """The parameter of each saved name, by its name now."""
+    """Return the parameter of each saved name, by its name now."""
     cleaned = clean_names(saved)
     renamed = renamed_cleanly(renamed, cleaned.values())
     now = {name: renamed_to(clean, renamed) for name, clean in cleaned.items()}
@@ -186,7 +186,7 @@ def _owners(
 
 
 def _numbered(nested: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """The form of `optimizer.state_dict()`: numbers for the parameters, names in the groups.
+    """Return the form of `optimizer.state_dict()`: numbers for the parameters, names in the groups.
 
     What a folder has no entry for was not lost on the way: it was saved so.
     """
@@ -215,7 +215,7 @@ def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:
 
 
 def _room(saved: Any, param: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor for what was saved, sharded as its parameter is; None for what is no tensor."""
+    """Allocate a tensor for a saved one, sharded like its parameter; None for others."""
     size = getattr(saved, "size", None)
     if size is None:
         return None
@@ -226,7 +226,7 @@ def _room(saved: Any, param: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _order(path: tuple[Any, ...]) -> list[tuple[int, Any]]:
-    """Places in lists by their number."""
+    """Return places in lists by their number."""
     return [(0, part) if isinstance(part, int) else (1, str(part)) for part in path]
 
 

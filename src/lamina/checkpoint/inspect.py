@@ -113,7 +113,7 @@ def _tensors(parts: Mapping[str, Any]) -> list[str]:
 
 
 def _walk(value: Any, place: str, within: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """The tensors in nested values; what lies in itself is passed over."""
+    """Return the tensors in nested values; what lies in itself is passed over."""
     if isinstance(value, torch.Tensor):
         yield place, value
     elif id(value) not in within:
@@ -133,7 +133,7 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _groups(state: Mapping[str, Any]) -> list[str]:
-    """The groups of an optimizer, with lr and whether they train."""
+    """Return the groups of an optimizer, with lr and whether they train."""
     lines = ["groups of the optimizer:"]
     for index, group in enumerate(state["param_groups"]):
         count = len(group["params"])
@@ -149,7 +149,7 @@ def _groups(state: Mapping[str, Any]) -> list[str]:
 
 
 def _rest(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
-    """What an lr of 0 means, as far as the state tells."""
+    """Return what an lr of 0 means, as far as the state tells."""
     if _figure(group.get("lr")) != "0" or "clock" not in group:
         return ""
     steps = [state["state"].get(index, {}).get("step", 0) for index in group["params"]]
@@ -160,7 +160,7 @@ def _rest(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
 
 
 def _figure(value: Any) -> str:
-    """A number in four digits; of anything else what it is."""
+    """Return a number in four digits; of anything else what it is."""
     try:
         return f"{float(value):.4g}"
     except (TypeError, ValueError, OverflowError, RuntimeError):

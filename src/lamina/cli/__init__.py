@@ -8,7 +8,7 @@ from ..errors import MissingExtraError, require
 
 
 def main() -> None:
-    """The entry point; what it needs is imported here, so that a missing extra can be named."""
+    """Run the command line; imports are in here, so that a missing extra can be named."""
     try:
         for package in ("typer", "rich"):
             require(package, "cli", "The command line")

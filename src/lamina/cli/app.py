@@ -61,7 +61,7 @@ Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Errors as one paragraph and exit code 2; an interruption as a line; no traceback.
+    """Print errors as one paragraph with exit code 2, interruptions as a line; no traceback.
 
     The exit code of an interruption is the usual one: 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -110,7 +110,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """One plan for how every parameter of a model trains."""
+    """Return one plan for how every parameter of a model trains."""
 
 
 @app.command()
@@ -240,7 +240,7 @@ def _preview(
     steps: int | None,
     accumulate: int | None,
 ) -> Preview:
-    """A preview of the run that `lamina run` would do in one process."""
+    """Return a preview of the run that `lamina run` would do in one process."""
     if epochs is not None and steps is not None:
         raise LaminaError(
             f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."

@@ -43,7 +43,7 @@ def summary(console: Console, result: Result) -> None:
 
 
 def interruption(result: Result) -> str:
-    """What is left of a run that was stopped."""
+    """Return what is left of a run that was stopped."""
     if result.checkpoint is None:
         kept = "no checkpoint was saved before"
     else:
@@ -56,5 +56,5 @@ def interruption(result: Result) -> str:
 
 
 def _order(result: Result) -> list[tuple[str, float]]:
-    """The loss last: what people ask for first comes first."""
+    """Return the loss last: what people ask for first comes first."""
     return sorted(result.metrics.items(), key=lambda item: item[0] == "loss")

@@ -136,7 +136,7 @@ def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:
 
 
 def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> bool:
-    """Whether an update of a guest leaves state, tried on a small tensor of its own.
+    """Return whether an update of a guest leaves state, tried on a small tensor of its own.
 
     Args:
         cell: a cell of the guest.
@@ -154,7 +154,7 @@ def keeps_state(cell: Cell, hyper: Mapping[str, Any], like: torch.Tensor) -> boo
 
 
 def works_on_parts(cell: Cell) -> bool:
-    """Whether a guest updates two parts of a tensor as it updates the whole, tried on small ones.
+    """Try on a small tensor whether a guest updates its parts as it updates the whole.
 
     Returns:
         False also where the guest cannot be tried.
@@ -173,7 +173,7 @@ def works_on_parts(cell: Cell) -> bool:
 def _trained(
     cell: Cell, starts: Sequence[torch.Tensor], steps: Sequence[Sequence[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """Tensors after some steps of a guest of their own."""
+    """Return tensors after some steps of a guest of their own."""
     params = [torch.nn.Parameter(start.clone()) for start in starts]
     guest: Any = cell.optimizer([{"params": params}], **_first_values(cell))
     if callable(getattr(guest, "train", None)):
@@ -186,7 +186,7 @@ def _trained(
 
 
 def _tried(cell: Cell, hypers: Sequence[Mapping[str, Any]], like: torch.Tensor) -> Any:
-    """A guest of its own after one step of a small tensor for each of some groups' values."""
+    """Build a separate guest and take one step of a small tensor for each group's values."""
     device = None if like.is_meta else like.device
     with quietly(device):
         params = [
@@ -231,7 +231,7 @@ def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None
 
 
 def _first_values(cell: Cell) -> dict[str, Any]:
-    """What a guest is built with: the first values of its cell with an lr, which some insist on."""
+    """Return the first values of a cell, with an lr, on which some constructors insist."""
     values = cell.values(0)
     return values if values.get("lr", 1) else cell.values(1)
 

@@ -32,13 +32,13 @@ class Guest(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ()
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Nothing; guests make their state themselves."""
+        """Do nothing: guests make their state themselves."""
         return {}
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """Never called: guests step themselves."""
+        """Raise: guests step themselves, so this is never called."""
         raise NotImplementedError
 
 
@@ -79,7 +79,7 @@ class Guests(Updates):
         return group in self._of
 
     def __getstate__(self) -> dict[str, Any]:
-        """With what guests keep beside state and groups, which torch leaves out of a copy."""
+        """Return all parts, with the attributes of guests that torch leaves out of a copy."""
         guests = dict.fromkeys(self._of.values())
         kept = [(g, {k: v for k, v in vars(g).items() if not is_torchs(k)}) for g in guests]
         return {**self.__dict__, "kept": kept}
@@ -176,7 +176,7 @@ class Guests(Updates):
         return deepcopy(entry)
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """Hand the guests their gradients, as the operations left them, and let them step."""
+        """Give the guests their gradients, as the operations left them, and let them step."""
         called: dict[torch.optim.Optimizer, set[str]] = {}
         for batch in batches:
             guest = self._of.get(batch.hyper["name"])
@@ -281,7 +281,7 @@ class Guests(Updates):
         return rest
 
     def own_keys(self, name: str, group: Mapping[str, Any]) -> set[str]:
-        """The keys of a group that are its guest's state: no settings, and none of ours."""
+        """Return the keys of a group that are its guest's state: no settings, and none of ours."""
         return {key for key in group if isinstance(key, str)} - OURS - self._settings[name]
 
     def read_memories(
@@ -291,7 +291,7 @@ class Guests(Updates):
         state: Mapping[torch.Tensor, dict[str, Any]],
         own: Mapping[str, Mapping[str, Any]],
     ) -> dict[torch.optim.Optimizer, Contents]:
-        """What guests keep for themselves, as saved or else as they were built.
+        """Return what guests keep for themselves, as saved or else as they were built.
 
         Args:
             records: what was saved of it, by the class of the guest.
@@ -331,7 +331,7 @@ class Guests(Updates):
             self._memories[guest].put(guest, its)
 
     def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
-        """Values of a group that its guest keeps as tensors."""
+        """Return values of a group that its guest keeps as tensors."""
         return self._tensors.get(name, {})
 
     def check_loaded(
@@ -403,7 +403,7 @@ class Guests(Updates):
         return steps_with(other, now, param, entry)
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
-        """In words, a value of the plan that a guest has replaced; "" if none did."""
+        """Describe a value of the plan that a guest has replaced; "" if none did."""
         for guest in dict.fromkeys(self._of.values()):
             for group in guest.param_groups:
                 for key, value in published[group["name"]].items():
@@ -435,7 +435,7 @@ _LARGE = 2**24
 def _alike(
     params: Sequence[torch.Tensor], state: Mapping[torch.Tensor, Mapping[str, Any]]
 ) -> list[list[torch.Tensor]]:
-    """The parameters whose loaded state has the same form, the smallest first."""
+    """Return the parameters whose loaded state has the same form, the smallest first."""
     found: dict[Any, list[torch.Tensor]] = {}
     for param in params:
         plain = type(param) in (torch.Tensor, torch.nn.Parameter) and not param.is_meta
@@ -448,7 +448,7 @@ def _alike(
 
 
 def _as_torch_casts(param: torch.Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry with its numbers in the dtype of the parameter."""
+    """Return an entry with its numbers in the dtype of the parameter."""
     return {
         key: value.to(param.dtype)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "step"

@@ -96,7 +96,7 @@ class GuestMemory:
         return found
 
     def _own(self, guest: torch.optim.Optimizer) -> dict[str, Any]:
-        """What its own `state_dict` writes beside state and groups."""
+        """Return what its own `state_dict` writes beside state and groups."""
         if type(guest).state_dict is torch.optim.Optimizer.state_dict:
             return {}
         written = apart(guest, loose=self.loose).state_dict()
@@ -193,7 +193,7 @@ _ABSENT = object()
 
 
 def _form(value: Any) -> Any:
-    """The plain form of a value, or `_ABSENT`."""
+    """Return the plain form of a value, or `_ABSENT`."""
     try:
         return pack(value)
     except UnwritableError:
@@ -235,7 +235,7 @@ def copies(
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested containers."""
+    """Return all tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -248,7 +248,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _placed(value: Any, like: Any) -> Any:
-    """A loaded value, copied to where the guest had it."""
+    """Return a loaded value, copied to where the guest had it."""
     if isinstance(value, torch.Tensor):
         device = like.device if isinstance(like, torch.Tensor) else value.device
         return value.detach().to(device=device, copy=True)

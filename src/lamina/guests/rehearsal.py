@@ -151,7 +151,7 @@ class _Stage:
             group["lr"] = 0.0
 
     def saved(self) -> Any:
-        """What a checkpoint would hold of it, written to a file and read back."""
+        """Return what a checkpoint would hold of it, written to a file and read back."""
         groups = [
             {k: pack(v) for k, v in group.items() if self._is_own(k, v, begun)}
             for group, begun in zip(self.groups, self._initial_state, strict=True)
@@ -164,7 +164,7 @@ class _Stage:
         return torch.load(file, weights_only=True)
 
     def _is_own(self, key: str, value: Any, begun: Mapping[str, Any]) -> bool:
-        """Whether a value of a group is state, and not what every build puts there."""
+        """Return whether a value of a group is state, and not what every build puts there."""
         constant = not is_writable(value) and begun.get(key) is value
         return key not in OURS | self._settings and not constant
 
@@ -180,7 +180,7 @@ class _Stage:
         self.memory.put(self.guest, contents)
 
     def weights(self) -> list[torch.Tensor]:
-        """The values of all parameters."""
+        """Return the values of all parameters."""
         return [param.detach() for params in self.params for param in params]
 
 
@@ -218,7 +218,7 @@ def rehearse(
 
 
 def _chosen(cells: Sequence[Cell], values: Sequence[Values], likes: Any) -> list[int]:
-    """A few groups that stand for all: different windows, keys and kinds of parameters."""
+    """Return a few groups that stand for all: different windows, keys and kinds of parameters."""
     found: dict[Any, int] = {}
     for index, cell in enumerate(cells):
         late = bool(cell.windows) and cell.windows[0][0] == 0
@@ -235,7 +235,7 @@ def _shapes(params: Sequence[torch.Tensor]) -> str:
 
 
 def _likes(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Small tensors for some parameters of a group, one for each number of dimensions and dtype."""
+    """Return a small tensor for each number of dimensions and dtype in a group."""
     found: dict[tuple[int, torch.dtype], torch.Tensor] = {}
     for param in params:
         shape = [min(side, _SIDE - place) for place, side in enumerate(param.shape)]
@@ -299,7 +299,7 @@ def _verdict(
 
 
 def _unread(optimizer: type[torch.optim.Optimizer], stage: _Stage) -> str:
-    """A setting that was put into a group, and that nothing looked for there; "" if none."""
+    """Return a setting that was put into a group, and that nothing looked for there; "" if none."""
     known = settings_of(optimizer).union(trial_of(optimizer).made or ())
     for group, own in zip(stage.groups, stage.values, strict=True):
         if isinstance(group, RecordingGroup):
@@ -313,7 +313,7 @@ def _both_nan(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _failure(stage: _Stage, steps: range, graph: bool, all_train: bool = False) -> str:
-    """In words, how a step failed; "" if none did."""
+    """Describe how a step failed; "" if none did."""
     try:
         for number in steps:
             stage.step(number, graph=graph, all_train=all_train)
@@ -330,7 +330,7 @@ def _why(
     likes: Sequence[Sequence[torch.Tensor]],
     failure: str,
 ) -> str:
-    """Why the steps of a trial failed; "" if that may be for the smallness of its tensors."""
+    """Describe why a trial failed; "" if only its tensors may have been too small."""
     stage = _Stage(optimizer, cells, values, _small(likes))
     if any(stage.late) and not _failure(stage, range(_STEPS), False, all_train=True):
         return (

@@ -123,7 +123,7 @@ class DropIn(Engine):
                 )
 
     def _plain(self, key: str, value: Any) -> Any:
-        """A value as Python's: a NumPy number in a group makes checkpoints unloadable."""
+        """Return a value as Python's: a NumPy number in a group makes checkpoints unloadable."""
         if isinstance(value, (tuple, list)):
             return type(value)(map(python_number, value))
         value = python_number(value)
@@ -267,7 +267,7 @@ def _own(value: Any) -> Any:
 
 
 def _split(group: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    """What errors call the parameters of a new group, and the parameters."""
+    """Return what errors call the parameters of a new group, and the parameters."""
     given = group["params"]
     items = [given] if isinstance(given, torch.Tensor) else list(given)
     names = [
@@ -311,7 +311,7 @@ def _note_loss(
 
 
 def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:
-    """The saved state of a parameter, on its device and in its dtype, as new tensors."""
+    """Return the saved state of a parameter, on its device and in its dtype, as new tensors."""
     fitted: dict[str, Any] = {}
     for key, value in dict(entry).items():
         if key == "step":

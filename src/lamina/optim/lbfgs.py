@@ -61,7 +61,7 @@ class LBFGS(DropIn):
 
     @hooked
     def step(self, closure: Closure | None = None) -> Any:
-        """Up to `max_iter` iterations.
+        """Take up to `max_iter` iterations.
 
         Args:
             closure: clears the gradients, computes the loss, calls backward, returns the loss.

@@ -46,7 +46,7 @@ def examine(
     load: LoadReport | None = None,
     received: GradientTracker | None = None,
 ) -> tuple[Finding, ...]:
-    """Everything by which a model and the optimizer of a plan have come apart.
+    """Return everything by which a model and the optimizer of a plan have come apart.
 
     Args:
         resolved: what the plan meant when it was built.
@@ -119,7 +119,7 @@ Rows = Sequence[tuple[Cell, ParamInfo, torch.Tensor]]
 
 
 def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
-    """Names that were one parameter at build and are several now."""
+    """Return names that were one parameter at build and are several now."""
     findings = []
     for _, info, _ in rows:
         parts = broken(info.names, live)
@@ -137,7 +137,7 @@ def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
 
 
 def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> list[Finding]:
-    """Parameters of the optimizer that are not in the model any more."""
+    """Return parameters of the optimizer that are not in the model any more."""
     updated = {id(param) for _, _, param in rows}
     gone, replaced, tied = [], [], []
     for _, info, param in rows:
@@ -231,7 +231,7 @@ def _silent(
     new: Sequence[str],
     received: GradientTracker,
 ) -> list[Finding]:
-    """Parameters that trained for some steps and never received a gradient."""
+    """Return parameters that trained for some steps and never received a gradient."""
     clock, seen = groups[0]["clock"], groups[0]["feedback"]
     names = []
     for cell, info, param in rows:
@@ -263,7 +263,7 @@ def _steps_trained(
 
 
 def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
-    """The step from which the updates of a cell's parameters are counted."""
+    """Return the step from which the updates of a cell's parameters are counted."""
     if cell.frozen_state == "keep":
         return 0
     spans = Feedback(seen=seen).windows(cell)

@@ -688,7 +688,7 @@ class Optimizer(Engine):
     # --- torch's interface ---------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused under a plan, which already covers every parameter of the model."""
+        """Raise `PlanError`: a plan already covers every parameter of the model."""
         if len(self.param_groups) == len(self._resolved.cells):
             raise PlanError(
                 "add_param_group: a plan covers every parameter from the start, frozen ones too. "

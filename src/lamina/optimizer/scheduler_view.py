@@ -32,15 +32,15 @@ class SchedulerView(LRScheduler):
         return [float(applied.get(group["name"], group)["lr"]) for group in groups]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The same as `get_last_lr`."""
+        """Return the same as `get_last_lr`."""
         return self.get_last_lr()
 
     def step(self, epoch: int | None = None) -> None:
-        """Nothing; `optimizer.step()` moves the values."""
+        """Do nothing: `optimizer.step()` moves the values."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; the optimizer saves its clock."""
+        """Do nothing: the optimizer saves its clock."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing; the optimizer loads its clock."""
+        """Do nothing: the optimizer loads its clock."""

@@ -170,7 +170,7 @@ def _marks(watched: Mapping[str, _Watched]) -> dict[str, _Mark]:
 
 
 def _signed(number: int) -> int:
-    """A number of 64 bits as torch's signed ones hold it."""
+    """Return a number of 64 bits as torch's signed ones hold it."""
     return number - (1 << 64) if number >> 63 else number
 
 
@@ -178,7 +178,7 @@ _ODD = _signed(0x9E3779B97F4A7C15)
 
 
 def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """A number for each tensor that changes with any single element, and with their order.
+    """Return a number for each tensor that changes with any single element, and with their order.
 
     Formula: `sum_i word_i * w_i mod 2^64` over chunks, with odd weights `w_i`, so that no change of
     one word can vanish, and mixed, so that changes of several words with a pattern do not cancel;
@@ -212,7 +212,7 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def _weights(device: torch.device) -> torch.Tensor:
-    """Odd numbers of 64 bits without a pattern.
+    """Return odd numbers of 64 bits without a pattern.
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014), SplitMix.
     """

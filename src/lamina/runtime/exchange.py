@@ -82,7 +82,7 @@ class Exchange:
         self._flat: dict[int, FlatPart] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without process groups, which cannot be copied; the next step looks again."""
+        """Return all but process groups, which cannot be copied; the next step looks again."""
         return {
             **self.__dict__,
             "gradients": None,
@@ -219,7 +219,7 @@ class Exchange:
 
 
 def _is_flat(param: torch.Tensor) -> bool:
-    """Whether this is a parameter of FSDP1 that is made of several."""
+    """Return whether this is a parameter of FSDP1 that is made of several."""
     return hasattr(param, "_unpadded_unsharded_size")
 
 

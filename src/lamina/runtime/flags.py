@@ -47,7 +47,7 @@ class FlagKeeper:
         self._zeroed: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was measured: the parameters of a copy are in no reducer."""
+        """Return all but what was measured: the parameters of a copy are in no reducer."""
         fresh = {"settled": False, "_found": NOTHING, "_foreign": frozenset()}
         params = [param for known in self._zeroed.values() if (param := known()) is not None]
         zeroed = [param for param in params if has_zero_gradients(param)]

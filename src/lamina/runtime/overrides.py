@@ -20,7 +20,7 @@ from ..resolve.resolved import Cell, Resolved
 
 
 def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
-    """The groups that a name or a pattern means; a pattern must cover whole groups."""
+    """Return the groups that a name or a pattern means; a pattern must cover whole groups."""
     cells = resolved.cells
     if rule is None:
         return list(range(len(cells)))

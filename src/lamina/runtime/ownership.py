@@ -44,5 +44,5 @@ def _cause_and_fix(name: str, key: str, now: Any, value: Any, group: Mapping[str
 
 
 def _is_number(value: Any) -> bool:
-    """Whether `override` takes such a value."""
+    """Return whether `override` takes such a value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

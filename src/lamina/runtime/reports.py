@@ -18,12 +18,12 @@ AllSeen = Mapping[str, Mapping[str, Any]]
 
 
 def begin_all(resolved: Resolved) -> dict[str, dict[str, Any]]:
-    """What the reactions of a plan have seen before any report."""
+    """Return what the reactions of a plan have seen before any report."""
     return {key: reaction.begin() for key, reaction in resolved.reactions}
 
 
 def check_report(resolved: Resolved, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The reported numbers; raises `PlanError` for a NaN or when nothing watched is among them."""
+    """Return the reported numbers; raise `PlanError` for a NaN or if none is watched."""
     watched = {reaction.metric: reaction for _, reaction in resolved.reactions}
     if not metrics:
         raise PlanError("report was given no metric; expected such as report(val_loss=0.31).")
@@ -49,7 +49,7 @@ def check_report(resolved: Resolved, metrics: Mapping[str, Any]) -> dict[str, fl
 def observe_all(
     resolved: Resolved, seen: AllSeen, numbers: Mapping[str, float], step: int
 ) -> dict[str, dict[str, Any]]:
-    """What the reactions have seen after a report at a step; pure."""
+    """Return what the reactions have seen after a report at a step; pure."""
     run = resolved.settled_for  # whose patience, as all times
     new = {key: dict(value) for key, value in seen.items()}
     for key, reaction in resolved.reactions:
@@ -68,7 +68,7 @@ def observe_all(
 
 
 def changes(old: AllSeen, new: AllSeen) -> list[str]:
-    """What a report changed, in words, for the log."""
+    """Return what a report changed, in words, for the log."""
     lines = []
     for key, now in new.items():
         before = old.get(key, {})
@@ -82,7 +82,7 @@ def changes(old: AllSeen, new: AllSeen) -> list[str]:
 
 
 def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metrics of rank 0, on every process; they decide alike, whatever each measured."""
+    """Return the metrics of rank 0, on every process; they decide alike, whatever each measured."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return metrics
@@ -92,7 +92,7 @@ def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _begins(resolved: Resolved, seen: AllSeen) -> list[float]:
-    """The steps of all thaws, infinite for those that wait for a metric."""
+    """Return the steps of all thaws, infinite for those that wait for a metric."""
     lived = Feedback(seen=seen)
     return [begin for cell in resolved.cells for begin, _ in lived.windows(cell)]
 

@@ -32,7 +32,7 @@ TOLERANCE = 1e-9
 def differences(
     saved: Saved, matched: Matched, resolved: Resolved, clock: int, values: Values
 ) -> tuple[Changed, ...]:
-    """What is not as it was saved at the clock: hyperparameters by group, then thresholds.
+    """Return what is not as it was saved at the clock: hyperparameters by group, then thresholds.
 
     Args:
         saved: the state.
@@ -48,7 +48,7 @@ def differences(
 
 
 def _operations(resolved: Resolved, planned: Run, clock: int, values: Values) -> Iterator[Changed]:
-    """Thresholds at the clock that this plan gives otherwise for the length that was saved.
+    """Return thresholds at the clock that this plan gives otherwise for the length that was saved.
 
     They are not in a state, which therefore cannot tell whether the plan itself is another.
     """
@@ -100,7 +100,7 @@ def _given(group: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared and shown; of what no hyperparameter is, the text alone."""
+    """Return a value that can be compared and shown; the text of one that cannot."""
     if isinstance(value, torch.Tensor) and 0 < value.numel() <= _FEW and not value.is_meta:
         return _plain(value.item() if value.numel() == 1 else value.reshape(-1).tolist())
     if isinstance(value, (list, tuple)):
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Whether two values are the same but for rounding."""
+    """Return whether two values are the same but for rounding."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(close, a, b))
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):

@@ -26,7 +26,7 @@ _FLAT = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
 
 def belongs(entry: Entry, cell: Cell) -> bool:
-    """Whether a saved entry is of the optimizer that a cell has now.
+    """Return whether a saved entry is of the optimizer that a cell has now.
 
     A state of torch's does not say whose it is: then the entries and the hyperparameters tell.
     """
@@ -49,14 +49,14 @@ def belongs(entry: Entry, cell: Cell) -> bool:
 
 
 def has_state(entry: Entry) -> bool:
-    """Whether an entry holds more than the count of no update."""
+    """Return whether an entry holds more than the count of no update."""
     values = {key: value for key, value in (entry.values or {}).items() if value is not None}
     step = values.pop("step", 0)
     return bool(values) or number_of_steps("a parameter", step) > 0
 
 
 def keeps_nothing(entry: Entry, cell: Cell) -> bool:
-    """Whether an entry is of an optimizer of torch's that had nothing to keep: plain SGD.
+    """Return whether an entry is of an optimizer of torch's that had nothing to keep: plain SGD.
 
     lamina has the count of updates then, which was lost where it is not.
     """
@@ -69,7 +69,7 @@ def keeps_nothing(entry: Entry, cell: Cell) -> bool:
 
 
 def _family(algorithm: Algorithm | None) -> type | None:
-    """The rule that an algorithm is a form of: Adam and AdamW share theirs."""
+    """Return the rule that an algorithm is a form of: Adam and AdamW share theirs."""
     bases = [] if algorithm is None else type(algorithm).__mro__
     rules = [base for base in bases if issubclass(base, Algorithm) and base is not Algorithm]
     return rules[-1] if rules else None
@@ -78,7 +78,7 @@ def _family(algorithm: Algorithm | None) -> type | None:
 def converted(
     name: str, entry: Entry, fitted: Mapping[str, Any]
 ) -> tuple[str, torch.dtype, torch.dtype] | None:
-    """The name of a parameter whose state has another dtype than it was saved in, and the two."""
+    """Return name and dtypes of a parameter whose state changed its dtype, or None."""
     for key, value in (entry.values or {}).items():
         now = fitted.get(key)
         if key == "step" or not isinstance(value, torch.Tensor) or now is None:
@@ -123,7 +123,7 @@ def _check_numbers(info: ParamInfo, key: str, value: Any, param: torch.Tensor) -
 def own_entry(
     info: ParamInfo, param: torch.Tensor, entry: Entry, cell: Cell
 ) -> tuple[dict[str, Any], list[str]]:
-    """The state of a parameter of one of lamina's own algorithms, and the keys it has no use for.
+    """Convert a saved entry to the state of lamina's algorithm; also return unused keys.
 
     Tensors are copies on the parameter's device. They get the dtype that the plan asks for; where
     it asks for none the parameter's, as new state would, but never one that cannot hold what was
@@ -175,13 +175,13 @@ def _filled(value: Any) -> bool:
 
 
 def _has_momentum(entry: Entry, cell: Cell) -> bool:
-    """Whether a momentum was, and is, the same at every step: then its buffer is always there."""
+    """Return whether momentum was and is constant: then its buffer must exist."""
     moves = "momentum" in dict(cell.moving) or entry.group.get("overrides", "[]") not in ("[]", [])
     return bool(entry.group.get("momentum") and cell.constants.get("momentum") and not moves)
 
 
 def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:
-    """The state of a guest's parameter as it was saved, copied; empty before its first update."""
+    """Copy the saved state of a guest's parameter; empty before its first update."""
     saved = dict(entry.values or {})
     if set(saved) == {"step"} and not float(saved["step"]):
         return {}  # lamina's own count begins at build; guests begin with nothing
@@ -195,7 +195,7 @@ def guest_entry(param: torch.Tensor, entry: Entry) -> dict[str, Any]:
 def whole_entry(
     infos: Sequence[ParamInfo], param: torch.Tensor, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The memory of L-BFGS, which lies with the first parameter; raises `StateError`."""
+    """Return the memory of L-BFGS, which lies with the first parameter; raises `StateError`."""
     fitted = initial_state(param) | {
         key: copied(value, param.device) for key, value in values.items() if key != "step"
     }
@@ -216,7 +216,7 @@ def whole_entry(
 
 
 def evaluations(group: Mapping[str, Any]) -> Any:
-    """The most evaluations in a step of L-BFGS; torch writes its default out, lamina None."""
+    """Return `max_eval` of L-BFGS as torch saves it: its default as a number."""
     limit = group["max_eval"]
     return group["max_iter"] * 5 // 4 if limit is None else limit
 
@@ -226,7 +226,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def copied(value: Any, device: torch.device | None) -> Any:
-    """A copy of a nested value, its tensors on a device (None: where they are)."""
+    """Return a copy of a nested value, its tensors on a device (None: where they are)."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
         return value.clone() if device is None else value.to(device=device, copy=True)

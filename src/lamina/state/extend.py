@@ -108,7 +108,7 @@ def settled(
     extend: str | None,
     renamed: Mapping[str, str | None] | None,
 ) -> tuple[Resolved, Resolved | None]:
-    """The plan for the rest of the run, and as it was for the saved one."""
+    """Return the plan for the rest of the run, and as it was for the saved one."""
     if saved.run is None or saved.run.steps is None:
         return settle(run), None
     planned = saved.planned or saved.run
@@ -149,7 +149,7 @@ def _check_way(extend: Any, renamed: Any, resumed: bool) -> None:
 def first_difference(
     one: Resolved, other: Resolved, clock: int, feedback: Feedback, lived_other: Feedback
 ) -> str:
-    """In words, a value that differs between two settlements from the clock on; "" if none."""
+    """Describe a value that differs between two settlements from the clock on; "" if none."""
     impatient = _patience(one, other)
     if impatient or (one.cells, one.scopes) == (other.cells, other.scopes):
         return impatient
@@ -183,7 +183,7 @@ def first_difference(
 
 
 def _patience(one: Resolved, other: Resolved) -> str:
-    """In words, a reaction whose patience is another number of steps; "" if there is none."""
+    """Describe a reaction whose patience is another number of steps; "" if there is none."""
     for key, reaction in one.reactions:
         try:
             first, second = (
@@ -216,7 +216,7 @@ def _threshold(pair: tuple[Values, Values], scope: int, steps: Any) -> Any:
 
 
 def _apart(one: Any, other: Any, steps: Any) -> str:
-    """Where two values over the steps differ by more than rounding, in words."""
+    """Return where two values over the steps differ by more than rounding, in words."""
     if isinstance(one, tuple):
         parts = (_apart(a, b, steps) for a, b in zip(one, other, strict=True))
         return next((part for part in parts if part), "")

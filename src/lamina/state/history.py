@@ -24,7 +24,7 @@ _KEPT = [set(kind("metric").begin()) for kind in REACTIONS.values()]
 
 
 def written(value: Any) -> str:
-    """As one text: torch.distributed.checkpoint cannot load lists that are longer than those here.
+    """Write a value as one text: torch cannot load lists into shorter ones.
 
     Numbers keep all their digits.
     """
@@ -45,7 +45,7 @@ def _unwritten(group: Group, key: str, absent: Any) -> Any:
 def restore_history(
     saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[Feedback, tuple[str, ...]]:
-    """What a saved run has lived through, by the present groups, and in words what is lost of it.
+    """Restore overrides and feedback for the present groups; also describe what is lost.
 
     Args:
         saved: the state.
@@ -60,7 +60,7 @@ def restore_history(
 def _overrides_of(
     saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """The overrides of each group: those that all its parameters were saved with."""
+    """Return the overrides of each group: those that all its parameters were saved with."""
     histories = {id(g): _history(_unwritten(g, "overrides", [])) for g in saved.groups}
     lost = {id(entry.group) for entry in _not_asked(saved, matched)}
     taken: set[int] = set()
@@ -84,14 +84,14 @@ def _overrides_of(
 
 
 def _not_asked(saved: Saved, matched: Matched) -> list[Entry]:
-    """The saved entries that the user did not ask to leave out."""
+    """Return the saved entries that the user did not ask to leave out."""
     asked = set(matched.asked)
     names = saved.names or [""] * len(saved.entries)
     return [entry for name, entry in zip(names, saved.entries, strict=True) if name not in asked]
 
 
 def _history(saved: Any) -> list[Any]:
-    """A list of `[step, {hyperparameter: number}]`, as new lists."""
+    """Return a list of `[step, {hyperparameter: number}]`, as new lists."""
     history: list[Any] = []
     for item in saved if isinstance(saved, (list, tuple)) else [saved]:
         pair: Any = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, None)
@@ -111,7 +111,7 @@ def _history(saved: Any) -> list[Any]:
 
 
 def _applies(cell: Cell, history: Sequence[Any]) -> bool:
-    """Whether the overrides of a saved group still fit what the plan makes of it."""
+    """Return whether the overrides of a saved group still fit what the plan makes of it."""
     try:
         for _, changed in history:
             if changed:
@@ -124,7 +124,7 @@ def _applies(cell: Cell, history: Sequence[Any]) -> bool:
 def _feedback_of(
     groups: Sequence[Group], resolved: Resolved
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What the plan's reactions have seen, and in words what was seen for others."""
+    """Return what the plan's reactions have seen, and in words what was seen for others."""
     telling = next((group for group in groups if "feedback" in group), {})
     saved = _unwritten(telling, "feedback", {})
     if not isinstance(saved, Mapping):
@@ -161,7 +161,7 @@ def _check_seen(key: Any, seen: Any) -> None:
 
 
 def _are_changes(value: Any) -> bool:
-    """Whether a plateau can have left these `[step, multiplier]`: each is lower than the last."""
+    """Return whether a plateau can have made these changes: each lower than the last."""
     step, multiplier = 0, 1.0
     for item in value if isinstance(value, (list, tuple)) else [None]:
         if not isinstance(item, (list, tuple)) or len(item) != 2:
@@ -175,7 +175,7 @@ def _are_changes(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    """Whether a value is a number that is no NaN, nor an int beyond all floats."""
+    """Return whether a value is a number that is no NaN, nor an int beyond all floats."""
     if isinstance(value, float):
         return not math.isnan(value)
     return type(value) is int and abs(value) <= LONGEST

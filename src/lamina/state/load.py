@@ -141,13 +141,13 @@ def _report(
 
 
 def in_order(resolved: Resolved) -> list[ParamInfo]:
-    """Every parameter once, in the order of the model."""
+    """Return every parameter once, in the order of the model."""
     infos = {info.name: info for cell in resolved.cells for info in cell.parameters}
     return [infos[name] for name in resolved.chains if name in infos]
 
 
 def _as_now(resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> list[ParamInfo]:
-    """`in_order`, each in the shape that the parameter has now: a weight may grow after build."""
+    """Return every parameter once, in its shape of now: a weight may grow after build."""
     shapes = {
         info.name: tuple(param.shape)
         for cell, group in zip(resolved.cells, groups, strict=True)
@@ -157,7 +157,7 @@ def _as_now(resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> list[Par
 
 
 def clock_of(saved: Saved) -> tuple[int, str]:
-    """The steps taken, and what tells: the clock, or the most updates of any parameter."""
+    """Return the steps taken, and what tells: the clock, or the most updates of any parameter."""
     if saved.clock is not None:
         return saved.clock, "clock"
     entries = [entry.values or {} for entry in saved.entries]
@@ -218,7 +218,7 @@ class _Fitting:
                     self._told[cell.optimizer] = told
 
     def records(self, saved: Saved) -> dict[type, Mapping[str, Any]]:
-        """What was saved of guests beside groups and the state of parameters, by their class."""
+        """Return what was saved of guests beside groups and parameters, by their class."""
         found = {kind: dict(told.group.get("guest", {})) for kind, told in self._told.items()}
         if len(found) == 1:  # a state that the guest itself wrote
             [record] = found.values()
@@ -228,7 +228,7 @@ class _Fitting:
         return {kind: _checked(record) for kind, record in found.items()}
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
-        """The state of a guest's parameter as it was when the guest was built: mostly empty."""
+        """Return the state that a guest gave a parameter when it was built: mostly none."""
         values = self._guests.initial.get(info.name, {})
         return {key: copied(value, None) for key, value in values.items()}
 
@@ -279,7 +279,7 @@ class _Fitting:
 
 
 def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a guest keeps in its group: neither a setting of its constructor nor ours."""
+    """Return what a guest keeps in its group: neither a setting of its constructor nor ours."""
     record = saved.get("guest", {})
     if isinstance(record, Mapping) and "keys" in record:
         keys = {*record["keys"]} & saved.keys()
@@ -325,7 +325,7 @@ def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
 
 
 def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """What was not taken over as it was, in words and by name; without what was asked for."""
+    """List what was not restored as it was, but for what was asked for."""
     asked = set(asked)
     rows = [
         ("not in the state", [name for name in report.new if name not in asked]),
@@ -336,7 +336,7 @@ def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, lis
 
 
 def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """The one warning about state that does not fit, or ""."""
+    """Return the one warning about state that does not fit, or ""."""
     if not rows:
         return ""
     told = "; ".join(f"{what}: {few(names)}" for what, names in rows)

@@ -64,7 +64,7 @@ def refuse_lost(
 
 
 def _without_memory(resolved: Resolved, entries: Mapping[str, Entry]) -> list[str]:
-    """The parameters of L-BFGS, if the memory that its first step makes is not whole."""
+    """Return the parameters of L-BFGS, if the memory that its first step makes is not whole."""
     cell = resolved.cells[0]
     if not entries or not all(belongs(entry, cell) for entry in entries.values()):
         return []
@@ -77,5 +77,5 @@ def _without_memory(resolved: Resolved, entries: Mapping[str, Entry]) -> list[st
 
 
 def has_begun(cell: Cell, clock: int, feedback: Feedback) -> bool:
-    """Whether a cell trains at the clock, or did before; what rested so far lost nothing."""
+    """Return whether a cell trains at the clock, or did before; what rested so far lost nothing."""
     return any(begin <= clock for begin, _ in feedback.windows(cell))

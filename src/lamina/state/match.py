@@ -78,7 +78,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def _proposal(saved: Sequence[str], infos: Sequence[ParamInfo]) -> str:
-    """What to do about a state without a known name, such as the prefix that one side has."""
+    """Propose a fix for a state without a known name, such as a prefix on one side."""
     live = [info.name for info in infos]
     for theirs, mine, longer in ((saved, live, True), (live, saved, False)):
         prefix = _prefix(theirs, mine)
@@ -94,7 +94,7 @@ def _proposal(saved: Sequence[str], infos: Sequence[ParamInfo]) -> str:
 
 
 def _prefix(long: Sequence[str], short: Sequence[str]) -> str:
-    """The modules in front of the names in one list that make them names in the other, or ""."""
+    """Return the prefix by which names of one list differ from the other's, or ""."""
     known = set(short)
     parts = long[0].split(".")
     for size in range(1, len(parts)):
@@ -120,7 +120,7 @@ def check_renamed(renamed: Any) -> None:
 def renamed_cleanly(
     renamed: Mapping[str, str | None], names: Iterable[str]
 ) -> dict[str, str | None]:
-    """With what wrappers add to a name taken away, where it is not a clean name of the state.
+    """Remove what wrappers add to names, unless a name is in the state as it is.
 
     Args:
         renamed: from saved to present names, as they were given.
@@ -140,7 +140,7 @@ def renamed_cleanly(
 
 
 def renamed_to(name: str, renamed: Mapping[str, str | None]) -> str | None:
-    """The present name of a saved one, None if it is left out; the longest path wins."""
+    """Return the present name of a saved one, None if it is left out; the longest path wins."""
     hit = [old for old in renamed if name == old or name.startswith(f"{old}.")]
     if not hit:
         return name
@@ -152,7 +152,7 @@ def renamed_to(name: str, renamed: Mapping[str, str | None]) -> str | None:
 def _targets(
     names: Sequence[str], live: Mapping[str, str], renamed: Mapping[str, str | None]
 ) -> dict[str, str | None]:
-    """The new name of each saved name that `renamed` speaks of; the longest path wins."""
+    """Return the new name of each saved name that `renamed` speaks of; the longest path wins."""
     renamed = renamed_cleanly(renamed, names)
     found: dict[str, str | None] = {}
     for old in sorted(renamed, key=len):
@@ -175,7 +175,7 @@ def _targets(
 
 
 def _paths(names: Iterable[str]) -> list[str]:
-    """All names, and the modules that they lie in."""
+    """Return all names, and the modules that they lie in."""
     found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -184,7 +184,7 @@ def _paths(names: Iterable[str]) -> list[str]:
 
 
 def _by_position(saved: Saved, infos: Sequence[ParamInfo]) -> dict[str, Entry]:
-    """Entries in the order of the model's parameters, if number and shapes agree."""
+    """Return entries in the order of the model's parameters, if number and shapes agree."""
     fix = (
         "Save it with names (torch takes model.named_parameters()), or from an optimizer that "
         "was built by a plan."
@@ -206,7 +206,7 @@ def _by_position(saved: Saved, infos: Sequence[ParamInfo]) -> dict[str, Entry]:
 
 
 def _misfits(key: str, value: Any, info: ParamInfo) -> bool:
-    """Whether a saved value cannot be of a parameter: neither as large, nor a factor of that.
+    """Return whether a saved value has a size that no state of the parameter has.
 
     Factors, as Adafactor's, have some of its dimensions, in their order.
     """

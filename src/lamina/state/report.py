@@ -110,7 +110,7 @@ class LoadReport:
 
 
 def settled_anew(saved: Run | None, now: Run | None) -> bool:
-    """Whether the schedules fit another length than the saved ones did, as far as that is known.
+    """Return whether the schedules fit another length of run than the saved ones.
 
     Args:
         saved: the run that the saved schedules fitted, which need not be the one that was saved.
@@ -122,14 +122,14 @@ def settled_anew(saved: Run | None, now: Run | None) -> bool:
 def jumps(
     changed: Sequence[Changed], clock: int, saved: Run | None, now: Run | None
 ) -> tuple[str, ...]:
-    """In words, each value that jumps because the schedules fit another length."""
+    """Describe each value that jumps because the schedules fit another length."""
     if not settled_anew(saved, now):
         return ()
     return tuple(_jump(row, clock) for row in changed if row.moves)
 
 
 def _jump(row: Changed, clock: int) -> str:
-    """A value that jumps, in words."""
+    """Return a value that jumps, in words."""
     times = ""
     if isinstance(row.saved, (int, float)) and isinstance(row.now, (int, float)) and row.saved:
         ratio = f"{row.now / row.saved:.3g}"
@@ -139,7 +139,7 @@ def _jump(row: Changed, clock: int) -> str:
 
 
 def few(texts: Sequence[str], limit: int = _SHOWN) -> str:
-    """Some of many texts, and how many more there are."""
+    """Return some of many texts, and how many more there are."""
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
@@ -149,7 +149,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def length_of(run: Run | None) -> str:
-    """The length of a run in words."""
+    """Return the length of a run in words."""
     if run is None or run.steps is None:
         return "an unknown length"
     epoch = f" (epochs of {run.steps_per_epoch:,})" if run.steps_per_epoch else ""

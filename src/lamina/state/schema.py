@@ -69,7 +69,7 @@ class Saved:
 
 
 def run_record(run: Run) -> dict[str, int | None]:
-    """A run as plain values."""
+    """Return a run as plain values."""
     return {"steps": run.steps, "steps_per_epoch": run.steps_per_epoch}
 
 
@@ -89,7 +89,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a number of steps, updates or reports."""
+    """Return whether a value is a number of steps, updates or reports."""
     return type(value) is int and 0 <= value <= LONGEST
 
 
@@ -151,7 +151,7 @@ def stray(key: Any, count: int) -> StateError:
 
 
 def number_of_steps(name: str, value: Any) -> int:
-    """How many updates a parameter received, as it was saved: an int, a float or a tensor."""
+    """Return a saved number of updates, which may be an int, a float or a tensor."""
     number = value
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         number = value.item()
@@ -201,7 +201,7 @@ def _check_version(version: Any) -> None:
 
 
 def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
-    """Clean names of all parameters; torch.distributed.checkpoint writes them in `params`."""
+    """Return the clean names of all parameters; torch's checkpoints have them in `params`."""
     if _by_fqn(keys):
         given: list[Any] = keys
     else:
@@ -226,7 +226,7 @@ def _by_fqn(keys: list[Any]) -> bool:
 
 
 def _unread(key: str, value: Any) -> bool:
-    """Whether a value was not in the checkpoint: {} in torch's flat states, or room as it was."""
+    """Return whether a value was not in the checkpoint: {}, or room left as it was."""
     if key == MOMENTUM and isinstance(value, torch.Tensor):
         return bool(value.isnan().all())
     return isinstance(value, Mapping) and not value
@@ -241,7 +241,7 @@ def _texts(names: Any) -> Sequence[str]:
 
 
 def _shapes(groups: list[Group]) -> dict[str, tuple[int, ...]]:
-    """The shapes of parameters by clean name, as far as the groups tell."""
+    """Return the shapes of parameters by clean name, as far as the groups tell."""
     found: dict[str, tuple[int, ...]] = {}
     for group in groups:
         names, shapes = _texts(group.get("param_names")), group.get("param_shapes")
@@ -278,7 +278,7 @@ def _clock(groups: list[Group]) -> int | None:
 
 
 def _run(groups: list[Group], key: str) -> Run | None:
-    """The length of a run; None if the state does not know it."""
+    """Return the length of a run; None if the state does not know it."""
     record = next((group[key] for group in groups if group.get(key) is not None), None)
     if record is None:
         return None
@@ -292,7 +292,7 @@ def _run(groups: list[Group], key: str) -> Run | None:
 
 
 def short(value: Any) -> str:
-    """A value in few letters, whatever it is."""
+    """Return a value in few letters, whatever it is."""
     try:
         # Of nested values only what is shown is looked at: written out, some would never end.
         text = (

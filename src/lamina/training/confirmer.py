@@ -32,10 +32,10 @@ class Confirmer:
             self.lr.setdefault(name, array("d")).append(value)
 
     def on_event(self, event: Event) -> None:
-        """Nothing to keep."""
+        """Keep nothing of it."""
 
     def on_validation(self, result: Validation) -> None:
-        """Nothing to keep."""
+        """Keep nothing of it."""
 
     def confirm(self, optimizer: Optimizer) -> Confirmation:
         """Compare with the plan, given what the metrics of this run did to it."""

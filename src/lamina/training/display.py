@@ -25,7 +25,7 @@ SHOWN_GROUPS = 3
 
 
 def lr_text(lr: Mapping[str, float]) -> str:
-    """The lr of the groups that train: each if they are few, else the range."""
+    """Return the lr of the groups that train: each if they are few, else the range."""
     training = {name: value for name, value in lr.items() if value}
     if not training:
         return "lr 0"
@@ -54,7 +54,7 @@ class Pace:
             self.rate = 0.9 * self.rate + 0.1 * rate if self.rate else rate
 
     def pause(self, seconds: float) -> None:
-        """Time in which nothing was trained."""
+        """Stop the clock of the display while nothing trains."""
         self._seconds += seconds
 
 
@@ -77,7 +77,7 @@ class PlainDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to restore."""
+        """Restore nothing."""
 
     def on_step(self, record: StepRecord) -> None:
         self._losses.append(record.loss)
@@ -94,7 +94,7 @@ class PlainDisplay:
             self._epoch_began = self._last.seconds + result.seconds
 
     def line(self, result: Validation) -> str:
-        """The epoch in one line."""
+        """Return the epoch in one line."""
         parts = [f"epoch {result.epoch + 1}/{self.epochs}", f"step {result.step}/{self.steps}"]
         if self._losses:
             parts.append(f"loss {sum(self._losses) / len(self._losses):.4g}")
@@ -107,7 +107,7 @@ class PlainDisplay:
         return " · ".join(parts)
 
     def say(self, text: str) -> None:
-        """A line as it is: long ones are not cut, brackets in patterns are not markup."""
+        """Return a line as it is: long ones are not cut, brackets in patterns are not markup."""
         self.console.print(Text(printable(text)), soft_wrap=True)
 
 
@@ -167,6 +167,6 @@ class LiveDisplay:
 def display(
     console: Console, epochs: int, steps: int, earlier: float = 0.0
 ) -> LiveDisplay | PlainDisplay:
-    """The display that fits where the output goes; `earlier`: seconds trained before."""
+    """Return the display that fits where the output goes; `earlier`: seconds trained before."""
     kind = LiveDisplay if console.is_terminal else PlainDisplay
     return kind(console, epochs, steps, earlier)

@@ -41,7 +41,7 @@ def prepare(
     resume: str | os.PathLike[str] | None = None,
     extend: str | None = None,
 ) -> Session:
-    """Everything up to the first step; whatever is wrong fails here and leaves nothing behind.
+    """Do everything up to the first step; what fails here leaves nothing behind.
 
     Args:
         task: a task, its module, or the path of its file.
@@ -108,7 +108,7 @@ def _data(task: Task, seed: int, asked: int | None) -> Data:
 def _begin(
     task: Task, plan: Any, asked: dict[str, Any], folder: Path | None, extend: str | None
 ) -> tuple[Settings, Plan, str]:
-    """Settings and plan of a new run."""
+    """Return settings and plan of a new run."""
     if extend is not None:
         raise LaminaError(
             f"extend={extend!r} says how a resumed run goes on; name its folder with --resume."

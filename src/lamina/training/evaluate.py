@@ -16,7 +16,7 @@ from .task import Task
 def evaluate(
     task: Task, model: nn.Module, batches: Iterable[Any], accelerator: Any
 ) -> tuple[dict[str, float], int]:
-    """The average of every metric, and the number of examples.
+    """Return the average of every metric, and the number of examples.
 
     The model is measured without its wrapper for many processes, whose forward would wait for the
     others: they may have fewer batches.
@@ -87,7 +87,7 @@ def _averages(
 
 
 def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor in a batch; None if there is none."""
+    """Return the length of the first tensor in a batch; None if there is none."""
     if isinstance(batch, torch.Tensor):
         return len(batch) if batch.ndim else None
     values = batch.values() if isinstance(batch, dict) or hasattr(batch, "values") else batch

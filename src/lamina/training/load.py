@@ -22,7 +22,7 @@ from .task import FROM_FILE, Task, in_one_line, where
 def load_task(
     source: str | os.PathLike[str] | ModuleType | Task, builtin: Mapping[str, str] | None = None
 ) -> Task:
-    """A task from a file, a built-in name, or a module.
+    """Return a task from a file, a built-in name, or a module.
 
     Args:
         source: the path of a Python file, or a name among `builtin`.
@@ -56,7 +56,7 @@ def load_task(
 
 
 def choose_plan(task: Task, plan: Plan | str | os.PathLike[str] | None) -> tuple[Plan, str]:
-    """The plan asked for, else the task's own; and where it is written, for messages."""
+    """Return the plan asked for, else the task's own; and where it is written, for messages."""
     if isinstance(plan, Plan):
         return plan, ""
     if plan is None:
@@ -108,5 +108,5 @@ def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
 
 
 def _plain(name: str) -> str:
-    """A name that is safe in the names of modules and folders."""
+    """Return a name that is safe in the names of modules and folders."""
     return re.sub(r"\W+", "_", name).strip("_") or "task"

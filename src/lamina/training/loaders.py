@@ -61,5 +61,5 @@ def has_own_order(loader: DataLoader[Any]) -> bool:
 
 
 def _batches(loader: DataLoader[Any]) -> Any:
-    """What gives the indices of a batch; without automatic batching that is the sampler."""
+    """Return what gives the indices of a batch; without automatic batching that is the sampler."""
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler

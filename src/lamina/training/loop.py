@@ -111,12 +111,12 @@ class Loop:
                 break
 
     def _is_over(self, most: int) -> bool:
-        """Whether the epoch's batches are used, or as many as make `most` steps."""
+        """Return whether the epoch's batches are used, or as many as make `most` steps."""
         batches = self.position.batches
         return batches >= min(len(self.train), most * self.accumulate)
 
     def _epoch(self, epoch: int, most: int) -> None:
-        """One pass over the data, or its first `most` steps."""
+        """Return one pass over the data, or its first `most` steps."""
         self.model.train()
         losses: list[torch.Tensor] = []
         examples = 0
@@ -139,7 +139,7 @@ class Loop:
         self.flush()
 
     def _batches(self, epoch: int) -> Iterator[tuple[Position, Any]]:
-        """The batches of an epoch that are not used yet, each with the position after it."""
+        """Return the batches of an epoch that are not used yet, each with the position after it."""
         self.train.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader has it
         random, used = self.randomness, self.position
         if used.start is not None:

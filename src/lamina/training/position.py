@@ -40,7 +40,7 @@ class Position:
     after: State | None = None
 
     def settled(self, randomness: Randomness) -> Position:
-        """With `after` known, which is the state of now if nothing was drawn since."""
+        """Return the position with `after` known: the state of now if nothing was drawn since."""
         return self if self.after is not None else replace(self, after=randomness.now())
 
 
@@ -57,7 +57,7 @@ class Randomness:
         self._loaders = loaders
 
     def now(self) -> dict[str, Any]:
-        """The state of every source."""
+        """Return the state of every source."""
         version, words, gauss = random.getstate()
         # NumPy's global source: tasks draw from it.
         name, keys, *rest = np.random.get_state()  # noqa: NPY002
@@ -98,7 +98,7 @@ class Randomness:
             self.set(now)
 
     def _generators(self) -> dict[str, torch.Generator]:
-        """The generators of the loaders and of what they are made of, by place."""
+        """Return the generators of the loaders and of what they are made of, by place."""
         found: dict[str, torch.Generator] = {}
         for number, loader in enumerate(self._loaders):
             parts = [(str(number), loader)]

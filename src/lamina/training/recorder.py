@@ -112,7 +112,7 @@ def cut_back(path: Path, length: int) -> None:
 
 
 def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, float]], int]:
-    """The lr of each group in the steps before the clock, from the first bytes of a record.
+    """Return the lr of each group in the steps before the clock, from the first bytes of a record.
 
     The steps follow each other: they begin after the last that is missing. The number is that of
     damaged lines, which are passed over: a run goes on without them.
@@ -129,7 +129,7 @@ def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, flo
 
 
 def _row(line: bytes) -> tuple[int, dict[str, float]] | tuple[()] | None:
-    """The step and the lr of a line; () of one that is of no step, None if it is damaged."""
+    """Return the step and the lr of a line; () of one that is of no step, None if it is damaged."""
     try:
         row = json.loads(line)
         if row["kind"] != "step":

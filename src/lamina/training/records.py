@@ -45,10 +45,10 @@ class Listener(Protocol):
     """Anything that wants to know what happens in a run."""
 
     def on_step(self, record: StepRecord) -> None:
-        """A step was taken."""
+        """Return a step was taken."""
 
     def on_event(self, event: Event) -> None:
-        """Something thawed, froze, was skipped, or asked to stop."""
+        """Receive an event: a thaw, a freeze, a skipped step, a request to stop."""
 
     def on_validation(self, result: Validation) -> None:
-        """The model was measured on the held-out examples."""
+        """Return the model was measured on the held-out examples."""

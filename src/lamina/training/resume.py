@@ -46,7 +46,7 @@ class Resumption:
     about: Mapping[str, Any]
 
     def settings(self, **asked: Any) -> Settings:
-        """The settings of the run, but for what is asked for now."""
+        """Return the settings of the run, but for what is asked for now."""
         last = {name: self.about[name] for name in FREE if name in self.about}
         try:
             return Settings.resumed({**self.snapshot.settings, **last}, **asked)
@@ -57,7 +57,7 @@ class Resumption:
             raise StateError(f"{self.folder / ABOUT}: {error} Correct it there.") from error
 
     def way(self, settings: Settings) -> str | None:
-        """How the run was told to go on, if it is to have the length that it was told then."""
+        """Return the saved choice of `extend`, if the run keeps the length it was made for."""
         way = self.about.get("extend")
         return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
 
@@ -72,7 +72,7 @@ class Resumption:
 
 
 def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
-    """The newest checkpoint of a run that is whole.
+    """Return the newest checkpoint of a run that is whole.
 
     Raises:
         StateError: if there is none, or it is of another task.
@@ -147,7 +147,7 @@ def saved_task(folder: str | os.PathLike[str], builtin: Mapping[str, str] | None
 def resumed_plan(
     found: Resumption, task: Task, given: Plan | str | os.PathLike[str] | None
 ) -> tuple[Plan, str]:
-    """The plan given, else the one the run began with; and where it is written."""
+    """Return the plan given, else the one the run began with; and where it is written."""
     if given is not None:
         return choose_plan(task, given)
     path, as_python = found.folder / PLAN, found.folder / PLAN_AS_PYTHON
@@ -169,7 +169,7 @@ def resumed_plan(
 
 
 def _pending(found: Resumption) -> tuple[str, str]:
-    """The name and text of a plan whose file a kill kept from being written; or two times ""."""
+    """Return name and text of a plan whose file a kill left unwritten; else "" twice."""
     pending = found.about.get(PENDING)
     if not isinstance(pending, dict) or len(pending) != 1:
         return "", ""

@@ -80,7 +80,7 @@ class RunFolder:
 
     @classmethod
     def again(cls, folder: Path) -> RunFolder:
-        """The folder of a run that goes on, cleared of files that it was killed while writing."""
+        """Open the folder of a run to continue, without the files that a kill left unfinished."""
         made = cls.__new__(cls)
         made.path, made.saved, made._about = folder, [], {}
         with wrap_write_errors(folder):
@@ -153,7 +153,7 @@ class RunFolder:
 
 
 def plan_text(plan: Plan) -> tuple[str, str]:
-    """A plan as TOML, or as Python where TOML cannot hold it; and the name of its file."""
+    """Return a plan as TOML, or as Python where TOML cannot hold it; and the name of its file."""
     try:
         return plan.to_toml(), PLAN
     except PlanError:  # functions, or an optimizer without a registered name
@@ -161,7 +161,7 @@ def plan_text(plan: Plan) -> tuple[str, str]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What `run.json` says.
+    """Return what `run.json` says.
 
     Raises:
         StateError: if the folder is not that of a run.
@@ -188,7 +188,7 @@ def _json(about: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What ran, to be able to run it again."""
+    """Return what ran, to be able to run it again."""
     found = {"lamina": own_version(), "python": platform.python_version()}
     found["torch"] = str(torch.__version__)  # with the build, such as +cpu or +cu130
     for package in ("accelerate", "numpy"):
@@ -197,5 +197,5 @@ def versions() -> dict[str, str]:
 
 
 def own_version() -> str:
-    """The version of lamina, also when it runs from its source."""
+    """Return the version of lamina, also when it runs from its source."""
     return str(importlib.import_module("lamina").__version__)

@@ -44,7 +44,7 @@ class Saver:
         self.newest: Path | None = None if start is None else start.path
 
     def at_rest(self, loop: Loop) -> None:
-        """Called between steps and after validations; saves if it is time."""
+        """Save if it is time; called between steps and after validations."""
         better = loop.position.validated and self._improved(loop)
         last = self._saved[0]
         due = math.floor(self._now(loop)[0] / self._every) > math.floor(last / self._every)
@@ -78,7 +78,7 @@ class Saver:
         self._saved = self._now(loop)
 
     def _improved(self, loop: Loop) -> bool:
-        """Whether the validation just done is the best; NaN never is, of equals the first."""
+        """Return whether the last validation is the best so far; NaN never is."""
         averages = loop.last.averages if loop.last is not None else {}
         value = averages.get(self._watched.removeprefix("val_"))
         if value is None or math.isnan(value):

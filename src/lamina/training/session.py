@@ -104,12 +104,12 @@ class Session:
         return snapshot.since if same else snapshot.clock
 
     def progress(self, position: Position) -> int:
-        """Steps that were taken or skipped up to a position."""
+        """Return steps that were taken or skipped up to a position."""
         of_epoch = -(-position.batches // self.settings.accumulate)
         return position.epoch * (self.optimizer.resolved.run.steps_per_epoch or 0) + of_epoch
 
     def data_form(self) -> dict[str, Any]:
-        """What the training data must be alike in to go on in the middle of it."""
+        """Return what the training data must be alike in to go on in the middle of it."""
         loader, data = self.data.train, self.data.train.dataset
         examples = len(data) if hasattr(data, "__len__") else None
         return {
@@ -161,7 +161,7 @@ class Session:
         )
 
     def _folder(self, listeners: Sequence[Listener]) -> tuple[RunFolder, Confirmer]:
-        """The folder of the run, ready to be written to, and what it has recorded so far."""
+        """Return the folder of the run, ready to be written to, and what it has recorded so far."""
         start = self.start
         if start is None:
             folder = RunFolder(self.out, self.task.name)
@@ -303,7 +303,7 @@ def _closing(folder: RunFolder) -> Iterator[None]:
 
 
 def batches(task: Task, loader: Any) -> int:
-    """The batches of an epoch."""
+    """Return the batches of an epoch."""
     try:
         number = len(loader)
     except TypeError as error:

@@ -33,7 +33,7 @@ class Settings:
 
     @classmethod
     def of(cls, task: Task, **given: Any) -> Settings:
-        """What was asked for (None: nothing), else the task's defaults, else those of the class."""
+        """Return what was asked for, else the task's defaults, else those of the class."""
         own = {key: value for key, value in task.defaults.items() if key in _NAMES}
         settings = cls(**{**own, **_asked(given)})
         settings.check()
@@ -41,7 +41,7 @@ class Settings:
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
-        """Those that the run has, but for what is asked for and may differ.
+        """Return those that the run has, but for what is asked for and may differ.
 
         Raises:
             StateError: if the run could not go on as it began.
@@ -84,7 +84,7 @@ class Settings:
             raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
 
     def save_interval(self, run: Run) -> Fraction:
-        """The steps from one save to the next, not rounded."""
+        """Return the steps from one save to the next, not rounded."""
         return time.parse(self.save_every).in_steps(run)
 
 

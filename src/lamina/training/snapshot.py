@@ -70,7 +70,7 @@ class Snapshot:
     optimizer: dict[str, Any]
 
     def content(self) -> dict[str, Any]:
-        """For `lamina.checkpoint.save`."""
+        """Return the content that `lamina.checkpoint.save` writes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
@@ -104,7 +104,7 @@ class Snapshot:
         return snapshot
 
     def position(self, process: int) -> Position:
-        """Where a process stands."""
+        """Return where a process stands."""
         states = self.random[process]
         return Position(self.epoch, self.batches, self.validated, **states)
 
@@ -156,12 +156,12 @@ def _check_fields(
 
 
 def position_states(position: Position) -> dict[str, State | None]:
-    """The random states of a position that has settled."""
+    """Return the random states of a position that has settled."""
     return {"start": position.start, "before": position.before, "after": position.after}
 
 
 def as_plain(validation: Validation | None) -> dict[str, Any] | None:
-    """A validation as a dict."""
+    """Return a validation as a dict."""
     return None if validation is None else asdict(validation)
 
 

@@ -98,7 +98,7 @@ class Task:
         return hasattr(self.module, "metrics")
 
     def model(self) -> nn.Module:
-        """A fresh model."""
+        """Return a fresh model."""
         model = self._call("model")
         if not isinstance(model, nn.Module):
             raise self._wrong("model()", model, "a torch.nn.Module")
@@ -109,7 +109,7 @@ class Task:
         return keyword in inspect.signature(self.module.data).parameters
 
     def data(self, seed: int) -> Data:
-        """The loaders; `seed` and the default `batch_size` are passed on if it takes them."""
+        """Return the loaders; pass `seed` and `batch_size` to a task that takes them."""
         given = {**self.defaults, "seed": seed}
         keywords = {k: given[k] for k in ("batch_size", "seed") if self.takes(k) and k in given}
         raw = self._call("data", **keywords)
@@ -122,14 +122,14 @@ class Task:
         return Data(loaders[0], loaders[1], raw)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         loss = self.module.loss(model, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise self._wrong("loss(model, batch)", loss, "a tensor with one number")
         return loss.reshape(())
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """One float per example, by name; empty if the task has no metrics."""
+        """Return one float per example, by name; empty if the task has no metrics."""
         if not self.has_metrics:
             return {}
         found = self.module.metrics(model, batch)
@@ -142,7 +142,7 @@ class Task:
         return dict(found)
 
     def baseline(self, data: Data) -> dict[str, float]:
-        """Figures to compare the result with; empty if the task has none."""
+        """Return figures to compare the result with; empty if the task has none."""
         if not hasattr(self.module, "baseline"):
             return {}
         found = self._call("baseline", data.raw)
@@ -151,7 +151,7 @@ class Task:
         return {str(key): float(value) for key, value in found.items()}
 
     def plan(self) -> Plan:
-        """The task's own plan."""
+        """Return the task's own plan."""
         plan = getattr(self.module, "PLAN", None)
         if isinstance(plan, Plan):
             return plan
@@ -188,7 +188,7 @@ class Task:
 
 
 def where(error: BaseException, place: str) -> str:
-    """The task's file and the line of it that was running."""
+    """Return the task's file and the line of it that was running."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}, line {error.lineno}"
     same = [
@@ -200,7 +200,7 @@ def where(error: BaseException, place: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception on one line."""
+    """Return an exception on one line."""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(text.split()).rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
