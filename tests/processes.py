@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-
-# All launches of a test run fork from one server, which has imported what takes long: five seconds of
-# a core in each process otherwise, most of it torch itself and what DDP imports when it wraps.
+# All launches of a test run fork from one server that has imported what takes long: otherwise each
+# process needs five seconds of a core for torch and for what DDP imports when it wraps.
 multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "lamina"])
 
 

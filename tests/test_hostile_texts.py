@@ -40,8 +40,8 @@ def test_no_pattern_runs_for_long():
     code = """
 import sys, time
 import lamina as lm
-from lamina.parameters import ParamInfo
-from lamina.patterns import compile_pattern
+from lamina.model.parameters import ParamInfo
+from lamina.model.patterns import compile_pattern
 name = sys.argv[1]
 info = ParamInfo(name, (name,), (2, 2), "float32", frozenset({"Linear" * 9}), True)
 for text in sys.argv[2:]:
