@@ -149,6 +149,52 @@ def import_cycles(source: Tree) -> list[str]:
     return cycles
 
 
+def import_groups(source: Tree, allowed: Mapping[tuple[str, str], str]) -> list[list[str]]:
+    """Groups of modules that all reach one another, imports in functions and for types counted.
+
+    A lazy import `(module, module imported)` that is allowed, with its reason, does not count.
+    """
+    graph = {
+        module: {
+            target
+            for target, _, lazy in imports(module, source)
+            if not (lazy and allowed.get((module, target)))
+        }
+        for module in source
+    }
+    reached = {module: _reached(module, graph) for module in graph}
+    groups = {
+        tuple(sorted(o for o in there if module in reached.get(o, ()) or o == module))
+        for module, there in reached.items()
+        if module in there
+    }
+    return sorted((list(group) for group in groups), key=lambda group: (-len(group), group))
+
+
+def _reached(module: str, graph: Mapping[str, set[str]]) -> set[str]:
+    """Every module to which imports lead from one; itself only where they lead back."""
+    found: set[str] = set()
+    stack = list(graph[module])
+    while stack:
+        target = stack.pop()
+        if target not in found:
+            found.add(target)
+            stack.extend(graph.get(target, ()))
+    return found
+
+
+def unused_exceptions(source: Tree, allowed: Mapping[tuple[str, str], str]) -> list[str]:
+    """Allowed lazy imports that are not there, or that are in no cycle, or without a reason."""
+    groups = import_groups(source, {})
+    found: list[str] = []
+    for (module, target), reason in allowed.items():
+        lazy = {name for name, _, lazy in imports(module, source) if lazy}
+        closes = any({module, target} <= set(group) for group in groups)
+        if not (reason and target in lazy and closes):
+            found.append(f"{module} -> {target}")
+    return found
+
+
 def _isort_order(name: str) -> tuple[int, str]:
     """Constants, then classes, then the rest, each by name: the order that ruff keeps too."""
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
@@ -223,6 +269,16 @@ def long_functions(tree: ast.Module, limit: int) -> list[str]:
         f"{node.name}:{node.lineno} has {size} lines, at most {limit}"
         for node, size in sizes
         if size > limit
+    ]
+
+
+def nested_ternaries(tree: ast.Module) -> list[str]:
+    """Conditional expressions within another one: two decisions in one breath."""
+    inner = lambda node: (child for child in ast.walk(node) if child is not node)  # noqa: E731
+    return [
+        f"line {node.lineno}: a conditional expression inside another one; write an if statement"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.IfExp) and any(isinstance(n, ast.IfExp) for n in inner(node))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import sys
 import time
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import torch
 
+# All launches of a test run fork from one server that has imported what takes long: otherwise each
+# process needs five seconds of a core for torch and for what DDP imports when it wraps.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "lamina"])
+
 
 def run_processes(work: Callable[[int, str], None], folder: Path, count: int = 2, limit: int = 120):
     """Call `work(rank, folder)` in `count` new processes; fails after `limit` seconds."""
     context = torch.multiprocessing.start_processes(
-        _work_and_end, args=(work, str(folder)), nprocs=count, join=False, start_method="spawn"
+        _work_and_end, args=(work, str(folder)), nprocs=count, join=False, start_method="forkserver"
     )
     end = time.monotonic() + limit
     try:

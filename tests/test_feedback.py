@@ -61,7 +61,7 @@ def test_plateau_reduces_when_torchs_does(patience, cooldown, mode):
         assert lrs(mine)[0] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
 
 
-def test_m21_the_tiniest_learning_rate_is_reduced_too():
+def test_a_planned_plateau_lowers_tiny_learning_rates():
     model = small()
     optimizer = lm.Plan(lm.SGD, lr=1e-9, feedback=lm.plateau("loss", factor=0.1, patience=0)).build(
         model

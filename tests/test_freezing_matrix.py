@@ -202,7 +202,7 @@ def test_a_thaw_in_the_middle_equals_an_optimizer_built_then(name):
         assert torch.equal(mine, theirs)
 
 
-def test_m6_stale_gradients_do_not_move_what_freezes_later():
+def test_stale_gradients_do_not_move_what_freezes_later():
     model = make("BatchNorm")
     optimizer = lm.Plan(
         lm.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, rules=[lm.Rule("body.*", freeze=2)]
@@ -238,7 +238,7 @@ def off_by_lamina(model: Net) -> None:
 
 @pytest.mark.parametrize("freeze", [off_by_hand, off_by_lamina])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_m6_what_is_frozen_by_hand_after_the_build_does_not_move(name, freeze):
+def test_what_is_frozen_by_hand_after_the_build_does_not_move(name, freeze):
     """Against the same run without those gradients: they count in no norm, and in no state."""
     models = [make("plain", name) for _ in range(2)]
     runs = []

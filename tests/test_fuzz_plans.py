@@ -1,4 +1,4 @@
-"""A thousand damaged plan files: each is read, or refused by an error of lamina; no code runs."""
+"""Damaged plan files: each is read, or refused by an error of lamina; no code runs."""
 
 from __future__ import annotations
 
@@ -95,13 +95,14 @@ def outcome(text: str) -> str:
     return "shown"
 
 
-def test_a_thousand_damaged_plans(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_plans(tmp_path, monkeypatch, count):
     monkeypatch.chdir(tmp_path)
     chance = random.Random(0)
     torch.manual_seed(0)
-    found = [outcome(mutate(chance.choice(PLANS), chance)) for _ in range(1000)]
+    found = [outcome(mutate(chance.choice(PLANS), chance)) for _ in range(count)]
     assert not list(tmp_path.iterdir())  # nothing ran
-    assert {kind: found.count(kind) > 20 for kind in set(found)} == {
+    assert {kind: found.count(kind) > count // 50 for kind in set(found)} == {
         "refused": True,
         "does not fit": True,
         "shown": True,

@@ -132,7 +132,7 @@ def test_a_tensor_given_twice_counts_once():
     assert after == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_m12_the_stale_gradient_of_a_frozen_part_does_not_count():
+def test_the_stale_gradient_of_a_frozen_part_does_not_count():
     model = mlp()
     backward(model)
     freeze(model, "body")
@@ -145,7 +145,7 @@ def test_m12_the_stale_gradient_of_a_frozen_part_does_not_count():
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_m11_one_bad_number_changes_no_gradient_and_is_named(bad):
+def test_clipping_a_nonfinite_gradient_names_it_and_changes_none(bad):
     model = encoder()
     backward(model)
     model.encoder.layer["1"].dense.bias.grad[1] = bad

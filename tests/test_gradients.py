@@ -134,7 +134,7 @@ def test_clipping_leaves_the_gradients_themselves_alone():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("operation", [ops.clip_norm(1.0), ops.clip_param_norm(1.0), ops.agc(0.1)])
-def test_m11_a_bad_gradient_is_named_and_reaches_no_weight(operation, bad):
+def test_a_nonfinite_gradient_is_named_and_reaches_no_weight(operation, bad):
     model = model_with_gradients()
     model[1].weight.grad[0, 0] = bad
     before = [p.detach().clone() for p in model.parameters()]
@@ -177,7 +177,7 @@ def test_without_a_norm_gradients_are_looked_at_unless_that_is_declined():
             assert optimizer.clock == 1
 
 
-def test_m12_a_frozen_tensors_stale_gradient_is_in_no_norm():
+def test_the_stale_gradient_of_a_frozen_tensor_is_in_no_norm():
     model = model_with_gradients()
     raw = [p.grad.numpy().copy() for name, p in model.named_parameters() if name[0] != "0"]
     optimizer = lm.Plan(lm.SGD, lr=1.0, clip_norm=0.1, rules=[lm.Rule("0.*", frozen=True)]).build(

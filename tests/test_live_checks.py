@@ -28,7 +28,7 @@ def test_an_intact_model_has_no_findings():
     assert optimizer.check(model, after=1) == ()
 
 
-def test_m22_a_replaced_parameter_is_named():
+def test_a_replaced_parameter_is_named():
     model = mlp()
     optimizer = plan().build(model)
     train(model, optimizer, 2)
@@ -39,7 +39,7 @@ def test_m22_a_replaced_parameter_is_named():
     assert "Build the optimizer from the plan again" in finding.fix
 
 
-def test_m22_loading_by_assignment_is_a_replacement():
+def test_loading_by_assignment_is_a_replacement():
     model = mlp()
     optimizer = plan().build(model)
     saved = copy.deepcopy(model.body.state_dict())

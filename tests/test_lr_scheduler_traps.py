@@ -44,7 +44,7 @@ def planned(schedule, steps=100, **settings):
     return np.stack([values.lr(by_name[f"{part}.weight"]) for part in ("top", "low")], axis=1)
 
 
-# --- M1: a group added after the scheduler exists -------------------------------------------------
+# --- a group added after the scheduler exists -----------------------------------------------------
 
 LATER = {
     "LambdaLR": lambda o: ours.LambdaLR(o, lambda e: 1 / (1 + e)),
@@ -69,7 +69,7 @@ def add(optimizer, lr, **more):
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_m1_a_group_added_later_goes_on_from_its_lr(name):
+def test_a_group_added_late_continues_from_its_lr(name):
     optimizer = optimizer_of(0.1, momentum=0.9)
     scheduler = LATER[name](optimizer)
     advance(optimizer, [scheduler], 6)
@@ -81,7 +81,7 @@ def test_m1_a_group_added_later_goes_on_from_its_lr(name):
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_m1_a_group_that_brings_its_initial_lr_is_where_the_curve_has_it(name):
+def test_a_late_group_with_its_initial_lr_joins_the_curve(name):
     optimizer = optimizer_of(0.1, momentum=0.9)
     scheduler = LATER[name](optimizer)
     advance(optimizer, [scheduler], 6)
@@ -92,7 +92,7 @@ def test_m1_a_group_that_brings_its_initial_lr_is_where_the_curve_has_it(name):
         assert rates(optimizer)[1] == pytest.approx(2 * rates(optimizer)[0], rel=1e-12)
 
 
-def test_m1_a_floor_is_kept_for_a_group_that_brings_its_initial_lr():
+def test_a_late_group_with_its_initial_lr_keeps_the_floor():
     for make in (
         lambda o: ours.CosineAnnealingLR(o, 20, 1e-3),
         lambda o: ours.CosineAnnealingWarmRestarts(o, 20, 1, 1e-3),
@@ -106,7 +106,7 @@ def test_m1_a_floor_is_kept_for_a_group_that_brings_its_initial_lr():
         assert rates(optimizer)[1] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_m1_several_schedulers_share_a_group_added_later():
+def test_several_schedulers_share_a_late_group():
     optimizer = optimizer_of(0.1)
     schedulers = [ours.LinearLR(optimizer, 0.5, 1.0, 10), ours.ExponentialLR(optimizer, 0.9)]
     advance(optimizer, schedulers, 3)
@@ -118,7 +118,7 @@ def test_m1_several_schedulers_share_a_group_added_later():
 
 @pytest.mark.parametrize("place", [2, 3, 4, 6])
 @pytest.mark.parametrize("composed", ["SequentialLR", "ChainedScheduler"])
-def test_m1_in_a_sequence_and_in_a_chain(composed, place):
+def test_a_late_group_in_a_sequence_and_in_a_chain(composed, place):
     optimizer = optimizer_of(0.1)
     parts = [
         ours.LambdaLR(optimizer, lambda e: (e + 1) / 5),
@@ -133,7 +133,7 @@ def test_m1_in_a_sequence_and_in_a_chain(composed, place):
         assert rates(optimizer)[1] == pytest.approx(rates(optimizer)[0] / 10)
 
 
-def test_m1_one_function_a_group_asks_for_one_more_and_changes_nothing():
+def test_a_late_group_without_a_lambda_is_an_error_that_changes_nothing():
     optimizer = optimizer_of(0.1, 0.2)
     scheduler = ours.LambdaLR(optimizer, [lambda e: 0.5**e, lambda e: 1.0])
     advance(optimizer, [scheduler], 1)
@@ -146,7 +146,7 @@ def test_m1_one_function_a_group_asks_for_one_more_and_changes_nothing():
     assert rates(optimizer) == pytest.approx([0.025, 0.2, 0.03])
 
 
-def test_m1_plateau():
+def test_a_plateau_takes_in_a_late_group():
     optimizer = optimizer_of(0.1, 0.2)
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.05, 0.01])
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
@@ -155,7 +155,7 @@ def test_m1_plateau():
     assert rates(optimizer) == pytest.approx([0.05, 0.02, 0.03])
 
 
-def test_m1_a_plan_covers_all_parameters_from_the_start():
+def test_a_plan_covers_all_parameters_from_the_start():
     optimizer = lm.Plan(lm.SGD, lr=0.1).build(nn.Linear(2, 2), steps=10)
     with pytest.raises(lm.PlanError, match="thaw="):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
@@ -170,7 +170,7 @@ def test_groups_taken_away_are_an_error():
         scheduler.step()
 
 
-# --- M3: past the planned end ---------------------------------------------------------------------
+# --- past the planned end -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_groups_taken_away_are_an_error():
         (lambda o: ours.OneCycleLR(o, 0.1, 11, cycle_momentum=False), 0.1 / 25e4),
     ],
 )
-def test_m3_the_end_is_held(make, end):
+def test_a_scheduler_past_its_end_holds_its_last_lr(make, end):
     optimizer = optimizer_of(0.1)
     scheduler = make(optimizer)
     advance(optimizer, [scheduler], 10)
@@ -192,15 +192,15 @@ def test_m3_the_end_is_held(make, end):
     assert scheduler.at(1000) == rates(optimizer)
 
 
-def test_m3_in_a_plan():
+def test_a_planned_cosine_holds_its_end():
     assert (planned(cosine(to=0.1))[100:] == [1e-4, 1e-7]).all()
 
 
-# --- M4, M5: absolute floors and peaks ------------------------------------------------------------
+# --- absolute floors and peaks --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["CosineAnnealingLR", "CosineAnnealingWarmRestarts"])
-def test_m4_one_warning_names_the_plan_form(kind):
+def test_an_absolute_floor_that_levels_the_groups_warns_once(kind):
     optimizer = optimizer_of(1e-3, 1e-6)
     with pytest.warns(LaminaWarning, match=r"lamina\.(cosine|warm_restarts)") as caught:
         scheduler = getattr(ours, kind)(optimizer, 10, eta_min=1e-5)
@@ -209,19 +209,19 @@ def test_m4_one_warning_names_the_plan_form(kind):
     assert rates(optimizer)[1] > 1e-6  # as in torch: the small group goes up
 
 
-def test_m4_no_warning_where_nothing_is_lost():
+def test_an_absolute_floor_that_loses_nothing_does_not_warn():
     ours.CosineAnnealingLR(optimizer_of(1e-3, 1e-3), 10, eta_min=1e-5)
     scheduler = ours.CosineAnnealingLR(optimizer_of(1e-3, 1e-6), 10)
     assert scheduler.at(5) == pytest.approx([5e-4, 5e-7])
 
 
-def test_m4_in_a_plan_ratios_survive():
+def test_a_planned_cosine_keeps_the_ratios_of_the_groups():
     lr = planned(cosine(to=0.01))
     np.testing.assert_allclose(lr[:, 0] / lr[:, 1], 1000)
     assert lr[-1].tolist() == pytest.approx([1e-5, 1e-8])
 
 
-def test_m5_one_warning_names_the_plan_form():
+def test_one_peak_for_several_learning_rates_warns_once():
     optimizer = optimizer_of(1e-3, 1e-6, momentum=0.9)
     with pytest.warns(LaminaWarning, match=r"lamina\.one_cycle") as caught:
         scheduler = ours.OneCycleLR(optimizer, 1e-3, 10)
@@ -233,16 +233,16 @@ def test_m5_one_warning_names_the_plan_form():
     assert len(caught) == 1
 
 
-def test_m5_in_a_plan_each_group_keeps_its_peak():
+def test_a_planned_one_cycle_keeps_the_peak_of_each_group():
     lr = planned(one_cycle())
     assert lr.max(axis=0).tolist() == [1e-3, 1e-6]
 
 
-# --- M15: a warmup before warm restarts -----------------------------------------------------------
+# --- a warmup before warm restarts ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warm_first", [True, False])
-def test_m15_a_warmup_chained_with_warm_restarts_works(warm_first):
+def test_a_warmup_chained_with_warm_restarts_has_an_effect(warm_first):
     optimizer = optimizer_of(0.1, 1e-4)
     makers = [
         lambda: ours.LinearLR(optimizer, 0.1, 1.0, 10),
@@ -256,7 +256,7 @@ def test_m15_a_warmup_chained_with_warm_restarts_works(warm_first):
         advance(optimizer, schedulers, 1)
 
 
-def test_m15_with_fractions_of_epochs():
+def test_a_warmup_before_restarts_in_fractions_of_epochs():
     optimizer = optimizer_of(0.1)
     warm = ours.LinearLR(optimizer, 0.5, 1.0, 4)
     restarts = ours.CosineAnnealingWarmRestarts(optimizer, 5)
@@ -271,17 +271,17 @@ def test_m15_with_fractions_of_epochs():
         )
 
 
-def test_m15_in_a_plan():
+def test_a_planned_warmup_before_warm_restarts():
     lr = planned(warmup(10) * warm_restarts(25))
     assert lr[5, 0] == pytest.approx(0.5e-3 * (1 + np.cos(np.pi * 5 / 25)) / 2)
     assert lr[25].tolist() == [1e-3, 1e-6]
     assert planned(warmup(10) >> warm_restarts(25))[[5, 10, 35], 0].tolist() == [5e-4, 1e-3, 1e-3]
 
 
-# --- M17: phase two after a manual edit -----------------------------------------------------------
+# --- phase two after a manual edit ----------------------------------------------------------------
 
 
-def test_m17_a_second_scheduler_begins_from_what_the_user_set():
+def test_a_second_scheduler_begins_from_the_edited_lr():
     optimizer = optimizer_of(0.1, 0.2)
     advance(optimizer, [ours.ExponentialLR(optimizer, 0.9)], 5)
     optimizer.param_groups[0]["lr"] = 0.01
@@ -291,13 +291,13 @@ def test_m17_a_second_scheduler_begins_from_what_the_user_set():
     assert rates(optimizer) == [0.0025, 0.05]
 
 
-def test_m17_without_an_edit_the_initial_lr_stays_the_base_as_in_torch():
+def test_without_an_edit_the_initial_lr_stays_the_base_as_in_torch():
     optimizer = optimizer_of(0.1)
     advance(optimizer, [ours.ExponentialLR(optimizer, 0.9)], 5)
     assert ours.LambdaLR(optimizer, lambda e: 1.0).base_lrs == [0.1]
 
 
-def test_m17_in_a_plan_an_edit_is_an_error_and_an_override_lasts():
+def test_under_a_plan_an_edit_is_an_error_and_an_override_lasts():
     model = nn.Linear(2, 2)
     optimizer = lm.Plan(lm.SGD, lr=0.1, schedule=cosine()).build(model, steps=10)
     optimizer.param_groups[0]["lr"] = 0.01
@@ -311,10 +311,10 @@ def test_m17_in_a_plan_an_edit_is_an_error_and_an_override_lasts():
     assert rates(optimizer) == [pytest.approx(0.005)]
 
 
-# --- M18: resume with a longer run ----------------------------------------------------------------
+# --- resume with a longer run ---------------------------------------------------------------------
 
 
-def test_m18_the_new_length_is_kept_and_said():
+def test_a_scheduler_of_another_length_keeps_it_and_says_so():
     first = optimizer_of(0.1)
     scheduler = ours.CosineAnnealingLR(first, 100)
     advance(first, [scheduler], 50)
@@ -330,7 +330,7 @@ def test_m18_the_new_length_is_kept_and_said():
     assert rates(second) == [0.0]
 
 
-def test_m18_with_a_warmup_beside_it():
+def test_another_length_with_a_warmup_beside_it():
     def make(length):
         optimizer = optimizer_of(0.1)
         parts = [ours.LinearLR(optimizer, 0.1, 1.0, 80), ours.PolynomialLR(optimizer, length)]
@@ -352,7 +352,7 @@ def test_m18_with_a_warmup_beside_it():
         assert rates(second) == pytest.approx(rates(whole))
 
 
-def test_m18_restarts_find_their_place_again():
+def test_restarts_of_another_length_find_their_place():
     first = optimizer_of(0.1)
     scheduler = ours.CosineAnnealingWarmRestarts(first, 10)
     advance(first, [scheduler], 25)
@@ -366,7 +366,7 @@ def test_m18_restarts_find_their_place_again():
     assert rates(second) == pytest.approx(other.at(26))
 
 
-def test_m18_in_a_plan():
+def test_a_planned_run_resumes_at_another_length():
     model = nn.Linear(2, 2)
     plan = lm.Plan(lm.SGD, lr=0.1, schedule=cosine())
     first = plan.build(model, steps=100)
@@ -378,12 +378,12 @@ def test_m18_in_a_plan():
     assert rates(longer) == [pytest.approx(0.1 * cosine(length=200)(50))]
 
 
-# --- M19: a sequence rebuilt in the middle --------------------------------------------------------
+# --- a sequence rebuilt in the middle -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("last_epoch", [0, 3, 4, 5, 12])
 @pytest.mark.parametrize("module", [ours, theirs])
-def test_m19_a_sequence_rebuilt_at_an_epoch_has_its_lr(last_epoch, module):
+def test_a_sequence_rebuilt_at_an_epoch_has_its_lr(last_epoch, module):
     def make(optimizer, **where):
         parts = [
             module.ConstantLR(optimizer, 0.5, 3),
@@ -409,7 +409,7 @@ REBUILT = [n for n in LATER if n not in ("OneCycleLR", "CyclicLR", "Multiplicati
 
 
 @pytest.mark.parametrize("name", REBUILT)
-def test_m19_a_single_scheduler_rebuilt_at_an_epoch(name):
+def test_a_scheduler_rebuilt_at_an_epoch_has_its_lr(name):
     optimizer = optimizer_of(0.1)
     optimizer.param_groups[0]["initial_lr"] = 0.1
     made = LATER[name]
@@ -440,15 +440,15 @@ def test_a_loaded_lr_is_not_moved_when_the_scheduler_is_made():
     assert rates(other) == rates(optimizer) == [pytest.approx(1e-3)]
 
 
-def test_m19_in_a_plan_any_step_is_a_function_of_the_step():
+def test_a_planned_lr_is_a_function_of_the_step():
     schedule = warmup(5) >> cosine()
     assert schedule(7, run=Run(20)) == schedule(np.arange(20), run=Run(20))[7]
 
 
-# --- M20: one tensor for two groups ---------------------------------------------------------------
+# --- one tensor for two groups --------------------------------------------------------------------
 
 
-def test_m20_groups_do_not_share_a_tensor():
+def test_groups_do_not_share_a_tensor_lr():
     groups = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)]
     optimizer = torch.optim.Adam(groups, lr=torch.tensor(0.1))
     scheduler = ours.LambdaLR(optimizer, [lambda e: 0.5**e, lambda e: 1.0])
@@ -471,15 +471,15 @@ def test_tensors_follow_the_same_curve(name):
         advance(tensors, [pair[1]], 1)
 
 
-def test_m20_in_a_plan_values_are_floats():
+def test_planned_values_are_floats():
     optimizer = lm.Plan(lm.Adam, lr=0.1, schedule=cosine()).build(nn.Linear(2, 2), steps=10)
     assert all(type(group["lr"]) is float for group in optimizer.param_groups)
 
 
-# --- M21: tiny learning rates ---------------------------------------------------------------------
+# --- tiny learning rates --------------------------------------------------------------------------
 
 
-def test_m21_a_plateau_lowers_tiny_learning_rates_too():
+def test_a_plateau_scheduler_lowers_tiny_learning_rates():
     optimizer = optimizer_of(1e-3, 1e-9)
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0)
     scheduler.step(1.0)

@@ -106,7 +106,7 @@ def test_names_may_come_in_any_collection():
         assert len(freeze(net(), match)) == 8
 
 
-def test_m6_a_left_over_gradient_does_not_move_what_was_frozen():
+def test_a_left_over_gradient_does_not_move_what_was_frozen():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     backward(model)

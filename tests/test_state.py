@@ -110,7 +110,7 @@ def test_state_is_matched_by_name_in_any_order_and_wrapper(wrap):
     assert other.last_load.new == ()
 
 
-def test_m9_groups_in_another_order_keep_their_values():
+def test_groups_in_another_order_keep_their_values():
     rules = [lm.Rule("body", lr=0.1), lm.Rule("head", lr=0.9)]
     model, optimizer = built(lm.Plan("Adam", lr=1.0, rules=rules))
     train(model, optimizer, 3)
@@ -122,7 +122,7 @@ def test_m9_groups_in_another_order_keep_their_values():
     assert optimizer.clock == 3
 
 
-def test_m7_the_plans_values_stay():
+def test_loading_keeps_the_values_of_the_plan():
     model, optimizer = built()
     train(model, optimizer, 5)
     plan = lm.Plan(lm.AdamW, lr=0.5, weight_decay=0.25, betas=(0.5, 0.6))
@@ -136,7 +136,7 @@ def test_m7_the_plans_values_stay():
     assert other.applied["default"]["lr"] == 0.5
 
 
-def test_m10_a_key_that_an_older_state_lacks_stays():
+def test_a_group_key_that_an_older_state_lacks_stays():
     model, optimizer = built()
     train(model, optimizer, 2)
     state = copy.deepcopy(optimizer.state_dict())

@@ -206,10 +206,10 @@ def test_a_state_that_does_not_know_its_run_cannot_be_extended():
     assert "goes on at step 3" in str(PLAN.preview(mlp(), steps=LONGER, resume=theirs.state_dict()))
 
 
-# -------------------------------------------------------------------------- M17 and M18, by hand
+# ---------------------------------------------------------- longer runs and second phases, by hand
 
 
-def test_m18_a_longer_run_keeps_its_own_length_and_one_warning_names_the_jumps(caplog):
+def test_a_longer_run_keeps_its_own_length_and_one_warning_names_the_jumps(caplog):
     _, state = saved()
     longer = PLAN.build(mlp(), steps=LONGER)
     with caplog.at_level(logging.WARNING, logger="lamina"):
@@ -223,7 +223,7 @@ def test_m18_a_longer_run_keeps_its_own_length_and_one_warning_names_the_jumps(c
     assert longer.last_load.saved_run.steps == LENGTH
 
 
-def test_m18_no_jump_no_warning(caplog):
+def test_another_length_without_a_jump_does_not_warn(caplog):
     _, state = saved(FLAT)
     longer = FLAT.build(mlp(), steps=LONGER)
     longer.load_state_dict(state)
@@ -231,7 +231,7 @@ def test_m18_no_jump_no_warning(caplog):
     assert "run: saved with 20 steps, now 40 steps" in str(longer.last_load)
 
 
-def test_m17_phase_two_begins_where_its_own_plan_says():
+def test_a_second_phase_begins_where_its_own_plan_says():
     model, state = saved(lm.Plan(lm.AdamW, lr=0.05, schedule=lm.cosine()))
     second = lm.Plan(lm.AdamW, lr=0.001, schedule=lm.cosine(to=0.5))
     optimizer = second.build(mlp(), steps=LENGTH)
@@ -247,7 +247,7 @@ def test_m17_phase_two_begins_where_its_own_plan_says():
     ]
 
 
-def test_m17_a_manual_edit_is_an_error_and_an_override_survives_a_second_optimizer():
+def test_a_manual_edit_is_an_error_and_an_override_survives_a_second_optimizer():
     model, optimizer = mlp(), None
     optimizer = FLAT.build(model, steps=LENGTH)
     train(model, optimizer, AT)

@@ -47,7 +47,7 @@ def test_a_newer_format_names_both_and_the_fix():
         built()[1].load_state_dict(state)
 
 
-def test_m10_a_state_from_before_these_keys_loads_and_the_keys_stay():
+def test_a_state_from_before_the_own_keys_loads_and_the_keys_stay():
     _, optimizer = trained()
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
@@ -65,7 +65,7 @@ def test_m10_a_state_from_before_these_keys_loads_and_the_keys_stay():
 # ------------------------------------------------------------------------------- matching by name
 
 
-def test_m8_modules_in_another_order_keep_their_state():
+def test_modules_in_another_order_keep_their_state():
     torch.manual_seed(0)
     first = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     second = nn.ModuleDict({"b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
@@ -77,7 +77,7 @@ def test_m8_modules_in_another_order_keep_their_state():
     assert tensors(other)["a.weight"]["exp_avg"].max() < tensors(other)["b.weight"]["exp_avg"].min()
 
 
-def test_m8_canary_torch_puts_the_state_on_the_wrong_tensor():
+def test_canary_torch_puts_the_state_on_the_wrong_tensor():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     first = torch.optim.Adam([("a", one.weight), ("b", other.weight)])
     (one.weight.sum() + 9 * other.weight.sum()).backward()
@@ -96,7 +96,7 @@ REGROUPED = [
 
 
 @pytest.mark.parametrize("plan", REGROUPED)
-def test_m9_regrouping_and_new_rules_keep_every_state(plan):
+def test_new_groups_and_new_rules_keep_every_state(plan):
     _, optimizer = trained()
     _, other, report = moved(optimizer, plan)
     assert equal(tensors(other), tensors(optimizer))

@@ -380,7 +380,7 @@ def test_copy_and_compile_keep_the_tie():
 # ------------------------------------------------------------------------ M13, M14, torch's traps
 
 
-def test_m13_a_tensor_given_twice_is_updated_once():
+def test_a_tensor_given_twice_is_updated_once():
     model = built(Tied)
     optimizer = lm.Plan("SGD", lr=0.1).build(model)
     (group,) = optimizer.param_groups
@@ -398,7 +398,7 @@ def test_m13_a_tensor_given_twice_is_updated_once():
     assert not torch.allclose(model.encoder.weight, before - 0.2 * twin.grad)  # not twice
 
 
-def test_m14_a_tie_over_two_rules_lies_in_one_group():
+def test_a_tie_over_two_rules_lies_in_one_group():
     model = built(Tied)
     rules = [lm.Rule("encoder.*", lr=0.1), lm.Rule("decoder.*", weight_decay=0.5)]
     optimizer = lm.Plan("SGD", lr=1.0, rules=rules).build(model)

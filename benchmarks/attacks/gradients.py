@@ -34,8 +34,8 @@ AFTER = (0, 2)
 
 
 def gradients(full: bool = True) -> list[Counts]:
-    """Try every combination; the small size leaves out most places and times."""
-    cases = itertools.product(
+    """Try every combination; the small size leaves out most places and times, and every other one."""
+    product = itertools.product(
         [*OWN, *GUESTS],
         ("raise", "skip"),
         NORMS if full else ("none",),
@@ -45,7 +45,7 @@ def gradients(full: bool = True) -> list[Counts]:
         AFTER if full else (2,),
     )
     counts = Counts("non-finite gradients", limit=5.0)
-    for case in cases:
+    for case in itertools.islice(product, 0, None, 1 if full else 2):
         optimizer, _, norm, *_ = case
         if optimizer != "LBFGS" or norm == "none":  # a plan with LBFGS refuses clipping
             counts.attempt(case, lambda case=case: attack(*case))

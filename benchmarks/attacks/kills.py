@@ -26,7 +26,7 @@ def kills(full: bool = True, spoil: Callable[[Path], None] = lambda folder: None
     points = Counts("kills while writing", limit=30.0)
     moments = Counts("kills at random moments", limit=30.0)
     with tempfile.TemporaryDirectory() as name, empty_folder():
-        writing = chosen(Path(name)) if full else [list(test_kill.FEW[2])]
+        writing = chosen(Path(name)) if full else [list(test_kill.MORE[1])]
         resumed(points, Path(name) / "points", writing, spoil)
         if full:
             chance = random.Random(0)

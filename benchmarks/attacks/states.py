@@ -39,7 +39,7 @@ def states(full: bool = True) -> list[Counts]:
         counts = Counts(f"damaged states, {name}", limit=5.0)
         target = Target(plan)
         with empty_folder():
-            for seed in range(FIRST_SEED, FIRST_SEED + (3000 if full else 20)):
+            for seed in range(FIRST_SEED, FIRST_SEED + (3000 if full else 10)):
                 if counts.attempt(seed, partial(target.load, seed)) != CLEAN:
                     target.begin()
         rows.append(counts)
@@ -164,7 +164,7 @@ def checkpoints(full: bool = True) -> list[Counts]:
             template, expected = fuzz.begin(Path(name))
             newest = checkpoint.candidates(template / "checkpoints")[0]
             data, content = newest.read_bytes(), checkpoint.read(newest)
-            for seed in range(FIRST_SEED, FIRST_SEED + (4000 if full else 40)):
+            for seed in range(FIRST_SEED, FIRST_SEED + (4000 if full else 27)):
                 changed = altered(data, content, seed)
                 path = Path(name) / named(newest.name, changed)
                 path.write_bytes(changed)

@@ -31,7 +31,7 @@ class Rule:
     """Settings for the parameters that a pattern selects; later rules win, setting by setting.
 
     Args:
-        match: a pattern (see `lamina.patterns`) or a function `(ParamInfo) -> bool`.
+        match: a pattern (see `lamina.model.patterns`) or a function `(ParamInfo) -> bool`.
         optimizer: another optimizer for these parameters, which must come with `lr`.
         schedule: a factor on `lr` over time; None exempts from the plan's.
         frozen: True for never trained; False undoes an earlier rule.
