@@ -34,7 +34,7 @@ AFTER = (0, 2)
 
 
 def gradients(full: bool = True) -> list[Counts]:
-    """Try every combination; the small size leaves out most places and times, and every other one."""
+    """Try every combination; the small size leaves out most places and times, and every other."""
     product = itertools.product(
         [*OWN, *GUESTS],
         ("raise", "skip"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -196,10 +197,15 @@ def subtrees(
     Outer modules come before those inside them.
     """
     names = {(id(at), key): item.info.name for item in owned for at, key in item.places}
+    own = {
+        id(module): [
+            names[id(module), key] for key in module._parameters if (id(module), key) in names
+        ]
+        for module in model.modules()
+    }
     found = []
     for path, module in model.named_modules():
-        inside = ((id(m), key) for m in module.modules() for key in m._parameters)
-        below = frozenset(names[place] for place in inside if place in names)
+        below = frozenset(chain.from_iterable(own[id(inside)] for inside in module.modules()))
         if below:
             found.append((path, module, below))
     return found

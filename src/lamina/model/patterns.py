@@ -72,6 +72,8 @@ class Glob(Pattern):
     text: str
 
     def matches(self, info: ParamInfo) -> bool:
+        if len(info.names) == 1:
+            return _matched(self.text, False, info.name)
         return any(_matched(self.text, False, name) for name in info.names)
 
     def depths(self, info: ParamInfo) -> frozenset[int]:

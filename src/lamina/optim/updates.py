@@ -154,7 +154,8 @@ def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -
 
 def initial_state(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
     """Return the state of a parameter that holds no tensors yet, only the count of its updates."""
-    return {"step": new_step(param).fill_(steps)}
+    step = new_step(param)
+    return {"step": step.fill_(steps) if steps else step}
 
 
 def new_step(param: torch.Tensor) -> torch.Tensor:

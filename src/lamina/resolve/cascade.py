@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._util.grammar import to_source
 from .._util.numbers import check_amount, python_number
-from ..algorithms.registry import hyperparameters, known_hyperparameter, optimizer_name
+from ..algorithms.registry import hyperparameters, known_hyperparameter
 from ..errors import HyperparameterError, PatternError, PlanError
 from ..gradients.operation import Operation
 from ..gradients.operations import ClipNorm
@@ -21,8 +20,8 @@ from ..plan.reactions import Plateau, key_of
 from ..plan.validate import WINDOW
 from ..schedules import Schedule
 from ..schedules.duration import Run
-from .resolved import ALWAYS, NEVER, Link, Setting, Windows
-from .windows import moves_window, settle, window_text
+from .resolved import ALWAYS, NEVER, Origin, Setting, WindowOrigin, Windows
+from .windows import moves_window, settle
 
 #: keys that write the setting of another name
 _SAME = {"clip_norm": "gradients"}
@@ -46,7 +45,7 @@ class Draft:
     rules: dict[str, None] = field(default_factory=dict)
     #: frozen by hand before the plan, and no rule says anything about it
     by_model: bool = False
-    chains: dict[str, list[Link]] = field(default_factory=dict)
+    chains: dict[str, list[Origin | WindowOrigin]] = field(default_factory=dict)
     #: the rules (the plan is 0) that each setting comes from: one, and those that put factors on it
     sources: dict[str, list[int]] = field(default_factory=dict)
     #: the rules that match it: bit n stands for rule n of the plan, counted from 1
@@ -54,7 +53,7 @@ class Draft:
 
     def note(self, rule: str, key: str, value: object, result: object) -> None:
         """Remember a rule's say, for `explain`."""
-        self.chains.setdefault(key, []).append(Link(rule, shown_value(value), shown_value(result)))
+        self.chains.setdefault(key, []).append(Origin(rule, value, result))
 
     def credit(self, rule: int, key: str, value: object) -> None:
         """Remember which rules a setting comes from; a factor keeps those before it."""
@@ -64,28 +63,12 @@ class Draft:
             self.sources[key] = [rule]
 
 
-def shown_value(value: object) -> str:
-    """A value as an explanation shows it."""
-    if isinstance(value, Setting):
-        parts = [shown_value(value.scale)] if value.scale != 1 or not value.curves else []
-        return " * ".join(parts + [f"({to_source(curve)})" for curve in value.curves])
-    if isinstance(value, tuple):
-        return "(" + ", ".join(shown_value(item) for item in value) + ")"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, type):
-        return optimizer_name(value)
-    if callable(value) and not isinstance(value, Schedule):
-        return str(getattr(value, "__qualname__", type(value).__name__))
-    return to_source(value)
-
-
 def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
     """Apply the plan and its rules, in order, to every parameter."""
     drafts = []
+    defaults = _defaults(plan.optimizer)
     for info in infos:
-        defaults = _defaults(plan.optimizer)
-        draft = Draft(info, plan.optimizer, defaults)
+        draft = Draft(info, plan.optimizer, dict(defaults))
         if not info.requires_grad:
             draft.windows, draft.by_model = NEVER, True
             draft.note("the model", "window", "requires_grad=False", "frozen")
@@ -130,7 +113,7 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
     for draft in matched:
         depth = depths[draft.info.name]
         rank = None if depth is None else ranks[depth]
-        info = replace(draft.info, depth=depth, rank=rank)
+        info = draft.info if depth is None else replace(draft.info, depth=depth, rank=rank)
         label = rule.label if depth is None else rule.label.replace("{depth}", str(depth))
         below_top = 0 if rank is None else len(ranks) - 1 - rank
         draft.rules[label] = None
@@ -181,11 +164,11 @@ def _apply(
             draft.by_model = False
         windows = settle(settings, below_top, info, run, where, draft.windows)
         draft.windows = windows if info.differentiable else NEVER  # it can never have a gradient
-        text = {key: settings[key] for key in WINDOW if key in settings}
-        shown = ", ".join(f"{key}={shown_value(value)}" for key, value in text.items())
-        reason = "" if info.differentiable else f" ({info.dtype} has no gradients)"
-        text_now = window_text(draft.windows) + reason
-        draft.chains.setdefault("window", []).append(Link(rule, shown, text_now))
+        given = tuple((key, settings[key]) for key in WINDOW if key in settings)
+        dtype = "" if info.differentiable else str(info.dtype)
+        draft.chains.setdefault("window", []).append(
+            WindowOrigin(rule, given, draft.windows, dtype)
+        )
 
 
 def _operate(

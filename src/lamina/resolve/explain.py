@@ -10,10 +10,19 @@ from ..algorithms.registry import optimizer_name
 from ..errors import PatternError
 from ..model.suggestions import missing_name
 from ..plan.history import LONGEST_HISTORY
-from .cascade import shown_value
-from .resolved import Cell, Link, Resolved
+from ..schedules import Schedule
+from .resolved import Cell, Origin, Resolved, Setting, WindowOrigin
 from .timeline import Feedback, Values, values_at
 from .windows import window_text
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one rule said of a setting, in words."""
+
+    rule: str
+    operation: str
+    result: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,30 @@ class Explanation:
     __repr__ = __str__
 
 
+def shown_value(value: object) -> str:
+    """Return a value as an explanation shows it."""
+    if isinstance(value, Setting):
+        parts = [shown_value(value.scale)] if value.scale != 1 or not value.curves else []
+        return " * ".join(parts + [f"({to_source(curve)})" for curve in value.curves])
+    if isinstance(value, tuple):
+        return "(" + ", ".join(shown_value(item) for item in value) + ")"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, type):
+        return optimizer_name(value)
+    if callable(value) and not isinstance(value, Schedule):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+    return to_source(value)
+
+
+def _link(origin: Origin | WindowOrigin) -> Link:
+    if isinstance(origin, Origin):
+        return Link(origin.rule, shown_value(origin.value), shown_value(origin.result))
+    given = ", ".join(f"{key}={shown_value(value)}" for key, value in origin.given)
+    reason = f" ({origin.dtype} has no gradients)" if origin.dtype else ""
+    return Link(origin.rule, given, window_text(origin.windows) + reason)
+
+
 def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Explanation:
     """Explain one parameter; raises `PatternError` with the closest names."""
     if name not in resolved.cell_of:
@@ -70,7 +103,8 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
     index = resolved.cell_of[name]
     cell = resolved.cells[index]
     values = values_at(resolved, step, feedback)
-    chains = resolved.chains[name]
+    origins = resolved.chains[name]
+    chains = {key: tuple(map(_link, its)) for key, its in origins.items()}
     lines = [
         Line("optimizer", optimizer_name(cell.optimizer), chains.get("optimizer", ())),
         Line("window", window_text(cell.windows), chains.get("window", ())),

@@ -70,11 +70,7 @@ def resolve_owned(
     for scope in scopes:
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.source_name} of {scope.name}")
-    chains = {
-        name: {key: tuple(links) for key, links in draft.chains.items()}
-        for draft in drafts
-        for name in draft.info.names
-    }
+    chains = {name: draft.chains for draft in drafts for name in draft.info.names}
     findings = find(plan, drafts, cells, run, seen, scopes)
     held = None if planned == run else planned
     return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains, held)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..algorithms.base import Algorithm
 from ..gradients.operation import Operation
@@ -46,13 +46,25 @@ class Setting:
         return value
 
 
-@dataclass(frozen=True)
-class Link:
-    """One rule's say on one setting of one parameter, for `explain`."""
+class Origin(NamedTuple):
+    """What one rule said of one setting of one parameter, and what came of it.
+
+    The objects are kept, and put into words only when `explain` asks: a model has thousands.
+    """
 
     rule: str
-    operation: str
-    result: str
+    value: object
+    result: object
+
+
+class WindowOrigin(NamedTuple):
+    """What one rule said of when a parameter trains; `given` are its settings."""
+
+    rule: str
+    given: tuple[tuple[str, object], ...]
+    windows: Windows
+    #: the dtype, if it has no gradients
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ class Resolved:
     scopes: tuple[Scope, ...]
     reactions: tuple[tuple[str, Reaction], ...]
     findings: tuple[Finding, ...]
-    chains: Mapping[str, Mapping[str, tuple[Link, ...]]] = field(repr=False)
+    chains: Mapping[str, Mapping[str, Sequence[Origin | WindowOrigin]]] = field(repr=False)
     planned: Run | None = None
 
     @property
