@@ -73,7 +73,7 @@ class Glob(Pattern):
 
     def matches(self, info: ParamInfo) -> bool:
         if len(info.names) == 1:
-            return _matched(self.text, False, info.name)
+            return bool(_matched(self.text, False, info.names[0]))
         return any(_matched(self.text, False, name) for name in info.names)
 
     def depths(self, info: ParamInfo) -> frozenset[int]:
