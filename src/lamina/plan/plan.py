@@ -15,6 +15,7 @@ from ..schedules import Schedule
 from ..schedules import duration as time
 from .operators import ByDepth, Times, TopDown
 from .reactions import EarlyStop
+from .toml import read, write
 from .validate import NAMES, check_settings
 
 if TYPE_CHECKING:
@@ -198,14 +199,11 @@ class Plan:
     @classmethod
     def from_toml(cls, source: str | os.PathLike[str]) -> Plan:
         """Read a plan from a TOML file (a path) or from TOML text (a string with a newline)."""
-        from .toml import read
-
-        return read(source)
+        plan: Plan = read(source, cls, Rule)
+        return plan
 
     def to_toml(self) -> str:
-        """The plan as TOML text; raises for what only Python can say (functions)."""
-        from .toml import write
-
+        """Return the plan as TOML text; raise for what only Python can say (functions)."""
         return write(self)
 
     def build(

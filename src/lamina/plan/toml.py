@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..algorithms.registry import OPTIMIZERS, optimizer_name
 from ..errors import LaminaError, PlanError, printable, shortened
 from ..gradients.operations import Apply
 from ..schedules import from_function as FromFunction
-from .plan import Plan, Rule
 
 #: no plan is larger, and a parser should not be handed a file of gigabytes
 _LARGEST = 1_000_000
@@ -27,10 +27,15 @@ _BETWEEN_PARTS = re.compile(r"[ \t\"']+")
 _CAUSED_BY_TEXT = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
-def read(source: str | os.PathLike[str]) -> Plan:
-    """A plan from a TOML file, or from TOML text (a string that contains a newline or '=')."""
+#: makes a plan of its rules and its settings, or a rule of its pattern and its settings
+MakePlan = Callable[..., Any]
+MakeRule = Callable[..., Any]
+
+
+def read(source: str | os.PathLike[str], make_plan: MakePlan, make_rule: MakeRule) -> Any:
+    """Read a plan from a TOML file, or from TOML text (a string with a newline or '=')."""
     if isinstance(source, str) and ("\n" in source or "=" in source):
-        return _plan(source, "plan text")
+        return _plan(source, "plan text", make_plan, make_rule)
     path = Path(source)
     try:
         with path.open(encoding="utf-8") as file:
@@ -42,10 +47,10 @@ def read(source: str | os.PathLike[str]) -> Plan:
         raise PlanError(
             f"{shown}: cannot be read as a plan file ({shortened(str(error))})."
         ) from error
-    return _plan(text, str(path))
+    return _plan(text, str(path), make_plan, make_rule)
 
 
-def _plan(text: str, where: str) -> Plan:
+def _plan(text: str, where: str, make_plan: MakePlan, make_rule: MakeRule) -> Any:
     if len(text) > _LARGEST:
         raise PlanError(
             f"{where}: a plan has at most {_LARGEST:,} characters; this is longer, and not read."
@@ -72,7 +77,8 @@ def _plan(text: str, where: str) -> Plan:
         if isinstance(value, dict):
             raise PlanError(f"{where}: [{key}] is a table, but a plan has only [[rule]] tables.")
     try:
-        return Plan(rules=[_rule(rule, index) for index, rule in enumerate(rules, 1)], **table)
+        made = [_rule(rule, index, make_rule) for index, rule in enumerate(rules, 1)]
+        return make_plan(rules=made, **table)
     except LaminaError as error:
         raise type(error)(f"{where}: {error}") from error
     except _CAUSED_BY_TEXT as error:
@@ -86,20 +92,20 @@ def _misspelled(key: str, table: dict[str, Any]) -> str:
     return f" Is {close[0]!r} a misspelling of it?" if close else ""
 
 
-def _rule(table: dict[str, Any], index: int) -> Rule:
+def _rule(table: dict[str, Any], index: int, make_rule: MakeRule) -> Any:
     if not isinstance(table.get("match"), str):
         hint = "" if "match" in table else _misspelled("match", table)
         raise PlanError(f"rule {index}: 'match' is missing or not a text pattern.{hint}")
     settings = {key: value for key, value in table.items() if key != "match"}
     try:
         # TOML has no None; the text "none" exempts, as in schedule = "none".
-        return Rule(table["match"], **settings)
+        return make_rule(table["match"], **settings)
     except LaminaError as error:
         raise type(error)(f"rule {index}: {error}") from error
 
 
-def write(plan: Plan) -> str:
-    """A plan as TOML text that `read` turns back into an equal plan."""
+def write(plan: Any) -> str:
+    """Write a plan as TOML text that `read` turns back into an equal plan."""
     table: dict[str, Any] = {"optimizer": _registered(plan.optimizer, "plan")}
     table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
     if plan.nonfinite != "raise":

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .rows import Row
-
-if TYPE_CHECKING:
-    from .preview import Preview
+from .shown import Row, Shown
 
 _LABEL = 34
 #: told apart also by colour-blind readers (Okabe and Ito)
@@ -48,7 +45,7 @@ class Course:
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def courses(preview: Preview) -> list[Course]:
+def courses(preview: Shown) -> list[Course]:
     """The distinct courses of a preview, in the order of their groups."""
     merged: dict[Any, list[Row]] = {}
     for row in preview.rows:

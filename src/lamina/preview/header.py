@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from .._util.text import listed
 from ..runtime.flags import REDUCED
 from .rows import epochs, span
+from .shown import Shown
 
 if TYPE_CHECKING:
     from ..state import Resumed
-    from .preview import Preview
 
 #: gradient operations that are nothing but the usual clipping
 PLAIN_NORM = r"clip_norm [^,(]+"
 
 
-def header(preview: Preview) -> list[str]:
+def header(preview: Shown) -> list[str]:
     """The lines above the table."""
     said = facts(preview)
     lines = [" · ".join([_length(preview), *_groups(preview, said)])]
@@ -36,7 +36,7 @@ def header(preview: Preview) -> list[str]:
     return lines
 
 
-def facts(preview: Preview) -> dict[str, str]:
+def facts(preview: Shown) -> dict[str, str]:
     """Settings in which all groups that train agree, in words."""
     rows = [row for row in preview.rows if row.first is not None]
     said = {}
@@ -59,7 +59,7 @@ def facts(preview: Preview) -> dict[str, str]:
     return said
 
 
-def _length(preview: Preview) -> str:
+def _length(preview: Shown) -> str:
     run = preview.run
     if run.steps is None:
         return "run length unknown"
@@ -70,7 +70,7 @@ def _length(preview: Preview) -> str:
     return f"{text} ({amount} epoch{'s' if amount != '1' else ''} of {run.steps_per_epoch:,})"
 
 
-def _resumed(preview: Preview, resumed: Resumed) -> str:
+def _resumed(preview: Shown, resumed: Resumed) -> str:
     """Where a saved run goes on, and what became of its schedules."""
     text = f"goes on at step {resumed.clock:,} of a saved run"
     if resumed.saved_run is None or resumed.saved_run.steps is None:
@@ -83,7 +83,7 @@ def _resumed(preview: Preview, resumed: Resumed) -> str:
     return f"{text}; schedules are those of {planned.steps:,} steps, then hold their last values"
 
 
-def _groups(preview: Preview, said: dict[str, str]) -> list[str]:
+def _groups(preview: Shown, said: dict[str, str]) -> list[str]:
     rows = preview.rows
     training = sum(row.parameters for row in rows if row.first is not None)
     total = sum(row.parameters for row in rows)
@@ -94,7 +94,7 @@ def _groups(preview: Preview, said: dict[str, str]) -> list[str]:
     ]
 
 
-def _freezing(preview: Preview) -> str:
+def _freezing(preview: Shown) -> str:
     """How frozen parts are kept from training; empty if nothing is ever frozen."""
     rows = preview.rows
     if all(row.thaw == "trains" for row in rows):

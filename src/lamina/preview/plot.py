@@ -11,12 +11,12 @@ from ..errors import TimeUnitError, require
 from .curves import Course, colours, courses
 from .header import facts
 from .rows import epochs
+from .shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .preview import Preview
 
 #: peaks further apart than this are drawn on a logarithmic axis
 _LOG_RATIO = 20.0
@@ -26,7 +26,7 @@ _INK, _FAINT, _GRID = "#24292f", "#6e7781", "#e4e7eb"
 
 
 def plot(
-    preview: Preview, path: str | os.PathLike[str] | None = None, ax: Axes | None = None
+    preview: Shown, path: str | os.PathLike[str] | None = None, ax: Axes | None = None
 ) -> Figure:
     """Draw a preview; see `Preview.plot`."""
     if preview.run.steps is None:
@@ -78,7 +78,7 @@ def _below(ax: Axes, height: float) -> Any:
     return grid.make_axes_locatable(ax).append_axes("bottom", size=height, pad=0.12, sharex=ax)
 
 
-def _curves(ax: Axes, preview: Preview, found: list[Course], palette: list[Any]) -> None:
+def _curves(ax: Axes, preview: Shown, found: list[Course], palette: list[Any]) -> None:
     steps = preview.steps
     for course, colour in zip(found, palette, strict=True):
         if not course.active.any():
@@ -130,7 +130,7 @@ def _scale(ax: Axes, found: list[Course]) -> None:
     ax.set_ylim(max(positive, min(peaks) / 300) / 1.5, 1.8 * max(peaks))
 
 
-def _title(ax: Axes, preview: Preview) -> None:
+def _title(ax: Axes, preview: Shown) -> None:
     said = facts(preview)
     optimizers = said.get("optimizer") or " and ".join(
         dict.fromkeys(row.optimizer for row in preview.rows)
@@ -150,7 +150,7 @@ def _title(ax: Axes, preview: Preview) -> None:
     ax.annotate(detail, (0, 1), xytext=(0, above), color=_FAINT, fontsize=9, **place)
 
 
-def _epochs(ax: Axes, preview: Preview) -> None:
+def _epochs(ax: Axes, preview: Shown) -> None:
     per = preview.run.steps_per_epoch
     if not per:
         return
@@ -170,7 +170,7 @@ def _epochs(ax: Axes, preview: Preview) -> None:
     top.spines["top"].set_visible(False)
 
 
-def _bars(ax: Any, preview: Preview, found: list[Course], palette: list[Any]) -> None:
+def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> None:
     """One bar for each course: filled while it trains, hatched while it is frozen."""
     steps, total = preview.steps, int(preview.run.steps or 0)
     named = len(found) <= _NAMED

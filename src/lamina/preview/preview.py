@@ -22,13 +22,13 @@ from ..resolve.timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 from ..runtime.flags import Flags, flags_of
 from ..schedules.duration import Run
 from ..state import Resumed, resume_from
+from . import rows, sampling
+from .shown import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
-
-    from .rows import Row
 
 
 class Preview:
@@ -99,9 +99,7 @@ class Preview:
     @cached_property
     def peaks(self) -> tuple[tuple[float, int], ...]:
         """The largest lr of each group over all steps, and the first step that has it."""
-        from .sampling import peaks
-
-        return peaks(self)
+        return sampling.peaks(self)
 
     @cached_property
     def steps(self) -> npt.NDArray[np.int64]:
@@ -110,16 +108,12 @@ class Preview:
         Among them are the first and the last, every thaw and freeze, the bounds of the phases of
         schedules, and the peaks. Of a run of unknown length: where groups begin to train.
         """
-        from .sampling import sampled
-
-        return sampled(self)
+        return sampling.sampled(self)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """One row for each parameter group."""
-        from .rows import rows
-
-        return rows(self)
+        return rows.rows(self)
 
     def values(self, step: Any) -> Values:
         """Every value at a step or an array of steps, by the groups of the run as it goes on."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,47 +12,9 @@ from ..gradients.operation import Operation
 from ..resolve.resolved import Cell, Trigger
 from ..resolve.timeline import Values
 from .sampling import windows
-
-if TYPE_CHECKING:
-    from .preview import Preview
+from .shown import Row, Shown
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter group over the run; numbers are None where they do not exist.
-
-    `first` and `last` are the first and the last step at which the group trains. `lr_start` and
-    `lr_end` are the lr at these two, `lr_peak` the largest lr of all steps; the same two steps
-    give `weight_decay` and `weight_decay_end`. `gradients` are the operations on gradients, in
-    words, and `scope` the rule whose parameters they see together. `lr` and `active` are samples
-    at `Preview.steps`; lr is 0 while the group is frozen.
-    """
-
-    group: str
-    optimizer: str
-    rules: tuple[str, ...]
-    tensors: int
-    parameters: int
-    lr_start: float | None
-    lr_peak: float | None
-    lr_end: float | None
-    weight_decay: float | None
-    weight_decay_end: float | None
-    gradients: str
-    scope: str | None
-    thaw: str
-    first: int | None
-    last: int | None
-    lr: Floats = field(repr=False, compare=False)
-    active: npt.NDArray[np.bool_] = field(repr=False, compare=False)
-
-    @property
-    def clip(self) -> str:
-        """The clip threshold and whose common norm it limits; empty without clipping."""
-        limit = self.gradients.removeprefix("clip_norm ")
-        return f"{limit} ({self.scope})" if self.scope else ""
 
 
 def number(value: float | None) -> str:
@@ -77,13 +38,13 @@ def epochs(steps: int, per_epoch: int) -> str:
     return f"{steps / per_epoch:.2f}".rstrip("0").rstrip(".")
 
 
-def rows(preview: Preview) -> tuple[Row, ...]:
+def rows(preview: Shown) -> tuple[Row, ...]:
     """The rows of a preview."""
     values = preview.values(preview.steps)
     return tuple(_row(preview, values, index) for index in range(len(preview.resolved.cells)))
 
 
-def _row(preview: Preview, values: Values, index: int) -> Row:
+def _row(preview: Shown, values: Values, index: int) -> Row:
     cell = preview.resolved.cells[index]
     total, spans = preview.run.steps, windows(preview, cell)
     first = spans[0][0] if spans else None
@@ -129,7 +90,7 @@ def _operation_text(operation: Operation, start: float | None, end: float | None
     return f"{operation.source_name} {span(start, end)}" if plain else repr(operation)
 
 
-def _thaw_text(preview: Preview, cell: Cell, spans: list[tuple[int, int | None]]) -> str:
+def _thaw_text(preview: Shown, cell: Cell, spans: list[tuple[int, int | None]]) -> str:
     """When a cell trains, in words."""
     if not spans:
         waits = [b.reaction.metric for b, _ in cell.windows if isinstance(b, Trigger)]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..resolve.resolved import Cell
 from ..schedules.base import EXACT, boundaries, steps_to_check
-
-if TYPE_CHECKING:
-    from .preview import Preview
+from .shown import Shown
 
 #: at about this many steps a long run is drawn
 SAMPLES = 2000
@@ -21,7 +19,7 @@ SAMPLES = 2000
 _BLOCK = 1 << 15
 
 
-def peaks(preview: Preview) -> tuple[tuple[float, int], ...]:
+def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
     """The largest lr of each group over all steps, and the first step that has it.
 
     Of very long runs, over the steps that `steps_to_check` gives.
@@ -44,7 +42,7 @@ def peaks(preview: Preview) -> tuple[tuple[float, int], ...]:
     return tuple(best[owner[kind]] for kind in kinds)
 
 
-def _lr_key(preview: Preview, cell: Cell) -> Any:
+def _lr_key(preview: Shown, cell: Cell) -> Any:
     """Equal for two groups only if their lr is the same at every step."""
     overridden = cell.name if cell.name in preview.feedback.overrides else None
     lr = dict(cell.hyper).get("lr")
@@ -53,7 +51,7 @@ def _lr_key(preview: Preview, cell: Cell) -> Any:
     return lr, cell.schedule, cell.feedback, cell.rewarm, cell.windows, overridden, past
 
 
-def sampled(preview: Preview) -> npt.NDArray[np.int64]:
+def sampled(preview: Shown) -> npt.NDArray[np.int64]:
     """The steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
     if steps is None:
@@ -70,7 +68,7 @@ def sampled(preview: Preview) -> npt.NDArray[np.int64]:
     return np.union1d(evenly, np.array(sorted(marks), dtype=np.int64))
 
 
-def _all_cells(preview: Preview) -> list[Cell]:
+def _all_cells(preview: Shown) -> list[Cell]:
     """Return the groups of the plan, of a resumed run also those of its past."""
     cells = list(preview.resolved.cells)
     if preview.resumed is not None and preview.resumed.before is not None:
@@ -78,7 +76,7 @@ def _all_cells(preview: Preview) -> list[Cell]:
     return cells
 
 
-def _all_joints(preview: Preview) -> set[int]:
+def _all_joints(preview: Shown) -> set[int]:
     """Return every step at which a group thaws or freezes, or one of its schedules turns."""
     found: set[int] = set()
     for cell in _all_cells(preview):
@@ -86,7 +84,7 @@ def _all_joints(preview: Preview) -> set[int]:
     return found
 
 
-def windows(preview: Preview, cell: Cell) -> list[tuple[int, int | None]]:
+def windows(preview: Shown, cell: Cell) -> list[tuple[int, int | None]]:
     """The windows of a cell that open within the run, those cut off at its end with None."""
     total = math.inf if preview.run.steps is None else preview.run.steps
     found: list[tuple[int, int | None]] = []

@@ -8,18 +8,16 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .._util.text import listed
 from ..errors import require
 from .header import PLAIN_NORM, facts, header
-from .rows import Row, number, span
+from .rows import number, span
+from .shown import Row, Shown
 from .sparkline import can_show, curve
-
-if TYPE_CHECKING:
-    from .preview import Preview
 
 #: without a terminal, as in a log file
 _WIDTH = 110
@@ -43,7 +41,7 @@ class Column:
         return max(len(cell) for cell in (*self.title, *self.cells))
 
 
-def text(preview: Preview, width: int | None = None, *, unicode: bool | None = None) -> str:
+def text(preview: Shown, width: int | None = None, *, unicode: bool | None = None) -> str:
     """A preview as plain text.
 
     Args:
@@ -66,7 +64,7 @@ def text(preview: Preview, width: int | None = None, *, unicode: bool | None = N
     return joined if unicode else joined.translate(_ASCII).encode("ascii", "replace").decode()
 
 
-def rich_parts(preview: Preview, width: int, *, unicode: bool = True) -> Iterator[Any]:
+def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[Any]:
     """A preview as parts that rich prints: the header, the table, the notes."""
     table_module = require("rich.table", "cli", "a rich table")
     rich_text = require("rich.text", "cli", "a rich table")
@@ -99,7 +97,7 @@ _SPARK = ("lr over", "time")
 _MARK = "! "
 
 
-def columns(preview: Preview, unicode: bool = True) -> list[Column]:
+def columns(preview: Shown, unicode: bool = True) -> list[Column]:
     """All columns worth showing: those in which the groups differ, and the lr."""
     rows = preview.rows
     said = facts(preview)
@@ -135,7 +133,7 @@ def columns(preview: Preview, unicode: bool = True) -> list[Column]:
     return found
 
 
-def _lr_columns(preview: Preview) -> list[Column]:
+def _lr_columns(preview: Shown) -> list[Column]:
     rows = preview.rows
     start = tuple(number(row.lr_start) for row in rows)
     if preview.run.steps is None:
@@ -227,7 +225,7 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, max(width, 30)) or [""]]
 
 
-def _ties(preview: Preview) -> str:
+def _ties(preview: Shown) -> str:
     """List the parameters with several names; of many the first few."""
     ties = [
         " = ".join(info.names)
@@ -238,7 +236,7 @@ def _ties(preview: Preview) -> str:
     return listed(ties)
 
 
-def _notes(preview: Preview, dropped: Sequence[str], width: int) -> list[str]:
+def _notes(preview: Shown, dropped: Sequence[str], width: int) -> list[str]:
     """What stands below the table: clip scopes, columns left out, findings."""
     lines = []
     if "gradients" not in facts(preview):

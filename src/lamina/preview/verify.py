@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .rows import number
-
-if TYPE_CHECKING:
-    from .preview import Preview
+from .shown import Shown
 
 #: relative to the largest lr of a group; float64 rounds at 1e-16
 _TOLERANCE = 1e-12
@@ -51,7 +49,7 @@ class Confirmation:
         return "\n".join([self.verdict, *lines])
 
 
-def confirm(preview: Preview, applied: Applied, *, first: int = 0) -> Confirmation:
+def confirm(preview: Shown, applied: Applied, *, first: int = 0) -> Confirmation:
     """Compare the lr that was applied at every step with what the preview announced.
 
     Args:
@@ -105,7 +103,7 @@ def _compare(
     return Compared(name, len(applied), float(apart[place]), first + place, agrees)
 
 
-def _judged(preview: Preview, rows: tuple[Compared, ...], steps: int, first: int) -> Confirmation:
+def _judged(preview: Shown, rows: tuple[Compared, ...], steps: int, first: int) -> Confirmation:
     total = preview.run.steps
     known = {cell.name for cell in preview.resolved.cells}
     wrong = [row for row in rows if not row.agrees]
