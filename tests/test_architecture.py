@@ -128,6 +128,29 @@ def test_no_import_cycles():
     assert gates.import_cycles(gates.read_tree(PACKAGE)) == []
 
 
+# (module, module imported): the reason. A plan offers what is made of it further down.
+IN_CYCLES = {
+    ("lamina.plan.plan", "lamina.optimizer.optimizer"): "Plan.build",
+    ("lamina.plan.plan", "lamina.preview.__init__"): "Plan.preview",
+}
+
+
+def test_no_cycles_of_imports_in_functions_and_for_types():
+    source = gates.read_tree(PACKAGE)
+    assert gates.import_groups(source, IN_CYCLES) == []
+    assert gates.unused_exceptions(source, IN_CYCLES) == []
+    assert len(IN_CYCLES) <= 2
+
+
+def test_canary_cycles_of_lazy_imports():
+    lazy = tree_of(errors="def f():\n    from lamina.plan import Plan", plan="import lamina.errors")
+    assert gates.import_groups(lazy, {}) == [["lamina.errors", "lamina.plan"]]
+    allowed = {("lamina.errors", "lamina.plan"): "a reason"}
+    assert gates.import_groups(lazy, allowed) == []
+    assert gates.unused_exceptions(lazy, allowed) == []
+    assert gates.unused_exceptions(tree_of(errors="", plan=""), allowed) != []
+
+
 def test_canary_import_cycle():
     source = tree_of(
         schedules____init="from .phases import Phase",
@@ -214,6 +237,16 @@ def test_functions_are_short():
     python = [path for path in SOURCES if path.suffix == ".py"]
     gate = lambda text: gates.long_functions(ast.parse(text), MAX_FUNCTION)  # noqa: E731
     assert gates.each_file(python, gate) == []
+
+
+def test_no_conditional_expression_is_inside_another():
+    python = [path for path in SOURCES if path.suffix == ".py"]
+    assert gates.each_file(python, lambda text: gates.nested_ternaries(ast.parse(text))) == []
+
+
+def test_canary_nested_ternaries():
+    assert len(gates.nested_ternaries(ast.parse("x = 1 if a else 2 if b else 3"))) == 1
+    assert gates.nested_ternaries(ast.parse("x = 1 if a else 2\ny = 3 if b else 4")) == []
 
 
 def test_canary_sizes():

@@ -21,9 +21,9 @@ from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
 from ..training.interrupts import raising_on_terminate, signal_of
 from ..training.load import choose_plan, error_location, load_task
+from ..training.ready import batches
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
-from ..training.session import batches
 from ..training.settings import Settings
 from ..training.task import Task
 from .arguments import check_parameter, task_and_plan

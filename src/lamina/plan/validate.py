@@ -118,23 +118,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return _moments(key, value, place)
     if isinstance(value, str) and not (key in ("frozen", "hold") and value not in WORDS):
         value = parse(value, NAMES, place)
-    if key in ("frozen", "hold"):
-        if not isinstance(value, bool):
-            raise PlanError(f"{place}={value!r}: expected True or False.")
-        return value
-    if key in ("schedule", "rewarm"):
-        return _factor(value, place)
-    if key == "feedback":
-        if isinstance(value, EarlyStop):
-            raise PlanError(f"{place}={value!r} is for the whole plan: Plan(..., stop={value!r}).")
-        if value is not None and not isinstance(value, Plateau):
-            raise PlanError(f"{place}={value!r}: expected plateau(...), or None to exempt.")
-        return value
-    if key == "clip_norm":
-        return _threshold(value, place)
-    if key == "gradients":
-        return _operations(value, place)
-    return _hyperparameter(value, place)
+    check = _CHECKS.get(key, _hyperparameter)
+    return check(value, place)
 
 
 def _refuse_uncalled(key: str, value: Any, where: str) -> None:
@@ -333,3 +318,29 @@ def _hyperparameter(value: Any, place: str) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         check_amount(place, "", value)
     return value
+
+
+def _flag(value: Any, place: str) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"{place}={value!r}: expected True or False.")
+    return value
+
+
+def _feedback(value: Any, place: str) -> Plateau | None:
+    if isinstance(value, EarlyStop):
+        raise PlanError(f"{place}={value!r} is for the whole plan: Plan(..., stop={value!r}).")
+    if value is not None and not isinstance(value, Plateau):
+        raise PlanError(f"{place}={value!r}: expected plateau(...), or None to exempt.")
+    return value
+
+
+#: what checks the value of each setting that is no hyperparameter
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "frozen": _flag,
+    "hold": _flag,
+    "schedule": _factor,
+    "rewarm": _factor,
+    "feedback": _feedback,
+    "clip_norm": _threshold,
+    "gradients": _operations,
+}

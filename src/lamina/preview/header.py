@@ -52,10 +52,10 @@ def facts(preview: Shown) -> dict[str, str]:
         if re.fullmatch(PLAIN_NORM, operations):
             limit = operations.removeprefix("clip_norm ")
             said["gradients"] = f"clip norm {limit} (one norm over all that trains)"
+        elif scope is not None:
+            said["gradients"] = f"gradients: {operations}"
         else:
-            said["gradients"] = (
-                ("no clipping" if rows else "") if scope is None else f"gradients: {operations}"
-            )
+            said["gradients"] = "no clipping" if rows else ""
     return said
 
 

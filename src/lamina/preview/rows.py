@@ -48,8 +48,10 @@ def _row(preview: Shown, values: Values, index: int) -> Row:
     cell = preview.resolved.cells[index]
     total, spans = preview.run.steps, windows(preview, cell)
     first = spans[0][0] if spans else None
-    end = spans[-1][1] if spans else None
-    last = None if first is None or total is None else (total if end is None else end) - 1
+    last = None
+    if spans and total is not None:
+        end = spans[-1][1]
+        last = (total if end is None else end) - 1
     hyper = values.hyper(index)
 
     def at(value: Any, step: int | None) -> float | None:
@@ -102,13 +104,11 @@ def _thaw_text(preview: Shown, cell: Cell, spans: list[tuple[int, int | None]]) 
     def when(step: int) -> str:
         return f"{step} (epoch {epochs(step, per)})" if per else str(step)
 
-    texts = [
-        ("trains" if begin == 0 else f"step {when(begin)}")
-        if end is None
-        else f"until step {when(end)}"
-        if begin == 0
-        else f"steps {begin} to {end - 1}"
-        for begin, end in spans
-    ]
+    def text(begin: int, end: int | None) -> str:
+        if end is not None:
+            return f"until step {when(end)}" if begin == 0 else f"steps {begin} to {end - 1}"
+        return "trains" if begin == 0 else f"step {when(begin)}"
+
+    texts = [text(begin, end) for begin, end in spans]
     dropped = cell.frozen_state == "drop" and any(end is not None for _, end in spans)
     return ", then ".join(texts) + (", state dropped" if dropped else "")

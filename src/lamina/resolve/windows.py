@@ -77,7 +77,9 @@ def moves_window(settings: Mapping[str, Any], info: ParamInfo) -> bool:
 
 
 def _moments(kind: str, given: Any, run: Run) -> list[Moment]:
-    times = () if given is None else given if isinstance(given, tuple) else (given,)
+    times = given if isinstance(given, tuple) else (given,)
+    if given is None:
+        return []
     return [(math.ceil(time.parse(item).in_steps(run)), kind, item) for item in times]
 
 
@@ -127,18 +129,17 @@ def _spans(moments: list[Moment]) -> Windows:
     return tuple((begin, end) for begin, end in spans if begin is not None and begin != end)
 
 
+def _span_text(begin: int | Trigger, end: int | None) -> str:
+    if isinstance(begin, Trigger):
+        return f"when {begin.reaction.metric} stalls, {begin.reaction!r}"
+    return f"from step {begin}" if end is None else f"steps {begin} to {end - 1}"
+
+
 def window_text(windows: Windows) -> str:
     """Windows in words."""
     if windows == ALWAYS:
         return "trains"
     if not windows:
         return "frozen"
-    spans = [
-        f"when {begin.reaction.metric} stalls, {begin.reaction!r}"
-        if isinstance(begin, Trigger)
-        else f"from step {begin}"
-        if end is None
-        else f"steps {begin} to {end - 1}"
-        for begin, end in windows
-    ]
+    spans = [_span_text(begin, end) for begin, end in windows]
     return "trains " + " and ".join(spans)

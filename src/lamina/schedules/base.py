@@ -146,7 +146,9 @@ def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
             f"{op!r} cannot join these: {listed}. A factor multiplies a hyperparameter, a value "
             "(with an absolute start) is one; give all phases a start, or none."
         )
-    return VALUE if VALUE in kinds else FACTOR if kinds else EITHER
+    if VALUE in kinds:
+        return VALUE
+    return FACTOR if kinds else EITHER
 
 
 def _run_of(schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch: int | None) -> Run:

@@ -222,7 +222,9 @@ def evaluations(group: Mapping[str, Any]) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def copied(value: Any, device: torch.device | None) -> Any:

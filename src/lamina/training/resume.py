@@ -7,68 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint import checkpoint
-from ..errors import LaminaError, StateError, TaskError, shortened
+from ..errors import StateError, TaskError, shortened
 from ..plan.plan import Plan
-from ..state.extend import WAYS
 from .load import choose_plan
 from .position import Position
+from .ready import ReadyRun, Resumption
 from .run_folder import ABOUT, PENDING, PLAN, PLAN_AS_PYTHON, plan_text, read_about
-from .settings import FREE, Settings
 from .snapshot import Snapshot, check_model
 from .task import Task
-
-if TYPE_CHECKING:
-    from .session import Session
-
-
-@dataclass(frozen=True)
-class Resumption:
-    """Where a run goes on.
-
-    Args:
-        folder: that of the run.
-        path: the checkpoint.
-        snapshot: what it holds.
-        damaged: newer checkpoints that cannot be used.
-        about: what `run.json` says: how the run ended, and what was asked for last, which a run
-            that was killed before it saved again has nowhere else.
-    """
-
-    folder: Path
-    path: Path
-    snapshot: Snapshot
-    damaged: tuple[Path, ...]
-    about: Mapping[str, Any]
-
-    def settings(self, **asked: Any) -> Settings:
-        """Return the settings of the run, but for what is asked for now."""
-        last = {name: self.about[name] for name in FREE if name in self.about}
-        try:
-            return Settings.resumed({**self.snapshot.settings, **last}, **asked)
-        except StateError:
-            raise
-        except LaminaError as error:
-            Settings.resumed(self.snapshot.settings, **asked)  # what is asked for may be at fault
-            raise StateError(f"{self.folder / ABOUT}: {error} Correct it there.") from error
-
-    def way(self, settings: Settings) -> str | None:
-        """Return the saved choice of `extend`, if the run keeps the length it was made for."""
-        way = self.about.get("extend")
-        return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
-
-    @property
-    def text(self) -> str:
-        """For people: what is resumed, and what was passed over."""
-        text = f"resumed from {self.path.name}"
-        if self.damaged:
-            names = ", ".join(path.name for path in self.damaged)
-            text += f"; passed over, since they are damaged: {names}"
-        return text
 
 
 def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
@@ -177,7 +127,7 @@ def _pending(found: Resumption) -> tuple[str, str]:
     return (name, text) if name in (PLAN, PLAN_AS_PYTHON) and isinstance(text, str) else ("", "")
 
 
-def check_fits(found: Resumption, session: Session) -> None:
+def check_fits(found: Resumption, session: ReadyRun) -> None:
     """Raise `StateError` for what would not go on as it began."""
     snapshot, processes = found.snapshot, session.accelerator.num_processes
     if snapshot.processes != processes:
@@ -197,7 +147,7 @@ def check_fits(found: Resumption, session: Session) -> None:
     check_model(session.model, snapshot.model, found.path)
 
 
-def _check_unfinished(found: Resumption, session: Session) -> None:
+def _check_unfinished(found: Resumption, session: ReadyRun) -> None:
     """Raise if nothing is left to do; a run killed after its last save is not finished yet."""
     snapshot, run = found.snapshot, session.optimizer.resolved.run
     done, total = session.progress(snapshot.position(0)), run.steps or 0
@@ -214,7 +164,7 @@ def _check_unfinished(found: Resumption, session: Session) -> None:
         )
 
 
-def restore(found: Resumption, session: Session) -> Position:
+def restore(found: Resumption, session: ReadyRun) -> Position:
     """Put what is saved beside the optimizer's state into a session, if something is left to do."""
     _check_unfinished(found, session)
     snapshot, scaler = found.snapshot, session.accelerator.scaler

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
+from .ready import ReadyRun
 from .recorder import Recorder
 from .run_folder import plan_text, versions
 from .snapshot import Snapshot, as_plain, position_states
 
 if TYPE_CHECKING:
     from .loop import Loop
-    from .session import Session
 
 
 class Saver:
@@ -29,7 +29,7 @@ class Saver:
     """
 
     def __init__(
-        self, session: Session, folder: Path | None = None, recorder: Recorder | None = None
+        self, session: ReadyRun, folder: Path | None = None, recorder: Recorder | None = None
     ) -> None:
         self._session, self._recorder = session, recorder
         self._folder = None if folder is None else folder / FOLDER

@@ -5,18 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from signal import Signals
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from ..checkpoint.checkpoint import tidy
-from ..errors import LaminaError, TaskError
+from ..errors import LaminaError
 from ..optimizer.optimizer import Optimizer
-from ..plan.plan import Plan
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
 from .devices import end
@@ -26,31 +22,18 @@ from .interrupts import graceful_interrupt, signal_of
 from .loaders import training_loader, validation_loader
 from .loop import Loop
 from .position import Position, Randomness
+from .ready import ReadyRun, batches
 from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
-from .resume import Resumption, check_fits, restore
-from .run_folder import METRICS, RunFolder, check_free, plan_text
+from .resume import check_fits, restore
+from .run_folder import METRICS, RunFolder, check_free
 from .saver import Saver
-from .settings import Settings
-from .task import Data, Task
 
 
 @dataclass
-class Session:
+class Session(ReadyRun):
     """A run that is ready to start; made by `prepare`, closed by `with` or `close`."""
-
-    task: Task
-    settings: Settings
-    accelerator: Any
-    model: nn.Module
-    plan: Plan
-    data: Data
-    out: Path | None
-    start: Resumption | None = None
-    extend: str | None = None
-    lock: FolderLock | None = None
-    train_loader: Any = field(init=False)
 
     def __post_init__(self) -> None:
         accelerator, seed = self.accelerator, self.settings.seed
@@ -82,41 +65,6 @@ class Session:
             loader, device = self.data.validation, self.accelerator.device
             check_watched(self.task, watched, self.model, loader, device)
             self.randomness.set(now)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def earlier(self) -> float:
-        """Seconds that were trained before this session."""
-        return 0.0 if self.start is None else self.start.snapshot.seconds
-
-    @property
-    def since(self) -> int:
-        """The step from which on the run has followed this plan over this length."""
-        if self.start is None:
-            return 0
-        snapshot = self.start.snapshot
-        same = snapshot.steps == self.optimizer.resolved.run.steps
-        same &= snapshot.plan == plan_text(self.plan)[0]
-        return snapshot.since if same else snapshot.clock
-
-    def progress(self, position: Position) -> int:
-        """Return steps that were taken or skipped up to a position."""
-        of_epoch = -(-position.batches // self.settings.accumulate)
-        return position.epoch * (self.optimizer.resolved.run.steps_per_epoch or 0) + of_epoch
-
-    def data_form(self) -> dict[str, Any]:
-        """Return what the training data must be alike in to go on in the middle of it."""
-        loader, data = self.data.train, self.data.train.dataset
-        examples = len(data) if hasattr(data, "__len__") else None
-        return {
-            "batches": len(self.train_loader),
-            "examples_in_a_batch": loader.batch_size,
-            "examples": examples,
-        }
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
@@ -300,17 +248,3 @@ def _closing(folder: RunFolder) -> Iterator[None]:
             with suppress(LaminaError):
                 folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
-
-
-def batches(task: Task, loader: Any) -> int:
-    """Return the batches of an epoch."""
-    try:
-        number = len(loader)
-    except TypeError as error:
-        raise TaskError(
-            f"{task.place}: the training loader has no length ({error}), so that "
-            "neither epochs nor shares of the run can be counted; give its data set a __len__."
-        ) from error
-    if number == 0:
-        raise TaskError(f"{task.place}: the training loader has no batches; give it examples.")
-    return number

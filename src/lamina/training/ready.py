@@ -1,0 +1,135 @@
+"""A run that is ready to start: its data, how far it is, and the checkpoint it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import LaminaError, StateError, TaskError
+from ..optimizer.optimizer import Optimizer
+from ..plan.plan import Plan
+from ..state.extend import WAYS
+from .folder_lock import FolderLock
+from .position import Position, Randomness
+from .run_folder import ABOUT, plan_text
+from .settings import FREE, Settings
+from .snapshot import Snapshot
+from .task import Data, Task
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on.
+
+    Args:
+        folder: that of the run.
+        path: the checkpoint.
+        snapshot: what it holds.
+        damaged: newer checkpoints that cannot be used.
+        about: what `run.json` says: how the run ended, and what was asked for last, which a run
+            that was killed before it saved again has nowhere else.
+    """
+
+    folder: Path
+    path: Path
+    snapshot: Snapshot
+    damaged: tuple[Path, ...]
+    about: Mapping[str, Any]
+
+    def settings(self, **asked: Any) -> Settings:
+        """Return the settings of the run, but for what is asked for now."""
+        last = {name: self.about[name] for name in FREE if name in self.about}
+        try:
+            return Settings.resumed({**self.snapshot.settings, **last}, **asked)
+        except StateError:
+            raise
+        except LaminaError as error:
+            Settings.resumed(self.snapshot.settings, **asked)  # what is asked for may be at fault
+            raise StateError(f"{self.folder / ABOUT}: {error} Correct it there.") from error
+
+    def way(self, settings: Settings) -> str | None:
+        """Return the saved choice of `extend`, if the run keeps the length it was made for."""
+        way = self.about.get("extend")
+        return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
+
+    @property
+    def text(self) -> str:
+        """For people: what is resumed, and what was passed over."""
+        text = f"resumed from {self.path.name}"
+        if self.damaged:
+            names = ", ".join(path.name for path in self.damaged)
+            text += f"; passed over, since they are damaged: {names}"
+        return text
+
+
+@dataclass
+class ReadyRun:
+    """What a run needs to train, and how far it is."""
+
+    task: Task
+    settings: Settings
+    accelerator: Any
+    model: nn.Module
+    plan: Plan
+    data: Data
+    out: Path | None
+    start: Resumption | None = None
+    extend: str | None = None
+    lock: FolderLock | None = None
+    train_loader: Any = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    randomness: Randomness = field(init=False)
+    begins: Position = field(init=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def earlier(self) -> float:
+        """Seconds that were trained before this session."""
+        return 0.0 if self.start is None else self.start.snapshot.seconds
+
+    @property
+    def since(self) -> int:
+        """The step from which on the run has followed this plan over this length."""
+        if self.start is None:
+            return 0
+        snapshot = self.start.snapshot
+        same = snapshot.steps == self.optimizer.resolved.run.steps
+        same &= snapshot.plan == plan_text(self.plan)[0]
+        return snapshot.since if same else snapshot.clock
+
+    def progress(self, position: Position) -> int:
+        """Return steps that were taken or skipped up to a position."""
+        of_epoch = -(-position.batches // self.settings.accumulate)
+        return position.epoch * (self.optimizer.resolved.run.steps_per_epoch or 0) + of_epoch
+
+    def data_form(self) -> dict[str, Any]:
+        """Return what the training data must be alike in to go on in the middle of it."""
+        loader, data = self.data.train, self.data.train.dataset
+        examples = len(data) if hasattr(data, "__len__") else None
+        return {
+            "batches": len(self.train_loader),
+            "examples_in_a_batch": loader.batch_size,
+            "examples": examples,
+        }
+
+
+def batches(task: Task, loader: Any) -> int:
+    """Return how many batches an epoch has."""
+    try:
+        number = len(loader)
+    except TypeError as error:
+        raise TaskError(
+            f"{task.place}: the training loader has no length ({error}), so that "
+            "neither epochs nor shares of the run can be counted; give its data set a __len__."
+        ) from error
+    if number == 0:
+        raise TaskError(f"{task.place}: the training loader has no batches; give it examples.")
+    return number
