@@ -23,7 +23,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' \
 		| awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo  ## install, then train the built-in tasks: lamina run
+demo: $(VENV)/.demo  ## install, then train an example task: lamina run
 	@$(BIN)/lamina run $(ARGS)
 
 test: check  ## every gate: lint, format, types, tests (ARGS="-k name" picks tests)

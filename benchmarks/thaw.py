@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 import lamina as lm
-from lamina.tasks.encoder import load_classifier
-from lamina.tasks.fetch import fetch
-from lamina.tasks.reviews import ENCODER
 
 from .measure import interleave
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "tasks"))
+from reviews import ENCODER
+from task_helpers.encoder import load_classifier
+from task_helpers.fetch import fetch
 
 ALL = "all trainable"
 #: steps between two stages: many more than are measured

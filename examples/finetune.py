@@ -1,7 +1,12 @@
 """Fine-tune a pretrained encoder in a training loop of one's own: python examples/finetune.py"""
 
+import sys
+from pathlib import Path
+
 import lamina as lm
-from lamina.tasks import reviews
+
+sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+import reviews
 
 EPOCHS = 1
 

@@ -35,7 +35,6 @@ LAYERS = [
     "checkpoint",
     "preview",
     "training",
-    "tasks",
     "cli",
     "__init__",
     "__main__",

@@ -190,7 +190,7 @@ def test_an_interrupted_download(monkeypatch):
     def fetch(*_, **__):
         raise TaskError("the sentence encoder was not fetched: the connection was lost. Try again.")
 
-    monkeypatch.setattr("lamina.tasks.reviews.fetch", fetch)
+    monkeypatch.setattr("task_helpers.fetch.fetch", fetch)
     check_one_paragraph(call("run", "--cpu"), "the connection was lost", "Try again")
     check_one_paragraph(call("show"), "the connection was lost")
 

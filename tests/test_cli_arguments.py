@@ -23,7 +23,7 @@ def _elsewhere(tmp_path, monkeypatch):
     """In a folder with a plan and a task; the built-in task must not be touched."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
-    monkeypatch.setattr("lamina.tasks.reviews.fetch", _not_fetched)
+    monkeypatch.setattr("task_helpers.fetch.fetch", _not_fetched)
     Path("my plan.toml").write_text(PLAN)
     Path("plan.toml").write_text(PLAN)
     Path("task.py").write_text("from training_task import *\n")

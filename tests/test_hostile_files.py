@@ -14,7 +14,7 @@ from lamina.files.plain import check_size
 from lamina.state.schema import short
 from lamina.training.resume import saved_task
 
-BUILTIN = {"digits": "lamina.tasks.digits"}
+EXAMPLES = {"digits": "examples/tasks/digits.py"}
 
 
 def laughs(levels=40, width=10):
@@ -99,7 +99,7 @@ def test_records_that_overlap_are_refused(tmp_path):
         {"task": "run/other.py"},
         {"task": "./other.py"},
         {"task": "os"},
-        {"task": "lamina.tasks.digits"},
+        {"task": "examples/tasks/digits.py"},
         {"task": "digits", "task_file": "run/other.py"},
         {"task": "digits", "task_file": "other.py"},
         {"task": "digits", "task_file": "../run/other.py"},
@@ -119,7 +119,7 @@ def test_no_file_is_run_that_the_user_did_not_name(tmp_path, monkeypatch, about)
     (home / "run.json").write_text(json.dumps(about))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(lm.LaminaError, match="--resume") as caught:
-        saved_task("run", BUILTIN)
+        saved_task("run", EXAMPLES)
     assert len(str(caught.value)) < 1000
 
 
@@ -130,9 +130,9 @@ def test_a_file_by_its_whole_path_outside_of_the_run_is_the_users_own(tmp_path):
     for file, fits in [(tmp_path / "own.py", True), (home / "own.py", False)]:
         (home / "run.json").write_text(json.dumps({"task": "own", "task_file": str(file)}))
         if fits:
-            assert saved_task(home, BUILTIN) == str(file)
+            assert saved_task(home, EXAMPLES) == str(file)
         else:
             with pytest.raises(lm.TaskError, match="in the folder of the run"):
-                saved_task(home, BUILTIN)
+                saved_task(home, EXAMPLES)
     (home / "run.json").write_text(json.dumps({"task": "digits", "task_file": None}))
-    assert saved_task(home, BUILTIN) == "digits"
+    assert saved_task(home, EXAMPLES) == "digits"

@@ -5,8 +5,8 @@ import zipfile
 import pytest
 
 from lamina.errors import TaskError
-from lamina.tasks import archive as archives
-from lamina.tasks.archive import extract
+from task_helpers import archive as archives
+from task_helpers.archive import extract
 
 
 def zip_bytes(members):

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import digits
 import lamina as lm
 from lamina.errors import TaskError
-from lamina.tasks import BUILTIN, digits
-from lamina.tasks.lite0 import Block, Lite0, SameConv, load_pretrained, normalised
+from lamina.training.example_tasks import example_tasks
 from lamina.training.load import load_task
+from task_helpers.lite0 import Block, Lite0, SameConv, load_pretrained, normalised
 
 # ------------------------------------------------------------------------------------- the images
 
@@ -181,9 +182,10 @@ def test_the_plan_thaws_from_the_top_and_batch_norm_rests():
     assert [finding.code for finding in optimizer.findings] == []
 
 
-def test_it_is_a_built_in_task():
-    task = load_task("digits", BUILTIN)
-    assert task.module is digits
+def test_it_is_an_example_task():
+    task = load_task("digits", example_tasks())
+    assert task.module.__file__ == digits.__file__
+    assert task.file is None  # a run names it without its file
     assert task.plan() == lm.Plan.from_toml(digits.PLAN)
     assert task.about.endswith("which digit was written by hand?")
     assert set(digits.DEFAULTS) == {"epochs", "batch_size", "seed"}
@@ -191,7 +193,7 @@ def test_it_is_a_built_in_task():
 
 @pytest.mark.network
 def test_the_real_network_knows_imagenet_and_learns_digits():
-    from lamina.tasks.fetch import fetch
+    from task_helpers.fetch import fetch
 
     network = load_pretrained(fetch(digits.NETWORK) / "model.pth").eval()
     with torch.no_grad():

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lamina.errors import TaskError
-from lamina.tasks import download
-from lamina.tasks import fetch as fetching
-from lamina.tasks.fetch import Package, cache_root, fetch
+from task_helpers import download
+from task_helpers import fetch as fetching
+from task_helpers.fetch import Package, cache_root, fetch
 
 
 def zip_bytes(members):

@@ -5,8 +5,8 @@ import torch
 
 import lamina as lm
 from lamina.errors import TaskError
-from lamina.tasks.probe import accuracy, fit, probe_accuracy
-from lamina.tasks.snippets import (
+from task_helpers.probe import accuracy, fit, probe_accuracy
+from task_helpers.snippets import (
     BySimilarLength,
     Encoded,
     Snippet,
@@ -133,7 +133,7 @@ def test_probe_separates_what_is_separable():
 @pytest.fixture
 def tiny():
     transformers = pytest.importorskip("transformers")
-    from lamina.tasks.encoder import ReviewClassifier
+    from task_helpers.encoder import ReviewClassifier
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -155,7 +155,7 @@ def test_parameters_have_berts_names(tiny):
 
 
 def test_every_parameter_gets_a_gradient(tiny):
-    from lamina.tasks import reviews
+    import reviews
 
     batch = collate([Encoded([3, 4, 5, 6], 1), Encoded([7, 8], 0)])
     reviews.loss(tiny, batch).backward()
@@ -172,7 +172,7 @@ def test_padding_changes_nothing(tiny):
 
 
 def test_metrics_are_per_text_and_average_to_the_loss(tiny):
-    from lamina.tasks import reviews
+    import reviews
 
     tiny.eval()
     batch = collate([Encoded([3, 4, 5, 6], 1), Encoded([7, 8], 0), Encoded([9], 0)])
@@ -200,7 +200,7 @@ def test_features_equal_those_of_transformers(tiny):
 
 def test_pretrained_weights_are_loaded_or_refused(tiny, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    from lamina.tasks.encoder import load_classifier
+    from task_helpers.encoder import load_classifier
 
     weights = {k: v + 1 for k, v in tiny.state_dict().items() if not k.startswith("classifier.")}
     weights |= {"pooler.dense.weight": torch.zeros(1), "embeddings.position_ids": torch.zeros(1)}
@@ -219,7 +219,7 @@ def test_pretrained_weights_are_loaded_or_refused(tiny, tmp_path):
 
 
 def test_the_plan_fits_the_model(tiny):
-    from lamina.tasks import reviews
+    import reviews
 
     plan = lm.Plan.from_toml(reviews.PLAN)
     optimizer = plan.build(tiny, epochs=reviews.DEFAULTS["epochs"], steps_per_epoch=10)
@@ -232,7 +232,7 @@ def test_the_plan_fits_the_model(tiny):
 @pytest.mark.network
 def test_the_real_task_learns_in_a_few_steps():
     pytest.importorskip("transformers")
-    from lamina.tasks import reviews
+    import reviews
 
     torch.manual_seed(0)
     model, parts = reviews.model(), reviews.data(batch_size=8)

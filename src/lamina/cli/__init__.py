@@ -1,4 +1,4 @@
-"""The command line: `lamina run`, `show`, `explain`, `inspect`, `tasks`."""
+"""The command line: `lamina run`, `show`, `explain`, `inspect`, `tasks`, `new-task`."""
 
 from __future__ import annotations
 

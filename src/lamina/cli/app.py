@@ -17,8 +17,8 @@ from .._util import startup as _startup
 from ..checkpoint.inspect import inspect as describe
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
-from ..tasks import BUILTIN, DEFAULT
 from ..training.engine import prepare
+from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
 from ..training.load import choose_plan, error_location, load_task
 from ..training.ready import batches
@@ -27,7 +27,10 @@ from ..training.run_folder import own_version
 from ..training.settings import Settings
 from ..training.task import Task
 from .arguments import check_parameter, task_and_plan
+from .new_task import write_task
 from .summary import summary
+
+EXAMPLES = example_tasks()
 
 app = typer.Typer(
     help="One plan for how every parameter of a model trains.",
@@ -41,7 +44,7 @@ TaskWord = Annotated[
     str | None,
     typer.Argument(
         metavar="TASK",
-        help=f"A Python file or the name of a built-in task; with no task and no plan, {DEFAULT}.",
+        help=f"A Python file, or in a clone of lamina an example task ({DEFAULT} by default).",
         show_default=False,
     ),
 ]
@@ -137,10 +140,10 @@ def run(
 ) -> None:
     """Announce the plan, train TASK by it, and show the result."""
     with cli_errors():
-        saved = None if resume is None else partial(saved_task, resume, BUILTIN)
+        saved = None if resume is None else partial(saved_task, resume, EXAMPLES)
         source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
         session = prepare(
-            load_task(source, BUILTIN),
+            load_task(source, EXAMPLES),
             plan_file,
             epochs=epochs,
             seed=seed,
@@ -225,12 +228,25 @@ def inspect(
 
 @app.command()
 def tasks() -> None:
-    """List the built-in tasks."""
+    """List the example tasks of a clone of lamina."""
     with cli_errors():
-        for name in BUILTIN:
-            task = load_task(name, BUILTIN)
+        for name in EXAMPLES:
+            task = load_task(name, EXAMPLES)
             mark = "  (default)" if name == DEFAULT else ""
             print(f"{name:<12} {task.about}{mark}")
+        if not EXAMPLES:
+            print("The example tasks come with a clone of lamina; this is an installed package.")
+        print("To begin a task of your own: lamina new-task my_task.py")
+
+
+@app.command("new-task")
+def new_task(
+    path: Annotated[Path, typer.Argument(metavar="FILE.py", help="The file to write.")],
+) -> None:
+    """Write a small, complete task file to change into your own."""
+    with cli_errors():
+        write_task(path)
+        print(f"{path} is written. Train it with: lamina run {path}")
 
 
 def _preview(
@@ -245,7 +261,7 @@ def _preview(
         raise LaminaError(
             f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."
         )
-    task: Task = load_task(task_name, BUILTIN)
+    task: Task = load_task(task_name, EXAMPLES)
     settings = Settings.of(task, epochs=epochs, accumulate=accumulate)
     plan, place = choose_plan(task, plan_file)
     length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}

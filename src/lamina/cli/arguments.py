@@ -3,7 +3,7 @@
     [TASK] [PLAN.toml]
 
 A plan is for a task: a plan alone is an error, so that it is never tried on a model that its author
-did not mean. Without either, the built-in task is taken with its own plan. A run that is resumed
+did not mean. Without either, the example task is taken with its own plan. A run that is resumed
 has its task already, so there a plan may stand alone.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import TaskError
-from ..tasks import DEFAULT
+from ..training.example_tasks import DEFAULT, example_tasks
 
 Words = tuple[str | None, str | None]
 
@@ -39,11 +39,17 @@ def task_and_plan(
         return task, path
     if saved is not None:
         return saved(), path
-    if plan is None:
+    if plan is None and DEFAULT in example_tasks():
         return DEFAULT, None
+    if plan is None:
+        raise TaskError(
+            "no task is named. A task is a Python file with model(), data() and loss(model, batch);"
+            f" write one with: lamina new-task my_task.py, and train it with: "
+            f"{_line(command, 'my_task.py')}. The example tasks come with a clone of lamina."
+        )
     raise TaskError(
         f"{plan} is a plan, but no task is named; name the one that it is for: "
-        f"{_line(command, 'my_task.py', plan)}, or, for the built-in task, "
+        f"{_line(command, 'my_task.py', plan)}, or, for the example task, "
         f"{_line(command, DEFAULT, plan)}"
     )
 

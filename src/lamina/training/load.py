@@ -1,8 +1,7 @@
-"""Finding a task (a Python file, a built-in name, or a module) and the plan to train it by."""
+"""Finding a task (a Python file, an example, or a module) and the plan to train it by."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import re
@@ -16,17 +15,17 @@ from types import ModuleType
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
 from ..files.atomic import wrap_read_errors
 from ..plan.plan import Plan
-from .task import FROM_FILE, Task, in_one_line, where
+from .task import EXAMPLE, FROM_FILE, Task, in_one_line, where
 
 
 def load_task(
-    source: str | os.PathLike[str] | ModuleType | Task, builtin: Mapping[str, str] | None = None
+    source: str | os.PathLike[str] | ModuleType | Task, examples: Mapping[str, str] | None = None
 ) -> Task:
-    """Return a task from a file, a built-in name, or a module.
+    """Return a task from a file, the name of an example task, or a module.
 
     Args:
-        source: the path of a Python file, or a name among `builtin`.
-        builtin: the module of each built-in name.
+        source: the path of a Python file, or a name among `examples`.
+        examples: the file of each example task, by name.
 
     Raises:
         TaskError: if there is no such task, or it lacks what every task gives.
@@ -35,9 +34,9 @@ def load_task(
         return source
     if isinstance(source, ModuleType):
         return Task(source.__name__.rpartition(".")[2], source)
-    text, known = os.fspath(source), builtin or {}
+    text, known = os.fspath(source), examples or {}
     if text in known:
-        return Task(text, _imported(lambda: importlib.import_module(known[text]), known[text]))
+        return Task(text, _from_file(Path(known[text]), EXAMPLE))
     path = Path(text)
     if path.suffix == ".toml":
         raise TaskError(
@@ -45,14 +44,14 @@ def load_task(
         )
     if path.suffix != ".py":
         raise TaskError(
-            f"there is no task {text!r}; expected a Python file, or one of: "
-            f"{', '.join(known) or 'none built in'}.{did_you_mean(text, known)}"
+            f"there is no task {text!r}; expected a Python file"
+            f"{', or one of: ' + ', '.join(known) if known else ''}.{did_you_mean(text, known)}"
         )
     with wrap_read_errors(path):
         is_file = path.is_file()
     if not is_file:
         raise TaskError(f"{text}: there is no such task file; check the path.")
-    return Task(_plain(path.stem), _from_file(path))
+    return Task(_plain(path.stem), _from_file(path, FROM_FILE))
 
 
 def choose_plan(task: Task, plan: Plan | str | os.PathLike[str] | None) -> tuple[Plan, str]:
@@ -74,8 +73,8 @@ def error_location(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
-def _from_file(path: Path) -> ModuleType:
-    name = f"{FROM_FILE}{_plain(path.stem)}"
+def _from_file(path: Path, kind: str) -> ModuleType:
+    name = f"{kind}{_plain(path.stem)}"
     loader = SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None

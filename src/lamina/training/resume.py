@@ -50,16 +50,16 @@ def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
     return Resumption(home, found.path, snapshot, found.damaged, about)
 
 
-def saved_task(folder: str | os.PathLike[str], builtin: Mapping[str, str] | None = None) -> str:
+def saved_task(folder: str | os.PathLike[str], examples: Mapping[str, str] | None = None) -> str:
     """Return the task that a run was begun with, as `load_task` takes it.
 
     Resuming runs the code of the task, and run.json may be somebody else's. So the name in it must
-    be that of a built-in task, and a file must be given by its whole path and lie outside the
+    be that of an example task, and a file must be given by its whole path and lie outside the
     folder of the run; any other has to be named on the command line.
 
     Args:
         folder: that of the run.
-        builtin: the modules of the built-in tasks by name.
+        examples: the files of the example tasks by name.
 
     Raises:
         StateError: if run.json names no task.
@@ -72,10 +72,10 @@ def saved_task(folder: str | os.PathLike[str], builtin: Mapping[str, str] | None
     if file is None:
         if not isinstance(name, str):
             raise StateError(f"{home}: run.json does not name the task; {again}")
-        if name not in (builtin or {}):
+        if name not in (examples or {}):
             raise TaskError(
-                f"{home}: run.json names the task {shortened(name)!r}, which is not a built-in "
-                f"one, and gives no file of it; {again}"
+                f"{home}: run.json names the task {shortened(name)!r}, which is no example "
+                f"task, and gives no file of it; {again}"
             )
         return name
     if not isinstance(file, str) or not os.path.isabs(file) or "\0" in file:

@@ -1,4 +1,20 @@
-"""A task, with every call into it checked once, here; what it gives is told in `lamina.tasks`."""
+"""A task: what a user writes to be trained, behind checked calls.
+
+A task is a module or a Python file that gives
+
+    model() -> nn.Module
+    data() -> {"train": DataLoader, "validation": DataLoader}
+    loss(model, batch) -> the mean loss of a batch, a scalar tensor
+
+and, if it likes,
+
+    metrics(model, batch) -> {name: one float per example}; averaged exactly over all batches and
+                             processes. If it has "loss", validation calls nothing else.
+    baseline(data) -> {name: value}, figures from the same data to compare the result with
+    PLAN      the default plan: TOML text or the path of a file
+    DEFAULTS  {"epochs": ..., "batch_size": ..., "seed": ...}; with these, data() takes
+              batch_size and seed as keywords
+"""
 
 from __future__ import annotations
 
@@ -22,6 +38,8 @@ NEEDED = ("model", "data", "loss")
 OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")
 #: how the modules of tasks begin that were loaded from a file
 FROM_FILE = "lamina_task_"
+#: and those of the example tasks, which a run may name without their files
+EXAMPLE = "lamina_example_"
 DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision")
 
 
@@ -72,7 +90,7 @@ class Task:
 
     @property
     def file(self) -> str | None:
-        """The file that was named to load it; None for a module or a built-in task."""
+        """The file that was named to load it; None for a module or an example task."""
         named = self.module.__name__.startswith(FROM_FILE)
         return os.path.abspath(self.place) if named else None
 

@@ -22,8 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from ..errors import TaskError
-from ..files.atomic import sync_folder
+from lamina.errors import TaskError
+from lamina.files.atomic import sync_folder
+
 from .archive import extract
 from .download import pip_download
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TaskError, require
+from lamina.errors import TaskError, require
 
 if TYPE_CHECKING:
     from transformers import BertConfig

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import TaskError
+from lamina.errors import TaskError
 
 THRESHOLD = 0.5
 Batch = dict[str, Tensor]

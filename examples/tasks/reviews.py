@@ -1,4 +1,4 @@
-"""The embedded task `reviews`: is a snippet of a film review favourable?
+"""The example task `reviews`: is a snippet of a film review favourable?
 
 A small pretrained sentence encoder (MiniLM, 22.7 million parameters) with a linear classifier,
 fine-tuned on snippets that people rated. The label is the sign of the mean rating; texts whose
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from ..errors import TaskError, require
-from .encoder import ReviewClassifier, features_of, load_classifier
-from .fetch import Package, fetch
-from .probe import probe_accuracy
-from .snippets import Batch, Encoded, Snippet, collate, loaders, read_snippets, split
+from lamina.errors import TaskError, require
+from task_helpers.encoder import ReviewClassifier, features_of, load_classifier
+from task_helpers.fetch import Package, fetch
+from task_helpers.probe import probe_accuracy
+from task_helpers.snippets import Batch, Encoded, Snippet, collate, loaders, read_snippets, split
 
 PLAN = Path(__file__).with_name("reviews.toml")
 EXAMPLES = "texts"

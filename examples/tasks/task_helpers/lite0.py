@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import TaskError
+from lamina.errors import TaskError
 
 #: stages: (blocks, kernel, stride of the first block, expansion, channels)
 STAGES = (

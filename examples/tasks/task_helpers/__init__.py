@@ -1,0 +1,1 @@
+"""What the example tasks share: fetching packages, reading archives, networks, a linear probe."""
