@@ -17,7 +17,7 @@ CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest check bench soak format clean
+.PHONY: help demo test test-oldest check coverage bench soak dist format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' \
@@ -42,6 +42,22 @@ bench: $(VENV)/.dev  ## measure: python -m benchmarks
 
 soak: $(VENV)/.dev  ## the slow tests, and those that download
 	@$(BIN)/python -m pytest -m "slow or network" $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
+
+coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
+	@$(BIN)/python -m pytest --cov=lamina --cov-report=term:skip-covered $(ARGS)
+
+# The wheel is installed without extras, as a user has it, and the README's first program run with it.
+dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean environment
+	@rm -rf dist build/dist
+	@$(BIN)/python -m hatchling build
+	@tar -tzf dist/*.tar.gz | grep -q /tests/test_plan.py
+	@$(PYTHON) -m venv build/dist
+	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) $(TORCH)
+	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) dist/*.whl
+	@$(BIN)/python benchmarks/first_program.py > build/dist/first_program.py
+	@cd build/dist && bin/python -W error first_program.py
+	@build/dist/bin/lamina 2>&1 | grep -q "pip install"  # without its extra, it says what to install
+	@echo "dist/ holds: $$(ls dist)"
 
 format: $(VENV)/.dev  ## rewrite the source to the house format
 	@$(BIN)/ruff check --fix

@@ -14,8 +14,8 @@ import lamina as lm
 from lamina._util.grammar import parse
 
 PLANS = [
-    (Path(lm.__file__).parent / "tasks" / "reviews.toml").read_text(),
-    (Path(lm.__file__).parent / "tasks" / "digits.toml").read_text(),
+    (Path(__file__).parents[1] / "examples" / "tasks" / "reviews.toml").read_text(),
+    (Path(__file__).parents[1] / "examples" / "tasks" / "digits.toml").read_text(),
     """
 optimizer = "SGD"
 lr = "linear(0.1, 0.01, 50%) >> cosine(0.01, 0.001)"
