@@ -14,7 +14,7 @@ import pytest
 
 import lamina as lm
 import training_task
-from lamina.training.engine import fit, prepare
+from lamina.training.engine import fit, prepare_run
 from lamina.training.folder_lock import HOLDER, FolderLock
 from lamina.training.interrupts import Terminated, graceful_interrupt, raising_on_terminate
 
@@ -98,25 +98,25 @@ def test_a_holder_that_is_no_process_is_told_as_it_is(tmp_path, pid, monkeypatch
 
 
 def test_a_run_that_goes_on_cannot_be_resumed_a_second_time(stopped):
-    with prepare(training_task, resume=stopped, cpu=True) as session:
+    with prepare_run(training_task, resume=stopped, cpu=True) as session:
         with pytest.raises(lm.StateError, match="another process uses this run"):
-            prepare(training_task, resume=stopped, cpu=True)
+            prepare_run(training_task, resume=stopped, cpu=True)
         session.train()
     assert status(stopped) == "finished"
     with pytest.raises(lm.StateError, match="the run is finished"):  # and the lock is free again
-        prepare(training_task, resume=stopped, cpu=True)
+        prepare_run(training_task, resume=stopped, cpu=True)
 
 
 def test_a_run_that_has_just_begun_cannot_be_resumed(tmp_path):
     out = tmp_path / "run"
-    with prepare(training_task, PLAN, out=out, cpu=True) as session:
+    with prepare_run(training_task, PLAN, out=out, cpu=True) as session:
         refused = []
 
         class Listener:
             def on_step(self, record):
                 if not refused:
                     with pytest.raises(lm.StateError, match="another process") as caught:
-                        prepare(training_task, resume=out, cpu=True)
+                        prepare_run(training_task, resume=out, cpu=True)
                     refused.append(str(caught.value))
 
             def on_event(self, event):
@@ -132,8 +132,8 @@ def test_a_run_that_has_just_begun_cannot_be_resumed(tmp_path):
 
 def test_a_resume_that_fails_leaves_the_folder_free(stopped):
     with pytest.raises(lm.LaminaError):
-        prepare(training_task, resume=stopped, cpu=True, extend="hold-on")
-    with prepare(training_task, resume=stopped, cpu=True) as session:
+        prepare_run(training_task, resume=stopped, cpu=True, extend="hold-on")
+    with prepare_run(training_task, resume=stopped, cpu=True) as session:
         assert session.lock is not None
 
 
@@ -180,7 +180,7 @@ def test_no_run_stays_on_record_as_running(tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
 
-    with prepare(training_task, PLAN, out=out, cpu=True) as session:
+    with prepare_run(training_task, PLAN, out=out, cpu=True) as session:
         monkeypatch.setattr(session, "_loop", fail)
         with pytest.raises(type(error)):
             session.train()

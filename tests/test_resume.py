@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import resume_task
 import training_task
 from lamina import SGD, LaminaError, LaminaWarning, Plan, Rule, StateError, checkpoint, early_stop
-from lamina.training import Task, fit, prepare
+from lamina.training import Task, fit, prepare_run
 from lamina.training.resume import saved_task
 
 
@@ -227,9 +227,9 @@ def test_early_stopping_goes_on_counting(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
     assert rows(tmp_path / "cut")[-1]["event"] == "stop"
     with pytest.raises(StateError, match="finished: it stopped early at step 28 of 63"):
-        prepare(variant(training_task), resume=tmp_path / "cut", cpu=True)
+        prepare_run(variant(training_task), resume=tmp_path / "cut", cpu=True)
     with pytest.raises(StateError, match="stopped early"):
-        prepare(variant(training_task), resume=tmp_path / "cut", epochs=20, cpu=True)
+        prepare_run(variant(training_task), resume=tmp_path / "cut", epochs=20, cpu=True)
 
 
 # ------------------------------------------------------------------------------ what is kept, when
@@ -453,7 +453,7 @@ def again_values(folder, *steps):
 
 def test_extend_needs_a_run_to_resume():
     with pytest.raises(LaminaError, match=r"extend='hold'.*--resume"):
-        prepare(variant(training_task), PLAN, extend="hold", cpu=True)
+        prepare_run(variant(training_task), PLAN, extend="hold", cpu=True)
 
 
 def test_part_of_an_epoch_can_be_made_longer(tmp_path):
@@ -554,7 +554,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_are(stopped, function, monke
         return real(*args)
 
     monkeypatch.setattr(owner, name, full)
-    with prepare(variant(training_task), resume=stopped, cpu=True) as session:
+    with prepare_run(variant(training_task), resume=stopped, cpu=True) as session:
         step = session.optimizer.step
         session.optimizer.step = lambda *a, **k: (armed.append(1), step(*a, **k))[1]
         with pytest.raises(LaminaError, match=r"No space left on device.*Free some space"):

@@ -7,7 +7,7 @@ import pytest
 import resume_task
 import training_task
 from lamina import LaminaError, StateError, checkpoint
-from lamina.training import Task, fit, prepare
+from lamina.training import Task, fit, prepare_run
 from lamina.training.run_folder import PENDING
 from test_resume import PLAN, again, assert_same, cut, rows, variant
 
@@ -139,7 +139,7 @@ def test_a_run_whose_settings_are_as_they_were_is_as_one_that_was_never_stopped(
     settings = {"cpu": True, "save_every": 1}
     fit(variant(), out=tmp_path / "whole", **settings)
     fit(cut(variant(resume_task), 9), out=tmp_path / "cut", **settings)
-    with prepare(variant(), resume=tmp_path / "cut", cpu=True) as session:
+    with prepare_run(variant(), resume=tmp_path / "cut", cpu=True) as session:
         assert session.extend is None
         session.train()
     assert_same(tmp_path / "whole", tmp_path / "cut")

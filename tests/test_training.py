@@ -24,7 +24,7 @@ from lamina import (
     plateau,
 )
 from lamina.files.atomic import atomic
-from lamina.training import Task, fit, prepare
+from lamina.training import Task, fit, prepare_run
 from lamina.training.display import Pace, PlainDisplay, lr_text
 from lamina.training.evaluate import batch_size
 from lamina.training.recorder import Recorder
@@ -73,7 +73,7 @@ def out(tmp_path):
 
 
 def test_metrics_hold_what_the_optimizer_applied(out):
-    with prepare(training_task, out=out, cpu=True) as session:
+    with prepare_run(training_task, out=out, cpu=True) as session:
         applied = []
         step = session.optimizer.step
 
@@ -365,7 +365,7 @@ def test_an_interrupted_run_saves_its_last_whole_step(out):
 
 
 def test_a_step_cut_in_the_middle_is_not_saved(out):
-    with prepare(training_task, out=out, cpu=True) as session:
+    with prepare_run(training_task, out=out, cpu=True) as session:
         step = session.optimizer.step
 
         def cut(*args, **kwargs):

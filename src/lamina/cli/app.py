@@ -17,7 +17,7 @@ from .._util import startup as _startup
 from ..checkpoint.inspect import inspect as describe
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
-from ..training.engine import prepare
+from ..training.engine import prepare_run
 from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
 from ..training.load import choose_plan, error_location, load_task
@@ -142,7 +142,7 @@ def run(
     with cli_errors():
         saved = None if resume is None else partial(saved_task, resume, EXAMPLES)
         source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
-        session = prepare(
+        session = prepare_run(
             load_task(source, EXAMPLES),
             plan_file,
             epochs=epochs,

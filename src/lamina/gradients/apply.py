@@ -11,7 +11,7 @@ from ..algorithms.base import Batch
 from ..errors import NonFiniteError
 from ..model.parameters import ParamInfo
 from .norms import all_finite, each_norm, every_finite, finite, values_of
-from .operation import Operation, ScopeGradients
+from .operations import Operation, ScopeGradients
 
 #: the operations of a scope with their numbers at this step
 Steps = Sequence[tuple[Operation, float]]

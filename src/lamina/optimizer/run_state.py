@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._util.notices import Notices
-from ..gradients.operation import Operation
+from ..gradients.operations import Operation
 from ..state.report import LoadReport
 
 

@@ -15,8 +15,7 @@ from .._util.numbers import check_amount, python_number
 from ..algorithms.base import dtype_name
 from ..algorithms.registry import optimizer_class
 from ..errors import HyperparameterError, PlanError, TimeUnitError
-from ..gradients.operation import Operation
-from ..gradients.operations import OPERATIONS, Apply
+from ..gradients.operations import OPERATIONS, Apply, Operation
 from ..model.suggestions import written_as
 from ..schedules import SCHEDULES, Schedule, cosine, from_function
 from ..schedules import duration as time

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..algorithms.registry import optimizer_name
-from ..gradients.operation import Operation
+from ..gradients.operations import Operation
 from ..resolve.resolved import Cell, Trigger
 from ..resolve.timeline import Values
 from .sampling import windows

@@ -9,8 +9,7 @@ from typing import Any
 from .._util.numbers import check_amount, python_number
 from ..algorithms.registry import hyperparameters, known_hyperparameter
 from ..errors import HyperparameterError, PatternError, PlanError
-from ..gradients.operation import Operation
-from ..gradients.operations import ClipNorm
+from ..gradients.operations import ClipNorm, Operation
 from ..model.parameters import ParamInfo
 from ..model.patterns import compile_pattern
 from ..model.suggestions import nothing_matched

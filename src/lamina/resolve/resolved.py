@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..algorithms.base import Algorithm
-from ..gradients.operation import Operation
+from ..gradients.operations import Operation
 from ..model.finding import Finding
 from ..model.parameters import ParamInfo
 from ..plan.plan import Plan

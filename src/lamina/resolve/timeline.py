@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ScheduleError
-from ..gradients.operation import Operation
+from ..gradients.operations import Operation
 from ..plan.history import value_at
 from ..schedules import Schedule
 from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger

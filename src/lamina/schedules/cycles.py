@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ScheduleError
 from .base import FACTOR, VALUE, Floats
 from .duration import TimeLike
-from .shape import Shape, check_choice, check_count, check_finite, check_positive, half_wave
+from .shape import Shape, check_choice, check_count, check_numbers, check_positive, half_wave
 
 _MODES = ("triangular", "triangular2", "exp_range")
 
@@ -54,7 +54,7 @@ class Cyclic(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, base=self.base, peak=self.peak, gamma=self.gamma)
+        check_numbers(self, base=self.base, peak=self.peak, gamma=self.gamma)
         check_choice(self, "mode", self.mode, _MODES)
         super().__post_init__()
         check_positive(self, up=self.up, down=self.down)
@@ -114,7 +114,7 @@ class WarmRestarts(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, mult=self.mult, decay=self.decay, start=self.start, to=self.to)
+        check_numbers(self, mult=self.mult, decay=self.decay, start=self.start, to=self.to)
         check_count(self, cycles=self.cycles)
         if (self.first is None) == (self.cycles is None):
             raise ScheduleError(

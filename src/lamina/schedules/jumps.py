@@ -15,7 +15,7 @@ from ..errors import ScheduleError
 from . import duration as time
 from .base import EITHER, Floats
 from .duration import Run, TimeLike
-from .shape import Jumping, Shape, check_finite, check_positive
+from .shape import Jumping, Shape, check_numbers, check_positive
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +44,7 @@ class StepDecay(Jumping):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, gamma=self.gamma, start=self.start)
+        check_numbers(self, gamma=self.gamma, start=self.start)
         super().__post_init__()
         check_positive(self, every=self.every)
 
@@ -81,7 +81,7 @@ class MultiStep(Jumping):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, gamma=self.gamma, start=self.start)
+        check_numbers(self, gamma=self.gamma, start=self.start)
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Many):
             raise ScheduleError(
                 f"multi_steps was given milestones={self.milestones!r}; expected a list of times."
@@ -133,7 +133,7 @@ class Piecewise(Jumping):
                 "and a number, such as piecewise([(0, 1.0), ('50%', 0.1)])."
             )
         for index, (_, number) in enumerate(pairs):
-            check_finite(self, **{f"points[{index}]": number})
+            check_numbers(self, **{f"points[{index}]": number})
         texts = tuple((time.parse(place).text, number) for place, number in pairs)
         object.__setattr__(self, "points", texts)
         if self.length is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ScheduleError
 from .base import VALUE, Floats
 from .duration import TimeLike
-from .shape import Shape, check_choice, check_finite, check_positive, half_wave
+from .shape import Shape, check_choice, check_numbers, check_positive, half_wave
 
 _WAVES = ("cos", "linear")
 
@@ -60,7 +60,7 @@ class OneCycle(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, div_factor=self.div_factor, final_div_factor=self.final_div_factor)
+        check_numbers(self, div_factor=self.div_factor, final_div_factor=self.final_div_factor)
         check_positive(self, div_factor=self.div_factor, final_div_factor=self.final_div_factor)
         _check_cycle(self)
         super().__post_init__()
@@ -99,7 +99,7 @@ class OneCycleMomentum(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, low=self.low, high=self.high)
+        check_numbers(self, low=self.low, high=self.high)
         _check_cycle(self)
         super().__post_init__()
 
@@ -118,7 +118,7 @@ def _turns(cycle: OneCycle | OneCycleMomentum, length: float) -> list[float]:
 
 
 def _check_cycle(cycle: OneCycle | OneCycleMomentum) -> None:
-    check_finite(cycle, pct_start=cycle.pct_start)
+    check_numbers(cycle, pct_start=cycle.pct_start)
     most = 0.5 if cycle.three_phase else 1.0
     if cycle.pct_start > most:
         raise ScheduleError(

@@ -140,7 +140,7 @@ def half_wave(share: Floats) -> Floats:
     return (1.0 + np.cos(np.pi * share)) / 2.0
 
 
-def check_finite(schedule: Schedule, **numbers: object) -> None:
+def check_numbers(schedule: Schedule, **numbers: object) -> None:
     """Raise `ScheduleError` unless every number given (or None) is finite and not negative."""
     for name, number in numbers.items():
         if number is None:

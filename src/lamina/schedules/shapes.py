@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ScheduleError
 from .base import EITHER, Floats
 from .duration import TimeLike
-from .shape import Shape, check_finite, check_positive, half_wave, progress
+from .shape import Shape, check_numbers, check_positive, half_wave, progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,7 +37,7 @@ class Constant(Shape):
     def __post_init__(self) -> None:
         if self.value is None:
             raise ScheduleError("constant was given None; expected a number.")
-        check_finite(self, value=self.value)
+        check_numbers(self, value=self.value)
         super().__post_init__()
 
     @property
@@ -72,7 +72,7 @@ class Linear(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, start=self.start, to=self.to)
+        check_numbers(self, start=self.start, to=self.to)
         super().__post_init__()
 
     def shape(self, t: Floats, length: float) -> Floats:
@@ -93,7 +93,7 @@ class Fall(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, start=self.start, to=self.to)
+        check_numbers(self, start=self.start, to=self.to)
         super().__post_init__()
 
     def shape(self, t: Floats, length: float) -> Floats:
@@ -184,7 +184,7 @@ class Polynomial(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, power=self.power, start=self.start, to=self.to)
+        check_numbers(self, power=self.power, start=self.start, to=self.to)
         check_positive(self, power=self.power)
         super().__post_init__()
 
@@ -219,7 +219,7 @@ class Exponential(Shape):
     length: TimeLike | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, gamma=self.gamma, start=self.start)
+        check_numbers(self, gamma=self.gamma, start=self.start)
         super().__post_init__()
         check_positive(self, every=self.every)
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import ScheduleError
 from .base import FACTOR, VALUE, Floats
 from .duration import TimeLike
-from .shape import Shape, check_count, check_finite, check_positive, progress
+from .shape import Shape, check_count, check_numbers, check_positive, progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +33,7 @@ class Warmup(Shape):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        check_finite(self, start=self.start)
+        check_numbers(self, start=self.start)
         if self.length is None:
             raise ScheduleError("warmup needs a length, such as warmup(500) or warmup('6%').")
         super().__post_init__()

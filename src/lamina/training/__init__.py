@@ -1,6 +1,6 @@
 """The engine behind `lamina run`: a task, a plan, a run folder.
 
-    load_task -> prepare -> Session.train -> Result
+    load_task -> prepare_run -> Session.train -> Result
 
 Devices, mixed precision and processes are Accelerate's; there is no scheduler, since the plan moves
 everything.
@@ -8,10 +8,10 @@ everything.
 
 from __future__ import annotations
 
-from .engine import fit, prepare
+from .engine import fit, prepare_run
 from .load import load_task
 from .result import Result
 from .session import Session
 from .task import Data, Task
 
-__all__ = ["Data", "Result", "Session", "Task", "fit", "load_task", "prepare"]
+__all__ = ["Data", "Result", "Session", "Task", "fit", "load_task", "prepare_run"]

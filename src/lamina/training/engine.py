@@ -1,4 +1,4 @@
-"""`prepare` settles everything that can be wrong; `Session.train` then trains and writes."""
+"""`prepare_run` settles everything that can be wrong; `Session.train` then trains and writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .settings import Settings
 from .task import Data, Task
 
 
-def prepare(
+def prepare_run(
     task: Task | ModuleType | str | os.PathLike[str],
     plan: Plan | str | os.PathLike[str] | None = None,
     *,
@@ -145,6 +145,6 @@ def fit(
     listeners: Sequence[Listener] = (),
     **settings: Any,
 ) -> Result:
-    """Train a task by a plan: `prepare`, then `Session.train`; arguments as there."""
-    with prepare(task, plan, **settings) as session:
+    """Train a task by a plan: `prepare_run`, then `Session.train`; arguments as there."""
+    with prepare_run(task, plan, **settings) as session:
         return session.train(listeners)

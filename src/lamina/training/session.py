@@ -33,7 +33,7 @@ from .saver import Saver
 
 @dataclass
 class Session(ReadyRun):
-    """A run that is ready to start; made by `prepare`, closed by `with` or `close`."""
+    """A run that is ready to start; made by `prepare_run`, closed by `with` or `close`."""
 
     def __post_init__(self) -> None:
         accelerator, seed = self.accelerator, self.settings.seed

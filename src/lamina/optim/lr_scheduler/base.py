@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from ..._util.notices import warn
 from ...errors import ScheduleError
 from ...schedules.pictures import plot
-from .groups import keep_config, prepare, watch_steps
+from .groups import attach, keep_config, watch_steps
 from .ledger import Group, Ledger, Multiplier, Rate, innermost, ledger_of, own
 
 _EPOCH_IS_DEPRECATED: str = torch_schedulers.EPOCH_DEPRECATION_WARNING
@@ -47,7 +47,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1, verbose: object = False) -> None:
         self._verbose = verbose is True
         if "_ledger" not in vars(self):  # a subclass may have needed it before
-            prepare(self, optimizer, last_epoch)
+            attach(self, optimizer, last_epoch)
         for index, group in enumerate(optimizer.param_groups):
             if last_epoch == -1:
                 group.setdefault("initial_lr", own(group["lr"]))

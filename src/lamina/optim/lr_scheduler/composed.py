@@ -15,7 +15,7 @@ from ..._util.compat import update_lr
 from ...errors import ScheduleError
 from .base import LRScheduler
 from .curve import Curve
-from .groups import prepare
+from .groups import attach
 from .lambdas import MultiplicativeLR
 from .ledger import Multiplier, Rate, ledger_of, own, report
 
@@ -141,7 +141,7 @@ class SequentialLR(_Composed):
         if list(milestones) != sorted(milestones):
             raise ScheduleError(f"SequentialLR: milestones={milestones!r} are not in order.")
         self._verbose = verbose is True
-        prepare(self, optimizer, 0)
+        attach(self, optimizer, 0)
         self._schedulers = schedulers
         self._milestones = list(milestones)
         self.last_epoch = 0
@@ -220,7 +220,7 @@ class ChainedScheduler(_Composed):
     ) -> None:
         self._check(schedulers, optimizer)
         self._verbose = verbose is True
-        prepare(self, optimizer or schedulers[0].optimizer, 0)
+        attach(self, optimizer or schedulers[0].optimizer, 0)
         self._schedulers = schedulers
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
 

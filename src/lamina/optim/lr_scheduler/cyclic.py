@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from .cycles import Cycled, PerGroup, per_group
-from .groups import prepare, warn_peak
+from .groups import attach, warn_peak
 from .ledger import Group, Rate, as_held
 
 
@@ -41,7 +41,7 @@ class CyclicLR(Cycled):
         last_epoch: int = -1,
         verbose: object = False,
     ) -> None:
-        prepare(self, optimizer, last_epoch)
+        attach(self, optimizer, last_epoch)
         up = float(step_size_up)
         down = up if step_size_down is None else float(step_size_down)
         if not (up > 0 and down > 0):

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from ..._util.notices import warn
 from .ledger import Group, Rate, innermost, ledger_of, own
 
-__all__ = ["Group", "Rate", "own", "prepare"]
+__all__ = ["Group", "Rate", "attach", "own"]
 
 
-def prepare(scheduler: Any, optimizer: Optimizer, last_epoch: int = -1) -> None:
+def attach(scheduler: Any, optimizer: Optimizer, last_epoch: int = -1) -> None:
     """Make an optimizer ready for a scheduler: its groups, its ledger, its count of steps.
 
     Args:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from ...errors import ScheduleError
 from .cycles import Cycled, PerGroup, anneal, per_group
-from .groups import prepare, warn_peak
+from .groups import attach, warn_peak
 from .ledger import Group, Rate
 
 Phase = dict[str, Any]
@@ -43,7 +43,7 @@ class OneCycleLR(Cycled):
         last_epoch: int = -1,
         verbose: object = False,
     ) -> None:
-        prepare(self, optimizer, last_epoch)
+        attach(self, optimizer, last_epoch)
         self.total_steps = _total(total_steps, epochs, steps_per_epoch)
         if not isinstance(pct_start, (int, float)) or not 0 <= pct_start <= 1:
             raise ScheduleError(f"OneCycleLR was given pct_start={pct_start!r}; expected 0 to 1.")

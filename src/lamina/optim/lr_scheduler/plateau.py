@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from ..._util.notices import warn
 from ...errors import ScheduleError
-from .groups import keep_config, prepare
+from .groups import attach, keep_config
 from .ledger import Ledger, ledger_of
 
 _DEFAULT_EPS = 1e-8
@@ -42,7 +42,7 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         eps: float = _DEFAULT_EPS,
         verbose: object = False,
     ) -> None:
-        prepare(self, optimizer, 0)
+        attach(self, optimizer, 0)
         self._verbose = verbose is True
         super().__init__(
             optimizer,
