@@ -96,7 +96,7 @@ class LaminaWarning(UserWarning):
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
-    """A clause that names the closest known words, or an empty string."""
+    """Return a clause that names the closest known words, or an empty string."""
     by_lower = {word.lower(): word for word in known}
     near = difflib.get_close_matches(given.lower(), list(by_lower), n=limit, cutoff=0.6)
     close = [by_lower[word] for word in near]
@@ -109,7 +109,7 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def printable(text: str) -> str:
-    """A text with whatever could steer a terminal spelled out: names come from files of others."""
+    """Escape control characters; names may come from untrusted files."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

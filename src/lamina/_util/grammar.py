@@ -42,7 +42,7 @@ class Expression:
     source_name: ClassVar[str]
 
     def source_text(self, quote: bool) -> str:
-        """The constructor call; with `quote=False` as it stands in TOML text."""
+        """Return the constructor call; with `quote=False` as it stands in TOML text."""
         parts = [_argument(name, item, quote) for name, item in _given(self)]
         return f"{self.source_name}({', '.join(parts)})"
 
@@ -51,7 +51,7 @@ class Expression:
 
 
 def to_source(value: object, quote: bool = True) -> str:
-    """A value as Python code, or with `quote=False` as it stands in TOML text."""
+    """Return a value as Python code, or with `quote=False` as it stands in TOML text."""
     if isinstance(value, Expression):
         return value.source_text(quote)
     if isinstance(value, (tuple, list)):
@@ -78,7 +78,7 @@ def _argument(name: str | None, value: object, quote: bool) -> str:
 
 
 def _given(value: Any) -> list[tuple[str | None, object]]:
-    """Arguments that differ from their default: leading ones by position, others by name."""
+    """Return the arguments that differ from their default: leading ones by position."""
     given: list[tuple[str | None, object]] = []
     leading = True
     for field in fields(value):
@@ -99,7 +99,7 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]], where: str) -> Any
 
 
 def _piece(text: str, position: int = 0) -> str:
-    """A text for an error message: of a long one the piece around a position."""
+    """Return a text for an error message: of a long one the piece around a position."""
     begin = max(0, position - _SHOWN // 2)
     return text if len(text) <= _SHOWN else f"...{text[begin : begin + _SHOWN]}..."
 

@@ -22,5 +22,5 @@ def check_amount(owner: str, key: str, value: Any) -> None:
 
 
 def python_number(value: Any) -> Any:
-    """A NumPy number as Python's; in a parameter group it would make checkpoints unloadable."""
+    """Convert a NumPy number to Python's; checkpoints with NumPy's do not load."""
     return value.item() if isinstance(value, np.generic) else value

@@ -198,7 +198,7 @@ def _fsdp1_handles(model: nn.Module) -> Iterator[Any]:
 
 
 def _handles_around(ids: set[int]) -> list[Any]:
-    """All handles in this process that have one of these parameters in their flat one."""
+    """Return all handles in this process that have one of these parameters in their flat one."""
     # `isinstance` would ask proxies for their class, which may load whatever they stand for.
     handles: list[Any] = [it for it in gc.get_objects() if type(it).__name__ == _HANDLE]
     return [it for it in handles if not ids.isdisjoint(_parts_of([it]))]

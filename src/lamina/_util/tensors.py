@@ -23,7 +23,7 @@ class _Span(NamedTuple):
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Pairs of positions of tensors that share elements: each of these is in one or more."""
+    """Return pairs of positions of tensors that share elements: each of these is in one or more."""
     stored: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for place, tensor in enumerate(tensors):
         span = _span(tensor)
@@ -45,7 +45,7 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def relation(one: torch.Tensor, other: torch.Tensor) -> str:
-    """How two tensors lie over memory that they share.
+    """Return how two tensors lie over memory that they share.
 
     Returns:
         `"apart"` if they share none, `"same"` for the same elements in the same order,
@@ -66,7 +66,7 @@ def relation(one: torch.Tensor, other: torch.Tensor) -> str:
 
 
 def _span(tensor: torch.Tensor) -> _Span | None:
-    """Where a tensor lies; None where there is no real memory to compare."""
+    """Return where a tensor lies; None where there is no real memory to compare."""
     if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
         return None
     if tensor.numel() == 0 or is_lazy(tensor):
@@ -97,7 +97,7 @@ def _layout(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def _meet(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    """Whether two layouts have a byte in common: an equation in whole numbers, solved exactly."""
+    """Solve exactly, in whole numbers, whether two layouts have a byte in common."""
     try:
         return bool(np.shares_memory(one, other, _MAX_WORK))  # type: ignore[arg-type]
     except RuntimeError:  # TooHardError, which has no place of its own in older versions

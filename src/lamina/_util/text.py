@@ -9,7 +9,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """A curve as a line of bars, the highest value filling the line.
+    """Return a curve as a line of bars, the highest value filling the line.
 
     Args:
         values: numbers, at least one; bars count from 0 (or the lowest, if that is negative).
@@ -39,6 +39,6 @@ def _bar(value: float | None, low: float, span: float) -> str:
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
-    """A few names and how many more there are."""
+    """Return a few names and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

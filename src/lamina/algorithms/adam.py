@@ -22,7 +22,7 @@ class AdamRule(Algorithm):
         theta_t = theta_{t-1} - lr * m^_t / (sqrt(v^_t) + eps)   (decoupled: and
                               - lr * weight_decay * theta_{t-1})
 
-    Arguments:
+    Args:
         lr: the step size, >= 0.
         betas: shares of the two running means that are kept at every step, each in [0, 1).
         eps: added to the root, >= 0.
@@ -31,9 +31,10 @@ class AdamRule(Algorithm):
         maximize: follow the gradient uphill.
         decoupled_weight_decay: decay the weights themselves (AdamW).
 
-    Papers: Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1;
-    Reddi et al. 2018, "On the convergence of Adam and beyond", algorithm 2 (amsgrad);
-    Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2 (AdamW).
+    References:
+        Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1; Reddi et al.
+        2018, "On the convergence of Adam and beyond", algorithm 2 (amsgrad); Loshchilov and Hutter
+        2019, "Decoupled weight decay regularization", algorithm 2 (AdamW).
     """
 
     limits: ClassVar[dict[str, tuple[float, float]]] = {
@@ -47,14 +48,14 @@ class AdamRule(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros."""
+        """Return zeros."""
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(hyper["amsgrad"])
         return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of Adam or AdamW."""
+        """Return one step of Adam or AdamW."""
         lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
         beta1, beta2 = (number(beta) for beta in hyper["betas"])
         decoupled = hyper["decoupled_weight_decay"]
@@ -105,7 +106,7 @@ class AdamW(AdamRule):
     }
 
     def check(self, hyper: Hyper) -> None:
-        """Ranges, and the form of weight decay."""
+        """Check ranges, and the form of weight decay."""
         super().check(hyper)
         if not hyper.get("decoupled_weight_decay", True):
             raise HyperparameterError(

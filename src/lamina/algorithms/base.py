@@ -72,7 +72,7 @@ class Method:
                 )
 
     def refusal(self, param: torch.Tensor) -> str:
-        """Why this method cannot train a tensor at all (of its shape, say), or ""."""
+        """Return why this method cannot train a tensor at all (of its shape, say), or ""."""
         return unit_refusal(self.name, self.unit, param)
 
     def known(self, key: str) -> None:
@@ -84,7 +84,7 @@ class Method:
             )
 
     def _numbers(self, key: str, value: Any) -> list[tuple[str, Any]]:
-        """The single numbers in a value, each with the name an error shows."""
+        """Return the single numbers in a value, each with the name an error shows."""
         if key not in self.components:
             return [(key, value)]
         count = self.components[key]
@@ -113,7 +113,7 @@ class Algorithm(Method, ABC):
 
     @abstractmethod
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """The state of a parameter that was never updated, without `step`.
+        """Return the state of a parameter that was never updated, without `step`.
 
         It lacks the entries that begin to exist with the first update that needs them.
         """
@@ -122,7 +122,7 @@ class Algorithm(Method, ABC):
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """The change of `param`, and the new state; pure: no argument is modified.
+        """Return the change of `param`, and the new state; pure: no argument is modified.
 
         `step` is the number of updates of this parameter, this one included (1 for the first).
         16-bit tensors are computed with in float32 and the change is returned in float32, so that
@@ -162,7 +162,7 @@ class Batch:
     suited: Any = None
 
     def name_of(self, index: int) -> str:
-        """What an error calls the parameter at `index`."""
+        """Return what an error calls the parameter at `index`."""
         if index < len(self.names):
             return repr(self.names[index])
         return f"number {index} (shape {tuple(self.params[index].shape)})"
@@ -184,7 +184,7 @@ def check_number(
 
 
 def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
-    """A `state_dtype` by its name, since groups and state dicts hold plain values."""
+    """Return a `state_dtype` by its name, since groups and state dicts hold plain values."""
     known = {str(each).removeprefix("torch."): each for each in _DTYPES}
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in known:
@@ -195,7 +195,7 @@ def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
 
 
 def state_dtype_of(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
-    """The dtype of new state: that of the parameter, unless `state_dtype` asks for another."""
+    """Return the dtype of new state: the parameter's, unless `state_dtype` is given."""
     wanted = hyper.get("state_dtype")
     if wanted is None or not param.is_floating_point():
         return param.dtype
@@ -222,18 +222,18 @@ def root(value: float) -> float:
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a dtype fit for arithmetic: float32 for 16-bit floats, else its own."""
+    """Return the tensor in a dtype fit for arithmetic: float32 for 16-bit floats, else its own."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A gradient times a scalar, at the higher of the two precisions, in the gradient's dtype."""
+    """Multiply a gradient by a scalar, at the higher of the two precisions."""
     wide = grad.to(torch.promote_types(grad.dtype, factor.dtype))
     return (wide * factor.to(grad.device)).to(grad.dtype)
 
 
 def trust_ratio(weight: torch.Tensor, update: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
-    """`weight / damped` of two norms (or lists of norms); 1 where a norm is 0, as is usual.
+    """Return `weight / damped` of two norms (or lists of them); 1 where a norm is 0.
 
     A tensor that starts at zero could otherwise never leave it.
     """

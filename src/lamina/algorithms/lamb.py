@@ -22,15 +22,16 @@ class LAMB(Algorithm):
 
     with the ratio 1 where |theta| or |u| is 0, so that a tensor of zeros can leave zero.
 
-    Arguments:
+    Args:
         lr: the step as a share of a tensor's norm, >= 0.
         betas: shares of the two running means that are kept at every step, each in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: decay of the weights, inside the ratio, >= 0.
         maximize: follow the gradient uphill.
 
-    Paper: You et al. 2020, "Large batch optimization for deep learning: training BERT in 76
-    minutes", algorithm 2 with phi the identity.
+    References:
+        You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes",
+        algorithm 2 with phi the identity.
     """
 
     name: ClassVar[str] = "LAMB"
@@ -53,7 +54,7 @@ class LAMB(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros."""
+        """Return zeros."""
         return {
             key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")
         }
@@ -61,7 +62,7 @@ class LAMB(Algorithm):
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of LAMB."""
+        """Return one step of LAMB."""
         lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
         beta1, beta2 = (number(beta) for beta in hyper["betas"])
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)

@@ -20,7 +20,7 @@ class LARS(Algorithm):
 
     with ratio_t = 1 where |theta| or |g| is 0, so that a tensor of zeros can leave zero.
 
-    Arguments:
+    Args:
         lr: the global step size, >= 0.
         momentum: share of the previous change that is kept, >= 0. lr is inside the buffer, as in
             the paper, so that a change of lr acts on new gradients only.
@@ -29,8 +29,9 @@ class LARS(Algorithm):
         eps: added to the denominator of the ratio, >= 0.
         maximize: follow the gradient uphill.
 
-    Paper: You, Gitman and Ginsburg 2017, "Large batch training of convolutional networks",
-    equation 6 and algorithm 1.
+    References:
+        You, Gitman and Ginsburg 2017, "Large batch training of convolutional networks", equation 6
+        and algorithm 1.
     """
 
     name: ClassVar[str] = "LARS"
@@ -54,7 +55,7 @@ class LARS(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros; nothing without a momentum."""
+        """Return zeros; nothing without a momentum."""
         if number(hyper["momentum"]) == 0:
             return {}
         return {"momentum_buffer": torch.zeros_like(param, requires_grad=False)}
@@ -62,7 +63,7 @@ class LARS(Algorithm):
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of LARS."""
+        """Return one step of LARS."""
         lr, momentum, weight_decay, trust, eps = (
             number(hyper[key])
             for key in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")

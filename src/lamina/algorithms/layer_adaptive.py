@@ -24,7 +24,7 @@ class LayerAdaptiveAdam(Algorithm):
     m and v are Adam's without bias correction. The mean is taken in one tensor at a time: over
     several tensors together it would be another algorithm.
 
-    Arguments:
+    Args:
         lr: the step size, >= 0.
         betas: shares of the two running means that are kept at every step, each in [0, 1).
         eps: added to the root, >= 0.
@@ -45,14 +45,14 @@ class LayerAdaptiveAdam(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros."""
+        """Return zeros."""
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(hyper["amsgrad"])
         return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step."""
+        """Return one step."""
         lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
         beta1, beta2 = (number(beta) for beta in hyper["betas"])
         decoupled = hyper["decoupled_weight_decay"]

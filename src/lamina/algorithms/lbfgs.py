@@ -33,7 +33,7 @@ class LBFGS(Method):
     definite and every direction goes downhill, which a direction multiplied by D afterwards need
     not. With equal learning rates D = 1, and this is torch's algorithm.
 
-    Arguments:
+    Args:
         lr: the length of a step, or the first to be tried, >= 0; one for each group.
         max_iter: iterations in a call of `step`.
         max_eval: evaluations of the closure in a call, about; None: 1.25 max_iter.
@@ -45,7 +45,8 @@ class LBFGS(Method):
     Frozen parameters (`requires_grad=False`), those without a gradient and those with lr 0 take no
     part. When others come to take part, the pairs are forgotten: they were of another vector.
 
-    Book: Nocedal and Wright 2006, "Numerical optimization", algorithms 7.4 and 7.5.
+    References:
+        Nocedal and Wright 2006, "Numerical optimization", algorithms 7.4 and 7.5.
     """
 
     name: ClassVar[str] = "LBFGS"
@@ -73,7 +74,7 @@ class LBFGS(Method):
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"line_search_fn": (None, "strong_wolfe")}
 
     def check(self, hyper: Hyper) -> None:
-        """Ranges; max_eval may be None."""
+        """Check ranges; max_eval may be None."""
         given = dict(hyper)
         if given.get("max_eval", 0) is None:
             del given["max_eval"]
@@ -98,7 +99,7 @@ class Memory:
 
     @classmethod
     def of(cls, entry: dict[str, Any], places: list[int], like: torch.Tensor) -> Memory:
-        """From saved state, torch's too; without its pairs if they are of other parameters.
+        """Read saved state, torch's too; drop its pairs if they are of other parameters.
 
         In the dtype and on the device of the gradient `like`: a model may move.
         """
@@ -134,7 +135,7 @@ class Memory:
         self.H_diag = curvature / float(y.dot(y if scale is None else y * scale))
 
     def direction(self, grad: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """-H g by the two-loop recursion."""
+        """Return -H g, by the two-loop recursion."""
         q = grad.neg()
         alphas = []
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
@@ -152,9 +153,9 @@ class Memory:
 def lbfgs_step(
     closure: Closure | None, groups: Sequence[dict[str, Any]], entry: dict[str, Any]
 ) -> Any:
-    """One call of `step`: up to `max_iter` iterations over the parameters of all groups.
+    """Return one call of `step`: up to `max_iter` iterations over the parameters of all groups.
 
-    Arguments:
+    Args:
         closure: clears the gradients, computes the loss, calls backward, returns the loss.
         groups: parameter groups; each has its lr, the other hyperparameters are the first's.
         entry: the state, in torch's form; replaced at the end.
@@ -283,7 +284,7 @@ def _search(
     max_evals: int,
     hyper: Hyper,
 ) -> tuple[Point, int]:
-    """A step length by line search; the weights are put back to where it began."""
+    """Return a step length by line search; the weights are put back to where it began."""
     before = vector.values()
 
     def evaluate(t: float) -> Point:

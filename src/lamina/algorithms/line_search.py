@@ -33,11 +33,11 @@ def strong_wolfe(
     tolerance_change: float,
     max_evals: int,
 ) -> tuple[Point, int]:
-    """A step length with a sufficient decrease and a flat slope.
+    """Return a step length with a sufficient decrease and a flat slope.
 
         loss(t) <= loss(0) + 1e-4 * t * slope(0)     and     |slope(t)| <= 0.9 * |slope(0)|
 
-    Arguments:
+    Args:
         evaluate: loss, gradient and slope at a step length.
         start: the point at t = 0.
         t: the first length to try.
@@ -48,7 +48,8 @@ def strong_wolfe(
     Returns:
         The best point, and the number of evaluations.
 
-    Book: Nocedal and Wright 2006, "Numerical optimization", algorithms 3.5 and 3.6.
+    References:
+        Nocedal and Wright 2006, "Numerical optimization", algorithms 3.5 and 3.6.
     """
     previous, now = start, evaluate(t)
     for count in range(max_evals):
@@ -115,7 +116,7 @@ def _inside(t: float, left: float, right: float, stuck: bool) -> tuple[float, bo
 
 
 def _cubic_minimum(first: Point, second: Point, low: float, high: float) -> float:
-    """Where the cubic through two points and slopes is least, within bounds."""
+    """Return where the cubic through two points and slopes is least, within bounds."""
     if first.t > second.t:
         first, second = second, first
     (x1, f1, _, g1), (x2, f2, _, g2) = first, second

@@ -25,7 +25,7 @@ class Muon(Algorithm):
     NS: x = u / |u|, then `ns_steps` times  x = a x + (b x x' + c (x x')^2) x,  in bfloat16.
     ratio: sqrt(max(1, A / B)), or 0.2 sqrt(max(A, B)) for adjust_lr_fn="match_rms_adamw".
 
-    Arguments:
+    Args:
         lr: the step size, >= 0.
         weight_decay: decay rate of the weights, >= 0.
         momentum: share of the previous direction that is kept, >= 0.
@@ -35,8 +35,9 @@ class Muon(Algorithm):
         ns_steps: number of Newton-Schulz steps, 1 to 99.
         adjust_lr_fn: None, "original" (the same) or "match_rms_adamw" (to reuse AdamW's lr).
 
-    Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks";
-    Liu et al. 2025, "Muon is scalable for LLM training", equation 4.
+    References:
+        Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al.
+        2025, "Muon is scalable for LLM training", equation 4.
     """
 
     name: ClassVar[str] = "Muon"
@@ -68,7 +69,7 @@ class Muon(Algorithm):
     }
 
     def refusal(self, param: torch.Tensor) -> str:
-        """Only real matrices can be orthogonalized."""
+        """Refuse what is no real matrix, which cannot be orthogonalized."""
         if why := super().refusal(param):
             return why
         if param.is_complex():
@@ -81,13 +82,13 @@ class Muon(Algorithm):
         return ""
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros."""
+        """Return zeros."""
         return {"momentum_buffer": torch.zeros_like(param, requires_grad=False)}
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of Muon."""
+        """Return one step of Muon."""
         lr, weight_decay, momentum = (
             number(hyper[key]) for key in ("lr", "weight_decay", "momentum")
         )
@@ -119,7 +120,7 @@ def orthogonalized(direction: torch.Tensor, hyper: Hyper) -> torch.Tensor:
 
 
 def lr_ratio(hyper: Hyper, shape: torch.Size) -> float:
-    """What the learning rate of a matrix is multiplied by."""
+    """Return what the learning rate of a matrix is multiplied by."""
     rows, columns = shape[0], math.prod(shape[1:])
     if hyper["adjust_lr_fn"] == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))

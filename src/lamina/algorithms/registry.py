@@ -39,7 +39,7 @@ _PASS_THE_CLASS = " Any subclass of torch.optim.Optimizer can be passed itself, 
 
 
 def optimizer_class(given: Any) -> type[torch.optim.Optimizer]:
-    """The optimizer class that a plan names."""
+    """Return the optimizer class that a plan names."""
     if isinstance(given, str):
         if given not in OPTIMIZERS:
             short = given.rpartition(".")[2]
@@ -73,20 +73,20 @@ def _instance(given: torch.optim.Optimizer) -> str:
 
 
 def optimizer_name(optimizer: type) -> str:
-    """The name under which a plan prints an optimizer class."""
+    """Return the name under which a plan prints an optimizer class."""
     return next(
         (name for name, known in OPTIMIZERS.items() if known is optimizer), optimizer.__name__
     )
 
 
 def algorithm_of(optimizer: type) -> Algorithm | None:
-    """The rule of one of lamina's own optimizers; None for a guest, and for LBFGS."""
+    """Return the rule of one of lamina's own optimizers; None for a guest, and for LBFGS."""
     method = method_of(optimizer)
     return method if isinstance(method, Algorithm) else None
 
 
 def method_of(optimizer: type) -> Method | None:
-    """The method of one of lamina's own optimizers, LBFGS too; None for a guest.
+    """Return the method of one of lamina's own optimizers, LBFGS too; None for a guest.
 
     A class derived from one of them is a guest: its `step` or its defaults may be its own.
     """
@@ -95,13 +95,13 @@ def method_of(optimizer: type) -> Method | None:
 
 
 def is_whole_vector(optimizer: type) -> bool:
-    """Whether a method needs all parameters at once and evaluates the loss itself (LBFGS)."""
+    """Return whether a method needs all parameters at once, as L-BFGS does."""
     method = method_of(optimizer)
     return method is not None and method.unit == "vector"
 
 
 def hyperparameters(optimizer: type) -> dict[str, Any]:
-    """The hyperparameters of an optimizer class with its defaults; lr first."""
+    """Return the hyperparameters of an optimizer class with its defaults; lr first."""
     method = method_of(optimizer)
     if method is not None:
         return dict(method.defaults)
@@ -114,7 +114,7 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    """Whether a plan knows a default: lists, functions and None are left to the class."""
+    """Return whether a plan knows a default: lists, functions and None are left to the class."""
     return key == "lr" or value is REQUIRED or (value is not None and _is_plain(value))
 
 
@@ -145,7 +145,7 @@ _FIRST = {
 
 
 def _settings(optimizer: type) -> dict[str, Any]:
-    """The arguments of a constructor, with the values that a trial build put into its groups."""
+    """Return the arguments of a constructor, with values from a trial build."""
     trial, given = trial_of(optimizer), arguments(optimizer)
     own = signature_of(optimizer)
     if trial.made is not None:  # what a base takes may be given by the class: its groups tell
@@ -170,12 +170,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def settings_of(optimizer: type) -> frozenset[str]:
-    """The names of all arguments of a guest's constructor, those that choose a kernel too."""
+    """Return the names of all arguments of a guest's constructor."""
     return frozenset(arguments(optimizer))
 
 
 def options(optimizer: type) -> tuple[str, ...]:
-    """The hyperparameters that choose a variant of the update, one for the whole run."""
+    """Return the hyperparameters that choose a variant of the update, one for the whole run."""
     method = method_of(optimizer)
     if method is not None:
         return (*method.options, *_OWN)
@@ -184,7 +184,7 @@ def options(optimizer: type) -> tuple[str, ...]:
 
 
 def counts(optimizer: type) -> tuple[str, ...]:
-    """The hyperparameters that are whole numbers."""
+    """Return the hyperparameters that are whole numbers."""
     method = method_of(optimizer)
     return () if method is None else method.counts
 
@@ -214,7 +214,7 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
 
 
 def _may_have(optimizer: type, key: str) -> bool:
-    """Whether a guest may have a setting that is no argument of its constructor.
+    """Return whether a guest may have a setting that is no argument of its constructor.
 
     Its groups have it, or its step looks for it there; what could not be tried is judged at build.
     """

@@ -22,7 +22,7 @@ class RMSprop(Algorithm):
         b_t     = momentum * b_{t-1} + u_t
         theta_t = theta_{t-1} - lr * b_t
 
-    Arguments:
+    Args:
         lr: the step size, >= 0.
         alpha: share of the running means that is kept at every step, >= 0.
         eps: added to the root, >= 0.
@@ -31,8 +31,9 @@ class RMSprop(Algorithm):
         centered: divide by an estimate of the standard deviation instead.
         maximize: follow the gradient uphill.
 
-    Sources: Tieleman and Hinton 2012, "Neural Networks for Machine Learning", lecture 6.5;
-    centered: Graves 2013, "Generating sequences with recurrent neural networks", equations 38-45.
+    References:
+        Tieleman and Hinton 2012, "Neural Networks for Machine Learning", lecture 6.5; centered:
+        Graves 2013, "Generating sequences with recurrent neural networks", equations 38-45.
     """
 
     name: ClassVar[str] = "RMSprop"
@@ -56,7 +57,7 @@ class RMSprop(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("square_avg", "momentum_buffer", "grad_avg")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Zeros; a buffer only with a momentum."""
+        """Return zeros; a buffer only with a momentum."""
         keys = ["square_avg"]
         if number(hyper["momentum"]) > 0:
             keys.append("momentum_buffer")
@@ -67,7 +68,7 @@ class RMSprop(Algorithm):
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of RMSprop."""
+        """Return one step of RMSprop."""
         lr, alpha, eps, weight_decay, momentum = (
             number(hyper[key]) for key in ("lr", "alpha", "eps", "weight_decay", "momentum")
         )

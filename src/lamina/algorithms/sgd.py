@@ -20,7 +20,7 @@ class SGD(Algorithm):
         theta_t = theta_{t-1} - lr * b_t                            (plain: g_t)
         theta_t = theta_{t-1} - lr * (g_t + momentum * b_t)         (nesterov)
 
-    Arguments:
+    Args:
         lr: the step size, >= 0.
         momentum: share of the previous direction that is kept, >= 0. While it is 0 the buffer
             rests; it is created by the first update with a momentum.
@@ -29,9 +29,10 @@ class SGD(Algorithm):
         nesterov: look ahead along the buffer; needs a momentum and no dampening.
         maximize: follow the gradient uphill.
 
-    Papers: Polyak 1964, "Some methods of speeding up the convergence of iteration methods";
-    Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
-    As in torch, lr multiplies the whole buffer, where Sutskever et al. put it inside.
+    References:
+        Polyak 1964, "Some methods of speeding up the convergence of iteration methods"; Sutskever
+        et al. 2013, "On the importance of initialization and momentum in deep learning". As in
+        torch, lr multiplies the whole buffer, where Sutskever et al. put it inside.
     """
 
     name: ClassVar[str] = "SGD"
@@ -54,7 +55,7 @@ class SGD(Algorithm):
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def check(self, hyper: Hyper) -> None:
-        """Ranges, and what Nesterov's form needs."""
+        """Check ranges, and what Nesterov's form needs."""
         super().check(hyper)
         momentum, dampening = (number(hyper.get(key, 0.0)) for key in ("momentum", "dampening"))
         if hyper.get("nesterov") and (momentum <= 0 or dampening != 0):
@@ -64,13 +65,13 @@ class SGD(Algorithm):
             )
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Nothing: the buffer begins as a gradient, so it cannot exist before one."""
+        """Return nothing: the buffer begins as a gradient, so it cannot exist before one."""
         return {}
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
-        """One step of SGD."""
+        """Return one step of SGD."""
         lr, momentum, dampening, weight_decay = (
             number(hyper[key]) for key in ("lr", "momentum", "dampening", "weight_decay")
         )

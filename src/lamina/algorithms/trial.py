@@ -200,7 +200,7 @@ def takes_any(optimizer: type) -> bool:
 
 
 def _listed(optimizer: type) -> list[dict[str, Any]]:
-    """The named arguments of each constructor that may be reached, without the parameters."""
+    """List the named arguments of each constructor that may be reached."""
     found = []
     for base in optimizer.__mro__:
         if base is torch.optim.Optimizer:

@@ -48,7 +48,7 @@ class Vector:
         return [part.place for part in self.parts]
 
     def scale(self) -> torch.Tensor | None:
-        """The diagonal D = lr / max lr; None if all learning rates are equal."""
+        """Return the diagonal D = lr / max lr; None if all learning rates are equal."""
         if all(share == 1 for share in self._shares):
             return None
         shares = iter(self._shares)
@@ -56,7 +56,7 @@ class Vector:
         return self._cat(torch.full_like(numbers, next(shares)) for numbers in flat)
 
     def grad(self) -> torch.Tensor:
-        """The gradient of all parts."""
+        """Return the gradient of all parts."""
         return self._cat(
             torch.zeros_like(part.param) if part.param.grad is None else part.param.grad
             for part in self.parts
@@ -67,7 +67,7 @@ class Vector:
         return torch.cat([_flat(tensor.detach()).to(device) for tensor in tensors])
 
     def values(self) -> list[torch.Tensor]:
-        """A copy of all parts."""
+        """Return a copy of all parts."""
         return [part.param.detach().clone() for part in self.parts]
 
     def put(self, values: Sequence[torch.Tensor]) -> None:
@@ -85,7 +85,7 @@ class Vector:
             offset += param.numel()
 
     def check(self, loss: float, grad: torch.Tensor) -> float:
-        """The largest component of the gradient.
+        """Return the largest component of the gradient.
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite.
@@ -132,7 +132,7 @@ def _parts(groups: Iterable[Mapping[str, Any]]) -> list[Part]:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All numbers of a tensor in a row, in a dtype fit for arithmetic."""
+    """Return all numbers of a tensor in a row, in a dtype fit for arithmetic."""
     dense = tensor.to_dense() if tensor.is_sparse else tensor
     real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
     return widen(real.reshape(-1))

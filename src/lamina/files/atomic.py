@@ -60,7 +60,7 @@ class Hashing(io.BufferedIOBase):
         return len(data)
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     @property
@@ -110,7 +110,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -126,7 +126,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """What is withheld from new files; mkstemp withholds more."""
+    """Return what is withheld from new files; mkstemp withholds more."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

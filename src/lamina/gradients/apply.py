@@ -89,7 +89,7 @@ def _is_any_bad(batches: Sequence[Batch], work: ScopeGradients) -> bool:
 
 
 def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFiniteError:
-    """The error for norms that are not finite; names what was the first not to be."""
+    """Return the error for norms that are not finite; names what was the first not to be."""
     if work.shards is not None:
         return _cause_anywhere(batches, work.shards, clock)
     names = [name for batch in batches for name in batch.names]
@@ -111,7 +111,7 @@ def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFin
 
 
 def _cause_anywhere(batches: Sequence[Batch], shards: Shards, clock: int) -> NonFiniteError:
-    """`_cause` where each process has parts of the gradients: the same on all of them."""
+    """Find the cause where each process has parts of the gradients; all find the same."""
     name = _bad_anywhere(batches, shards)
     if name is not None:
         return nonfinite_error(name, clock)
@@ -122,7 +122,7 @@ def _cause_anywhere(batches: Sequence[Batch], shards: Shards, clock: int) -> Non
 
 
 def _bad_anywhere(batches: Sequence[Batch], shards: Shards) -> str | None:
-    """The first parameter whose gradient is not finite on some process, or None."""
+    """Return the first parameter whose gradient is not finite on some process, or None."""
     names = [name for batch in batches for name in batch.names]
     grads = [grad for batch in batches for grad in batch.grads]
     bad = [(~torch.isfinite(values_of(grad))).sum() for grad in grads]
@@ -147,7 +147,7 @@ def _first_bad(grads: Sequence[torch.Tensor]) -> int | None:
 
 
 def nonfinite_error(name: str, step: int, returned: str = "") -> NonFiniteError:
-    """The error for a gradient that must not reach the weights."""
+    """Return the error for a gradient that must not reach the weights."""
     return NonFiniteError(
         f"the gradient of {name!r}{returned} is NaN or infinite at step {step}; the weights were "
         f"not changed. {_ADVICE}"

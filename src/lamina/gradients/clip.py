@@ -152,7 +152,7 @@ def _multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:
-    """The numbers to change in place: of a sharded gradient this process', of a sparse one all.
+    """Return the numbers to change in place: of a shard, those of this process.
 
     A conjugate or negative that torch has not computed yet comes as what it is a view of: clipping
     that one clips both.
@@ -165,7 +165,7 @@ def _local(grad: torch.Tensor) -> torch.Tensor:
 
 
 def _on_host(norms: list[torch.Tensor]) -> list[float]:
-    """All norms as numbers, with one wait for each device."""
+    """Return all norms as numbers, with one wait for each device."""
     by_device: dict[torch.device, list[int]] = {}
     for index, norm in enumerate(norms):
         by_device.setdefault(norm.device, []).append(index)

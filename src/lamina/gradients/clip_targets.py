@@ -37,7 +37,7 @@ class Part:
 
 
 def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> list[Part]:
-    """What to clip, checked before anything is changed."""
+    """Return what to clip, checked before anything is changed."""
     if not isinstance(limit, Mapping):
         number = _checked(limit, argument)
         pairs = _named(parameters)
@@ -75,7 +75,7 @@ def _checked(limit: Any, argument: str) -> float:
 
 
 def number_of(value: Any, argument: str, expected: str) -> float:
-    """What torch takes for a number too: "inf" and tensors of one element."""
+    """Return what torch takes for a number too: "inf" and tensors of one element."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -87,7 +87,7 @@ def _counts(param: torch.Tensor) -> bool:
 
 
 def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
-    """The tensors with a gradient, each once, with a name for messages."""
+    """Return the tensors with a gradient, each once, with a name for messages."""
     if isinstance(parameters, nn.Module):
         owned = collect(parameters)
         return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]

@@ -15,17 +15,17 @@ from ..algorithms.base import HALF, widen
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:
-    """The numbers of a gradient that may differ from zero."""
+    """Return the numbers of a gradient that may differ from zero."""
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def all_finite(grad: torch.Tensor) -> bool:
-    """Whether every number of a gradient is finite; of a sharded one, on every process alike."""
+    """Return whether a gradient is finite; of a sharded one, on all processes alike."""
     return not int(whole_of((~torch.isfinite(values_of(grad))).sum()))
 
 
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
-    """The p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole.
+    """Return the p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole.
 
     Norms of 16-bit floats are float32: they easily pass 65504, and have more digits.
     """
@@ -57,7 +57,7 @@ def _norms_of_half(tensors: list[torch.Tensor], p: float) -> Sequence[torch.Tens
 
 
 def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
-    """The p-norm of all tensors together, as if they were one vector.
+    """Return the p-norm of all tensors together, as if they were one vector.
 
     Formula: `(sum |x|^p)^(1/p)` over every number of every tensor; the largest |x| for p = inf.
     """
@@ -65,14 +65,14 @@ def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
 
 
 def total(norms: Sequence[torch.Tensor], p: float) -> torch.Tensor:
-    """The p-norm of what several p-norms are of."""
+    """Return the p-norm of what several p-norms are of."""
     device = norms[0].device
     together = torch.stack([norm.to(device) for norm in norms])
     return together.max() if math.isinf(p) else torch.linalg.vector_norm(together, p)
 
 
 def finite(norms: Sequence[torch.Tensor]) -> bool:
-    """Whether all these scalars are finite; waits for an accelerator once."""
+    """Return whether all these scalars are finite; waits for an accelerator once."""
     if len(norms) == 1:
         return math.isfinite(float(norms[0]))
     device = norms[0].device  # each by itself: their sum may overflow though none of them did
@@ -88,7 +88,7 @@ def every_finite(grads: Sequence[torch.Tensor]) -> bool:
 
 
 def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The numbers brought into [-limit, limit]; torch takes no limit that their dtype cannot hold.
+    """Clamp numbers to [-limit, limit]; a limit beyond their dtype changes nothing.
 
     Beyond it, as for an infinite limit, all of them are inside.
     """
@@ -98,7 +98,7 @@ def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None
 
 
 def _largest(grad: Any) -> torch.Tensor:
-    """The largest |x|, 0 if there is none; the shard of a process may be empty."""
+    """Return the largest |x|, 0 if there is none; the shard of a process may be empty."""
     if not is_dtensor(grad):
         return _most(grad)
     from torch.distributed.tensor import DTensor, Replicate, Shard

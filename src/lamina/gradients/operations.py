@@ -43,7 +43,7 @@ class ScopeGradients:
     made: list[tuple[Operation, Grads]] = field(default_factory=list)
 
     def settle(self) -> Grads:
-        """The gradients with the pending factor multiplied on, as new tensors."""
+        """Return the gradients with the pending factor multiplied on, as new tensors."""
         if self.scale is not None:
             self.grads = [times(grad, self.scale) for grad in self.grads]
             self.scale = None
@@ -135,7 +135,8 @@ class ClipNorm(Operation):
         >>> clip_norm(1.0)
         clip_norm(1.0)
 
-    Source: Pascanu et al., On the difficulty of training recurrent neural networks (2013).
+    References:
+        Pascanu et al., On the difficulty of training recurrent neural networks (2013).
     """
 
     source_name: ClassVar[str] = "clip_norm"
@@ -219,8 +220,9 @@ class AGC(Operation):
         >>> agc(0.01)
         agc(0.01)
 
-    Source: Brock et al., High-performance large-scale image recognition without normalization
-    (2021), equation 3.
+    References:
+        Brock et al., High-performance large-scale image recognition without normalization (2021),
+        equation 3.
     """
 
     source_name: ClassVar[str] = "agc"
@@ -288,7 +290,7 @@ class Apply(Operation):
         work.grads = got
 
     def _checked(self, got: Any, given: Grads, infos: Sequence[ParamInfo]) -> Grads:
-        """What the function returned, if it is a gradient for each one given."""
+        """Return what the function returned, if it is a gradient for each one given."""
         if not isinstance(got, Iterable) or isinstance(got, (torch.Tensor, Mapping, str)):
             what = "nothing (None)" if got is None else f"a {type(got).__name__}"
             raise PlanError(
@@ -312,7 +314,7 @@ class Apply(Operation):
 
 
 def _unlike(new: Any, old: torch.Tensor) -> str:
-    """What keeps a value from standing in for a gradient, or ""."""
+    """Return what keeps a value from standing in for a gradient, or ""."""
     if not isinstance(new, torch.Tensor):
         return type(new).__name__
     if new.shape != old.shape:
@@ -329,7 +331,7 @@ def _numbers(tensor: torch.Tensor) -> str:
 
 
 def _unit_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Norms by output unit, shaped to multiply the tensor."""
+    """Return norms by output unit, shaped to multiply the tensor."""
     dims = tuple(range(1, tensor.ndim)) or None
     rows = widen(tensor)
     norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=tensor.ndim > 1)

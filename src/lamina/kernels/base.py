@@ -22,14 +22,14 @@ class Kernel(ABC):
 
     @abstractmethod
     def refusal(self, batch: Batch) -> str:
-        """Why this kernel cannot update these tensors exactly, or "" if it can.
+        """Return why this kernel cannot update these tensors exactly, or "" if it can.
 
         Looks at what stays from step to step: the algorithm, parameters, state and steps.
         """
 
     @abstractmethod
     def ready(self, batch: Batch) -> bool:
-        """Whether the gradients of this step suit too; asked at every step, so it is cheap."""
+        """Return whether the gradients of this step suit too; cheap, as every step asks."""
 
     @abstractmethod
     def run(self, batches: Sequence[Batch]) -> None:
@@ -37,7 +37,7 @@ class Kernel(ABC):
 
 
 def missing(batch: Batch, key: str) -> list[int]:
-    """The positions whose state `key` does not exist yet; makes room for them."""
+    """Return the positions whose state `key` does not exist yet; makes room for them."""
     values = batch.columns.get(key)
     if values is None:
         values = batch.columns[key] = [None] * len(batch.params)
@@ -45,7 +45,7 @@ def missing(batch: Batch, key: str) -> list[int]:
 
 
 def tensor_refusal(batch: Batch, index: int) -> str:
-    """Why torch's operators over lists cannot take this parameter and its state, or ""."""
+    """Return why torch's operators over lists cannot take this parameter and its state, or ""."""
     param = batch.params[index]
     if not param.is_floating_point():
         return f"is {short(param.dtype)}"
@@ -68,7 +68,7 @@ def tensor_refusal(batch: Batch, index: int) -> str:
 
 
 def scaled(batch: Batch) -> list[torch.Tensor]:
-    """The gradients times the clip factor, as new tensors of their dtype (see `times`)."""
+    """Return the gradients times the clip factor, as new tensors of their dtype (see `times`)."""
     assert batch.scale is not None
     if batch.scale.dtype is not batch.params[0].dtype:
         return [times(grad, batch.scale) for grad in batch.grads]
@@ -76,10 +76,10 @@ def scaled(batch: Batch) -> list[torch.Tensor]:
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether this is a parameter of FSDP2 or tensor parallelism."""
+    """Return whether this is a parameter of FSDP2 or tensor parallelism."""
     return type(tensor).__name__ == "DTensor"  # importing the class costs every user a second
 
 
 def short(dtype: torch.dtype) -> str:
-    """A dtype as people say it: "bfloat16"."""
+    """Return a dtype as people say it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

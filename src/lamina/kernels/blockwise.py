@@ -48,7 +48,7 @@ class Blockwise(Kernel):
     about: ClassVar[str] = "float32 copies of one block at a time, each result rounded once"
 
     def refusal(self, batch: Batch) -> str:
-        """Only 16-bit parameters with such or float32 state, of rules with a fast form."""
+        """Refuse all but 16-bit parameters of rules with a fast form."""
         algorithm = batch.algorithm
         if type(algorithm) not in OPERATORS and type(algorithm) not in FORMS:
             return f"there is no float32 form of {algorithm.name}"
@@ -58,14 +58,14 @@ class Blockwise(Kernel):
         return ""
 
     def ready(self, batch: Batch) -> bool:
-        """Dense gradients of 16 or 32 bits, in any layout."""
+        """Accept dense gradients of 16 or 32 bits, in any layout."""
         return all(
             grad.layout is torch.strided and grad.dtype in _DTYPES and type(grad) in PLAIN
             for grad in batch.grads
         )
 
     def run(self, batches: Sequence[Batch]) -> None:
-        """The small tensors together, the large ones block by block."""
+        """Return the small tensors together, the large ones block by block."""
         for batch in batches:
             fresh = _begin_momentum(batch)
             keys = _used_state(batch)

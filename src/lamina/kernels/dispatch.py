@@ -35,14 +35,14 @@ KernelPlan = dict[Kernel, list[Batch]]
 
 
 def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
-    """One update of all batches, in place: `assign` and `carry_out`."""
+    """Return one update of all batches, in place: `assign` and `carry_out`."""
     carry_out(assign(batches, prefer))
 
 
 def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
     """Choose the kernels of all batches; nothing is changed.
 
-    Arguments:
+    Args:
         batches: all groups of one algorithm (several algorithms are fine too).
         prefer: the name of the kernel to use where it can be: "fused", "foreach",
             "blockwise", "readable"; it goes before the preference of a batch.
@@ -58,7 +58,7 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
 
 
 def carry_out(work: KernelPlan) -> None:
-    """One update of all batches, in place; their steps are counted."""
+    """Return one update of all batches, in place; their steps are counted."""
     done: list[Batch] = []
     with torch.no_grad():
         for kernel, batches in work.items():
@@ -86,7 +86,7 @@ def _half_done(kernel: Kernel, batches: Sequence[Batch], done: Sequence[Batch]) 
 
 
 def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
-    """The kernel that updates this batch in this step, and why it is this one."""
+    """Return the kernel that updates this batch in this step, and why it is this one."""
     prefer = prefer or batch.prefer
     choice = batch.kernel
     if choice is None or choice.prefer != prefer:
@@ -103,7 +103,7 @@ def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
 
 
 def step_device(param: torch.Tensor) -> torch.device:
-    """Where the step count of a parameter belongs, so that counting never waits for a device."""
+    """Return the device for a step count, so that counting never waits."""
     return param.device if param.device.type in ("cuda", "xpu") else torch.device("cpu")
 
 
@@ -130,7 +130,7 @@ def _choose(batch: Batch, prefer: str | None) -> Choice:
 
 
 def _alike(batch: Batch) -> list[list[int]]:
-    """Positions in a batch, grouped by device, dtype and mesh: what operators over lists share."""
+    """Group positions in a batch by device, dtype and mesh, which operators share."""
     groups: dict[tuple[torch.device, torch.dtype, Any], list[int]] = {}
     for index, param in enumerate(batch.params):
         mesh = getattr(param, "device_mesh", None)  # of a DTensor; an operator takes one of them
@@ -152,11 +152,11 @@ class Split(Kernel):
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
     def refusal(self, batch: Batch) -> str:
-        """Nothing is refused: it is made for one batch."""
+        """Refuse nothing: it is made for one batch."""
         return ""
 
     def ready(self, batch: Batch) -> bool:
-        """Each part asks its own kernel; sparse gradients are left to the loop."""
+        """Return each part asks its own kernel; sparse gradients are left to the loop."""
         return all(grad.layout is torch.strided for grad in batch.grads)
 
     def run(self, batches: Sequence[Batch]) -> None:

@@ -25,7 +25,7 @@ class Foreach(Kernel):
     about: ClassVar[str] = "torch's foreach operators, a few passes over memory"
 
     def refusal(self, batch: Batch) -> str:
-        """Only what has no fused operator, in a dtype that foreach does not round."""
+        """Refuse what has a fused operator, and dtypes that foreach rounds."""
         algorithm = batch.algorithm
         if type(algorithm) not in FORMS:
             return f"there is no foreach form of {algorithm.name}"
@@ -40,12 +40,12 @@ class Foreach(Kernel):
         return ""
 
     def ready(self, batch: Batch) -> bool:
-        """Dense gradients of the dtype of their parameters."""
+        """Accept dense gradients of the dtype of their parameters."""
         dtype = batch.params[0].dtype
         return all(grad.dtype is dtype and grad.layout is torch.strided for grad in batch.grads)
 
     def run(self, batches: Sequence[Batch]) -> None:
-        """About ten calls for each batch."""
+        """Run about ten calls for each batch."""
         for batch in batches:
             grads: Any = batch.grads if batch.scale is None else scaled(batch)
             if batch.hyper.get("maximize"):

@@ -30,11 +30,11 @@ class Fused(Kernel):
     about: ClassVar[str] = "torch's fused operator, one pass over memory"
 
     def __init__(self, contiguous: bool) -> None:
-        """`contiguous`: for batches of contiguous parameters, whose test at each step is cheap."""
+        """Set `contiguous` for batches of contiguous parameters, whose test is cheap."""
         self._contiguous = contiguous
 
     def refusal(self, batch: Batch) -> str:
-        """Torch has the operator, and memory is laid out as it assumes."""
+        """Refuse rules without an operator in torch, and memory that it cannot walk."""
         algorithm = type(batch.algorithm)
         if algorithm not in OPERATORS:
             return f"torch has no fused operator for {batch.algorithm.name}"
@@ -55,7 +55,7 @@ class Fused(Kernel):
         return "" if is_dense(param) else "has gaps in memory"
 
     def ready(self, batch: Batch) -> bool:
-        """Gradients of the dtype and layout of their parameters."""
+        """Accept gradients of the dtype and layout of their parameters."""
         dtype = batch.params[0].dtype
         if self._contiguous:
             for grad in batch.grads:
@@ -68,7 +68,7 @@ class Fused(Kernel):
         )
 
     def run(self, batches: Sequence[Batch]) -> None:
-        """One call for each batch."""
+        """Return one call for each batch."""
         inverses: dict[tuple[int, torch.device], torch.Tensor | None] = {}
         for batch in batches:
             grads, inverse, scale = batch.grads, None, batch.scale
@@ -85,7 +85,7 @@ class Fused(Kernel):
 
 
 def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
-    """What the operators divide by; None for the factor 1 where it can be read without waiting."""
+    """Return what the operators divide by; None for 1, if it is known without waiting."""
     if scale.is_cpu and scale.item() == 1.0:
         return None
     return scale.to(device).reciprocal()
@@ -183,7 +183,7 @@ OPERATORS: dict[type, Operator] = {Adam: _adam, AdamW: _adam, SGD: _sgd}
 
 
 def _on(batch: Batch, value: Any) -> Any:
-    """A hyperparameter that lives on an accelerator, where the parameters are."""
+    """Return a hyperparameter that lives on an accelerator, where the parameters are."""
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         return value.to(batch.params[0].device)
     return value

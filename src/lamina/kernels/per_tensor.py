@@ -48,7 +48,7 @@ class NormRule(NamedTuple):
 
 
 def lars(batch: Batch, grads: Any) -> None:
-    """One step of LARS."""
+    """Return one step of LARS."""
     NORM_RULES[LARS].update(batch, grads)
 
 
@@ -82,7 +82,7 @@ def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
 
 
 def lamb(batch: Batch, grads: Any) -> None:
-    """One step of LAMB."""
+    """Return one step of LAMB."""
     NORM_RULES[LAMB].update(batch, grads)
 
 
@@ -117,7 +117,7 @@ def _lamb_finish(batch: Batch, directions: Any, factors: Any) -> None:
 
 
 def layer_adaptive(batch: Batch, grads: Any) -> None:
-    """One step of LayerAdaptiveAdam."""
+    """Return one step of LayerAdaptiveAdam."""
     if not _reads_freely(batch.params[0]):
         NORM_RULES[LayerAdaptiveAdam].update(batch, grads)
         return
@@ -148,7 +148,7 @@ def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
 
 
 def _reads_freely(param: torch.Tensor) -> bool:
-    """Whether reading a number on the host waits for no device."""
+    """Return whether reading a number on the host waits for no device."""
     return param.is_cpu
 
 
@@ -157,7 +157,7 @@ def _shares(counts: Sequence[int], lr: float) -> Any:
 
 
 def _steadiness(batch: Batch, grads: Any) -> Any:
-    """The quotients m / (sqrt(v) + eps), the moments updated first."""
+    """Return the quotients m / (sqrt(v) + eps), the moments updated first."""
     hyper = batch.hyper
     weight_decay = number(hyper["weight_decay"])
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
@@ -174,7 +174,7 @@ def _steadiness(batch: Batch, grads: Any) -> Any:
 
 
 def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
-    """The sums of abs(`_steadiness`), a block at a time: all passes find it in the cache."""
+    """Return the sums of abs(`_steadiness`), a block at a time: all passes find it in the cache."""
     hyper, columns = batch.hyper, batch.columns
     coupled = 0.0 if hyper["decoupled_weight_decay"] else number(hyper["weight_decay"])
     eps = number(hyper["eps"])
@@ -197,14 +197,14 @@ def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
 
 
 def _blocks(tensors: Sequence[torch.Tensor]) -> Any:
-    """The same elements of all tensors, a block at a time; tensors with gaps are one block."""
+    """Yield the same elements of all tensors, a block at a time."""
     if tensors[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
         return [tensors]
     return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def muon(batch: Batch, grads: Any) -> None:
-    """One step of Muon, rounded as torch's: bfloat16 in the middle makes it matter."""
+    """Return one step of Muon, rounded as torch's: bfloat16 in the middle makes it matter."""
     hyper, params = batch.hyper, batch.params
     lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
     directions = muon_directions(batch, grads)
@@ -222,7 +222,7 @@ def muon_directions(batch: Batch, grads: Any) -> Any:
 
 
 def _moments(batch: Batch, grads: Any, beta1: float, beta2: float) -> tuple[Any, Any]:
-    """The two running means of Adam, updated in place."""
+    """Return the two running means of Adam, updated in place."""
     means, squares = batch.columns["exp_avg"], batch.columns["exp_avg_sq"]
     torch._foreach_mul_(means, beta1)
     torch._foreach_add_(means, grads, alpha=1 - beta1)

@@ -20,22 +20,22 @@ class Readable(Kernel):
     about: ClassVar[str] = "the update rule as written, one tensor at a time"
 
     def refusal(self, batch: Batch) -> str:
-        """Nothing is refused."""
+        """Refuse nothing."""
         return ""
 
     def ready(self, batch: Batch) -> bool:
-        """Any gradient."""
+        """Accept any gradient."""
         return True
 
     def run(self, batches: Sequence[Batch]) -> None:
-        """The rule for each tensor; its result is written into the live tensors."""
+        """Return the rule for each tensor; its result is written into the live tensors."""
         for batch in batches:
             for index, step in enumerate(_counts(batch.steps)):
                 _update(batch, index, step)
 
 
 def _counts(steps: list[torch.Tensor]) -> list[int]:
-    """The step counts as integers; those on an accelerator are read in one go."""
+    """Return the step counts as integers; those on an accelerator are read in one go."""
     if any(not step.is_cpu for step in steps):
         return [int(step) for step in torch.stack([s.to(steps[0].device) for s in steps]).tolist()]
     return [int(step) for step in steps]
@@ -117,7 +117,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _laid_out(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """New state in its parameter's order in memory, which the fast kernels need.
+    """Lay out new state in its parameter's order in memory, which the fast kernels need.
 
     It was made from a gradient, which may lie in another one.
     """

@@ -56,7 +56,7 @@ class EvalLock:
         return module
 
     def __call__(self, mode: bool = True) -> Any:
-        """What `module.train(mode)` does while the module is locked.
+        """Return what `module.train(mode)` does while the module is locked.
 
         The module's own `train` runs in the mode that was asked for last, and whatever it makes of
         it is the mode asked for now; children that are locked do the same.

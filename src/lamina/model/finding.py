@@ -56,7 +56,7 @@ def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
 
 
 def stray_findings(seen: Observed) -> list[Finding]:
-    """Attributes `requires_grad` of modules, which freeze and thaw nothing."""
+    """Find attributes `requires_grad` of modules, which freeze and thaw nothing."""
     return [
         Finding(
             "module-requires-grad",

@@ -155,7 +155,7 @@ class Trainable:
 
 
 def trainable(model: nn.Module) -> Trainable:
-    """Which parameters train, and why the others do not: frozen by a plan, or by hand.
+    """Return which parameters train, and why the others do not: frozen by a plan, or by hand.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))

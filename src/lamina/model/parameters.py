@@ -87,7 +87,7 @@ class Observed:
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name without the prefixes that wrappers (DDP, compile, checkpointing) add.
+    """Return each name without the prefixes that wrappers (DDP, compile, checkpointing) add.
 
     A leading `module.` goes only if all names have it, since it may be the user's own.
     """
@@ -101,7 +101,7 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def walk(model: nn.Module) -> tuple[Owned, ...]:
-    """Every parameter of a model once, in order, with all its names.
+    """Return every parameter of a model once, in order, with all its names.
 
     Raises:
         PlanError: if two Parameters share elements in memory, or there is none.
@@ -117,7 +117,7 @@ def walk(model: nn.Module) -> tuple[Owned, ...]:
 
 
 def collect(model: nn.Module) -> tuple[Owned, ...]:
-    """`walk` without its refusal of Parameters that share memory."""
+    """Collect the parameters as `walk` does, but allow those that share memory."""
     if not isinstance(model, nn.Module):
         what, fix = f"of type {type(model).__name__}", ""
         if isinstance(model, type) and issubclass(model, nn.Module):
@@ -151,7 +151,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """Every place that holds a parameter, by its name with all prefixes of wrappers.
+    """Return every place that holds a parameter, by its name with all prefixes of wrappers.
 
     Where FSDP2 shows a gathered copy for a while, the sharded parameter stands for it.
     """
@@ -183,7 +183,7 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model as it is now, by each of their names."""
+    """Return the parameters of a model as it is now, by each of their names."""
     places = _places(model)
     cleaned = clean_names(places)
     return {cleaned[raw]: tensor for raw, (_, _, tensor) in places.items()}
@@ -192,7 +192,7 @@ def tensors_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 def subtrees(
     model: nn.Module, owned: Iterable[Owned]
 ) -> list[tuple[str, nn.Module, frozenset[str]]]:
-    """Every module that has parameters: its path, itself, the names of all parameters below it.
+    """List every module that has parameters: path, module, names of those below it.
 
     Outer modules come before those inside them.
     """
@@ -235,7 +235,7 @@ def needs(model: nn.Module, owned: Iterable[Owned]) -> list[tuple[nn.Module, fro
 
 
 def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
-    """What findings need to know of a model beside its parameters."""
+    """Return what findings need to know of a model beside its parameters."""
     owned = tuple(owned)
     trains = {item.info.name: item.info.requires_grad for item in owned}
     reentrant: list[tuple[str, frozenset[str]]] = []
@@ -283,7 +283,7 @@ def is_locked(module: nn.Module) -> bool:
 
 
 def _split_by_sharding(model: nn.Module, owned: Iterable[Owned]) -> tuple[tuple[str, ...], ...]:
-    """Ties across groups of `fully_shard`: it makes a parameter of its own for each group."""
+    """Find ties across groups of `fully_shard`, which makes a parameter for each group."""
     name_of = {(id(at), key): item.info.name for item in owned for at, key in item.places}
     found: dict[int, dict[str, None]] = {}
     for module, attribute, origin in shard_origins(model):
@@ -294,7 +294,7 @@ def _split_by_sharding(model: nn.Module, owned: Iterable[Owned]) -> tuple[tuple[
 
 
 def _is_reentrant(module: nn.Module) -> bool:
-    """Whether torch or Transformers checkpoints this module in the reentrant way."""
+    """Return whether torch or Transformers checkpoints this module in the reentrant way."""
     if type(module).__name__ == "CheckpointWrapper":
         function = getattr(module, "checkpoint_fn", None)
     elif getattr(module, "gradient_checkpointing", False):
@@ -366,14 +366,14 @@ def set_requires_grad(wanted: Iterable[tuple[str, torch.Tensor, bool]]) -> None:
 
 
 def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
-    """Pairs of Parameter objects that share elements, which would be stepped twice."""
+    """Return pairs of Parameter objects that share elements, which would be stepped twice."""
     owned = list(found)
     pairs = overlapping([item.tensor for item in owned])
     return [(owned[one], owned[other]) for one, other in pairs]
 
 
 def overlap_fix(first: Owned, second: Owned) -> str:
-    """What to do about two Parameters over the same memory."""
+    """Return what to do about two Parameters over the same memory."""
     one, other = first.info, second.info
     how = relation(first.tensor, second.tensor)
     if how == "same":

@@ -53,10 +53,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def matches(self, info: ParamInfo) -> bool:
-        """Whether the parameter is selected (for a tied one: by any of its names)."""
+        """Return whether the parameter is selected (for a tied one: by any of its names)."""
 
     def depths(self, info: ParamInfo) -> frozenset[int]:
-        """The layer numbers captured from the names of the parameter."""
+        """Return the layer numbers captured from the names of the parameter."""
         return frozenset()
 
     @property

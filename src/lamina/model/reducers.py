@@ -111,7 +111,7 @@ def _reductions(model: nn.Module, params: Sequence[torch.Tensor]) -> Iterator[Re
 
 
 def _living_wrappers(ids: set[int]) -> list[DistributedDataParallel]:
-    """All wrappers in this process that have one of these parameters inside."""
+    """Return all wrappers in this process that have one of these parameters inside."""
     # `isinstance` would ask proxies for their class, which may load whatever they stand for.
     found = (it for it in gc.get_objects() if issubclass(type(it), DistributedDataParallel))
     return [it for it in found if not ids.isdisjoint(map(id, it.module.parameters()))]

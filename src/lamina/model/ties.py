@@ -30,7 +30,7 @@ class Tie(tuple[str, ...]):
     kind: str
 
     def __new__(cls, names: Iterable[str], kind: str = "parameter") -> Tie:
-        """A tie of these names."""
+        """Return a tie of these names."""
         tie = super().__new__(cls, tuple(names))
         tie.kind = kind
         return tie
@@ -114,7 +114,7 @@ def untie(model: nn.Module, name: str) -> None:
 
 
 def ties(model: nn.Module) -> tuple[Tie, ...]:
-    """All ties of a model, each with all its names and its `kind`.
+    """Return all ties of a model, each with all its names and its `kind`.
 
     Two Parameters that share elements in memory are listed too, as `"view"` or `"transposed"`; a
     plan refuses them, because each would be updated.
@@ -160,12 +160,12 @@ class Watched:
 
 
 def by_name(found: Iterable[Owned]) -> dict[str, Owned]:
-    """Parameters by each of their names."""
+    """Return parameters by each of their names."""
     return {name: item for item in found for name in item.info.names}
 
 
 def broken(names: Iterable[str], live: Mapping[str, Owned]) -> list[tuple[str, ...]]:
-    """The names of a tie by what they are now: more than one part if the tie broke.
+    """Return the names of a tie by what they are now: more than one part if the tie broke.
 
     A name that is no longer in the model is in no part.
     """
@@ -177,7 +177,7 @@ def broken(names: Iterable[str], live: Mapping[str, Owned]) -> list[tuple[str, .
 
 
 def tie_again(parts: Sequence[Sequence[str]]) -> str:
-    """The call that ties what broke."""
+    """Return the call that ties what broke."""
     first, *others = parts
     pairs = {name: first[0] for part in others for name in part}
     return f"lamina.tie(model, {pairs!r})"

@@ -70,7 +70,8 @@ class ByDepth(_Factor):
         >>> by_depth(0.9)
         by_depth(0.9)
 
-    Source: Howard and Ruder, ULMFiT (2018), section 3.2, discriminative fine-tuning.
+    References:
+        Howard and Ruder, ULMFiT (2018), section 3.2, discriminative fine-tuning.
     """
 
     source_name: ClassVar[str] = "by_depth"
@@ -97,7 +98,8 @@ class TopDown(Expression):
         >>> top_down(every="0.4 epochs")
         top_down('0.4 epochs')
 
-    Source: Howard and Ruder, ULMFiT (2018), section 3.3, gradual unfreezing.
+    References:
+        Howard and Ruder, ULMFiT (2018), section 3.3, gradual unfreezing.
     """
 
     source_name: ClassVar[str] = "top_down"

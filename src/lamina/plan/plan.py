@@ -267,7 +267,7 @@ class Plan:
         extend: str | None = None,
         renamed: Mapping[str, str | None] | None = None,
     ) -> Preview:
-        """What will happen to every part of a model, before it does; arguments as in `build`."""
+        """Show what will happen to every part of a model; arguments as in `build`."""
         from ..preview import preview_of
 
         run = time.run_of(steps, epochs, steps_per_epoch, accumulate)

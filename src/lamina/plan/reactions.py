@@ -37,7 +37,7 @@ class Reaction(Expression, ABC):
 
     @abstractmethod
     def begin(self) -> dict[str, Any]:
-        """What it has seen before any report."""
+        """Return what it has seen before any report."""
 
     def check(self, mode: str, patience: TimeLike, **numbers: float) -> None:
         """Raise `PlanError` for arguments that cannot be meant."""
@@ -65,7 +65,7 @@ def _as_name(metric: object) -> str:
 
 
 def key_of(kind: str, reaction: Any) -> str:
-    """What a reaction's memory is kept under: what was seen of one metric says nothing of another.
+    """Return the key of a reaction's memory; another metric has another key.
 
     Example:
         >>> key_of("early stop", early_stop("accuracy", mode="max"))
@@ -75,7 +75,7 @@ def key_of(kind: str, reaction: Any) -> str:
 
 
 def better(value: float, best: float | None, mode: str, threshold: float) -> bool:
-    """Whether a metric improved by more than a share of the best so far.
+    """Return whether a metric improved by more than a share of the best so far.
 
     Formula: `value < best - threshold * |best|` for "min"; relative, so that it means the same
     for a loss of 100 and one of 1e-6, and right for negative metrics.
@@ -89,7 +89,7 @@ def better(value: float, best: float | None, mode: str, threshold: float) -> boo
 
 
 def waited(patience: TimeLike, seen: Seen, step: int, run: Run) -> float:
-    """How far patience is used up: reports (a number) or time (with a unit) since the best."""
+    """Count how much patience is used up: reports, or time, since the best."""
     if isinstance(patience, int):
         return float(seen["bad"] - patience)
     return float(step - seen["since"] - time.parse(patience).in_steps(run))
@@ -143,11 +143,11 @@ class Plateau(Reaction):
             )
 
     def begin(self) -> dict[str, Any]:
-        """What it has seen before any report; `changes` lists [step, multiplier]."""
+        """Return what it has seen before any report; `changes` lists [step, multiplier]."""
         return {"best": None, "bad": 0, "since": 0, "cooldown": 0, "changes": []}
 
     def observe(self, seen: Seen, value: float, step: int, run: Run) -> dict[str, Any]:
-        """What it has seen after a report at a step."""
+        """Return what it has seen after a report at a step."""
         new = dict(seen)
         if better(value, seen["best"], self.mode, self.threshold):
             new.update(best=value, bad=0, since=step)
@@ -195,13 +195,13 @@ class EarlyStop(Reaction):
             raise PlanError("early_stop was given patience=0; expected 1 report or more.")
 
     def begin(self) -> dict[str, Any]:
-        """What it has seen before any report."""
+        """Return what it has seen before any report."""
         return {"best": None, "bad": 0, "since": 0, "stop": False, "opened": 0, "waited": False}
 
     def observe(
         self, seen: Seen, value: float, step: int, run: Run, thaw: bool, lowered: bool
     ) -> dict[str, Any]:
-        """What it has seen after a report.
+        """Return what it has seen after a report.
 
         `thaw`: a part has just thawed or will; `lowered`: a plateau has just lowered lr; `waited`
         remembers that a reduction had its chance since the best.
@@ -249,11 +249,11 @@ class OnPlateau(Reaction):
         self.check(self.mode, self.patience, threshold=self.threshold)
 
     def begin(self) -> dict[str, Any]:
-        """What it has seen before any report; `opened` is the step of the thaw."""
+        """Return what it has seen before any report; `opened` is the step of the thaw."""
         return {"best": None, "bad": 0, "since": 0, "opened": None}
 
     def observe(self, seen: Seen, value: float, step: int, run: Run) -> dict[str, Any]:
-        """What it has seen after a report at a step."""
+        """Return what it has seen after a report at a step."""
         if seen["opened"] is not None:
             return dict(seen)
         new = dict(seen)

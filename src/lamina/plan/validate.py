@@ -54,7 +54,7 @@ _BEYOND_FLOATS = 10**308
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings with texts parsed, each of the form that its place needs."""
+    """Return the settings with texts parsed, each of the form that its place needs."""
     for key, value in settings.items():
         _refuse_endless_numbers(key, value, where)
     given = {key: _check_setting(key, value, where) for key, value in settings.items()}
@@ -157,7 +157,7 @@ def _frozen_state(value: Any, place: str) -> str:
 
 
 def _moments(key: str, value: Any, place: str) -> Any:
-    """A time, or several in a tuple; for a thaw also what stands in the place of a time."""
+    """Return a time, or several in a tuple; for a thaw also what stands in the place of a time."""
     if isinstance(value, (list, tuple)):
         if not value:
             raise PlanError(f"{place}=[] is empty; give it a time, or leave it out.")

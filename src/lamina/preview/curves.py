@@ -40,13 +40,13 @@ class Course:
         return short + more
 
     def spans(self) -> list[tuple[int, int]]:
-        """Where it trains: [first, last) as places in the samples."""
+        """Return where it trains: [first, last) as places in the samples."""
         edges = np.flatnonzero(np.diff(self.active.astype(np.int8), prepend=0, append=0))
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
 def courses(preview: Shown) -> list[Course]:
-    """The distinct courses of a preview, in the order of their groups."""
+    """Return the distinct courses of a preview, in the order of their groups."""
     merged: dict[Any, list[Row]] = {}
     for row in preview.rows:
         # What never trains has no curve to share, so only layers of one rule are drawn as one.
@@ -59,12 +59,12 @@ def courses(preview: Shown) -> list[Course]:
 
 
 def family(group: str) -> str:
-    """The same for groups whose names differ only in numbers: the layers of one rule."""
+    """Return the same for groups whose names differ only in numbers: the layers of one rule."""
     return re.sub(r"\d+", "#", group)
 
 
 def colours(found: list[Course]) -> list[Any]:
-    """A colour (red, green, blue, alpha) for each course.
+    """Return a colour (red, green, blue, alpha) for each course.
 
     Courses whose names differ only in numbers (the layers of one rule) share a ramp; others get
     colours that are easy to tell apart. What never trains is grey.

@@ -18,7 +18,7 @@ PLAIN_NORM = r"clip_norm [^,(]+"
 
 
 def header(preview: Shown) -> list[str]:
-    """The lines above the table."""
+    """Return the lines above the table."""
     said = facts(preview)
     lines = [" · ".join([_length(preview), *_groups(preview, said)])]
     common = [said[key] for key in ("weight_decay", "gradients") if said.get(key)]
@@ -37,7 +37,7 @@ def header(preview: Shown) -> list[str]:
 
 
 def facts(preview: Shown) -> dict[str, str]:
-    """Settings in which all groups that train agree, in words."""
+    """Return settings in which all groups that train agree, in words."""
     rows = [row for row in preview.rows if row.first is not None]
     said = {}
     optimizers = {row.optimizer for row in preview.rows}
@@ -71,7 +71,7 @@ def _length(preview: Shown) -> str:
 
 
 def _resumed(preview: Shown, resumed: Resumed) -> str:
-    """Where a saved run goes on, and what became of its schedules."""
+    """Return where a saved run goes on, and what became of its schedules."""
     text = f"goes on at step {resumed.clock:,} of a saved run"
     if resumed.saved_run is None or resumed.saved_run.steps is None:
         return f"{text} whose length is unknown"
@@ -95,7 +95,7 @@ def _groups(preview: Shown, said: dict[str, str]) -> list[str]:
 
 
 def _freezing(preview: Shown) -> str:
-    """How frozen parts are kept from training; empty if nothing is ever frozen."""
+    """Return how frozen parts are kept from training; empty if nothing is ever frozen."""
     rows = preview.rows
     if all(row.thaw == "trains" for row in rows):
         return ""

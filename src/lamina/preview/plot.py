@@ -55,7 +55,7 @@ def plot(
 
 
 def _new_axes(bars: float, names_outside: bool, epochs_shown: bool) -> Axes:
-    """Axes in a figure of their own, without pyplot: no display and no global state."""
+    """Return axes in a figure of their own, without pyplot: no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ def _new_axes(bars: float, names_outside: bool, epochs_shown: bool) -> Axes:
 
 
 def _below(ax: Axes, height: float) -> Any:
-    """Axes for the bars, cut off from the lower end of `ax`, so that nothing else moves."""
+    """Return axes for the bars, cut off from the lower end of `ax`, so that nothing else moves."""
     grid = require("mpl_toolkits.axes_grid1", "plot", "preview.plot()")
     return grid.make_axes_locatable(ax).append_axes("bottom", size=height, pad=0.12, sharex=ax)
 
@@ -105,7 +105,7 @@ def _curves(ax: Axes, preview: Shown, found: list[Course], palette: list[Any]) -
 
 
 def _clock(ax: Axes, step: int) -> None:
-    """A line where a saved run goes on."""
+    """Return a line where a saved run goes on."""
     ax.axvline(step, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="_resumed")
     ax.annotate(
         f"goes on at step {step:,}", (step, 1), (5, -4), xycoords=("data", "axes fraction"),
@@ -114,7 +114,7 @@ def _clock(ax: Axes, step: int) -> None:
 
 
 def _scale(ax: Axes, found: list[Course]) -> None:
-    """A logarithmic axis where groups are far apart; it ends where the curves say nothing more."""
+    """Set a logarithmic axis where groups are far apart, cut where curves end."""
     trained = [course.lr[course.active] for course in found if course.active.any()]
     peaks = [float(lr.max()) for lr in trained if lr.max() > 0]
     if not peaks:
@@ -171,7 +171,7 @@ def _epochs(ax: Axes, preview: Shown) -> None:
 
 
 def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> None:
-    """One bar for each course: filled while it trains, hatched while it is frozen."""
+    """Return one bar for each course: filled while it trains, hatched while it is frozen."""
     steps, total = preview.steps, int(preview.run.steps or 0)
     named = len(found) <= _NAMED
     high = 0.8 if named else 1.0
@@ -203,7 +203,7 @@ def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> N
 def _name(
     ax: Any, place: int, course: Course, colour: Any, spans: list[tuple[int, int]], total: int
 ) -> None:
-    """The name of a course inside its bar, where the bar is filled if that is wide enough."""
+    """Write the name of a course inside its bar, where it is filled if that is wide enough."""
     need = total * min(0.9, 0.012 * len(course.label) + 0.02)
     filled = next((begin for begin, end in spans if end - begin >= need), None)
     dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour[:3], strict=True)) < 0.62

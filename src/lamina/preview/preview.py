@@ -76,7 +76,7 @@ class Preview:
         return (*found, *self.flags.findings, *self._held_at_zero())
 
     def _held_at_zero(self) -> list[Finding]:
-        """A held run that learns nothing more, because its schedules end at 0."""
+        """Return a held run that learns nothing more, because its schedules end at 0."""
         end, last = self.resolved.settled_for.steps, self.run.steps
         if self.resumed is None or end is None or last is None or last <= end:
             return []
@@ -116,7 +116,7 @@ class Preview:
         return rows.rows(self)
 
     def values(self, step: Any) -> Values:
-        """Every value at a step or an array of steps, by the groups of the run as it goes on."""
+        """Return every value at a step or an array of steps, by the present groups."""
         after = values_at(self.resolved, step, self.feedback)
         if self.resumed is None or self.resumed.before is None:
             return after
@@ -124,14 +124,14 @@ class Preview:
         return spliced(before, after, step, self.resumed.clock)
 
     def _feedback_at(self, step: int) -> tuple[Resolved, Feedback]:
-        """What the plan was settled to at a step: before its clock, a resumed run was another."""
+        """Return the resolved plan at a step: before its clock, a resumed run had another."""
         resumed = self.resumed
         if resumed is None or resumed.before is None or step >= resumed.clock:
             return self.resolved, self.feedback
         return resumed.before, resumed.past
 
     def at(self, step: int) -> dict[str, dict[str, Any]]:
-        """The hyperparameters of every group at a step, in the form of `optimizer.applied`.
+        """Return the hyperparameters of every group at a step, in the form of `optimizer.applied`.
 
         Before the clock of a resumed run these are its groups as they were.
         """
@@ -140,7 +140,7 @@ class Preview:
         return {cell.name: values.hyper(i) for i, cell in enumerate(resolved.cells)}
 
     def explain(self, name: str, step: int = 0) -> Explanation:
-        """The chain of rules behind every number of a parameter at a step."""
+        """Return the chain of rules behind every number of a parameter at a step."""
         resolved, feedback = self._feedback_at(step)
         return explain(resolved, name, step, feedback)
 
@@ -184,7 +184,7 @@ def preview_of(
     extend: str | None = None,
     renamed: Mapping[str, str | None] | None = None,
 ) -> Preview:
-    """The preview of a plan on a model; see `Plan.preview`."""
+    """Return the preview of a plan on a model; see `Plan.preview`."""
     owned = walk(model)
     settle = partial(resolve_owned, plan, owned, seen=observe(model, owned))
     resumed = resume_from(settle, run, resume, extend, renamed)

@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def number(value: float | None) -> str:
-    """A number as people write it: three digits, `2e-5` rather than `2e-05`."""
+    """Return a number as people write it: three digits, `2e-5` rather than `2e-05`."""
     if value is None:
         return "–"
     if 0 < abs(value) < 9.995e-4:
@@ -29,17 +29,17 @@ def number(value: float | None) -> str:
 
 
 def span(start: float | None, end: float | None) -> str:
-    """A number, or where one begins and ends."""
+    """Return a number, or where one begins and ends."""
     return number(start) if start == end or end is None else f"{number(start)} → {number(end)}"
 
 
 def epochs(steps: int, per_epoch: int) -> str:
-    """Steps as epochs, to two decimals."""
+    """Return steps as epochs, to two decimals."""
     return f"{steps / per_epoch:.2f}".rstrip("0").rstrip(".")
 
 
 def rows(preview: Shown) -> tuple[Row, ...]:
-    """The rows of a preview."""
+    """Return the rows of a preview."""
     values = preview.values(preview.steps)
     return tuple(_row(preview, values, index) for index in range(len(preview.resolved.cells)))
 
@@ -87,13 +87,13 @@ def _row(preview: Shown, values: Values, index: int) -> Row:
 
 
 def _operation_text(operation: Operation, start: float | None, end: float | None) -> str:
-    """A gradient operation with its number as it moves; more arguments, or none, as written."""
+    """Describe a gradient operation with its number as it moves."""
     plain = repr(operation) == f"{operation.source_name}({operation.amount!r})"
     return f"{operation.source_name} {span(start, end)}" if plain else repr(operation)
 
 
 def _thaw_text(preview: Shown, cell: Cell, spans: list[tuple[int, int | None]]) -> str:
-    """When a cell trains, in words."""
+    """Return when a cell trains, in words."""
     if not spans:
         waits = [b.reaction.metric for b, _ in cell.windows if isinstance(b, Trigger)]
         if waits:

@@ -20,7 +20,7 @@ _BLOCK = 1 << 15
 
 
 def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
-    """The largest lr of each group over all steps, and the first step that has it.
+    """Return the largest lr of each group over all steps, and the first step that has it.
 
     Of very long runs, over the steps that `steps_to_check` gives.
     """
@@ -43,7 +43,7 @@ def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
 
 
 def _lr_key(preview: Shown, cell: Cell) -> Any:
-    """Equal for two groups only if their lr is the same at every step."""
+    """Return a key that two groups share only if their lr is the same at every step."""
     overridden = cell.name if cell.name in preview.feedback.overrides else None
     lr = dict(cell.hyper).get("lr")
     before = preview.resumed.before if preview.resumed is not None else None
@@ -52,7 +52,7 @@ def _lr_key(preview: Shown, cell: Cell) -> Any:
 
 
 def sampled(preview: Shown) -> npt.NDArray[np.int64]:
-    """The steps to draw; see `Preview.steps`."""
+    """Return the steps to draw; see `Preview.steps`."""
     steps = preview.run.steps
     if steps is None:
         spans = [windows(preview, cell) for cell in _all_cells(preview)]
@@ -85,7 +85,7 @@ def _all_joints(preview: Shown) -> set[int]:
 
 
 def windows(preview: Shown, cell: Cell) -> list[tuple[int, int | None]]:
-    """The windows of a cell that open within the run, those cut off at its end with None."""
+    """Return the windows of a cell that open within the run, those cut off at its end with None."""
     total = math.inf if preview.run.steps is None else preview.run.steps
     found: list[tuple[int, int | None]] = []
     for start, end in preview.feedback.windows(cell):
@@ -95,7 +95,7 @@ def windows(preview: Shown, cell: Cell) -> list[tuple[int, int | None]]:
 
 
 def _joints(cell: Cell, spans: Iterable[tuple[int, int | None]]) -> set[int]:
-    """The steps at which a cell thaws or freezes, or one of its schedules enters a phase."""
+    """Return the steps at which a cell thaws or freezes, or one of its schedules enters a phase."""
     parts = [
         part
         for _, given in cell.hyper

@@ -42,7 +42,7 @@ def curve(values: npt.ArrayLike, width: int = 10, *, unicode: bool = True) -> st
 
 
 def can_show(stream: Any = None) -> bool:
-    """Whether a stream (standard output by default) can encode the characters of a preview."""
+    """Return whether a stream (standard output by default) can encode a preview."""
     encoding = getattr(sys.stdout if stream is None else stream, "encoding", None)
     try:
         (_BARS + _GAP + "–→…─").encode(encoding or "utf-8")

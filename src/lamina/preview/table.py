@@ -42,7 +42,7 @@ class Column:
 
 
 def text(preview: Shown, width: int | None = None, *, unicode: bool | None = None) -> str:
-    """A preview as plain text.
+    """Return a preview as plain text.
 
     Args:
         preview: what to show.
@@ -65,7 +65,7 @@ def text(preview: Shown, width: int | None = None, *, unicode: bool | None = Non
 
 
 def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[Any]:
-    """A preview as parts that rich prints: the header, the table, the notes."""
+    """Return a preview as parts that rich prints: the header, the table, the notes."""
     table_module = require("rich.table", "cli", "a rich table")
     rich_text = require("rich.text", "cli", "a rich table")
     shown, dropped = fit(columns(preview, unicode), width)
@@ -98,7 +98,7 @@ _MARK = "! "
 
 
 def columns(preview: Shown, unicode: bool = True) -> list[Column]:
-    """All columns worth showing: those in which the groups differ, and the lr."""
+    """Return all columns worth showing: those in which the groups differ, and the lr."""
     rows = preview.rows
     said = facts(preview)
 
@@ -148,17 +148,17 @@ def _lr_columns(preview: Shown) -> list[Column]:
 
 
 def _constant(rows: Sequence[Row]) -> bool:
-    """Whether no lr ever moves."""
+    """Return whether no lr ever moves."""
     return all(np.ptp(row.lr[row.active]) == 0 for row in rows if row.active.any())
 
 
 def _only_norms(rows: Sequence[Row]) -> bool:
-    """Whether gradients are clipped by norm and nothing else."""
+    """Return whether gradients are clipped by norm and nothing else."""
     return all(re.fullmatch(PLAIN_NORM, row.gradients) for row in rows if row.scope)
 
 
 def _limits(rows: Sequence[Row]) -> dict[str, str]:
-    """What each scope does to gradients; letters tell apart scopes that do the same."""
+    """Return what each scope does to gradients; letters tell apart scopes that do the same."""
     short = "clip_norm " if _only_norms(rows) else ""
     limits = {row.scope: row.gradients.removeprefix(short) for row in rows if row.scope}
     if "plan" in limits:  # what no rule took out of it; it is said last
@@ -170,7 +170,7 @@ def _limits(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def count(amount: int) -> str:
-    """A number of parameters in about five characters."""
+    """Return a number of parameters in about five characters."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if amount >= 10 * size or (unit != "k" and amount >= size):
             return f"{amount / size:.3g}{unit}"
@@ -181,7 +181,7 @@ def count(amount: int) -> str:
 
 
 def fit(given: list[Column], width: int) -> tuple[list[Column], list[str]]:
-    """Columns that fit: long names are shortened first, then the least needed columns dropped."""
+    """Fit columns to a width: shorten long names first, then drop the least needed ones."""
     shown, dropped = list(given), []
     while _rest(shown, width) < min(_MIN_NAME, shown[0].width) and any(c.rank for c in shown):
         least = max(shown, key=lambda column: column.rank)
@@ -192,7 +192,7 @@ def fit(given: list[Column], width: int) -> tuple[list[Column], list[str]]:
 
 
 def _rest(shown: Sequence[Column], width: int) -> int:
-    """What the other columns leave for the names."""
+    """Return what the other columns leave for the names."""
     return width - sum(column.width + len(_GAP) for column in shown[1:])
 
 
@@ -237,7 +237,7 @@ def _ties(preview: Shown) -> str:
 
 
 def _notes(preview: Shown, dropped: Sequence[str], width: int) -> list[str]:
-    """What stands below the table: clip scopes, columns left out, findings."""
+    """Return what stands below the table: clip scopes, columns left out, findings."""
     lines = []
     if "gradients" not in facts(preview):
         norms = _only_norms(preview.rows)

@@ -82,7 +82,7 @@ def _by_group(applied: Applied) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def _lr(value: Any) -> float:
-    """An absent record is NaN, which agrees with nothing."""
+    """Return an absent record is NaN, which agrees with nothing."""
     value = value.get("lr") if isinstance(value, Mapping) else value
     return float("nan") if value is None else float(value)
 

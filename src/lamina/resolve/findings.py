@@ -38,7 +38,7 @@ def find(
     seen: Observed | None = None,
     scopes: Sequence[Scope] = (),
 ) -> tuple[Finding, ...]:
-    """All findings of a resolved plan."""
+    """Return all findings of a resolved plan."""
     return (
         *_nothing_trains(drafts, run),
         *_cannot_train(drafts),
@@ -60,7 +60,7 @@ def find(
 
 
 def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> tuple[Finding, ...]:
-    """What the windows of all parameters, in the model's order, mean for this kind of model."""
+    """Find what the windows of all parameters mean for this kind of model."""
     return (
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),

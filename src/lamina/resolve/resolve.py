@@ -44,7 +44,7 @@ def resolve_owned(
     seen: Observed | None = None,
     planned: Run | None = None,
 ) -> Resolved:
-    """`resolve` for a model that was already walked and observed.
+    """Resolve a plan for a model that was already walked and observed.
 
     Args:
         plan: the plan.
@@ -77,7 +77,7 @@ def resolve_owned(
 
 
 def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], ...]:
-    """Everything that watches a metric, once, by the key of what it has seen."""
+    """Return everything that watches a metric, once, by the key of what it has seen."""
     found: dict[str, Reaction] = {}
     for draft in drafts:
         if draft.feedback is not None:
@@ -112,7 +112,7 @@ def _refuse_tensors(cells: tuple[Cell, ...], owned: dict[str, Owned]) -> None:
 
 
 def _judge_whole_vector(cells: tuple[Cell, ...]) -> None:
-    """A method over all parameters at once must be alone, and its gradients untouched."""
+    """Return a method over all parameters at once must be alone, and its gradients untouched."""
     whole = next((cell for cell in cells if is_whole_vector(cell.optimizer)), None)
     if whole is None:
         return
@@ -153,7 +153,7 @@ class _Binder:
         self.judged: set[Schedule] = set()
 
     def steps(self, curves: tuple[Schedule, ...]) -> Floats:
-        """The steps at which the values of schedules are checked."""
+        """Return the steps at which the values of schedules are checked."""
         if self.length <= EXACT:
             return self.every
         return steps_to_check(self.length, set().union(*map(boundaries, curves)))
@@ -178,7 +178,7 @@ class _Binder:
         return Setting(float(amount))
 
     def span(self, setting: Setting) -> tuple[Any, Any]:
-        """The smallest and the largest value of a setting over the run."""
+        """Return the smallest and the largest value of a setting over the run."""
         if not setting.curves:
             return setting.scale, setting.scale
         values = setting.scale

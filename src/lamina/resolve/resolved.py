@@ -39,7 +39,7 @@ class Setting:
     curves: tuple[Schedule, ...] = ()
 
     def value(self, curve: Callable[[Schedule], Any]) -> Any:
-        """The scale times what `curve` makes of each schedule."""
+        """Return the scale times what `curve` makes of each schedule."""
         value = self.scale
         for schedule in self.curves:
             value = value * curve(schedule)
@@ -106,7 +106,7 @@ class Cell:
     by_model: bool = False
 
     def values(self, step: int) -> dict[str, Any]:
-        """The hyperparameters at a step as the rules give them; lr without schedule and window."""
+        """Return the hyperparameters that the rules give at a step; lr without schedule."""
         return self._values(lambda schedule: float(schedule(step)))
 
     @cached_property

@@ -32,12 +32,12 @@ class Feedback:
     seen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def opened(self, trigger: Trigger) -> float:
-        """The step at which a thaw that waits for a metric begins; infinite while it waits."""
+        """Return the step at which a thaw that waits for a metric begins, or infinity."""
         step = self.seen.get(trigger.key, {}).get("opened")
         return math.inf if step is None else float(step)
 
     def windows(self, cell: Cell) -> list[tuple[float, float]]:
-        """The windows of a cell in numbers; one that waits for a metric begins at infinity."""
+        """Return the windows of a cell as numbers; one that waits begins at infinity."""
         return [
             (
                 self.opened(begin) if isinstance(begin, Trigger) else float(begin),
@@ -69,7 +69,7 @@ class Values:
         return np.atleast_1d(np.asarray(self._given, dtype=np.float64))
 
     def hyper(self, index: int) -> dict[str, Any]:
-        """The hyperparameters of a cell; lr is 0 while it is frozen."""
+        """Return the hyperparameters of a cell; lr is 0 while it is frozen."""
         cell = self._resolved.cells[index]
         values = dict(cell.constants)
         for key, setting in cell.moving:
@@ -84,16 +84,16 @@ class Values:
         return values
 
     def lr(self, index: int) -> Any:
-        """The learning rate of a cell."""
+        """Return the learning rate of a cell."""
         return self.hyper(index)["lr"]
 
     def active(self, index: int) -> Any:
-        """Whether the cell of this index trains."""
+        """Return whether the cell of this index trains."""
         cell = self._resolved.cells[index]
         return True if self._scalar and cell.steady else self.inside(cell)
 
     def inside(self, cell: Cell) -> Any:
-        """Whether a cell trains."""
+        """Return whether a cell trains."""
         windows = self._feedback.windows(cell)
         if self._scalar:
             return any(begin <= self._step < end for begin, end in windows)
@@ -116,7 +116,7 @@ class Values:
                 values[key] = np.where(self._steps >= begin, now, values[key])
 
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
-        """The gradient operations of a scope with their numbers."""
+        """Return the gradient operations of a scope with their numbers."""
         listed = self._resolved.scopes[scope].operations
         return [(operation, self._value(amount)) for operation, amount in listed]
 
@@ -135,7 +135,7 @@ class Values:
         return np.where(active, lr, 0.0)
 
     def reaction(self, key: str) -> Any:
-        """The multiplier of a plateau; one that has not reacted yet is 1."""
+        """Return the multiplier of a plateau; one that has not reacted yet is 1."""
         changes = self._feedback.seen.get(key, {}).get("changes", ())
         if self._scalar:
             return value_at(changes, self._step, 1.0)
@@ -145,7 +145,7 @@ class Values:
         return factor
 
     def _rewarm(self, cell: Cell) -> Any:
-        """The factor after a thaw; a part that trains from step 0 has no thaw."""
+        """Return the factor after a thaw; a part that trains from step 0 has no thaw."""
         assert cell.rewarm is not None
         thaws = [begin for begin, _ in self._feedback.windows(cell) if 0 < begin < math.inf]
         place = np.searchsorted(thaws, self._steps, side="right")
@@ -175,7 +175,7 @@ class Values:
 
 
 def values_at(resolved: Resolved, step: Any, feedback: Feedback = NO_FEEDBACK) -> Values:
-    """Every value of a resolved plan at a step (or an array of steps), counted from 0.
+    """Return every value of a resolved plan at a step (or an array of steps), counted from 0.
 
     Pure: the same arguments give the same values, in any order. `Optimizer.step` applies what
     this returns; preview, explain and the logs show it.
@@ -194,17 +194,17 @@ class _Spliced(Values):
         self._earlier = [known[cell.parameters[0].name] for cell in cells]
 
     def hyper(self, index: int) -> dict[str, Any]:
-        """The hyperparameters of a cell."""
+        """Return the hyperparameters of a cell."""
         old, new = self._before.hyper(self._earlier[index]), self._after.hyper(index)
         return {key: self._pick(old[key], new[key]) for key in new}
 
     def active(self, index: int) -> Any:
-        """Whether the cell of this index trains."""
+        """Return whether the cell of this index trains."""
         earlier = self._earlier[index]
         return self._pick(self._before.active(earlier), self._after.active(index))
 
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
-        """The gradient operations of a scope with their numbers."""
+        """Return the gradient operations of a scope with their numbers."""
         pairs = zip(self._before.operations(scope), self._after.operations(scope), strict=True)
         return [(operation, self._pick(old, new)) for (_, old), (operation, new) in pairs]
 
@@ -218,5 +218,5 @@ class _Spliced(Values):
 
 
 def spliced(before: Values, after: Values, step: Any, clock: int) -> Values:
-    """The values of a run that was settled anew at a step: `before` it, and `after`."""
+    """Return the values of a run that was settled anew at a step: `before` it, and `after`."""
     return _Spliced(before, after, np.asarray(step) < clock)

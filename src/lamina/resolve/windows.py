@@ -28,7 +28,7 @@ def settle(
     where: str,
     earlier: Windows,
 ) -> Windows:
-    """The windows that a rule gives one parameter.
+    """Return the windows that a rule gives one parameter.
 
     Thaws and freezes alternate; what begins with a freeze trains from step 0.
 
@@ -90,7 +90,7 @@ def _top_down_step(thaw: TopDown, below_top: int, run: Run) -> int:
 
 
 def _alternating(thaws: list[Moment], freezes: list[Moment], who: str) -> list[Moment]:
-    """All moments in time, if each list is in order and the two alternate."""
+    """Return all moments in time, if each list is in order and the two alternate."""
     for listed in (thaws, freezes):
         for first, second in pairwise(listed):
             if second[0] <= first[0]:
@@ -119,7 +119,7 @@ def _said(moment: Moment) -> str:
 
 
 def _spans(moments: list[Moment]) -> Windows:
-    """[thaw, freeze) for each thaw; a freeze that comes first ends what began at step 0."""
+    """Return [thaw, freeze) for each thaw; a freeze that comes first ends what began at 0."""
     steps: list[int | None] = [step for step, _, _ in moments]
     if moments[0][1] == "freeze":
         steps.insert(0, 0)
@@ -136,7 +136,7 @@ def _span_text(begin: int | Trigger, end: int | None) -> str:
 
 
 def window_text(windows: Windows) -> str:
-    """Windows in words."""
+    """Describe windows in words."""
     if windows == ALWAYS:
         return "trains"
     if not windows:

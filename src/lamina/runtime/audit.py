@@ -214,7 +214,8 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
 def _weights(device: torch.device) -> torch.Tensor:
     """Return odd numbers of 64 bits without a pattern.
 
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014), SplitMix.
+    References:
+        Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014), SplitMix.
     """
     with torch.inference_mode(False):
         mixed = torch.arange(1, _CHUNK + 1, device=device) * _ODD

@@ -39,11 +39,11 @@ class Schedule(Expression, ABC):
 
     @abstractmethod
     def duration(self, run: Run) -> Fraction | None:
-        """The exact length in steps, or None for the rest of the run."""
+        """Return the exact length in steps, or None for the rest of the run."""
 
     @abstractmethod
     def bind(self, run: Run, start: Fraction = Fraction(0), end: Fraction | None = None) -> Self:
-        """The same schedule with its lengths in whole steps.
+        """Return the same schedule with its lengths in whole steps.
 
         `start` and `end` are its exact place in the run; boundaries round up, so that phases
         given as shares of the run meet without a gap.
@@ -51,10 +51,10 @@ class Schedule(Expression, ABC):
 
     @abstractmethod
     def at(self, steps: Floats) -> Floats:
-        """The values at an array of steps (float64, counted from 0); for bound schedules."""
+        """Return the values at an array of steps (float64, counted from 0); for bound schedules."""
 
     def __call__(self, step: Any, *, run: Run | None = None) -> Any:
-        """The value at one step (a float) or at an array of steps (an array of that shape)."""
+        """Return the value at one step (a float) or at each of an array of steps."""
         bound = self.bind(run or Run())
         array = np.asarray(step, dtype=np.float64)
         if array.size and array.min() < 0:
@@ -63,7 +63,7 @@ class Schedule(Expression, ABC):
         return float(values) if array.ndim == 0 else values
 
     def __rshift__(self, other: object) -> Schedule:
-        """First this schedule for its length, then the other."""
+        """Join two schedules: first this one for its length, then the other."""
         if not isinstance(other, Schedule):
             _refuse(self, ">>", other)
             return NotImplemented
@@ -74,7 +74,7 @@ class Schedule(Expression, ABC):
         return NotImplemented
 
     def __mul__(self, other: object) -> Schedule:
-        """The product of two schedules, step by step."""
+        """Return the product of two schedules, step by step."""
         if not isinstance(other, Schedule):
             _refuse(self, "*", other)
             return NotImplemented
@@ -91,7 +91,7 @@ class Schedule(Expression, ABC):
         steps_per_epoch: int | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> Any:
-        """A picture of this schedule, and of others on the same axis (needs matplotlib).
+        """Return a picture of this schedule, and of others on the same axis (needs matplotlib).
 
         Args:
             others: more schedules.
@@ -112,7 +112,7 @@ class Schedule(Expression, ABC):
     def sparkline(
         self, steps: int | None = None, *, steps_per_epoch: int | None = None, width: int = 40
     ) -> str:
-        """The curve as one line of text, for a terminal; arguments as in `plot`."""
+        """Return the curve as one line of text, for a terminal; arguments as in `plot`."""
         run = _run_of((self,), steps, steps_per_epoch)
         last = (run.steps or 1) - 1
         places = np.unique(np.linspace(0, last, min(width, last + 1)).round())
@@ -131,12 +131,12 @@ def _refuse(schedule: Schedule, op: str, other: object) -> None:
 
 
 def phases_of(schedule: Schedule) -> tuple[Schedule, ...]:
-    """The phases of a sequence, or the schedule itself as the only one."""
+    """Return the phases of a sequence, or the schedule itself as the only one."""
     return schedule.phases if isinstance(schedule, Sequence) else (schedule,)
 
 
 def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
-    """The kind of a composition; raises if its parts do not go together."""
+    """Return the kind of a composition; raises if its parts do not go together."""
     known = [part.kind for part in parts]  # once: each asks all of its own parts
     kinds = set(known) - {EITHER}
     values = known.count(VALUE)
@@ -152,7 +152,7 @@ def joined_kind(op: str, parts: tuple[Schedule, ...]) -> str:
 
 
 def _run_of(schedules: tuple[Schedule, ...], steps: int | None, steps_per_epoch: int | None) -> Run:
-    """The run to show: as given, or as long as the longest schedule."""
+    """Return the run to show: as given, or as long as the longest schedule."""
     if steps is not None and steps < 1:
         raise ScheduleError(f"steps={steps} is out of range; expected 1 or more.")
     if steps is None:
@@ -269,14 +269,14 @@ class Product(Schedule):
 
 
 def spell_part(schedule: Schedule, quote: bool) -> str:
-    """A part of a composition, in brackets where its meaning would change without them."""
+    """Return a part of a composition, in brackets where its meaning would change without them."""
     if isinstance(schedule, (Sequence, Product)):
         return f"({schedule.source_text(quote)})"
     return to_source(schedule, quote)
 
 
 def steps_text(amount: Fraction) -> str:
-    """An amount of steps for an error."""
+    """Return an amount of steps for an error."""
     return f"{float(amount):g} steps"
 
 

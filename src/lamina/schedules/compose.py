@@ -105,7 +105,7 @@ class Repeat(Schedule):
 
 
 def wsd(warmup: TimeLike, decay: TimeLike | Schedule, to: float = 0.0) -> Schedule:
-    """Warmup, then stable, then decay: `warmup(...) >> constant() >> linear(to=..., length=...)`.
+    """Build warmup, stable, decay: `warmup(...) >> constant() >> linear(to=..., length=...)`.
 
     Args:
         warmup: the length of the warmup, in any unit of time.
@@ -120,7 +120,8 @@ def wsd(warmup: TimeLike, decay: TimeLike | Schedule, to: float = 0.0) -> Schedu
         >>> wsd(100, "20%")
         warmup(100) >> constant() >> linear(length='20%')
 
-    Source: Hu et al., MiniCPM (2024), section 4.
+    References:
+        Hu et al., MiniCPM (2024), section 4.
     """
     if isinstance(decay, Schedule):
         if to != 0.0:

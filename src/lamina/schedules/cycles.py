@@ -39,7 +39,8 @@ class Cyclic(Shape):
         >>> cyclic(up=100, base=0.25)(100)
         1.0
 
-    Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017).
+    References:
+        Smith, Cyclical Learning Rates for Training Neural Networks (2017).
     """
 
     source_name: ClassVar[str] = "cyclic"
@@ -99,7 +100,8 @@ class WarmRestarts(Shape):
         >>> warm_restarts(first=100, decay=0.5)(100)
         0.5
 
-    Source: Loshchilov and Hutter, SGDR (2017), equation 5.
+    References:
+        Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
     source_name: ClassVar[str] = "warm_restarts"
@@ -127,7 +129,7 @@ class WarmRestarts(Shape):
         check_positive(self, first=self.first)
 
     def _first(self, length: float) -> Fraction:
-        """The exact length of the first cycle."""
+        """Return the exact length of the first cycle."""
         if self.cycles is None:
             return self.span("first")
         if not math.isfinite(length):
@@ -139,7 +141,7 @@ class WarmRestarts(Shape):
         return Fraction(length) / sum((mult**i for i in range(self.cycles)), Fraction(0))
 
     def _place(self, t: Floats, first: Fraction) -> tuple[Floats, Floats]:
-        """The number of the cycle, and the share of it that is over."""
+        """Return the number of the cycle, and the share of it that is over."""
         if self.mult == 1:
             whole = t * first.denominator
             return np.floor(whole / first.numerator), np.mod(whole, first.numerator) / float(

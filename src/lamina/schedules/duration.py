@@ -46,7 +46,7 @@ class Time:
         return f"{number}%" if self.unit == "%" else f"{number} epochs"
 
     def in_steps(self, run: Run) -> Fraction:
-        """The exact number of steps, not yet rounded; raises if the run lacks what it needs."""
+        """Return the exact number of steps, not yet rounded; raise if the run is unknown."""
         if self.unit == "steps":
             return self.amount
         if self.unit == "epochs":
@@ -65,7 +65,7 @@ class Time:
 
 
 def _decimal(amount: Fraction) -> str:
-    """All digits of an amount that was written as a decimal, without an exponent."""
+    """Return all digits of an amount that was written as a decimal, without an exponent."""
     places = 0
     while (amount * 10**places).denominator != 1:
         places += 1
@@ -124,7 +124,7 @@ def run_of(
     steps_per_epoch: int | None = None,
     accumulate: int = 1,
 ) -> Run:
-    """The run that `build` and `preview` were told about.
+    """Return the run that `build` and `preview` were told about.
 
     `steps` counts optimizer steps. `steps_per_epoch` counts the optimizer steps of an epoch;
     with `accumulate=n` it counts batches, n of which make one optimizer step (the last, shorter

@@ -76,7 +76,7 @@ class FromFunction(Computed):
 
 @lru_cache(maxsize=256)
 def _takes_arrays(f: Callable[[Any], Any]) -> bool:
-    """Whether f maps arrays element by element; probed on two steps, the same each time."""
+    """Return whether f maps arrays element by element; probed on two steps, the same each time."""
     probe = np.array([0.0, 1.0])
     try:
         with np.errstate(all="ignore"):

@@ -166,7 +166,7 @@ class Piecewise(Jumping):
 
 
 def whole(place: TimeLike, run: Run, start: Fraction) -> Fraction:
-    """A time since `start` in whole steps since `start` rounded up."""
+    """Return a time since `start` in whole steps since `start` rounded up."""
     return Fraction(math.ceil(start + time.parse(place).in_steps(run)) - math.ceil(start))
 
 

@@ -17,7 +17,7 @@ _WAVES = ("cos", "linear")
 
 
 def through(t: Floats, turns: Many[float], levels: Many[float], wave: str) -> Floats:
-    """A curve through `levels[i]` at `turns[i]`, along half cosines or straight lines."""
+    """Return a curve through `levels[i]` at `turns[i]`, along half cosines or straight lines."""
     values = np.full_like(t, levels[-1])
     for i in range(len(turns) - 1):
         begin, end = turns[i], turns[i + 1]
@@ -48,7 +48,8 @@ class OneCycle(Shape):
         >>> one_cycle(length=100)(30)
         1.0
 
-    Source: Smith and Topin, Super-Convergence (2018).
+    References:
+        Smith and Topin, Super-Convergence (2018).
     """
 
     source_name: ClassVar[str] = "one_cycle"
@@ -87,7 +88,8 @@ class OneCycleMomentum(Shape):
         >>> one_cycle_momentum(length=100)(30)
         0.85
 
-    Source: Smith and Topin, Super-Convergence (2018).
+    References:
+        Smith and Topin, Super-Convergence (2018).
     """
 
     source_name: ClassVar[str] = "one_cycle_momentum"

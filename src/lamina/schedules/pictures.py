@@ -20,7 +20,7 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     label: str = "factor or value",
 ) -> Any:
-    """Curves by name on one axis, over steps 0 to steps - 1.
+    """Draw curves by name on one axis, over steps 0 to steps - 1.
 
     Args:
         curves: functions of an array of steps, by the name that the legend shows.

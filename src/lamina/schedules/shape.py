@@ -62,13 +62,13 @@ class Shape(Schedule):
         return None if length is None else time.parse(length).in_steps(run)
 
     def span(self, name: str) -> Fraction:
-        """A time among the fields, in exact steps."""
+        """Return a time among the fields, in exact steps."""
         if self.exact is not None:
             return self.exact[self.spans.index(name)]
         return time.parse(getattr(self, name)).in_steps(Run())
 
     def settle(self, run: Run, start: Fraction) -> tuple[Fraction, ...]:
-        """The times in `spans` in exact steps of a run; 0 for those that are not given."""
+        """Return the times in `spans` in exact steps of a run; 0 for those that are not given."""
         given = [getattr(self, name) for name in self.spans]
         return tuple(Fraction(0) if v is None else time.parse(v).in_steps(run) for v in given)
 
@@ -109,10 +109,10 @@ class Shape(Schedule):
 
     @abstractmethod
     def shape(self, t: Floats, length: float) -> Floats:
-        """The formula, for an array of 0 <= t <= length (steps since the schedule began)."""
+        """Return the formula, for an array of 0 <= t <= length (steps since the schedule began)."""
 
     def end(self, length: float) -> float:
-        """The left limit at the end, held from there on; override where the formula jumps."""
+        """Return the left limit at the end, which is held; override where the formula jumps."""
         return float(self.shape(np.array([length]), length)[0])
 
 
@@ -131,12 +131,12 @@ class Jumping(Shape):
 
 
 def progress(t: Floats, length: float) -> Floats:
-    """T / length, from 0 to 1; a phase without length is over at once."""
+    """Return t / length, from 0 to 1; a phase without length is over at once."""
     return t / length if length > 0 else np.ones_like(t)
 
 
 def half_wave(share: Floats) -> Floats:
-    """From 1 at share 0 down to 0 at share 1, along half a cosine."""
+    """Return half a cosine, from 1 at share 0 down to 0 at share 1."""
     return (1.0 + np.cos(np.pi * share)) / 2.0
 
 

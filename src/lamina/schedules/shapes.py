@@ -102,7 +102,7 @@ class Fall(Shape):
 
     @abstractmethod
     def fall(self, share: Floats) -> Floats:
-        """From 1 at share 0 to 0 at share 1."""
+        """Return the fall from 1 at share 0 to 0 at share 1."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +122,8 @@ class Cosine(Fall):
         >>> round(cosine(to=0.0, length=100)(50), 12)
         0.5
 
-    Source: Loshchilov and Hutter, SGDR (2017), equation 5.
+    References:
+        Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
     source_name: ClassVar[str] = "cosine"
@@ -148,8 +149,9 @@ class OneMinusSqrt(Fall):
         >>> one_minus_sqrt(length=100)(25)
         0.5
 
-    Source: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-    Durations (2024), equation 1.
+    References:
+        Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations
+        (2024), equation 1.
     """
 
     source_name: ClassVar[str] = "one_minus_sqrt"

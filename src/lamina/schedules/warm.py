@@ -61,7 +61,8 @@ class InverseSqrt(Shape):
         >>> inverse_sqrt(100)(400)
         0.5
 
-    Source: Vaswani et al., Attention Is All You Need (2017), section 5.3, scaled to a peak of 1.
+    References:
+        Vaswani et al., Attention Is All You Need (2017), section 5.3, scaled to a peak of 1.
     """
 
     source_name: ClassVar[str] = "inverse_sqrt"
@@ -99,7 +100,8 @@ class Noam(Shape):
         >>> round(noam(512, 4000)(3999), 6)
         0.000699
 
-    Source: Vaswani et al., Attention Is All You Need (2017), equation 3.
+    References:
+        Vaswani et al., Attention Is All You Need (2017), equation 3.
     """
 
     source_name: ClassVar[str] = "noam"

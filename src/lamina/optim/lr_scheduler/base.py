@@ -122,11 +122,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
         ledger.write(self, values, made=self._is_initial)
 
     def get_lr(self) -> list[Rate]:
-        """The learning rate of each group at `last_epoch`; called by `step`."""
+        """Return the learning rate of each group at `last_epoch`; called by `step`."""
         raise NotImplementedError
 
     def _outside(self) -> bool:
-        """Whether `get_lr` was called by a user, who wants `get_last_lr`."""
+        """Return whether `get_lr` was called by a user, who wants `get_last_lr`."""
         if not self._get_lr_called_within_step:
             warn("To read the learning rates, call get_last_lr().")
         return not self._get_lr_called_within_step
@@ -159,7 +159,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
     # --- looking ahead -------------------------------------------------------------------------
 
     def at(self, step: int) -> list[float]:
-        """The learning rate of every group at any step, counted from 0; changes nothing.
+        """Return the learning rate of every group at any step, counted from 0; changes nothing.
 
         As if this were the only scheduler of the optimizer.
 
@@ -192,7 +192,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return plot(dict(zip(names, self._curves(), strict=True)), steps, path, "learning rate")
 
     def _curves(self) -> list[Callable[[Any], Any]]:
-        """The learning rate of each group as a function of an array of steps."""
+        """Return the learning rate of each group as a function of an array of steps."""
 
         def curve(index: int) -> Callable[[Any], Any]:
             return lambda places: np.array([self.at(int(place))[index] for place in places])
@@ -200,13 +200,13 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return [curve(index) for index in range(len(self.optimizer.param_groups))]
 
     def _planned(self) -> int | None:
-        """How many steps the schedule was planned for, if that is known."""
+        """Return how many steps the schedule was planned for, if that is known."""
         return None
 
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, under torch's keys."""
+        """Return everything but the optimizer, under torch's keys."""
         kept = {key: value for key, value in self.__dict__.items() if key not in self._hidden}
         return {key: list(v) if isinstance(v, list) else v for key, v in kept.items()}
 
@@ -232,4 +232,4 @@ class LRScheduler(torch_schedulers.LRScheduler):
             self._go_on_from(previous)
 
     def _go_on_from(self, previous: Self) -> None:
-        """Called after the state of a scheduler with other arguments was loaded."""
+        """Continue after the state of a scheduler with other arguments was loaded."""

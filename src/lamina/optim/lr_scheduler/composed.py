@@ -88,7 +88,7 @@ class _Composed(LRScheduler):
         self._last_lr = [own(group["lr"]) for group in groups]
 
     def _turn(self) -> Sequence[Any]:
-        """The parts whose turn it is."""
+        """Return the parts whose turn it is."""
         return self._schedulers
 
     def _write_others(self) -> None:
@@ -99,7 +99,7 @@ class _Composed(LRScheduler):
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every scheduler, under torch's keys."""
+        """Return the state of every scheduler, under torch's keys."""
         return {
             **super().state_dict(),
             "_schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
@@ -160,7 +160,7 @@ class SequentialLR(_Composed):
         return [self._schedulers[self._index()]]
 
     def recursive_undo(self, sched: Any = None) -> None:
-        """As torch's: take back the step that each scheduler made when it was made."""
+        """Return as torch's: take back the step that each scheduler made when it was made."""
         _forget([self if sched is None else sched])
 
     def step(self, epoch: float | None = None) -> None:
@@ -266,7 +266,7 @@ def _planned(scheduler: Any) -> int | None:
 
 
 def _multipliers(scheduler: Any) -> list[Multiplier]:
-    """The multipliers of a scheduler and of its parts."""
+    """Return the multipliers of a scheduler and of its parts."""
     if isinstance(scheduler, _Composed):
         return [each for part in scheduler._schedulers for each in _multipliers(part)]
     multiplier = getattr(scheduler, "_multiplier", None)

@@ -18,14 +18,14 @@ from .ledger import Group, Rate, Record, rounded
 
 @lru_cache(maxsize=128)
 def made(kind: Callable[..., Shape], *arguments: Any) -> Shape:
-    """A pure schedule, made once for the same arguments."""
+    """Return a pure schedule, made once for the same arguments."""
     schedule = kind(*arguments)
     return schedule if schedule.needs_length else schedule.bind(Run())
 
 
 @lru_cache(maxsize=1024)
 def formula(schedule: Shape, step: float, length: float = math.inf) -> float:
-    """The value of a pure schedule at a step; held after its length."""
+    """Return the value of a pure schedule at a step; held after its length."""
     return float(schedule.shape(np.array([min(step, length)], dtype=float), float(length))[0])
 
 
@@ -41,14 +41,14 @@ class Curve(LRScheduler):
     _previous: Curve | None = None
 
     def _wave(self, epoch: float) -> float:
-        """The curve at an epoch >= 0, held after its end."""
+        """Return the curve at an epoch >= 0, held after its end."""
         raise NotImplementedError
 
     def _closed(self, base: float, wave: float) -> float:
         return base * wave
 
     def _follow(self, lr: float, expected: float, target: float, ratio: float) -> float:
-        """The next lr where something else moved it away from what was expected."""
+        """Return the next lr where something else moved it away from what was expected."""
         return lr * (target / expected)
 
     def _update_lr(self, epoch: float | None = None) -> None:
@@ -64,7 +64,7 @@ class Curve(LRScheduler):
         return [move(record, float(base), wave) for record, base in pairs]
 
     def _begin(self, record: Record, base: float, wave: float) -> float:
-        """The first learning rate of a group."""
+        """Return the first learning rate of a group."""
         target = self._closed(base, wave)
         if _same(record, base):
             return target
@@ -73,7 +73,7 @@ class Curve(LRScheduler):
         return self._follow(record.plain, base, target, wave)
 
     def _move(self, record: Record, base: float, wave: float) -> float:
-        """The learning rate of a group one epoch later."""
+        """Return the learning rate of a group one epoch later."""
         source = self._previous or self
         before = source._wave(max(self.last_epoch - 1, 0))
         expected = source._closed(base, before)
@@ -103,12 +103,12 @@ class Curve(LRScheduler):
 
 
 def _same(record: Record, expected: float) -> bool:
-    """Whether a group still holds a value, as precisely as it can hold one."""
+    """Return whether a group still holds a value, as precisely as it can hold one."""
     return record.plain in (expected, rounded(record.group["lr"], expected))
 
 
 def whole(scheduler: object, name: str, given: Any) -> int:
-    """A whole number of epochs, from an int or a float without fraction."""
+    """Return a whole number of epochs, from an int or a float without fraction."""
     if isinstance(given, bool) or not isinstance(given, (int, float)) or given != int(given):
         raise ScheduleError(
             f"{type(scheduler).__name__} was given {name}={given!r}; expected a whole number."

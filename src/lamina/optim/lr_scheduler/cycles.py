@@ -48,11 +48,11 @@ class Cycled(LRScheduler):
                 self._set_momentum(group, self._momentum(index, self.last_epoch))
 
     def _momentum(self, index: int, step: float) -> float:
-        """The momentum of a group at a step."""
+        """Return the momentum of a group at a step."""
         raise NotImplementedError
 
     def _scale(self, index: int, peak: float) -> float:
-        """The learning rate of a group that was added later, as a share of the first one's.
+        """Return the learning rate of a group that was added later, as a share of the first one's.
 
         Where that one's is 0, its own is its peak.
         """
@@ -60,7 +60,7 @@ class Cycled(LRScheduler):
         return float(record.group["lr"]) / peak if record.scale is None else record.scale
 
     def _follow_first_momentum(self, group: Group) -> None:
-        """A group that was added takes the range of momentum of the first one."""
+        """Return a group that was added takes the range of momentum of the first one."""
         first = self.optimizer.param_groups[0]
         for key in ("max_momentum", "base_momentum"):
             if self.cycle_momentum and key in first:
@@ -68,7 +68,7 @@ class Cycled(LRScheduler):
 
 
 def per_group(scheduler: LRScheduler, name: str, given: PerGroup) -> list[float]:
-    """One number for each group."""
+    """Return one number for each group."""
     groups = len(scheduler.optimizer.param_groups)
     if not isinstance(given, (list, tuple)):
         return [float(given)] * groups
@@ -81,7 +81,7 @@ def per_group(scheduler: LRScheduler, name: str, given: PerGroup) -> list[float]
 
 
 def anneal(start: float, end: float, share: float, strategy: str) -> float:
-    """From start to end along half a cosine or a line, in torch's order of operations."""
+    """Go from start to end along half a cosine or a line, in torch's order of operations."""
     if strategy == "linear":
         return (end - start) * share + start
     return end + (start - end) / 2.0 * (math.cos(math.pi * share) + 1)

@@ -89,7 +89,7 @@ class CyclicLR(Cycled):
             self.max_momentums.append(float(group["max_momentum"]))
 
     def scale_fn(self, x: float) -> float:
-        """How high a cycle (counted from 1) or an iteration goes."""
+        """Return how high a cycle (counted from 1) or an iteration goes."""
         if self._scale_fn_custom is not None:
             return float(self._scale_fn_custom(x))
         if self.mode == "triangular2":
@@ -118,7 +118,7 @@ class CyclicLR(Cycled):
         return high - (high - low) * self._height(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer; a `scale_fn` only if it is a callable object."""
+        """Return everything but the optimizer; a `scale_fn` only if it is a callable object."""
         function = self._scale_fn_custom
         plain = function is None or isinstance(function, types.FunctionType)
         return {

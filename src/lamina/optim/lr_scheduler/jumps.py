@@ -102,7 +102,7 @@ class ConstantLR(Curve):
         ledger.write(self, [record.plain for record in ledger.records], made=self._is_initial)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer; while the factor is 0 also what the groups go back to."""
+        """Return everything but the optimizer; while the factor is 0, the old rates too."""
         state = super().state_dict()
         multiplier = self._multiplier
         if multiplier is not None and multiplier.counts and multiplier.share == 0:

@@ -57,7 +57,7 @@ class _Lambdas(LRScheduler):
         """Take in a group that follows a function of its own, by which its base is found."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer and plain functions; callable objects are kept."""
+        """Return everything but the optimizer and plain functions; callable objects are kept."""
         saved = [
             None if isinstance(f, types.FunctionType) else dict(getattr(f, "__dict__", {}))
             for f in self.lr_lambdas

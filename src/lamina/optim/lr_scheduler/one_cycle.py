@@ -123,7 +123,7 @@ def _total(total_steps: int | None, epochs: int | None, steps_per_epoch: int | N
 
 
 def _phases(total: int, pct_start: float, three_phase: bool) -> list[Phase]:
-    """Where each phase ends and between which values it goes, under torch's keys."""
+    """Return where each phase ends and between which values it goes, under torch's keys."""
     levels = [
         (pct_start * total - 1, "initial_lr", "max_lr", "max_momentum", "base_momentum"),
         (total - 1, "max_lr", "min_lr", "base_momentum", "max_momentum"),

@@ -83,11 +83,11 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         self._ledger.rescale(self, values)
 
     def at(self, step: int) -> list[float]:
-        """Refused: the values depend on a metric."""
+        """Raise: the values depend on a metric."""
         raise ScheduleError("ReduceLROnPlateau depends on a metric, so no step can be told ahead.")
 
     def plot(self, path: object = None, steps: int | None = None) -> Any:
-        """Refused: the values depend on a metric."""
+        """Raise: the values depend on a metric."""
         raise ScheduleError(
             "ReduceLROnPlateau depends on a metric, so it cannot be drawn ahead; a plan draws "
             "its schedule without the metric's part: lamina.Plan(..., feedback=lamina.plateau(...))"
@@ -95,7 +95,7 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, under torch's keys."""
+        """Return everything but the optimizer, under torch's keys."""
         hidden = ("optimizer", "_verbose", "_ledger")
         kept = {k: v for k, v in self.__dict__.items() if k not in hidden}
         return {key: list(v) if isinstance(v, list) else v for key, v in kept.items()}

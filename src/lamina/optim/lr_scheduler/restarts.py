@@ -48,7 +48,7 @@ class CosineAnnealingWarmRestarts(Curve):
         warn_floor(self, eta_min, "schedule=lamina.warm_restarts(first=..., to=0.01)")
 
     def _place(self, epoch: float) -> tuple[float, float]:
-        """Where an epoch is in its cycle, and how long that cycle is."""
+        """Return where an epoch is in its cycle, and how long that cycle is."""
         if self.T_mult == 1:
             return epoch % self.T_0, self.T_0
         size = self.T_0
