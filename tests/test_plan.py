@@ -191,3 +191,9 @@ def test_every_name_of_an_expression_is_on_the_door():
 
     assert set(NAMES) <= set(lm.__all__)
     assert all(getattr(lm, name) is call for name, call in NAMES.items())
+
+
+@pytest.mark.parametrize("text", ["x2", "x0.5", "x10"])
+def test_a_factor_is_written_as_text_in_python_too(text):
+    plan = lm.Plan("SGD", lr=1.0, rules=[lm.Rule("*", lr=text)])
+    assert dict(plan.rules[0].settings)["lr"] == lm.times(float(text[1:]))

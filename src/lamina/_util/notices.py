@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 
 from ..errors import LaminaWarning
+from .sharding import is_distributed
 
 #: packages whose frames lie between the user's line and lamina
 _INSIDE = ("lamina", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
@@ -25,9 +26,7 @@ def warn(message: str) -> None:
 
 def is_first_process() -> bool:
     """Return whether this is rank 0, or the only process: what all find alike, one says."""
-    distributed = torch.distributed
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    return alone or distributed.get_rank() == 0
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 class Notices:

@@ -10,13 +10,17 @@ import numpy as np
 from ..errors import HyperparameterError
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a Python number; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_amount(owner: str, key: str, value: Any) -> None:
     """Raise `HyperparameterError` unless value is a finite number of at least 0.
 
     With an empty key the owner is the place of the value itself.
     """
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not 0 <= value <= sys.float_info.max:
+    if not is_number(value) or not 0 <= value <= sys.float_info.max:
         what = f"{owner} was given {key}={value!r};" if key else f"{owner}={value!r}:"
         raise HyperparameterError(f"{what} expected a finite number of at least 0.")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._util.sharding import is_distributed
 from ..errors import StateError
 from ..model.parameters import clean_names, collect
 from ..optimizer.optimizer import Optimizer
@@ -146,12 +147,11 @@ def _nested(
     for name, path in paths.items():
         owner = owners.get(path[2]) if _of_state(path) else None
         flat[name] = _room(reader.tensors[name], owner)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     with warnings.catch_warnings():
-        if not distributed:  # torch warns that it takes this for a single process, which it is
+        if not is_distributed():  # torch warns that it takes this for a single process, which it is
             warnings.simplefilter("ignore", UserWarning)
         planner = PlainPlanner(folder)
-        load(flat, storage_reader=reader, planner=planner, no_dist=not distributed)
+        load(flat, storage_reader=reader, planner=planner, no_dist=not is_distributed())
     nested: dict[Hashable, Any] = {}
     for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
         _put(nested, path[1:], flat[name])

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import kernels
 from .._util.notices import warn
-from .._util.numbers import python_number
+from .._util.numbers import is_number, python_number
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Batch, Method, dtype_name
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
@@ -247,15 +247,11 @@ def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
     value, lr = group[key], group.get("lr")
     target, _, form = ALIASES.get(key.lower(), "").partition("=")
     if form == "lamina.times({})":
-        product = f"{lr * value:.6g}" if _is_number(lr) and _is_number(value) else f"lr * {value!r}"
+        product = f"{lr * value:.6g}" if is_number(lr) and is_number(value) else f"lr * {value!r}"
         return f" Give the group its learning rate: 'lr': {product}."
     if target in known:
         return f" Write {target!r}: {form.format(repr(value))}."
     return did_you_mean(key, known)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _as_given(value: Any) -> Any:

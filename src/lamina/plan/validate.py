@@ -147,7 +147,8 @@ def _fits(key: str, text: str, where: str) -> bool:
 
 
 def _is_word(text: str) -> bool:
-    return text.isidentifier() and text not in WORDS
+    factor = re.fullmatch(r"x\d+", text)  # such as "x2", a factor of the grammar
+    return text.isidentifier() and text not in WORDS and not factor
 
 
 def _frozen_state(value: Any, place: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .._util.notices import Notices, is_first_process
+from .._util.sharding import is_distributed
 from ..algorithms.base import HALF, Batch
 from ..model.finding import Finding
 from ..plan.reactions import Reaction
@@ -345,9 +346,7 @@ class Sample:
 
 def count_processes() -> int:
     """Return how many processes train together."""
-    distributed = torch.distributed
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    return 1 if alone else int(distributed.get_world_size())
+    return int(torch.distributed.get_world_size()) if is_distributed() else 1
 
 
 def _has_half(resolved: Resolved) -> bool:

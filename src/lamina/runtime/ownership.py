@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._util.numbers import is_number
 from ..errors import OwnershipError
 
 _MISSING = object()
@@ -34,15 +35,10 @@ def _cause_and_fix(name: str, key: str, now: Any, value: Any, group: Mapping[str
             "one optimizer.scheduler_view(), which changes nothing."
         )
     way = ""
-    if _is_number(now) and _is_number(value):
+    if is_number(now) and is_number(value):
         also = " (which its schedule still multiplies)" if key == "lr" else ""
         way = f", or call optimizer.override({key}={now!r}, rule={name!r}){also}"
     return (
         f"something else wrote it (a scheduler, or group[{key!r}] = ...). Instead of a scheduler "
         f"use optimizer.scheduler_view(); instead of writing by hand, change the plan{way}."
     )
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether `override` takes such a value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._util.sharding import is_distributed
 from ..errors import PlanError, did_you_mean
 from ..plan.reactions import EarlyStop, OnPlateau, Plateau
 from ..resolve.resolved import Resolved
@@ -83,11 +84,10 @@ def changes(old: AllSeen, new: AllSeen) -> list[str]:
 
 def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the metrics of rank 0, on every process; they decide alike, whatever each measured."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return metrics
     box = [{name: float(value) for name, value in metrics.items()}]
-    distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 

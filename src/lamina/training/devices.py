@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._util.sharding import is_distributed
 from ..errors import LaminaError
 from .settings import Settings
 
@@ -42,9 +43,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     Raises:
         LaminaError: if there are several, and this one does not know which of them it is.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size()
+    if is_distributed():
+        size = torch.distributed.get_world_size()
         return Launch(size, f"the process group of {size}")
     for variable, ranks in _LAUNCHERS:
         text = environment.get(variable, "")
@@ -66,9 +66,8 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     Args:
         environment: the environment variables.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
+    if is_distributed():
+        return torch.distributed.get_rank() == 0
     ranks = (names[0] for variable, names in _LAUNCHERS if variable in environment)
     return all(environment.get(rank, "0") == "0" for rank in ranks)
 

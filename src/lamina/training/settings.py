@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from .._util.numbers import is_number
 from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
 from ..schedules import duration as time
 from ..schedules.duration import Run, TimeLike
@@ -61,7 +62,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise for what cannot be meant."""
-        if not _is_number(self.epochs) or not 0 < self.epochs < math.inf:
+        if not is_number(self.epochs) or not 0 < self.epochs < math.inf:
             raise TimeUnitError(f"epochs={self.epochs!r}: expected a number above 0.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise LaminaError(f"seed={self.seed!r}: expected a whole number from 0 to 2^32 - 1.")
@@ -93,7 +94,3 @@ _NAMES = frozenset(asdict(Settings()))
 
 def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
