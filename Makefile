@@ -40,8 +40,8 @@ check: $(VENV)/.dev  ## lint, format and types only
 bench: $(VENV)/.dev  ## measure: python -m benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.dev  ## the slow tests, and those that download
-	@$(BIN)/python -m pytest -m "slow or network" $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
+soak: $(VENV)/.dev  ## the slow tests, those that download, and more examples of those that draw them
+	@$(BIN)/python -m pytest -m "slow or network or hypothesis" --hypothesis-profile=full $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
 
 coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
 	@$(BIN)/python -m pytest --cov=lamina --cov-report=term:skip-covered $(ARGS)

@@ -4,7 +4,7 @@ import builtins
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lamina as lm
@@ -52,7 +52,6 @@ def test_product_binds_closer_than_sequence():
     assert read("(warmup(5) >> constant(0.5, 5)) * cosine(to=0.1)") == (one >> two) * three
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(schedules(), schedules(value=True)))
 def test_schedules_print_as_their_constructor_and_read_back(tree):
     schedule = to_schedule(tree)

@@ -204,7 +204,7 @@ def _no_picture(monkeypatch):
 def test_damaged_checkpoints(pristine, tmp_path):
     found = fuzz(pristine, tmp_path, range(30))
     assert found["refused"] > 3
-    assert found["the same"] > 1
+    assert found["the same"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import lamina as lm
 from models import mlp
@@ -51,7 +51,6 @@ def test_a_plan_prints_as_its_constructor(plan):
     assert repr(evaluated(plan)) == repr(plan)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(plain_plans())
 def test_random_plans_print_and_convert_without_loss(plain):
     plan = to_plan(plain)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lamina as lm
@@ -300,7 +300,6 @@ def trees(plain):
             yield found
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plain_plans(), st.sampled_from(RUNS))
 def test_one_step_and_many_give_the_same_bits(plain, run):
     assume(all(fits(tree, run) for tree in trees(plain)))

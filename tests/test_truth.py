@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lamina as lm
@@ -14,9 +14,6 @@ from plans import RUNS, fits, plain_plans, to_plan
 #: plans made at random give findings of all kinds, and go on beyond their end: both are told
 pytestmark = pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")
 BEYOND = 3  # steps taken past the planned end, where schedules hold
-LIGHT = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
 LAYERS = st.sampled_from([(0, 1), (0, 2, 5), (0, 1, 2, 3)])
 
 
@@ -100,7 +97,6 @@ def assert_truth(plain, layers, run, change=None):
                 assert product == 0.0, place()
 
 
-@LIGHT
 @given(plain_plans(), LAYERS, st.sampled_from(RUNS))
 def test_previewed_values_are_applied(plain, layers, run):
     assume(all(fits(tree, run) for tree in trees(plain)))
