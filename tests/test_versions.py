@@ -66,7 +66,6 @@ def test_the_newest_versions_are_within_the_bounds(requirement):
 
 def test_the_versions_that_are_checked_at_run_time_are_the_bounds():
     bounds = dict(bound(each) for each in OPTIONAL)
-    bounds.pop("lightning")  # lamina imports nothing of it
     assert bounds == errors.OLDEST
 
 
