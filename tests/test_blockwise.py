@@ -127,7 +127,8 @@ def test_momentum_that_begins_rests_and_comes_back(prefer, monkeypatch):
             batch.grads = gradients(params, t, False)
             apply([batch], kind)
         results.append(batch)
-    assert_same(*results, 2**-8)
+    one, other = results
+    assert_same(one, other, 2**-8)
 
 
 def test_one_buffer_of_two_begins_later():
@@ -176,7 +177,7 @@ def test_every_element_is_in_one_block(length):
 def test_canary_a_block_that_is_lost_is_seen(monkeypatch):
     row = next(row for row in ROWS if row.name == "SGD")
     oracle = trained(row, torch.bfloat16, "readable")
-    whole = blockwise.in_blocks
+    whole = blocks.in_blocks
     cut = lambda tensors, length: list(whole(tensors, length))[-1:]  # noqa: E731
     monkeypatch.setattr(blockwise, "in_blocks", cut)
     with pytest.raises(AssertionError):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,16 @@ CLEAN = (
 )
 
 
-def run(*command: str, stdin: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str,
+    stdin: str = "",
+    cwd: Path = ROOT,
+    extra: Mapping[str, str] = {},
+) -> subprocess.CompletedProcess[str]:
     # An outer make or pytest must not pass its own options on.
     inherited = ("MAKE", "MFLAGS", "PYTEST_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(inherited)}
+    env |= extra
     return subprocess.run(
         command, input=stdin, cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -59,22 +66,37 @@ def test_ruff_refuses_format():
 
 
 def mypy(folder: Path, **texts: str) -> subprocess.CompletedProcess[str]:
-    paths = [folder / f"{name}.py" for name in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        path.write_text(text, encoding="utf-8")
+    """Check files as if they were modules of lamina, or tests where the name says so."""
+    (folder / "lamina").mkdir()
+    (folder / "lamina" / "__init__.py").touch()
+    paths = []
+    for name, text in texts.items():
+        paths.append(folder / ("" if name.startswith("test") else "lamina") / f"{name}.py")
+        paths[-1].write_text(text, encoding="utf-8")
     settings = ("--config-file=pyproject.toml", f"--cache-dir={folder / 'cache'}")
-    return run(sys.executable, "-m", "mypy", *settings, *map(str, paths))
+    search = {"MYPYPATH": str(folder)}  # found before the real package
+    return run(sys.executable, "-m", "mypy", *settings, *map(str, paths), extra=search)
 
 
 def test_mypy_accepts_clean_code_and_refuses_what_is_not(tmp_path):
     untyped = "\n\ndef half(x):\n    return x / 2\n"
     wrong = "\n\nhalves: int = double(1.0)\n"
     missing = "\n\nimport nowhere\n"
-    result = mypy(tmp_path, clean=CLEAN, canary=CLEAN + untyped + wrong + missing)
+    gone = "import math\n\n\ndef test_a():\n    assert math.halve(2) == 1\n"
+    texts = {"clean": CLEAN, "canary": CLEAN + untyped + wrong + missing}
+    result = mypy(tmp_path, **texts, test_clean=untyped, test_canary=gone)
     assert result.returncode != 0
     assert "clean.py" not in result.stdout
-    for code in ("no-untyped-def", "assignment", "import-not-found"):
-        assert f"[{code}]" in result.stdout
+    codes = {
+        code: Path(path).name
+        for path, code in re.findall(r"^(\S+?):\d+: error: .*\[([a-z-]+)\]$", result.stdout, re.M)
+    }
+    assert codes == {
+        "no-untyped-def": "canary.py",
+        "assignment": "canary.py",
+        "import-not-found": "canary.py",
+        "attr-defined": "test_canary.py",
+    }
 
 
 def run_pytest(text: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -249,7 +249,7 @@ def test_an_ema_made_while_a_part_is_frozen_can_be_trained_later():
 def test_a_compiled_copy_follows():
     model = net()
     plan(frozen=True).build(model)
-    twin = torch.compile(copy.deepcopy(model), backend="eager").train()
+    twin = torch.compile(copy.deepcopy(model), backend="eager").train()  # type: ignore[attr-defined]
     before = int(model[0][1].num_batches_tracked)
     twin(batches(1)[0])
     twin.eval()
@@ -257,7 +257,7 @@ def test_a_compiled_copy_follows():
     (norm,) = (module for module in twin.modules() if isinstance(module, nn.BatchNorm1d))
     assert int(norm.num_batches_tracked) == before + 1
     whole = copy.deepcopy(torch.compile(model, backend="eager"))
-    assert resting(whole.train()) == set()
+    assert resting(whole.train()) == set()  # type: ignore[attr-defined]
 
 
 def test_a_run_goes_on_in_a_frozen_span_with_a_model_that_was_saved_whole():

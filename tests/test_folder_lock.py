@@ -41,7 +41,7 @@ def stopped(tmp_path):
             raise KeyboardInterrupt
         return training_task.loss(model, batch)
 
-    task.loss = loss
+    task.loss = loss  # type: ignore[attr-defined]
     task.__name__ = "training_task"
     assert fit(task, PLAN, out=out, cpu=True).interrupted is signal.SIGINT
     return out

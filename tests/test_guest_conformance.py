@@ -94,7 +94,7 @@ class InAttribute(Descent):
 
     def factor(self):
         self.counts["steps"] += 1
-        self.counts["last"].append(self.counts["steps"])
+        self.counts["last"].append(self.counts["steps"])  # type: ignore[attr-defined]
         return 1 + 0.1 * sum(self.counts["last"])
 
 

@@ -88,7 +88,7 @@ def test_records_that_overlap_are_refused(tmp_path):
                 setattr(twin, key, getattr(largest, key))
             packed.filelist.append(twin)
             packed.NameToInfo[twin.filename] = twin
-        packed._didModify = True
+        packed._didModify = True  # type: ignore[attr-defined]
     with pytest.raises(lm.StateError, match="overlap"):
         checkpoint.load_safely(path)
 

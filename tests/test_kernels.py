@@ -236,7 +236,8 @@ def test_float32_state_of_bfloat16_parameters(name):
     assert batch.params[0].dtype is torch.bfloat16
     assert_close(batch.params, exact.params, 1e-2)
     assert all(values[0].dtype is torch.float32 for values in batch.columns.values())
-    assert_close(*([v[0] for v in b.columns.values()] for b in (batch, exact)), 1e-6)
+    found, expected = ([v[0] for v in b.columns.values()] for b in (batch, exact))
+    assert_close(found, expected, 1e-6)
 
 
 # ------------------------------------------------------------------------------------------- sparse

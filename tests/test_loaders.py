@@ -75,7 +75,7 @@ def task(loader, *, stop_at=None, **more):
     points = torch.randn(POINTS, 4, generator=generator(0))
     data = TensorDataset(points, (points[:, 0] > 0).long(), torch.arange(POINTS))
     module = types.ModuleType("noted")
-    module.seen = []
+    module.seen = []  # type: ignore[attr-defined]
 
     def loss(model, batch):
         if module.seen is not None and model.training:
@@ -84,8 +84,8 @@ def task(loader, *, stop_at=None, **more):
             module.seen.append(batch[2].tolist())
         return training_task.loss(model, batch)
 
-    module.model, module.loss, module.PLAN = training_task.model, loss, training_task.PLAN
-    module.data = lambda: {"train": loader(data), "validation": DataLoader(data, 8)}
+    module.model, module.loss, module.PLAN = training_task.model, loss, training_task.PLAN  # type: ignore[attr-defined]
+    module.data = lambda: {"train": loader(data), "validation": DataLoader(data, 8)}  # type: ignore[attr-defined]
     vars(module).update(more)
     return module
 

@@ -268,7 +268,8 @@ def assert_resumes(make, what, places=(0, 3, 5, 8), kind=float, cls=torch.optim.
         saved = copy.deepcopy((first.state_dict(), [each.state_dict() for each in schedulers]))
         wanted = advance(first, schedulers, 8)
         for order in ("obs", "bos", "bso", "bs"):
-            got = advance(*restored(make, saved, order, kind, cls), 8)
+            optimizer, others = restored(make, saved, order, kind, cls)
+            got = advance(optimizer, others, 8)
             assert_rows(got, wanted, (what, place, order))
 
 

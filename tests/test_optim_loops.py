@@ -242,4 +242,5 @@ def test_only_the_import_changes(loop):
     for optim in (lamina_optim, torch.optim):
         torch.manual_seed(0)
         trained.append([param.detach() for param in loop(optim).parameters()])
-    assert_close(*trained, 1e-12)
+    one, other = trained
+    assert_close(one, other, 1e-12)

@@ -38,7 +38,7 @@ def test_it_is_a_torch_optimizer_with_plain_groups():
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert [type(group) for group in optimizer.param_groups] == [dict] * 3
     assert all(type(group["lr"]) is float for group in optimizer.param_groups)
-    assert optimizer.clock == 0
+    assert optimizer.clock == 0  # type: ignore[attr-defined]
     assert "AdamW" in repr(optimizer)
 
 

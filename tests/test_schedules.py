@@ -370,7 +370,7 @@ def test_schedules_are_values():
         assert isinstance(schedule, Schedule)
         assert schedule == schedule
         with pytest.raises(AttributeError):
-            schedule.length = 3
+            schedule.length = 3  # type: ignore[attr-defined]
 
 
 def test_a_shape_without_length_goes_on_for_ever():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamina as lm
-from lamina.state import load
+from lamina.state import entries, load
 from models import encoder, equal, train
 
 PLAN = lm.Plan(
@@ -311,7 +311,7 @@ def test_a_failure_inside_changes_nothing(part, monkeypatch):
 def test_a_failure_in_the_last_entry_changes_nothing(monkeypatch):
     _, other = running(8)
     model, optimizer = running()
-    before, genuine, calls = picture(model, optimizer), load.own_entry, []
+    before, genuine, calls = picture(model, optimizer), entries.own_entry, []
 
     def last_fails(*args):
         calls.append(1)

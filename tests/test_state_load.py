@@ -434,4 +434,4 @@ def test_the_declared_buffers_are_those_that_arise():
         optimizer = lm.Plan(kind, lr=0.01, **hyper).build(model)
         train(model, optimizer, 2)
         (entry,) = optimizer.state.values()
-        assert set(entry) == {"step", *kind.algorithm.buffers}, kind
+        assert set(entry) == {"step", *kind.algorithm.buffers}, kind  # type: ignore[attr-defined]

@@ -487,7 +487,7 @@ def test_live_display_shows_epoch_step_and_lr(out):
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
     with display(console, 2, 14) as shown:
         fit(training_task, out=out, cpu=True, listeners=[shown])
-    text = console.file.getvalue()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("epoch 2/2", "step 14/14", "layer.1.* trains from", "held-out accuracy", "ETA"):
         assert part in text
 

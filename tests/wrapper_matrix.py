@@ -308,7 +308,7 @@ class Sharded(Loop):
         return fully_shard(model)
 
     def weights(self) -> Weights:
-        return {name: param.full_tensor() for name, param in self.model.named_parameters()}
+        return {name: param.full_tensor() for name, param in self.model.named_parameters()}  # type: ignore[attr-defined]
 
 
 class AcceleratedSharded(Sharded):

@@ -79,7 +79,7 @@ class Problem:
             loss.backward()
             return loss
 
-        return [optimizer.step(closure).item() for _ in range(steps)]
+        return [optimizer.step(closure).item() for _ in range(steps)]  # type: ignore[attr-defined]
 
     def weights(self) -> list[torch.Tensor]:
         return [param.detach() for param in self.net.parameters()]
