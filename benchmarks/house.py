@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # the reader of imports is the one of the gates
@@ -176,15 +177,14 @@ def extract(revision: str, folder: Path) -> Path:
     return folder
 
 
-def layers_of(root: Path) -> list[str]:
-    """Return the layers that the architecture test of that revision lists."""
+def literal(root: Path, name: str, otherwise: Any) -> Any:
+    """Return what the architecture test of that revision says, such as `LAYERS`."""
     path = root / "tests" / "test_architecture.py"
-    if not path.exists():
-        return []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            return list(ast.literal_eval(node.value))
-    return []
+    body = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    return otherwise
 
 
 # --------------------------------------------------------------------------------------- numbers
@@ -349,15 +349,21 @@ def _layout(source: Source, found: Measured) -> None:
     own = [path.name for path in flat if not path.name.startswith("__")]
     found.rows["modules flat in the root folder"] = str(len(own))
     tree = gates.read_tree(source.package)
+    allowed = literal(source.root, "IN_CYCLES", {})
     cycles = gates.import_groups(tree, {})
-    sizes = ", ".join(str(len(group)) for group in cycles)
-    found.rows["import cycles, lazy imports counted (files in each)"] = (
-        f"{len(cycles)} ({sizes})" if cycles else "0"
-    )
+    found.rows["import cycles, lazy imports counted (files in each)"] = _sizes(cycles)
+    left = gates.import_groups(tree, allowed)
+    found.rows["the same without the imports that the architecture test allows"] = _sizes(left)
     found.behind["cycles"] = [" ".join(group) for group in cycles]
-    upward = gates.upward_imports(tree, layers_of(source.root), {})
-    found.rows["imports against the direction of the layers"] = str(len(upward))
+    upward = gates.upward_imports(tree, literal(source.root, "LAYERS", []), {})
+    edges = {(text.split(":")[0], text.split(" imports ")[1]) for text in upward}
+    found.rows["imports against the direction of the layers (module to module)"] = str(len(edges))
     found.behind["upward"] = upward
+
+
+def _sizes(groups: Sequence[Sequence[str]]) -> str:
+    sizes = ", ".join(str(len(group)) for group in groups)
+    return f"{len(groups)} ({sizes})" if groups else "0"
 
 
 def _functions(source: Source, found: Measured) -> None:
