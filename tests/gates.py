@@ -258,7 +258,7 @@ def _undocumented_methods(cls: type) -> list[str]:
         for name, member in vars(cls).items()
         if isinstance(member, kinds)
         and not name.startswith("_")
-        and not any(getattr(vars(base).get(name), "__doc__", None) for base in cls.__mro__)
+        and not any(vars(base)[name].__doc__ for base in cls.__mro__ if name in vars(base))
     ]
 
 

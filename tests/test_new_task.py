@@ -43,7 +43,9 @@ def test_an_existing_file_is_left_as_it_is(home):
     assert Path("mine.py").read_text() == "x = 1\n"
 
 
-@pytest.mark.parametrize("name", ["task.txt", "1st.py", "my-task.py", "", "no/such/folder/task.py"])
+@pytest.mark.parametrize(
+    "name", ["task.txt", "1st.py", "my-task.py", "class.py", "", "no/such/folder/task.py"]
+)
 def test_a_name_that_no_task_can_have_is_one_line(home, name):
     told = call("new-task", name)
     assert told.exit_code == 2

@@ -44,7 +44,7 @@ def task_and_plan(
     if plan is None:
         raise TaskError(
             "no task is named. A task is a Python file with model(), data() and loss(model, batch);"
-            f" write one with: lamina new-task my_task.py, and train it with: "
+            f" write one with: lamina new-task my_task.py, then: "
             f"{_line(command, 'my_task.py')}. The example tasks come with a clone of lamina."
         )
     raise TaskError(

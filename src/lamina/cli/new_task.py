@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from keyword import iskeyword
 from pathlib import Path
 
 from ..errors import TaskError, printable
@@ -91,7 +92,7 @@ def write_task(path: Path) -> None:
         TaskError: if the name cannot be that of a task file, or the file exists.
     """
     shown = printable(str(path))
-    if path.suffix != ".py" or not path.stem.isidentifier():
+    if path.suffix != ".py" or not path.stem.isidentifier() or iskeyword(path.stem):
         raise TaskError(
             f"{shown}: expected the name of a Python file, of letters, digits and underscores, "
             "such as my_task.py."
