@@ -113,7 +113,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Return one plan for how every parameter of a model trains."""
+    """One plan for how every parameter of a model trains."""
 
 
 @app.command()
