@@ -32,7 +32,7 @@ def main() -> None:
         "device": arguments.device,
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
-        "non-finite gradients": f"{plan.nonfinite} (checked where a norm is computed: clip+step)",
+        "non-finite gradients": f"{plan.nonfinite} (checked: {plan.nonfinite_check})",
     }
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     if arguments.thaw:

@@ -20,7 +20,7 @@ BEGINNINGS = {"run": ["run"], "show": ["show"], "explain": ["explain", "head.wei
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """In a folder with a plan and a task; the built-in task must not be touched."""
+    """In a folder with a plan and a task; the example task must not be touched."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
     monkeypatch.setattr("task_helpers.fetch.fetch", _not_fetched)
@@ -30,7 +30,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def _not_fetched(*_, **__):
-    raise AssertionError("the built-in task was opened")
+    raise AssertionError("the example task was opened")
 
 
 def call(*args):

@@ -61,13 +61,17 @@ def test_an_installed_lamina_explains_what_a_task_is(home, monkeypatch):
         assert words in " ".join(told.output.split())
 
 
-def test_example_tasks_are_found_beside_a_source_tree_alone(tmp_path):
-    for folder in ("src", "site-packages"):
-        (tmp_path / folder).mkdir()
+def test_example_tasks_are_found_in_a_clone_of_lamina_alone(tmp_path):
+    (tmp_path / "src").mkdir()
     (tmp_path / "examples" / "tasks").mkdir(parents=True)
     (tmp_path / "examples" / "tasks" / "digits.py").touch()
-    assert list(example_tasks(tmp_path / "src")) == ["digits"]
-    assert example_tasks(tmp_path / "site-packages") == {}
+    project = tmp_path / "pyproject.toml"
+    for text in ('[project]\nname = "lamina"\n', '[project]\nname = "mine"\n', "[project", "x = 1"):
+        project.write_text(text)
+        expected = ["digits"] if "lamina" in text else []
+        assert list(example_tasks(tmp_path / "src")) == expected
+    project.unlink()
+    assert example_tasks(tmp_path / "src") == {}
     assert list(example_tasks()) == ["reviews", "digits"]
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from ..errors import HyperparameterError
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value is a Python number; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a Python int; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_amount(owner: str, key: str, value: Any) -> None:

@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .tensors import is_dtensor
+
 #: what torch's FSDP1 writes on a parameter that it has put into a flat one
 _FLATTENED = "_fsdp_flattened"
 #: the class with which a wrapper of FSDP1 keeps its flat parameter
 _HANDLE = "FlatParamHandle"
 
 Place = tuple[int, str]
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Return whether this is a tensor of FSDP2, or of tensor parallelism."""
-    return hasattr(tensor, "to_local")  # importing the class costs every user a second
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -65,9 +65,14 @@ def relation(one: torch.Tensor, other: torch.Tensor) -> str:
     return "view"
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether this is a tensor of FSDP2, or of tensor parallelism."""
+    return hasattr(tensor, "to_local")  # importing the class costs every user a second
+
+
 def _span(tensor: torch.Tensor) -> _Span | None:
     """Return where a tensor lies; None where there is no real memory to compare."""
-    if tensor.is_meta or type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided:
+    if tensor.is_meta or is_dtensor(tensor) or tensor.layout != torch.strided:
         return None
     if tensor.numel() == 0 or is_lazy(tensor):
         return None
@@ -155,7 +160,7 @@ def has_elements(tensor: torch.Tensor) -> bool:
     `untyped_storage().resize_(0)` frees the memory and leaves the tensor its shape. True for what
     has no storage of its own to look at.
     """
-    if type(tensor).__name__ == "DTensor":
+    if is_dtensor(tensor):
         tensor = tensor._local_tensor  # type: ignore[attr-defined]
     if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
         return True

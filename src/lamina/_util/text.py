@@ -1,9 +1,9 @@
-"""A curve as one line of text."""
+"""Texts for people: a curve in one line, a few of many names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -39,6 +39,11 @@ def _bar(value: float | None, low: float, span: float) -> str:
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
-    """Return a few names and how many more there are."""
+    """Return a few names and how many more there are, such as `"a, b and 4 more"`."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def quoted(names: Iterable[object], limit: int = 3) -> str:
+    """Return a few names in quotes and how many more there are."""
+    return listed([repr(name) for name in names], limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from keyword import iskeyword
 from pathlib import Path
 
@@ -89,15 +88,24 @@ def write_task(path: Path) -> None:
         path: where to write it; a new file whose name ends with .py.
 
     Raises:
-        TaskError: if the name cannot be that of a task file, or the file exists.
+        TaskError: if the name cannot be that of a task file, the folder is missing, or the file
+            exists; nothing was written.
     """
     shown = printable(str(path))
     if path.suffix != ".py" or not path.stem.isidentifier() or iskeyword(path.stem):
         raise TaskError(
-            f"{shown}: expected the name of a Python file, of letters, digits and underscores, "
-            "such as my_task.py."
+            f"{shown}: expected the name of a Python file that can be imported (letters, digits "
+            "and underscores, no keyword), such as my_task.py."
         )
-    if os.path.lexists(path):
-        raise TaskError(f"{shown}: this file exists, and is left as it is; give another name.")
+    if not path.parent.is_dir():
+        raise TaskError(f"{shown}: there is no such folder; make it first, or give another path.")
+    try:
+        path.touch(exist_ok=False)  # of two commands at once, one has the name
+    except FileExistsError:
+        raise TaskError(
+            f"{shown}: this file exists, and is left as it is; give another name."
+        ) from None
+    except OSError as error:
+        raise TaskError(f"{shown}: cannot be written ({error.strerror or error}).") from error
     with atomic(path) as file:
         file.write(TEMPLATE.format(name=path.name).encode())

@@ -10,7 +10,8 @@ from typing import overload
 import torch
 from torch import nn
 
-from .._util.sharding import is_dtensor, is_flattened, local_part
+from .._util.sharding import is_flattened, local_part
+from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF
 from ..errors import HyperparameterError, LaminaWarning, NonFiniteError, PlanError
 from ..model.patterns import PatternLike

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .._util.blocks import block_length, in_blocks
-from .._util.sharding import is_dtensor, whole_of
+from .._util.sharding import whole_of
+from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, widen
 
 

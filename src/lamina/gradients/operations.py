@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from .._util.grammar import Expression
-from .._util.numbers import check_amount, python_number
+from .._util.numbers import check_amount, is_number, python_number
 from .._util.sharding import Shards, whole_of
 from ..algorithms.base import times, widen
 from ..errors import PlanError
@@ -100,7 +100,7 @@ class Operation(Expression, ABC):
                     "value: give it a start."
                 )
             return
-        ok = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+        ok = is_number(amount)
         if not ok or not 0 <= amount < math.inf or (low_open and amount == 0):
             limit = "above 0" if low_open else "of at least 0"
             raise PlanError(
@@ -111,7 +111,7 @@ class Operation(Expression, ABC):
         """Raise `PlanError` unless `p` is the order of a norm."""
         p = python_number(p)
         object.__setattr__(self, "p", p)
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
+        if not is_number(p) or not p > 0:
             raise PlanError(
                 f"{self.source_name} was given p={p!r}; expected a number above 0, or float('inf') "
                 "for the largest number."

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch, state_dtype_of, times
 
 _DEVICES = ("cpu", "cuda", "xpu")
@@ -73,11 +74,6 @@ def scaled(batch: Batch) -> list[torch.Tensor]:
     if batch.scale.dtype is not batch.params[0].dtype:
         return [times(grad, batch.scale) for grad in batch.grads]
     return list(torch._foreach_mul(batch.grads, batch.scale.to(batch.params[0].device)))
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Return whether this is a parameter of FSDP2 or tensor parallelism."""
-    return type(tensor).__name__ == "DTensor"  # importing the class costs every user a second
 
 
 def short(dtype: torch.dtype) -> str:

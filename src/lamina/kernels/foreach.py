@@ -7,6 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, Batch, number, state_dtype_of
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
@@ -14,7 +15,7 @@ from ..algorithms.layer_adaptive import LayerAdaptiveAdam
 from ..algorithms.muon import Muon
 from ..algorithms.rmsprop import RMSprop
 from . import per_tensor
-from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
+from .base import Kernel, missing, scaled, short, tensor_refusal
 
 
 @final

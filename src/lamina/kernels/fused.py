@@ -8,10 +8,11 @@ from typing import Any, ClassVar, final
 import torch
 
 from .._util.blocks import is_dense
+from .._util.tensors import is_dtensor
 from ..algorithms.adam import Adam, AdamW
 from ..algorithms.base import HALF, Batch, number
 from ..algorithms.sgd import SGD
-from .base import Kernel, is_dtensor, missing, scaled, short, tensor_refusal
+from .base import Kernel, missing, scaled, short, tensor_refusal
 
 Operator = Callable[[Batch, list[torch.Tensor], "torch.Tensor | None"], None]
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._util.numbers import is_number
 from .._util.tensors import has_elements, have_addresses, overlaps_itself
 from .base import short
 
@@ -133,8 +134,7 @@ def _wrong_with_buffer(param: torch.Tensor, value: Any) -> str:
 def _wrong_with_step(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "" if value.numel() == 1 and has_elements(value) else f"{tuple(value.shape)}"
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return "" if plain else f"is a {type(value).__name__}"
+    return "" if is_number(value) else f"is a {type(value).__name__}"
 
 
 def wrong_with_grad(param: torch.Tensor, grad: torch.Tensor) -> list[str]:

@@ -201,7 +201,7 @@ class EvalLocks:
         for module, need in self._needs:
             lock = lock_of(module)
             if need <= names:
-                hold(module, self._model).holders.add(self)
+                lock_eval(module, self._model).holders.add(self)
             elif lock is not None and need <= resting and self._is_wanted_by_others(lock):
                 lock.holders.discard(self)
             elif lock is not None:
@@ -213,7 +213,7 @@ class EvalLocks:
         for module, _ in self._needs:
             lock = lock_of(module)
             if id(module) in before:
-                hold(module, self._model).by_hand = True
+                lock_eval(module, self._model).by_hand = True
             elif lock is not None and not any(holder is not self for holder in lock.holders):
                 lock.end(self._model)
             if lock is not None:
@@ -269,7 +269,7 @@ class EvalLocks:
         for module, asked, earlier, mine, by_hand in locked:
             # A module that holds this optimizer itself may not be whole yet.
             module.__dict__.setdefault("training", asked)
-            lock = hold(module, self._model)
+            lock = lock_eval(module, self._model)
             lock.asked, lock.earlier, lock.by_hand = asked, earlier, by_hand
             if mine:
                 lock.holders.add(self)
@@ -287,7 +287,7 @@ def is_locked_by_hand(module: nn.Module) -> bool:
     return lock is not None and lock.by_hand
 
 
-def hold(module: nn.Module, model: nn.Module) -> EvalLock:
+def lock_eval(module: nn.Module, model: nn.Module) -> EvalLock:
     """Keep a module of a model, itself, in eval mode through later calls of `train`."""
     lock = lock_of(module)
     if lock is None:
@@ -297,8 +297,8 @@ def hold(module: nn.Module, model: nn.Module) -> EvalLock:
     return lock
 
 
-def let_go(module: nn.Module, model: nn.Module) -> None:
-    """Undo `hold` for a module of a model; it takes the mode that was last asked of it."""
+def unlock_eval(module: nn.Module, model: nn.Module) -> None:
+    """Undo `lock_eval` for a module of a model; it takes the mode that was last asked of it."""
     lock = lock_of(module)
     if lock is not None:
         lock.end(model)

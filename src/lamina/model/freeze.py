@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PatternError, PlanError, did_you_mean
-from .eval_lock import hold as hold_module
-from .eval_lock import let_go
+from .eval_lock import lock_eval, unlock_eval
 from .finding import stray_findings
 from .parameters import (
     Owned,
@@ -65,7 +64,7 @@ def freeze(model: nn.Module, match: Selection = "*", *, hold: bool = True) -> tu
         frozen = {item.info.name for item in owned if not item.tensor.requires_grad}
         for module, need in needs(model, owned):
             if need & touched and need <= frozen:
-                hold_module(module, model).by_hand = True
+                lock_eval(module, model).by_hand = True
     return changed
 
 
@@ -103,7 +102,7 @@ def thaw(model: nn.Module, match: Selection = "*") -> tuple[str, ...]:
     touched = {item.info.name for item in chosen}
     for module, need in needs(model, owned):
         if need & touched:
-            let_go(module, model)
+            unlock_eval(module, model)
     return changed
 
 

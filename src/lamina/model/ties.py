@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from .._util.tensors import relation
+from .._util.tensors import is_dtensor, relation
 from ..errors import PlanError, did_you_mean
 from .parameters import Owned, collect, overlap_fix, overlaps
 
@@ -138,7 +138,7 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
     return (*same, *shared)
 
 
-class Watched:
+class TieWatch:
     """The ties of a model as an optimizer found them; `warn` logs those that broke since."""
 
     def __init__(self, model: nn.Module, owned: Iterable[Owned]) -> None:
@@ -197,7 +197,7 @@ def refuse_wrapped(model: nn.Module, action: str) -> None:
 def _refuse_taken(model: nn.Module, action: str) -> None:
     if isinstance(model, nn.Module):
         refuse_wrapped(model, action)
-        sharded = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"]
+        sharded = [name for name, p in model.named_parameters() if is_dtensor(p)]
         if sharded:
             raise PlanError(
                 f"{action}: {sharded[0]!r} is already sharded over processes (DTensor). Call "

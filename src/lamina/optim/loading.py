@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from .._util.notices import warn
+from .._util.text import listed, quoted
 from ..errors import StateError
 from ..model.parameters import clean_names
 
 Group = dict[str, Any]
-_SHOWN = 4
 
 
 def check_form(saved: Any) -> None:
@@ -62,8 +62,8 @@ def matching_groups(
         if mine != theirs and ordered:
             raise StateError(
                 "the saved memory of L-BFGS is one vector over its parameters in the order "
-                f"{_few(theirs)}, and this optimizer has them in the order {_few(mine)}; build it "
-                "in the saved order. Nothing was loaded."
+                f"{quoted(theirs)}, and this optimizer has them in the order {quoted(mine)}; build "
+                "it in the saved order. Nothing was loaded."
             )
         return _by_name(live, saved, mine, theirs)
     sizes = [[len(group["params"]) for group in groups] for groups in (live, saved)]
@@ -149,12 +149,7 @@ def _difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str
         ("Only in the state", [name for name in theirs if name not in set(mine)]),
         ("Only here", [name for name in mine if name not in set(theirs)]),
     ]
-    return "".join(f" {what}: {_few(names)}." for what, names in rows if names)
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return "".join(f" {what}: {quoted(names)}." for what, names in rows if names)
 
 
 def is_lossy(saved: torch.dtype, now: torch.dtype) -> bool:
@@ -164,8 +159,7 @@ def is_lossy(saved: torch.dtype, now: torch.dtype) -> bool:
 
 def loss_of_digits(names: Sequence[str], saved: str, now: str) -> str:
     """Return the text of the warning about state that has less precision than was saved."""
-    few = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
     return (
         f"state that was saved as {saved} is {now} now, the dtype of its parameters, and has lost "
-        f"digits: {few}. To keep them, build the optimizer with state_dtype={saved!r}."
+        f"digits: {listed(names)}. To keep them, build the optimizer with state_dtype={saved!r}."
     )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from .. import kernels
-from .._util.sharding import is_dtensor, unit_refusal
-from .._util.tensors import MemorySnapshot, addresses, have_addresses
+from .._util.sharding import unit_refusal
+from .._util.tensors import MemorySnapshot, addresses, have_addresses, is_dtensor
 from ..algorithms.base import Algorithm, Batch, Method, state_dtype_of
 from ..errors import PlanError
 from ..kernels.memory_check import plainly_fit, wrong_with_state

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .. import kernels
 from .._util.notices import warn
 from .._util.sharding import is_distributed, is_sharded
+from .._util.text import listed
 from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
@@ -24,7 +25,7 @@ from ..gradients.apply import check_finite, operate
 from ..guests.guests import GUEST, Guests
 from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, observe, walk
-from ..model.ties import Watched
+from ..model.ties import TieWatch
 from ..optim.engine import Closure, Engine
 from ..optim.updates import Group, KernelUpdates, Updates
 from ..plan.history import extended
@@ -45,7 +46,6 @@ from ..runtime.reports import begin_all, changes, check_report, from_rank_zero, 
 from ..schedules.duration import Run
 from ..state import FORMAT, Loaded, LoadReport, prepare, resume_from, run_record
 from ..state.io import add_plan_state, room_for_loading, torch_form
-from ..state.report import few
 from .checks import examine
 from .contradictions import Contradictions
 from .run_state import RunState
@@ -75,7 +75,7 @@ class Optimizer(Engine):
     _exchange: Exchange
     _guests: Guests
     _audit: Audit
-    _ties: Watched
+    _ties: TieWatch
     _gradient_tracker: GradientTracker
     _monitor: Monitor
     _contradictions: Contradictions
@@ -101,9 +101,9 @@ class Optimizer(Engine):
         self._resolved = resolved
         self._infos = {item.info.name: item.info for item in owned}
         self._searches_whole_vector = is_whole_vector(resolved.cells[0].optimizer)
-        self._run_state = RunState({cell.name: cell.scope for cell in resolved.cells})
+        self._run_state = RunState()
         self._audit = Audit(model, on=audit)
-        self._ties = Watched(model, owned)
+        self._ties = TieWatch(model, owned)
         self._gradient_tracker = GradientTracker()
         self._monitor = Monitor(resolved, self._run_state.notices, model)
         self._exchange = Exchange(model, resolved, owned)
@@ -295,7 +295,7 @@ class Optimizer(Engine):
         members = self._sharded_scopes() if shards is not None else {}
         without_scope: list[Batch] = []
         for batch in batches:
-            scope = self._run_state.scope_of[batch.hyper["name"]]
+            scope = self._resolved.scope_of[batch.hyper["name"]]
             if scope is None:
                 without_scope.append(batch)
             else:
@@ -316,7 +316,7 @@ class Optimizer(Engine):
     def _sharded_scopes(self) -> dict[int, list[Batch]]:
         """Return the scopes in whose norms every process takes part, with a gradient or not."""
         rows = zip(self.param_groups, self._freezer.active, strict=True)
-        scopes = dict.fromkeys(self._run_state.scope_of[g["name"]] for g, now in rows if now)
+        scopes = dict.fromkeys(self._resolved.scope_of[g["name"]] for g, now in rows if now)
         spread = self._exchange.shards_by_scope
         return {scope: [] for scope in scopes if scope is not None and scope in spread}
 
@@ -605,7 +605,7 @@ class Optimizer(Engine):
                 "the state's schedules fit a run of another length, and the plan's are used: "
                 "%s. To choose how the run goes on, build with resume=state and extend='hold' or "
                 "'stretch'.",
-                few(jumps),
+                listed(jumps),
             )
 
     def _restore(
@@ -630,7 +630,7 @@ class Optimizer(Engine):
             log.warning(
                 "the state holds what fits no group or rule of the plan any more, and it is lost: "
                 "%s. Call override again where it is still meant.",
-                few(loaded.lost),
+                listed(loaded.lost),
             )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

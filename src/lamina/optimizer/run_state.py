@@ -22,13 +22,12 @@ from ..state.report import LoadReport
 class RunState:
     """What an optimizer under a plan remembers of its steps, beside clock and state.
 
-    `scope_of` is the index of each group's clip scope. `published` are the values of the next
+    `published` are the values of the next
     step by group name, `applied` those of the step just done; `operations` the gradient operations
     of each scope with their numbers for the next step; `norms` the gradient norm of each scope in
     the step just done.
     """
 
-    scope_of: Mapping[str, int | None]
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     applied: dict[str, dict[str, Any]] = field(default_factory=dict)
     operations: Sequence[Sequence[tuple[Operation, float]]] = ()

@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from .._util.grammar import Expression
+from .._util.numbers import is_number
 from ..errors import PlanError
 from ..schedules import duration as time
 from ..schedules.duration import Run, TimeLike
@@ -50,8 +51,7 @@ class Reaction(Expression, ABC):
             raise PlanError(f"{self.source_name} was given mode={mode!r}; expected 'min' or 'max'.")
         time.parse(patience)
         for key, number in numbers.items():
-            ok = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not ok or not 0 <= number < math.inf:
+            if not is_number(number) or not 0 <= number < math.inf:
                 raise PlanError(
                     f"{self.source_name} was given {key}={number!r}; expected a number of at "
                     "least 0."

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._util.grammar import WORDS, parse
-from .._util.numbers import check_amount, python_number
+from .._util.numbers import check_amount, is_number, python_number
 from ..algorithms.base import dtype_name
 from ..algorithms.registry import optimizer_class
 from ..errors import HyperparameterError, PlanError, TimeUnitError
@@ -225,7 +225,7 @@ def _factor(value: Any, place: str) -> Schedule | None:
 
 
 def _as_schedule(value: Any) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    number = is_number(value) and value >= 0
     return f" A number that multiplies lr all the time is constant({value!r})." if number else ""
 
 
@@ -260,7 +260,7 @@ def _operations(value: Any, place: str) -> tuple[Operation, ...] | None:
         read = parse(item, NAMES, place) if isinstance(item, str) else item
         if callable(read) and not isinstance(read, Operation):
             read = Apply(read)
-        if isinstance(read, (int, float)) and not isinstance(read, bool) and read > 0:
+        if is_number(read) and read > 0:
             raise PlanError(
                 f"{place}={read!r}: expected gradient operations; to clip the norm, write "
                 f"clip_norm={read!r} or gradients=clip_norm({read!r})."
@@ -315,7 +315,7 @@ def _hyperparameter(value: Any, place: str) -> Any:
         raise PlanError(f"{place}={value!r}: an operation on gradients; write gradients={value!r}.")
     if isinstance(value, (TopDown, Reaction, str)):
         raise PlanError(f"{place}={value!r}: expected a number, a schedule, or a factor.")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         check_amount(place, "", value)
     return value
 

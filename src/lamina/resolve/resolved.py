@@ -167,6 +167,11 @@ class Resolved:
         return self.planned or self.run
 
     @cached_property
+    def scope_of(self) -> dict[str, int | None]:
+        """The index of the gradient scope of each cell, by its name; None if it has none."""
+        return {cell.name: cell.scope for cell in self.cells}
+
+    @cached_property
     def cell_of(self) -> dict[str, int]:
         """The index of the cell of each name (all names of tied parameters)."""
         return {

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._util.sharding import local_part
+from .._util.tensors import is_dtensor
+from .._util.text import quoted
 from ..errors import FrozenMovedError
 from ..model.eval_lock import EvalLock, lock_of
 from ..model.parameters import collect, tensors_by_name
@@ -45,10 +48,10 @@ class Audit:
 
     Tensors are read from their places in the model, so that one put there instead is compared too.
     Costs one reading of all of them before and after each step, and waits for an accelerator.
-    Does nothing unless `on`.
     """
 
     def __init__(self, model: nn.Module, on: bool) -> None:
+        #: whether it was asked for; without it, nothing below is to be called but `forget`
         self.on = on
         self._model = model if on else None
         self._names = {item.info.name: item.info.names for item in collect(model)} if on else {}
@@ -56,8 +59,6 @@ class Audit:
 
     def begin(self, groups: Groups, active: Sequence[bool | None]) -> None:
         """Take the checksums of what is frozen from now on; what was known stays known."""
-        if self._model is None:
-            return
         watched = self._frozen(groups, active)
         self._known = {name: mark for name, mark in self._known.items() if name in watched}
         new = {name: item for name, item in watched.items() if name not in self._known}
@@ -77,8 +78,6 @@ class Audit:
         Raises:
             FrozenMovedError: with the names of what moved.
         """
-        if self._model is None:
-            return
         watched = self._frozen(groups, active)
         watched = {name: watched[name] for name in self._known if name in watched}
         now = _marks(watched)
@@ -109,7 +108,7 @@ class Audit:
         else:
             how = "has other numbers"
         return (
-            f"{_listed(names)} should be frozen, but moved {when}: {names[0]!r} {how}. Look for "
+            f"{quoted(names)} should be frozen, but moved {when}: {names[0]!r} {how}. Look for "
             "another optimizer, an averaging of weights or an assignment that writes it. If "
             "weights were loaded or converted on purpose, do that before Plan.build, or before "
             "the optimizer's load_state_dict."
@@ -125,7 +124,7 @@ class Audit:
             for known, param in zip(group["param_names"], group["params"], strict=True):
                 for name in self._names[known]:
                     # FSDP2 exchanges its tensors in the model, for a while or for good.
-                    loose = hasattr(param, "to_local") or hasattr(live.get(name), "to_local")
+                    loose = is_dtensor(param) or is_dtensor(live.get(name))
                     frozen[name] = _Watched(param if loose else live.get(name, param), loose)
         for path, module in self._model.named_modules():
             held = lock_of(module)
@@ -147,17 +146,12 @@ def _buffers(path: str, module: nn.Module, held: EvalLock) -> dict[str, _Watched
 def _buffers_moved(names: Sequence[str], watched: Mapping[str, _Watched], when: str) -> str:
     held = watched[names[0]].buffer_of
     return (
-        f"{_listed(names)} should rest, but moved {when}: {names[0]!r} is a buffer of "
+        f"{quoted(names)} should rest, but moved {when}: {names[0]!r} is a buffer of "
         f"{f'the module {held!r}' if held else 'the model'}, which is kept in eval mode while all "
         "of its parameters are frozen. If its forward is to write it all the same, give the rule "
         "hold=False, and dropout and BatchNorm go on too; else look for an assignment to "
         "it, or to its module's `training`."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(map(repr, names[:3]))}{more}"
 
 
 def _marks(watched: Mapping[str, _Watched]) -> dict[str, _Mark]:
@@ -199,7 +193,7 @@ def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 @torch.no_grad()
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local = local_part(tensor)
     local = local.coalesce().values() if local.is_sparse else local
     local = torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
     words = local.detach().reshape(-1).view(_WORDS.get(local.element_size(), torch.int32))

@@ -13,12 +13,12 @@ from .._util.sharding import (
     FlatPart,
     Shards,
     flat_parts,
-    is_dtensor,
     is_flattened,
     lasting_parameters,
     tell_flat_parameters,
     unit_refusal,
 )
+from .._util.tensors import is_dtensor
 from ..algorithms.registry import method_of, optimizer_name
 from ..errors import PlanError
 from ..guests.build import works_on_parts

@@ -18,6 +18,7 @@ from torch import nn
 
 from .._util.notices import Notices, is_first_process
 from .._util.sharding import is_distributed
+from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, Batch
 from ..model.finding import Finding
 from ..plan.reactions import Reaction
@@ -364,7 +365,7 @@ def _has_half(resolved: Resolved) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return not tensor.is_sparse and not hasattr(tensor, "to_local")
+    return not tensor.is_sparse and not is_dtensor(tensor)
 
 
 def _alike(length: int, planned: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from .._util.numbers import is_number
 from ..algorithms.registry import (
     check_hyperparameters,
     is_whole_vector,
@@ -94,7 +95,7 @@ def check_override(cell: Cell, hyper: Mapping[str, float | None], step: int = 0)
                 f"{where}, which chooses a variant of {optimizer_name(cell.optimizer)} and is one "
                 "for the whole run; give it in the plan, and build the optimizer with resume=."
             )
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and not is_number(value):
             raise PlanError(f"{where}={value!r}; expected a number, or None to take it back.")
     values = {key: value for key, value in hyper.items() if value is not None}
     check_hyperparameters(

@@ -93,8 +93,8 @@ def from_rank_zero(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _begins(resolved: Resolved, seen: AllSeen) -> list[float]:
     """Return the steps of all thaws, infinite for those that wait for a metric."""
-    lived = Feedback(seen=seen)
-    return [begin for cell in resolved.cells for begin, _ in lived.windows(cell)]
+    feedback = Feedback(seen=seen)
+    return [begin for cell in resolved.cells for begin, _ in feedback.windows(cell)]
 
 
 def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:

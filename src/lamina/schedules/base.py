@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -222,13 +224,16 @@ class Sequence(Schedule):
             )
         return lengths
 
+    @cached_property
+    def _ends(self) -> tuple[float, ...]:
+        """The step at which each phase ends, once bound; the last phase is held for ever."""
+        lengths = [phase.duration(Run()) for phase in self.phases[:-1]]
+        return (*accumulate(math.inf if n is None else float(n) for n in lengths), math.inf)
+
     def at(self, steps: Floats) -> Floats:
         values = np.empty_like(steps)
         begin = 0.0
-        for index, phase in enumerate(self.phases):
-            length = phase.duration(Run())
-            last = index == len(self.phases) - 1
-            stop = math.inf if last or length is None else begin + float(length)
+        for phase, stop in zip(self.phases, self._ends, strict=True):
             inside = (steps >= begin) & (steps < stop)
             if inside.any():
                 values[inside] = phase.at(steps[inside] - begin)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from .._util.numbers import is_whole
 from ..errors import TimeUnitError
 
 #: What a user writes: `500`, `"500 steps"`, `"2 epochs"`, `"10%"`.
@@ -91,7 +92,7 @@ def parse(value: object) -> Time:
     """Read a length of time as a user writes it (see `TimeLike`)."""
     if isinstance(value, str):
         return _parse_text(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_whole(value):
         if value < 0:
             raise TimeUnitError(f"{value} is negative; a length of time is 0 or more steps.")
         return Time(Fraction(value), "steps")
@@ -131,7 +132,7 @@ def run_of(
     one of an epoch included).
     """
     for name, value in (("steps", steps), ("steps_per_epoch", steps_per_epoch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and not is_whole(value):
             raise TimeUnitError(
                 f"{name}={value!r} is not a whole number of optimizer steps."
                 f"{_as_steps(name, value)}"
@@ -142,7 +143,7 @@ def run_of(
             raise TimeUnitError(
                 f"{name} is more than {LONGEST_RUN:,}, the longest run there can be."
             )
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+    if not is_whole(accumulate) or accumulate < 1:
         raise TimeUnitError(f"accumulate={accumulate!r} is not a whole number of batches >= 1.")
     if accumulate > 1 and steps_per_epoch is not None:
         steps_per_epoch = -(-steps_per_epoch // accumulate)

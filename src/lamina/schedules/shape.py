@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
+from .._util.numbers import is_number, is_whole
 from ..errors import ScheduleError
 from . import duration as time
 from .base import FACTOR, VALUE, Floats, Schedule, steps_text
@@ -145,7 +146,7 @@ def check_numbers(schedule: Schedule, **numbers: object) -> None:
     for name, number in numbers.items():
         if number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if not is_number(number):
             hint = ""
             if isinstance(number, str):
                 hint = f" A length of time is given by name: length={number!r}."
@@ -183,7 +184,7 @@ def check_count(schedule: Schedule, **numbers: object) -> None:
     for name, number in numbers.items():
         if number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_whole(number) or number < 1:
             raise ScheduleError(
                 f"{schedule.source_name} was given {name}={number!r}; expected a whole number "
                 "above 0."

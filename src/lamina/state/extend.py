@@ -147,7 +147,7 @@ def _check_way(extend: Any, renamed: Any, resumed: bool) -> None:
 
 
 def first_difference(
-    one: Resolved, other: Resolved, clock: int, feedback: Feedback, lived_other: Feedback
+    one: Resolved, other: Resolved, clock: int, feedback: Feedback, feedback_other: Feedback
 ) -> str:
     """Describe a value that differs between two settlements from the clock on; "" if none."""
     impatient = _patience(one, other)
@@ -166,7 +166,7 @@ def first_difference(
     steps = np.linspace(clock, last, min(_SAMPLES, last - clock + 1)).astype(np.int64)
     inside = [step for step in edges if clock <= step <= last]
     steps = np.union1d(steps, np.array(inside, dtype=np.int64))
-    pair = values_at(one, steps, feedback), values_at(other, steps, lived_other)
+    pair = values_at(one, steps, feedback), values_at(other, steps, feedback_other)
     seen = set()
     for name, first in one.cell_of.items():
         indices = first, other.cell_of[name]

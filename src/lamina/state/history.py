@@ -1,4 +1,4 @@
-"""What a run has lived through beside its tensors: overrides, and what reactions have seen."""
+"""The history of a saved run beside its tensors: overrides, and what reactions have seen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _unwritten(group: Group, key: str, absent: Any) -> Any:
         raise StateError(f"the saved {key} are not readable ({error}): {short(value)}.") from None
 
 
-@reading("what the saved run has lived through")
+@reading("the overrides and the feedback of the saved run")
 def restore_history(
     saved: Saved, matched: Matched, resolved: Resolved
 ) -> tuple[Feedback, tuple[str, ...]]:
@@ -142,7 +142,7 @@ def _feedback_of(
 
 
 def _check_seen(key: Any, seen: Any) -> None:
-    """Raise `StateError` for what no reaction could have come to."""
+    """Raise `StateError` for feedback state that no reaction can produce."""
     if not isinstance(seen, Mapping) or set(seen) not in _KEPT:
         raise StateError(
             f"the saved feedback of {key!r} is {short(seen)}, which no reaction keeps."

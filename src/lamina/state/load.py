@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._util.sharding import is_flattened
+from .._util.text import listed
 from ..algorithms.registry import is_whole_vector, method_of, settings_of
 from ..errors import StateError
 from ..files.plain import check_values
@@ -35,7 +36,7 @@ from .entries import (
 from .history import restore_history
 from .lost import has_begun, refuse_lost
 from .match import Matched, match
-from .report import LoadReport, few
+from .report import LoadReport
 from .schema import Entry, Saved, number_of_steps, read, reading, short, stray
 
 
@@ -339,7 +340,7 @@ def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Return the one warning about state that does not fit, or ""."""
     if not rows:
         return ""
-    told = "; ".join(f"{what}: {few(names)}" for what, names in rows)
+    told = "; ".join(f"{what}: {listed(names)}" for what, names in rows)
     return (
         f"the saved state was loaded, but does not fit all parameters ({told}). Those that are not "
         "in it, or whose state was another optimizer's, begin anew; optimizer.last_load lists all. "
@@ -354,7 +355,9 @@ def _refuse_unexpected(
     known = {name for _, names in rows for name in names}
     lost = [name for name in report.dropped if name not in {*known, *asked}]
     told = [
-        f"{what}: {few(names, 10)}" for what, names in (*rows, ("that fits no rule", lost)) if names
+        f"{what}: {listed(names, 10)}"
+        for what, names in (*rows, ("that fits no rule", lost))
+        if names
     ]
     if told:
         raise StateError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .._util.text import listed
 from ..algorithms.registry import is_whole_vector
 from ..errors import StateError
 from ..guests.build import keeps_state
 from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback, values_at
 from .entries import belongs, has_state
-from .report import few
 from .schema import Entry
 
 _LOAD = "Load with lamina.load_distributed(optimizer, folder)"
@@ -49,7 +49,7 @@ def refuse_lost(
             lost += [name for _, name, _ in found]
     if frozen:
         raise StateError(
-            f"the state of {few(frozen)} is missing: torch.distributed.checkpoint leaves out "
+            f"the state of {listed(frozen)} is missing: torch.distributed.checkpoint leaves out "
             f"parameters that are frozen while it loads. {_LOAD}, or inside `with "
             "optimizer.receiving():`, or give its state to optimizer.load_state_dict."
         )
@@ -57,9 +57,10 @@ def refuse_lost(
         lost = _without_memory(resolved, entries)
     if lost:
         raise StateError(
-            f"the state of {few(lost)} is empty after {clock} steps: torch.distributed.checkpoint "
-            "reads only into tensors that exist, which guests and LBFGS make at their first "
-            f"update. {_LOAD}, or give a complete state to optimizer.load_state_dict."
+            f"the state of {listed(lost)} is empty after {clock} steps: "
+            "torch.distributed.checkpoint reads only into tensors that exist, which guests and "
+            f"LBFGS make at their first update. {_LOAD}, or give a complete state to "
+            "optimizer.load_state_dict."
         )
 
 
@@ -77,5 +78,5 @@ def _without_memory(resolved: Resolved, entries: Mapping[str, Entry]) -> list[st
 
 
 def has_begun(cell: Cell, clock: int, feedback: Feedback) -> bool:
-    """Return whether a cell trains at the clock, or did before; what rested so far lost nothing."""
+    """Return whether a cell trains at the clock, or has trained before."""
     return any(begin <= clock for begin, _ in feedback.windows(cell))

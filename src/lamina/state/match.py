@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._util.text import quoted
 from ..errors import StateError, did_you_mean
 from ..model.parameters import ParamInfo, clean_names
 from .schema import Entry, Saved, reading
@@ -65,16 +66,11 @@ def match(
             matched.renamed.append((name, target))
     if matched.entries and not any(info.name in matched.entries for info in infos):
         raise StateError(
-            f"none of the {len(matched.entries)} saved parameters ({_few(matched.entries)}) is one "
-            f"of the {len(infos)} of this model ({_few([info.name for info in infos])}); nothing "
-            f"was loaded. {_proposal([*matched.entries], infos)}"
+            f"none of the {len(matched.entries)} saved parameters ({quoted(matched.entries)}) is "
+            f"one of the {len(infos)} of this model ({quoted(info.name for info in infos)}); "
+            f"nothing was loaded. {_proposal([*matched.entries], infos)}"
         )
     return matched
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = [*names]
-    return ", ".join(map(repr, listed[:3])) + (", ..." if len(listed) > 3 else "")
 
 
 def _proposal(saved: Sequence[str], infos: Sequence[ParamInfo]) -> str:

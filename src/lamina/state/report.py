@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._util.text import listed
 from ..schedules.duration import Run
-
-#: rows of one kind that are printed
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class LoadReport:
             ("state in another dtype", converted),
             ("the plan's value stays", [str(row) for row in self.hyperparameters]),
         ]
-        lines += [f"{what}: {few(texts)}" for what, texts in rows if texts]
+        lines += [f"{what}: {listed(texts)}" for what, texts in rows if texts]
         return "\n".join(lines)
 
 
@@ -136,12 +134,6 @@ def _jump(row: Changed, clock: int) -> str:
         times = "" if ratio == "1" else f" (x{ratio})"
     values = f"from {_text(row.saved)} to {_text(row.now)}"
     return f"{row.key} of {row.group!r} jumps {values} at step {clock}{times}"
-
-
-def few(texts: Sequence[str], limit: int = _SHOWN) -> str:
-    """Return some of many texts, and how many more there are."""
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
 
 
 def _count(number: int, noun: str) -> str:

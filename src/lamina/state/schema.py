@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._util.numbers import is_number, is_whole
 from ..errors import LaminaError, StateError, shortened
 from ..files.plain import check_values
 from ..model.parameters import clean_names
@@ -155,7 +156,7 @@ def number_of_steps(name: str, value: Any) -> int:
     number = value
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         number = value.item()
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if not is_number(number):
         raise StateError(f"the saved step of {name!r} is {short(value)}; expected a number.")
     if not 0 <= number <= LONGEST or number != int(number):
         raise StateError(
@@ -191,7 +192,7 @@ def _groups(saved: Any) -> list[Group]:
 
 
 def _check_version(version: Any) -> None:
-    if isinstance(version, bool) or not isinstance(version, int):
+    if not is_whole(version):
         raise StateError(f"the saved format is {short(version)}; expected a number.")
     if version > FORMAT:
         raise StateError(

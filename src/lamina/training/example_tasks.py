@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 #: the task of `lamina run` without a task
@@ -11,13 +12,24 @@ _SOURCE = Path(__file__).parents[2]
 
 
 def example_tasks(source: Path = _SOURCE) -> dict[str, str]:
-    """Return the files of the example tasks by name; none if there is no clone around the source.
+    """Return the files of the example tasks by name; none if the source is in no clone of lamina.
+
+    Another project may have lamina in its own `src` folder, and files of the same names; those
+    are not ours to run.
 
     Args:
         source: the folder that the package `lamina` lies in, `src` in a clone.
     """
     folder = source.parent / "examples" / "tasks"
-    if source.name != "src":
+    if not _is_clone(source.parent):
         return {}
     files = {name: folder / f"{name}.py" for name in _NAMES}
     return {name: str(file) for name, file in files.items() if file.is_file()}
+
+
+def _is_clone(root: Path) -> bool:
+    try:
+        text = (root / "pyproject.toml").read_text(encoding="utf-8")
+        return bool(tomllib.loads(text)["project"]["name"] == "lamina")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._util.text import listed
 from ..errors import StateError
 from ..state.schema import is_count, short
 from .position import Position, State
 from .records import Validation
-
-_MORE = 3  # names shown of a list
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,16 @@ def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
     live = model.state_dict()
     clauses = []
     if missing := [name for name in live if name not in saved]:
-        clauses.append(f"the model has {_first(missing)}, which the checkpoint has not")
+        clauses.append(f"the model has {listed(missing)}, which the checkpoint has not")
     if extra := [str(name) for name in saved if name not in live]:
-        clauses.append(f"the checkpoint has {_first(extra)}, which the model has not")
+        clauses.append(f"the checkpoint has {listed(extra)}, which the model has not")
     other = [
         f"{name} ({_form(saved[name])} in the checkpoint, {_form(value)} in the model)"
         for name, value in live.items()
         if name in saved and _form(saved[name]) != _form(value)
     ]
     if other:
-        clauses.append(f"these differ: {_first(other)}")
+        clauses.append(f"these differ: {listed(other)}")
     if clauses:
         raise StateError(
             f"{path}: the checkpoint is of another model: {'; '.join(clauses)}. Resume with the "
@@ -191,8 +190,3 @@ def _form(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return type(value).__name__
-
-
-def _first(names: Sequence[str]) -> str:
-    more = len(names) - _MORE
-    return ", ".join(names[:_MORE]) + (f" and {more} more" if more > 0 else "")

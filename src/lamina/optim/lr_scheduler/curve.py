@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from ..._util.numbers import is_number
 from ...errors import ScheduleError
 from ...schedules.duration import Run
 from ...schedules.shape import Shape
@@ -109,7 +110,7 @@ def _same(record: Record, expected: float) -> bool:
 
 def whole(scheduler: object, name: str, given: Any) -> int:
     """Return a whole number of epochs, from an int or a float without fraction."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or given != int(given):
+    if not is_number(given) or given != int(given):
         raise ScheduleError(
             f"{type(scheduler).__name__} was given {name}={given!r}; expected a whole number."
         )

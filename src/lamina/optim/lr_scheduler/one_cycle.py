@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
+from ..._util.numbers import is_whole
 from ...errors import ScheduleError
 from .cycles import Cycled, PerGroup, anneal, per_group
 from .groups import attach, warn_peak
@@ -114,7 +115,7 @@ def _total(total_steps: int | None, epochs: int | None, steps_per_epoch: int | N
         given = {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
     total = 1
     for name, number in given.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_whole(number) or number < 1:
             raise ScheduleError(
                 f"OneCycleLR was given {name}={number!r}; expected a whole number above 0."
             )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 from torch.optim import Optimizer
 
+from ..._util.numbers import is_whole
 from ...errors import ScheduleError
 from .curve import Curve
 from .groups import warn_floor
@@ -33,7 +34,7 @@ class CosineAnnealingWarmRestarts(Curve):
         verbose: object = False,
     ) -> None:
         for name, given in (("T_0", T_0), ("T_mult", T_mult)):
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            if not is_whole(given) or given < 1:
                 raise ScheduleError(
                     f"CosineAnnealingWarmRestarts was given {name}={given!r}; "
                     "expected a whole number above 0."
