@@ -382,8 +382,8 @@ def test_small_files_that_grow_are_refused(tmp_path, folder, run, what):
     for name in (LR, WEIGHT):
         put(folder, name, content)
         assert_refused(folder, run, "this is no checkpoint")
-    has_new_state = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert has_new_state * (1 if sys.platform == "darwin" else 1024) < 300e6
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 300e6
 
 
 def test_numbers_that_stand_for_a_billion_elements_are_refused(tmp_path, folder, run):
