@@ -13,6 +13,7 @@ from ..algorithms.registry import optimizer_name, settings_of
 from ..algorithms.trial import into_training, quietly, trial_of
 from ..errors import HyperparameterError, PlanError
 from ..resolve.resolved import Cell
+from ..resolve.timeline import given_at
 from .memory import GuestMemory
 from .rehearsal import alike, construct, rehearse
 
@@ -232,8 +233,8 @@ def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None
 
 def _first_values(cell: Cell) -> dict[str, Any]:
     """Return the first values of a cell, with an lr, on which some constructors insist."""
-    values = cell.values(0)
-    return values if values.get("lr", 1) else cell.values(1)
+    values = given_at(cell, 0)
+    return values if values.get("lr", 1) else given_at(cell, 1)
 
 
 def _same(values: Mapping[str, Any], key: str, value: Any) -> bool:

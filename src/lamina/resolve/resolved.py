@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,13 +37,6 @@ class Setting:
 
     scale: Any
     curves: tuple[Schedule, ...] = ()
-
-    def value(self, curve: Callable[[Schedule], Any]) -> Any:
-        """Return the scale times what `curve` makes of each schedule."""
-        value = self.scale
-        for schedule in self.curves:
-            value = value * curve(schedule)
-        return value
 
 
 class Origin(NamedTuple):
@@ -105,20 +98,13 @@ class Cell:
     parameters: tuple[ParamInfo, ...] = field(repr=False)
     by_model: bool = False
 
-    def values(self, step: int) -> dict[str, Any]:
-        """Return the hyperparameters that the rules give at a step; lr without schedule."""
-        return self._values(lambda schedule: float(schedule(step)))
-
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The hyperparameters that never change; those that move stand in it with their scale."""
-        return self._values(lambda schedule: 1)
-
-    def _values(self, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
         return {
-            key: tuple(part.value(curve) for part in setting)
+            key: tuple(part.scale for part in setting)
             if isinstance(setting, tuple)
-            else setting.value(curve)
+            else setting.scale
             for key, setting in self.hyper
         }
 

@@ -6,7 +6,7 @@ lr applied at step k = lr(k) * schedule(k) * feedback * rewarm(k - thaw)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,30 @@ class Feedback:
 NO_FEEDBACK = Feedback()
 
 
+def _product(setting: Setting, curve: Callable[[Schedule], Any]) -> Any:
+    """Return the scale times what `curve` makes of each schedule."""
+    value = setting.scale
+    for schedule in setting.curves:
+        value = value * curve(schedule)
+    return value
+
+
+def _given(cell: Cell, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
+    values = dict(cell.constants)
+    for key, setting in cell.moving:
+        values[key] = (
+            tuple(_product(part, curve) for part in setting)
+            if isinstance(setting, tuple)
+            else _product(setting, curve)
+        )
+    return values
+
+
+def given_at(cell: Cell, step: int) -> dict[str, Any]:
+    """Return what the rules give at a step, before overrides and the factors on lr."""
+    return _given(cell, lambda schedule: float(schedule(step)))
+
+
 class Values:
     """All values at one step (floats) or at an array of steps (arrays), worked out lazily.
 
@@ -71,13 +95,7 @@ class Values:
     def hyper(self, index: int) -> dict[str, Any]:
         """Return the hyperparameters of a cell; lr is 0 while it is frozen."""
         cell = self._resolved.cells[index]
-        values = dict(cell.constants)
-        for key, setting in cell.moving:
-            values[key] = (
-                tuple(map(self._value, setting))
-                if isinstance(setting, tuple)
-                else self._value(setting)
-            )
+        values = _given(cell, self._curve)
         self._override(values, cell)
         if "lr" in values:
             values["lr"] = self._lr(cell, values["lr"])
@@ -118,7 +136,7 @@ class Values:
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """Return the gradient operations of a scope with their numbers."""
         listed = self._resolved.scopes[scope].operations
-        return [(operation, self._value(amount)) for operation, amount in listed]
+        return [(operation, _product(amount, self._curve)) for operation, amount in listed]
 
     def _lr(self, cell: Cell, lr: Any) -> Any:
         if cell.schedule is not None:
@@ -156,9 +174,6 @@ class Values:
         since = np.where(place > 0, self._steps - latest, 0.0)
         factor = np.where(place > 0, cell.rewarm.at(since), 1.0)
         return float(factor[0]) if self._scalar else factor
-
-    def _value(self, setting: Setting) -> Any:
-        return setting.value(self._curve) if setting.curves else setting.scale
 
     def _curve(self, schedule: Schedule) -> Any:
         if schedule not in self._curves:

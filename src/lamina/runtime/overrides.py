@@ -18,6 +18,7 @@ from ..errors import PatternError, PlanError, did_you_mean
 from ..model.patterns import compile_pattern
 from ..model.suggestions import better_pattern
 from ..resolve.resolved import Cell, Resolved
+from ..resolve.timeline import given_at
 
 
 def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
@@ -99,5 +100,5 @@ def check_override(cell: Cell, hyper: Mapping[str, float | None], step: int = 0)
             raise PlanError(f"{where}={value!r}; expected a number, or None to take it back.")
     values = {key: value for key, value in hyper.items() if value is not None}
     check_hyperparameters(
-        cell.optimizer, {**cell.values(step), **values}, f"override of {cell.name!r}"
+        cell.optimizer, {**given_at(cell, step), **values}, f"override of {cell.name!r}"
     )
