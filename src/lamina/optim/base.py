@@ -22,6 +22,14 @@ from .engine import Engine
 from .loading import check_form, is_lossy, loss_of_digits, matching_groups
 
 
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor from its `locals()`, asked for before anything else.
+
+    So that a signature is the only place that lists them.
+    """
+    return {key: value for key, value in given.items() if key not in ("self", "__class__")}
+
+
 class DropIn(Engine):
     """An optimizer without a plan: `param_groups` decides, as in torch.
 
@@ -33,19 +41,18 @@ class DropIn(Engine):
     def __init__(
         self,
         params: ParamsT,
-        hyper: dict[str, Any],
         *,
         state_dtype: torch.dtype | str | None = None,
-        **implementation: bool | None,
+        **settings: Any,
     ) -> None:
         name = type(self).__name__
-        self._refuse_implementation(name, implementation)
-        self.algorithm.check(hyper)
-        defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
-        super().__init__(params, defaults)
-        # a tensor belongs to the groups: a group that is added later gets what was given here
-        own = _as_given if implementation.get("differentiable") else _own
-        self.defaults = {key: own(self._plain(key, v)) for key, v in self.defaults.items()}
+        self._refuse_implementation(name, settings)
+        self.algorithm.check({k: v for k, v in settings.items() if k not in _IMPLEMENTATION})
+        super().__init__(params, {**settings, "state_dtype": dtype_name(name, state_dtype)})
+        self.defaults = {key: self._plain(key, value) for key, value in self.defaults.items()}
+        if not settings.get("differentiable"):
+            # a tensor belongs to the groups: a group that is added later gets what was given here
+            self.defaults = {key: _own(value) for key, value in self.defaults.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
@@ -252,10 +259,6 @@ def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
     if target in known:
         return f" Write {target!r}: {form.format(repr(value))}."
     return did_you_mean(key, known)
-
-
-def _as_given(value: Any) -> Any:
-    return value
 
 
 def _own(value: Any) -> Any:

@@ -12,7 +12,7 @@ from ..algorithms import METHODS
 from ..algorithms.base import Method
 from ..algorithms.lbfgs import lbfgs_step
 from ..errors import HyperparameterError
-from .base import DropIn
+from .base import DropIn, arguments
 from .engine import Closure, hooked
 
 
@@ -36,16 +36,9 @@ class LBFGS(DropIn):
         history_size: int = 100,
         line_search_fn: str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_iter * 5 // 4 if max_eval is None else max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
-        }
-        super().__init__(params, hyper)
+        if max_eval is None:
+            max_eval = max_iter * 5 // 4
+        super().__init__(**arguments(locals()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; only its lr may differ from the other groups'."""
