@@ -18,7 +18,7 @@ from ..algorithms.base import Batch, Method, dtype_name
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..model.suggestions import ALIASES
-from .engine import Engine
+from .engine import Engine, shown_names
 from .loading import check_form, is_lossy, loss_of_digits, matching_groups
 
 
@@ -68,7 +68,10 @@ class DropIn(Engine):
             )
         group = dict(param_group)
         given = group["params"]
-        group["params"] = given if isinstance(given, (torch.Tensor, set)) else list(given)
+        if isinstance(given, torch.Tensor):
+            group["params"] = [given]
+        elif not isinstance(given, set):  # which torch refuses, as it has no order
+            group["params"] = list(given)
         names, params = _split(group)
         where = self._where(len(self.param_groups), names)
         differentiable = group.get("differentiable", self.defaults.get("differentiable"))
@@ -92,23 +95,17 @@ class DropIn(Engine):
 
     def _warn_of_unread(self, where: str, given: Mapping[str, Any]) -> None:
         """Warn of keys that neither the optimizer nor a scheduler reads; torch ignores them too."""
-        unread = [
-            key
-            for key in given
-            if key not in {*self.defaults, *_READ_ELSEWHERE}
-            and not (str(key).startswith("_") or isinstance(given[key], str))  # labels
-        ]
-        if not unread:
-            return
+        known = [key for key in self.defaults if key not in _IMPLEMENTATION]
         told = self.__dict__.setdefault("_unread", set())
-        for key in unread:
-            if key not in told:
-                told.add(key)
-                known = [key for key in self.defaults if key not in _IMPLEMENTATION]
-                warn(
-                    f"{where}: nothing reads the key {key!r}, so that it has no effect."
-                    f"{_instead(key, given, known)}"
-                )
+        for key, value in given.items():
+            label = str(key).startswith("_") or isinstance(value, str)
+            if label or key in {*self.defaults, *_READ_ELSEWHERE, *told}:
+                continue
+            told.add(key)
+            warn(
+                f"{where}: nothing reads the key {key!r}, so that it has no effect."
+                f"{_instead(key, given, known)}"
+            )
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
@@ -117,10 +114,10 @@ class DropIn(Engine):
             raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
 
     def _check_differentiable(self, where: str, given: Mapping[str, Any]) -> None:
-        name = type(self).__name__
         if "differentiable" not in inspect.signature(type(self)).parameters:
             raise HyperparameterError(
-                f"{where}: {name} has no differentiable form; SGD, RMSprop, Adam and AdamW have."
+                f"{where}: {type(self).__name__} has no differentiable form; SGD, RMSprop, Adam "
+                "and AdamW have."
             )
         for key in ("fused", "foreach", "capturable"):
             if given.get(key):
@@ -140,7 +137,7 @@ class DropIn(Engine):
         seen = {
             id(param): name
             for index, group in enumerate(self.param_groups)
-            for name, param in zip(_names(group, index), group["params"], strict=True)
+            for name, param in zip(shown_names(group, index), group["params"], strict=True)
         }
         for name, param in zip(names, params, strict=True):
             if not isinstance(param, torch.Tensor):
@@ -207,12 +204,15 @@ class DropIn(Engine):
         whole = self.algorithm.unit == "vector" and any(map(len, state_dict["state"].values()))
         saved = matching_groups(self.param_groups, state_dict["param_groups"], ordered=whole)
         params: dict[Any, tuple[torch.Tensor, Any, str]] = {}
+        groups: list[dict[str, Any]] = []
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
             params.update({key: (param, new["state_dtype"], name) for key, param, name in rows})
+            kept = deepcopy({key: value for key, value in old.items() if key != "params"})
+            groups.append({**kept, **new, "params": old["params"]})
         state: dict[Any, Any] = {}
         converted: dict[tuple[str, str], list[str]] = {}
         for key, entry in state_dict["state"].items():
@@ -223,10 +223,6 @@ class DropIn(Engine):
             state[param] = _fit_entry(name, param, wanted, entry)
             if wanted is None:
                 _note_loss(converted, name, entry, state[param])
-        groups = [
-            {**deepcopy(_without_params(old)), **_without_params(new), "params": old["params"]}
-            for old, new in zip(self.param_groups, saved, strict=True)
-        ]
         for (before, now), its in converted.items():
             warn(loss_of_digits(its, before, now))
         self.state.clear()
@@ -267,19 +263,12 @@ def _own(value: Any) -> Any:
 
 def _split(group: dict[str, Any]) -> tuple[list[str], list[Any]]:
     """Return what errors call the parameters of a new group, and the parameters."""
-    given = group["params"]
-    items = [given] if isinstance(given, torch.Tensor) else list(given)
+    items = list(group["params"])
     names = [
         repr(item[0]) if isinstance(item, tuple) else f"number {index}"
         for index, item in enumerate(items)
     ]
     return names, [item[1] if isinstance(item, tuple) else item for item in items]
-
-
-def _names(group: Mapping[str, Any], index: int) -> list[str]:
-    if group.get("param_names"):
-        return [repr(name) for name in group["param_names"]]
-    return [f"number {i} of parameter group {index}" for i in range(len(group["params"]))]
 
 
 def _refuse_uncapturable(batch: Batch) -> None:
@@ -288,10 +277,6 @@ def _refuse_uncapturable(batch: Batch) -> None:
     if kernel.name == "readable" or on_cpu is not None:
         what = reason if on_cpu is None else f"{batch.name_of(on_cpu)} is on the CPU"
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
-
-
-def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _note_loss(
@@ -316,25 +301,20 @@ def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -
         if key == "step":
             step = torch.as_tensor(value, dtype=torch.float32)
             fitted[key] = step.to(kernels.step_device(param), copy=True)
-        else:
-            shaped = isinstance(value, torch.Tensor) and value.shape != param.shape
-            if shaped and key in _SHAPED:
+            continue
+        if key in _SHAPED and isinstance(value, torch.Tensor):
+            if value.shape != param.shape:
                 raise StateError(
                     f"the saved {key} of {name} has shape {tuple(value.shape)}, but the parameter "
                     f"has {tuple(param.shape)}; nothing was loaded."
                 )
-            if key in _SHAPED and _is_of_other_kind(param, value):
+            if value.is_complex() != param.is_complex():
                 raise StateError(
                     f"the saved {key} of {name} is of type {short(value.dtype)}, and the parameter "
                     f"is {short(param.dtype)}; nothing was loaded."
                 )
-            fitted[key] = _fit(param, wanted, value)
+        fitted[key] = _fit(param, wanted, value)
     return fitted
-
-
-def _is_of_other_kind(param: torch.Tensor, value: Any) -> bool:
-    """Return whether one is complex and the other is not."""
-    return isinstance(value, torch.Tensor) and value.is_complex() != param.is_complex()
 
 
 #: state that is as large as its parameter

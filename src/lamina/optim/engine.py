@@ -15,7 +15,7 @@ from ..errors import MismatchError
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
-from .updates import Group, KeptBatches, KernelUpdates, Updates, preferred_kernel
+from .updates import Group, KeptBatch, KeptBatches, KernelUpdates, Updates, preferred_kernel
 
 Closure = Callable[[], Any]
 #: a group with its parameters that have a gradient, and the gradients
@@ -110,9 +110,7 @@ class Engine(torch.optim.Optimizer):
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
         kept = [self._kept_batch(*row) for row in rows]
-        changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
-        if changed:
-            self._refuse_misfits(changed)
+        self._refuse_misfits(row for row, batch in zip(rows, kept, strict=True) if batch is None)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)
@@ -141,7 +139,7 @@ class Engine(torch.optim.Optimizer):
         self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> Batch | None:
         """Return the batch of an earlier step, if its tensors are the same and lie as they did."""
-        known = self._kept_batches.by_group.get(id(group))
+        known = self._kept_batches.get(id(group))
         if known is None:
             return None
         if not known.holds(params, self._updates_for(group).watched(params, self.state)):
@@ -161,7 +159,7 @@ class Engine(torch.optim.Optimizer):
         """Make a batch, which is kept for the steps to come."""
         updates = self._updates_for(group)
         batch = updates.batch(group, params, grads, self.state)
-        self._kept_batches.keep(batch, updates.watched(params, self.state))
+        self._kept_batches[id(group)] = KeptBatch(batch, updates.watched(params, self.state))
         return batch
 
     def _store_new_state(self, batches: Sequence[Batch]) -> None:
@@ -199,9 +197,7 @@ class Engine(torch.optim.Optimizer):
         """Return where a parameter is, as group and position, and what errors call it."""
         index = next(i for i, each in enumerate(self.param_groups) if each is group)
         place = next(i for i, each in enumerate(group["params"]) if each is param)
-        names = group.get("param_names")
-        name = repr(names[place]) if names else f"number {place} of parameter group {index}"
-        return (index, place), name
+        return (index, place), shown_names(group, index)[place]
 
     # --- parameters that others put in the place of ours ---------------------------------------
 
@@ -233,10 +229,9 @@ class Engine(torch.optim.Optimizer):
         """
         moved: dict[torch.Tensor, dict[str, Any]] = {}
         for old, new in exchanged:
-            if old not in self.state or self.state.get(new):
+            # As in torch, the state of a parameter of another shape is new.
+            if old not in self.state or self.state.get(new) or new.shape != old.shape:
                 continue
-            if new.shape != old.shape:
-                continue  # as in torch, its state is new
             moved[new] = {
                 key: laid_out_as(value, new) if _has_shape_of(value, old) else value
                 for key, value in self.state[old].items()
@@ -283,12 +278,19 @@ class Engine(torch.optim.Optimizer):
         """Give parameters the state that they have before their first update."""
         new = [self._updates_for(group).restarted_state(group, param) for group, param, _ in chosen]
         for (group, param, _), entry in zip(chosen, new, strict=True):
-            self._kept_batches.forget(group)
+            self._kept_batches.pop(id(group), None)
             self.state[param] = entry
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: as in torch, no hooks and no patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def shown_names(group: Group, index: int) -> list[str]:
+    """Return what errors call the parameters of a group."""
+    if group.get("param_names"):
+        return [repr(name) for name in group["param_names"]]
+    return [f"number {place} of parameter group {index}" for place in range(len(group["params"]))]
 
 
 def _has_shape_of(value: Any, param: torch.Tensor) -> bool:

@@ -51,9 +51,9 @@ class Updates(ABC):
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state of a parameter before its first update."""
 
-    @abstractmethod
     def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state with which a parameter starts again, whose size may have changed."""
+        return self.initial_state(group, param)
 
 
 class KernelUpdates(Updates):
@@ -115,10 +115,6 @@ class KernelUpdates(Updates):
 
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return a step count of 0; tensors are allocated at the first update."""
-        return initial_state(param)
-
-    def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
-        """Return the initial state."""
         return initial_state(param)
 
     def allocate(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> None:
@@ -215,7 +211,7 @@ class KeptBatch:
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values)):
             return False
-        tensors = self._watched() if self._sharded else self._tensors
+        tensors = self._watched()
         return self._forms.matches(tensors) and addresses(tensors) == self._addresses
 
     def fits(self, grads: Sequence[torch.Tensor]) -> bool:
@@ -238,29 +234,11 @@ class KeptBatch:
         return [*self._tensors, *(each._local_tensor for each in shards)]
 
 
-class KeptBatches:
+class KeptBatches(dict[int, KeptBatch]):
     """The batches of the last step, by the id of their group; a copy of it is empty.
 
     A copied optimizer has tensors of its own, which these batches do not hold.
     """
 
-    def __init__(self) -> None:
-        self.by_group: dict[int, KeptBatch] = {}
-
-    def keep(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
-        """Keep a batch for the steps to come."""
-        self.by_group[id(batch.hyper)] = KeptBatch(batch, entries)
-
-    def forget(self, group: dict[str, Any]) -> None:
-        """Drop the batch of a group, which holds tensors of its state."""
-        self.by_group.pop(id(group), None)
-
-    def clear(self) -> None:
-        """Drop all batches, which are made anew in the next step."""
-        self.by_group.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.by_group = {}
+    def __reduce__(self) -> tuple[type[KeptBatches], tuple[()]]:
+        return KeptBatches, ()
