@@ -103,11 +103,6 @@ class CyclicLR(Cycled):
         triangle = place / up if place <= up else (place - 1) / (up - 1)
         return triangle * self.scale_fn(cycle if self.scale_mode == "cycle" else step)
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
-        return list(self.at(self.last_epoch))
-
     def at(self, step: int) -> list[float]:
         height = self._height(step)
         pairs = zip(self.base_lrs, self.max_lrs, strict=True)

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
-from .base import LRScheduler
+from .base import PlannedLR
 from .ledger import Group, Rate, as_held
 
 Lambda = Callable[[int], float]
 
 
-class _Lambdas(LRScheduler):
+class _Lambdas(PlannedLR):
     """One function for all groups, or one for each."""
 
-    _hidden: ClassVar[tuple[str, ...]] = (*LRScheduler._hidden, "lr_lambdas", "_shared")
+    _hidden: ClassVar[tuple[str, ...]] = (*PlannedLR._hidden, "lr_lambdas", "_shared")
 
     def __init__(
         self,
@@ -75,11 +75,6 @@ class _Lambdas(LRScheduler):
 class LambdaLR(_Lambdas):
     """The initial learning rate times a function of the epoch; arguments are torch's."""
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
-        return list(self.at(self.last_epoch))
-
     def at(self, step: int) -> list[float]:
         pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
         return [float(base) * function(step) for base, function in pairs]
@@ -97,9 +92,7 @@ class MultiplicativeLR(_Lambdas):
 
     _relative: ClassVar[bool] = True
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
+    def _next_lr(self) -> list[Rate]:
         records = self._ledger.records
         if self._is_initial:
             return [record.plain for record in records]

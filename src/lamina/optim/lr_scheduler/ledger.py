@@ -312,22 +312,22 @@ class Ledger:
             values: one for each group.
             made: the scheduler is being made, so this is no step.
         """
-        for index, (record, value) in enumerate(zip(self.records, values, strict=True)):
+        for record, value in zip(self.records, values, strict=True):
             record.plain = float(value)
             factor = self._factor(record)
             put(record.group, value if factor == 1.0 else record.plain * factor)
-            self._note(scheduler, index, record)
+            self._note(scheduler, record)
         if not made:
             self._went_on()
         scheduler._last_lr = [own(record.group["lr"]) for record in self.records]
 
     def rescale(self, scheduler: Any, values: Sequence[Rate]) -> None:
         """Write the learning rates of all groups, given with the multipliers."""
-        for index, (record, value) in enumerate(zip(self.records, values, strict=True)):
+        for record, value in zip(self.records, values, strict=True):
             if record.written != 0 and float(value) != record.written:
                 record.plain *= float(value) / record.written
             put(record.group, value)
-            self._note(scheduler, index, record)
+            self._note(scheduler, record)
         self._went_on()
         scheduler._last_lr = [own(record.group["lr"]) for record in self.records]
 
@@ -337,19 +337,17 @@ class Ledger:
         A group that holds a restored or edited learning rate keeps it; one that was overwritten
         when the scheduler was made gets it back.
         """
-        for index, (record, lr) in enumerate(zip(self.records, saved, strict=False)):
-            groups = scheduler.optimizer.param_groups
-            group = groups[index] if index < len(groups) else None
-            if group is not record.group or self._edited(record):
-                continue
-            put(record.group, lr if record.found is None else record.found)
-            self._note(scheduler, index, record)
-            self._explain(record)
+        groups = scheduler.optimizer.param_groups
+        for record, group, lr in zip(self.records, groups, saved, strict=False):
+            if group is record.group and not self._edited(record):
+                put(group, lr if record.found is None else record.found)
+                self._note(scheduler, record)
+                self._explain(record)
 
-    def _note(self, scheduler: Any, index: int, record: Record) -> None:
+    def _note(self, scheduler: Any, record: Record) -> None:
         before, record.written = record.written, float(record.group["lr"])
         if getattr(scheduler, "_verbose", False) and before != record.written:
-            report(scheduler, index, record.group)
+            report(scheduler, record.index, record.group)
 
     def _went_on(self) -> None:
         self.stepped = True
