@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..model.suggestions import ALIASES
 from .engine import Engine, shown_names
-from .loading import check_form, is_lossy, loss_of_digits, matching_groups
+from .loading import check_form, loss_of_digits, matching_groups
 
 
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class DropIn(Engine):
         elif not isinstance(given, set):  # which torch refuses, as it has no order
             group["params"] = list(given)
         names, params = _split(group)
-        where = self._where(len(self.param_groups), names)
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        where = f"{type(self).__name__}, parameter group {len(self.param_groups)} ({shown})"
         differentiable = group.get("differentiable", self.defaults.get("differentiable"))
         self._check_params(where, names, params)
         if "state_dtype" in group:
@@ -109,22 +110,19 @@ class DropIn(Engine):
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
-            self._check_differentiable(where, given)
+            if "differentiable" not in inspect.signature(type(self)).parameters:
+                raise HyperparameterError(
+                    f"{where}: {type(self).__name__} has no differentiable form; SGD, RMSprop, "
+                    "Adam and AdamW have."
+                )
+            for key in ("fused", "foreach", "capturable"):
+                if given.get(key):
+                    raise HyperparameterError(
+                        f"{where}: differentiable=True goes by the rule as it is written, one "
+                        f"tensor at a time, and {key}=True by another way; leave one of them out."
+                    )
         if given.get("fused") and given.get("foreach"):
             raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
-
-    def _check_differentiable(self, where: str, given: Mapping[str, Any]) -> None:
-        if "differentiable" not in inspect.signature(type(self)).parameters:
-            raise HyperparameterError(
-                f"{where}: {type(self).__name__} has no differentiable form; SGD, RMSprop, Adam "
-                "and AdamW have."
-            )
-        for key in ("fused", "foreach", "capturable"):
-            if given.get(key):
-                raise HyperparameterError(
-                    f"{where}: differentiable=True goes by the rule as it is written, one tensor "
-                    f"at a time, and {key}=True by another way; leave one of them out."
-                )
 
     def _plain(self, key: str, value: Any) -> Any:
         """Return a value as Python's: a NumPy number in a group makes checkpoints unloadable."""
@@ -158,31 +156,17 @@ class DropIn(Engine):
                 raise PlanError(f"{where}: {name} {reason}.")
             seen[id(param)] = name
 
-    def _where(self, index: int, names: list[str]) -> str:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        return f"{type(self).__name__}, parameter group {index} ({shown})"
-
     def _update(self) -> None:
-        if any(group.get("differentiable") for group in self.param_groups):
-            self._differentiate()
-        else:
-            super()._update()
-
-    def _differentiate(self) -> None:
         """Update the groups that ask for it under autograd, and the others as ever."""
         batches = self._collect(self.param_groups)
+        for batch in batches:
+            if batch.hyper.get("capturable"):
+                _refuse_uncapturable(batch)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
         kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
         self._store_new_state(batches)
-
-    def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
-        batches = super()._collect(groups)
-        for batch in batches:
-            if batch.hyper.get("capturable"):
-                _refuse_uncapturable(batch)
-        return batches
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,8 +205,9 @@ class DropIn(Engine):
                 continue
             param, wanted, name = params[key]
             state[param] = _fit_entry(name, param, wanted, entry)
-            if wanted is None:
-                _note_loss(converted, name, entry, state[param])
+            lost = _lost_digits(entry, state[param]) if wanted is None else None
+            if lost is not None:
+                converted.setdefault(lost, []).append(name)
         for (before, now), its in converted.items():
             warn(loss_of_digits(its, before, now))
         self.state.clear()
@@ -279,19 +264,14 @@ def _refuse_uncapturable(batch: Batch) -> None:
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
 
 
-def _note_loss(
-    converted: dict[tuple[str, str], list[str]],
-    name: str,
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-) -> None:
-    """Note a parameter whose state has less precision than was saved."""
+def _lost_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the dtypes of a state before and now, if it has less precision than was saved."""
     for key, value in saved.items():
-        shaped = key in _SHAPED and isinstance(value, torch.Tensor)
-        if shaped and is_lossy(value.dtype, now[key].dtype):
-            pair = short(value.dtype), short(now[key].dtype)
-            converted.setdefault(pair, []).append(name)
-            return
+        if key in _SHAPED and isinstance(value, torch.Tensor):
+            dtype = now[key].dtype
+            if torch.promote_types(value.dtype, dtype) is not dtype:
+                return short(value.dtype), short(dtype)
+    return None
 
 
 def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import kernels
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
@@ -36,7 +35,7 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 class Engine(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that runs lamina's algorithms over its parameter groups.
 
-    Subclasses give `algorithm`, and may override `_update`, in which the weights change, and
+    Subclasses give `algorithm` and `_update`, in which the weights change, and may override
     `_updates_for`, which tells how a group is updated.
 
     Trainers wrap optimizers in classes that derive from the optimizer's own but delegate only
@@ -95,9 +94,8 @@ class Engine(torch.optim.Optimizer):
         return loss
 
     def _update(self) -> None:
-        batches = self._collect(self.param_groups)
-        kernels.apply(batches)
-        self._store_new_state(batches)
+        """Change the weights and the state by the gradients."""
+        raise NotImplementedError
 
     def _collect(self, groups: Sequence[Group]) -> list[Batch]:
         """Return one batch for each group that has gradients.
@@ -209,26 +207,23 @@ class Engine(torch.optim.Optimizer):
         """
         params = [param for group in self.param_groups for param in group["params"]]
         known = self._seen_params
-        if len(known) == len(params) and all(map(is_, params, known)):
-            return
         if len(known) == len(params):
-            now, before = set(map(id, params)), set(map(id, known))
-            self._move_state(
-                [
-                    (old, new)
-                    for old, new in zip(known, params, strict=True)
-                    if id(old) not in now and id(new) not in before
-                ]
-            )
+            if all(map(is_, params, known)):
+                return
+            self._move_state(known, params)
         known[:] = params
 
-    def _move_state(self, exchanged: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _move_state(self, known: list[torch.Tensor], params: list[torch.Tensor]) -> None:
         """Give new tensors the state of those whose place they took, laid out as they are.
 
         What has state already keeps it: its user has moved it.
         """
+        now, before = set(map(id, params)), set(map(id, known))
         moved: dict[torch.Tensor, dict[str, Any]] = {}
-        for old, new in exchanged:
+        left: list[torch.Tensor] = []
+        for old, new in zip(known, params, strict=True):
+            if id(old) in now or id(new) in before:
+                continue  # still there, perhaps in another place
             # As in torch, the state of a parameter of another shape is new.
             if old not in self.state or self.state.get(new) or new.shape != old.shape:
                 continue
@@ -236,10 +231,10 @@ class Engine(torch.optim.Optimizer):
                 key: laid_out_as(value, new) if _has_shape_of(value, old) else value
                 for key, value in self.state[old].items()
             }
-        self.state.update(moved)
-        for old, new in exchanged:
-            if new in moved:
-                del self.state[old]
+            left.append(old)
+        self.state.update(moved)  # only now: a layout that cannot be made leaves all as it was
+        for old in left:
+            del self.state[old]
 
     # --- the state -----------------------------------------------------------------------------
 

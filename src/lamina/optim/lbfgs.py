@@ -13,7 +13,7 @@ from ..algorithms.base import Method
 from ..algorithms.lbfgs import lbfgs_step
 from ..errors import HyperparameterError
 from .base import DropIn, arguments
-from .engine import Closure, hooked
+from .engine import Closure
 
 
 class LBFGS(DropIn):
@@ -21,6 +21,11 @@ class LBFGS(DropIn):
 
     One estimate of the curvature over all parameters. With equal learning rates this is torch's
     algorithm; with different ones they scale the first guess of the inverse Hessian.
+
+    `step` takes up to `max_iter` iterations and returns what the closure returned at its first
+    evaluation. It raises `PlanError` without a closure, or if that returns no number, and
+    `NonFiniteError` for a loss or a gradient that is not finite; weights and state are as before
+    then.
     """
 
     algorithm: ClassVar[Method] = METHODS["LBFGS"]
@@ -52,26 +57,10 @@ class LBFGS(DropIn):
                 )
         super().add_param_group(param_group)
 
-    @hooked
-    def step(self, closure: Closure | None = None) -> Any:
-        """Take up to `max_iter` iterations.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls backward, returns the loss.
-
-        Returns:
-            What the closure returned at its first evaluation.
-
-        Raises:
-            PlanError: without a closure, or if it returns no number.
-            NonFiniteError: a loss or a gradient is not finite; weights and state are as before.
-        """
+    def _step(self, closure: Closure | None) -> Any:
         params = (param for group in self.param_groups for param in group["params"])
         first = next(params, None)  # holds the state, as in torch
-        with torch.no_grad():
-            return lbfgs_step(
-                closure, self.param_groups, {} if first is None else self.state[first]
-            )
+        return lbfgs_step(closure, self.param_groups, {} if first is None else self.state[first])
 
     def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
         """Drop the memory, which is one over all parameters."""

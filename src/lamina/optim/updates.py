@@ -121,7 +121,7 @@ class KernelUpdates(Updates):
         """Add to the state of a parameter what its algorithm needs and is not there yet."""
         algorithm = self.algorithm_for(group)
         if "step" not in entry:
-            entry["step"] = new_step(param)
+            entry.update(initial_state(param))
         if entry.keys() >= algorithm.init(_EMPTY, group).keys():
             return
         dtype = state_dtype_of(param, group)
@@ -150,13 +150,8 @@ def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -
 
 def initial_state(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
     """Return the state of a parameter that holds no tensors yet, only the count of its updates."""
-    step = new_step(param)
-    return {"step": step.fill_(steps) if steps else step}
-
-
-def new_step(param: torch.Tensor) -> torch.Tensor:
-    """Return the step count of a parameter that was never updated."""
-    return torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+    device = kernels.step_device(param)
+    return {"step": torch.full((), steps, dtype=torch.float32, device=device)}
 
 
 def names_of(group: Group, params: Tensors) -> list[str]:
@@ -182,7 +177,7 @@ class KeptBatch:
     """A batch that is kept from step to step, and how all its tensors lay when it was made."""
 
     __slots__ = (
-        *("batch", "_keys", "_values", "_tensors", "_sharded"),
+        *("batch", "_keys", "_values", "_tensors", "_shards"),
         *("_forms", "_addresses", "_grads"),
     )
 
@@ -194,7 +189,7 @@ class KeptBatch:
         found = (*batch.params, *(value for value in columns if value is not None))
         # A sparse tensor has no address; operators over lists never take it.
         self._tensors = [each for each in found if each.layout is torch.strided]
-        self._sharded = any(map(is_dtensor, self._tensors))
+        self._shards: list[Any] = [each for each in self._tensors if is_dtensor(each)]
         tensors = self._watched()
         self._forms = MemorySnapshot(tensors)
         self._addresses = addresses(tensors)
@@ -228,10 +223,9 @@ class KeptBatch:
 
     def _watched(self) -> list[torch.Tensor]:
         """Return the tensors that are compared; those of shards may be exchanged inside."""
-        if not self._sharded:
+        if not self._shards:
             return self._tensors
-        shards: Any = [each for each in self._tensors if is_dtensor(each)]
-        return [*self._tensors, *(each._local_tensor for each in shards)]
+        return [*self._tensors, *(each._local_tensor for each in self._shards)]
 
 
 class KeptBatches(dict[int, KeptBatch]):

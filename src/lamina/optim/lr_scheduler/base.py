@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import types
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -220,6 +221,13 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _go_on_from(self, previous: Self) -> None:
         """Continue after the state of a scheduler with other arguments was loaded."""
+
+
+def state_of(function: Any) -> dict[str, Any] | None:
+    """Return what a state keeps of a callable object; None of a plain function."""
+    if function is None or isinstance(function, types.FunctionType):
+        return None
+    return dict(getattr(function, "__dict__", {}))
 
 
 class PlannedLR(LRScheduler):

@@ -60,28 +60,23 @@ class Curve(PlannedLR):
 
     def _next_lr(self) -> list[Rate]:
         wave = self._wave(self.last_epoch)
-        move = self._begin if self._is_initial else self._move
         pairs = zip(self._ledger.records, self.base_lrs, strict=True)
-        return [move(record, float(base), wave) for record, base in pairs]
-
-    def _begin(self, record: Record, base: float, wave: float) -> float:
-        """Return the first learning rate of a group."""
-        target = self._closed(base, wave)
-        if _same(record, base):
-            return target
-        if self.last_epoch > 0 or base == 0:  # resumed: the groups hold loaded values
-            return record.plain
-        return self._follow(record.plain, base, target, wave)
+        return [self._move(record, float(base), wave) for record, base in pairs]
 
     def _move(self, record: Record, base: float, wave: float) -> float:
-        """Return the learning rate of a group one epoch later."""
-        source = self._previous or self
-        before = source._wave(max(self.last_epoch - 1, 0))
-        expected = source._closed(base, before)
+        """Return the learning rate of a group at the next epoch, or at the first."""
+        if self._is_initial:
+            before, expected = 1.0, base
+            stays = self.last_epoch > 0  # resumed: the groups hold loaded values
+        else:
+            source = self._previous or self
+            before = source._wave(max(self.last_epoch - 1, 0))
+            expected = source._closed(base, before)
+            stays = before == wave and source is self
         target = self._closed(base, wave)
         if _same(record, expected):
             return target
-        if expected == 0 or before == 0 or (before == wave and source is self):
+        if stays or expected == 0 or before == 0:
             return record.plain
         return self._follow(record.plain, expected, target, wave / before)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
-from .base import PlannedLR
+from .base import PlannedLR, state_of
 from .ledger import Group, Rate, as_held
 
 Lambda = Callable[[int], float]
@@ -58,11 +57,7 @@ class _Lambdas(PlannedLR):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the optimizer and plain functions; callable objects are kept."""
-        saved = [
-            None if isinstance(f, types.FunctionType) else dict(getattr(f, "__dict__", {}))
-            for f in self.lr_lambdas
-        ]
-        return {**super().state_dict(), "lr_lambdas": saved}
+        return {**super().state_dict(), "lr_lambdas": [state_of(f) for f in self.lr_lambdas]}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         super()._load(state_dict)

@@ -9,6 +9,7 @@ replaced, never divided out.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,10 +153,10 @@ class Ledger:
 
     def _take_in(self, groups: Sequence[Group]) -> list[Record]:
         """Open records for groups that are there before any scheduler, or were restored."""
-        first, new = not self.records, []
-        for index, group in enumerate(groups):
-            if not first and index >= len(self.records):
-                break  # added later: `read` takes it in
+        new = []
+        first = not self.records
+        there = groups if first else groups[: len(self.records)]  # `read` takes in the later ones
+        for index, group in enumerate(there):
             if first or self.records[index].group is not group:
                 lr = float(group["lr"])
                 found = lr if "initial_lr" in group else None
@@ -194,8 +195,7 @@ class Ledger:
         """Go on with a group that came from a saved state of the optimizer."""
         record.group, record.written = group, float(group["lr"])
         record.base = float(group.get("initial_lr", record.base))
-        counting = [each for each in self.multipliers if each.counts]
-        if all(each.restored for each in counting):
+        if all(each.restored for each in self.multipliers if each.counts):
             self._explain(record)
 
     def _explain(self, record: Record) -> None:
@@ -231,11 +231,8 @@ class Ledger:
     # --- multipliers ---------------------------------------------------------------------------
 
     def _factor(self, record: Record) -> float:
-        factor = 1.0
-        for multiplier in self.multipliers:
-            if multiplier.counts and multiplier not in record.ended:
-                factor *= multiplier.factor(record)
-        return factor
+        counting = (m for m in self.multipliers if m.counts and m not in record.ended)
+        return math.prod(multiplier.factor(record) for multiplier in counting)
 
     def multiply(self, multiplier: Multiplier, share: float, bases: Sequence[Rate]) -> None:
         """Set the share of a multiplier, which counts from now on.
