@@ -87,7 +87,10 @@ class _Composed(LRScheduler):
         self._ledger.write(part, self._ledger.without_multipliers(written), made=made)
 
     def _initial_step(self) -> None:
-        """Put the learning rates back to the initial ones and begin with the parts in turn."""
+        """Put the learning rates back to the initial ones and begin with the parts in turn.
+
+        Where it is built, and where a SequentialLR around it gives it its turn.
+        """
         groups, ledger = self.optimizer.param_groups, self._ledger
         ledger.based()
         ledger.overwrite()

@@ -66,7 +66,7 @@ class Curve(PlannedLR):
     def _move(self, record: Record, base: float, wave: float) -> float:
         """Return the learning rate of a group at the next epoch, or at the first."""
         if self._is_initial:
-            before, expected = 1.0, base
+            before, expected = 1.0, base  # as given: the closed form at 1 would round a floor
             stays = self.last_epoch > 0  # resumed: the groups hold loaded values
         else:
             source = self._previous or self
