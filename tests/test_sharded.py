@@ -167,7 +167,7 @@ def train_and_save(part: slice, folder: str) -> dict[str, object]:
     taken = steps[0]
     chosen = {
         kept.batch.algorithm.name: kernels.choose(kept.batch)[1]
-        for kept in optimizer._kept_batches.by_group.values()
+        for kept in optimizer._kept_batches.values()
     }
     seen += go(model, optimizer, range(SAVED, STEPS), part)
     return {

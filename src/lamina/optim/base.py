@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -18,8 +18,16 @@ from ..algorithms.base import Batch, Method, dtype_name
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..model.suggestions import ALIASES
-from .engine import Engine
-from .loading import check_form, is_lossy, loss_of_digits, matching_groups
+from .engine import Engine, shown_names
+from .loading import check_form, loss_of_digits, matching_groups
+
+
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor from its `locals()`, asked for before anything else.
+
+    So that a signature is the only place that lists them.
+    """
+    return {key: value for key, value in given.items() if key not in ("self", "__class__")}
 
 
 class DropIn(Engine):
@@ -33,19 +41,18 @@ class DropIn(Engine):
     def __init__(
         self,
         params: ParamsT,
-        hyper: dict[str, Any],
         *,
         state_dtype: torch.dtype | str | None = None,
-        **implementation: bool | None,
+        **settings: Any,
     ) -> None:
         name = type(self).__name__
-        self._refuse_implementation(name, implementation)
-        self.algorithm.check(hyper)
-        defaults = {**hyper, **implementation, "state_dtype": dtype_name(name, state_dtype)}
-        super().__init__(params, defaults)
-        # a tensor belongs to the groups: a group that is added later gets what was given here
-        own = _as_given if implementation.get("differentiable") else _own
-        self.defaults = {key: own(self._plain(key, v)) for key, v in self.defaults.items()}
+        self._refuse_implementation(name, settings)
+        self.algorithm.check({k: v for k, v in settings.items() if k not in _IMPLEMENTATION})
+        super().__init__(params, {**settings, "state_dtype": dtype_name(name, state_dtype)})
+        self.defaults = {key: self._plain(key, value) for key, value in self.defaults.items()}
+        if not settings.get("differentiable"):
+            # a tensor belongs to the groups: a group that is added later gets what was given here
+            self.defaults = {key: _own(value) for key, value in self.defaults.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict with "params" and, if it likes, its own hyperparameters.
@@ -61,9 +68,13 @@ class DropIn(Engine):
             )
         group = dict(param_group)
         given = group["params"]
-        group["params"] = given if isinstance(given, (torch.Tensor, set)) else list(given)
+        if isinstance(given, torch.Tensor):
+            group["params"] = [given]
+        elif not isinstance(given, set):  # which torch refuses, as it has no order
+            group["params"] = list(given)
         names, params = _split(group)
-        where = self._where(len(self.param_groups), names)
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        where = f"{type(self).__name__}, parameter group {len(self.param_groups)} ({shown})"
         differentiable = group.get("differentiable", self.defaults.get("differentiable"))
         self._check_params(where, names, params)
         if "state_dtype" in group:
@@ -85,42 +96,33 @@ class DropIn(Engine):
 
     def _warn_of_unread(self, where: str, given: Mapping[str, Any]) -> None:
         """Warn of keys that neither the optimizer nor a scheduler reads; torch ignores them too."""
-        unread = [
-            key
-            for key in given
-            if key not in {*self.defaults, *_READ_ELSEWHERE}
-            and not (str(key).startswith("_") or isinstance(given[key], str))  # labels
-        ]
-        if not unread:
-            return
+        known = [key for key in self.defaults if key not in _IMPLEMENTATION]
         told = self.__dict__.setdefault("_unread", set())
-        for key in unread:
-            if key not in told:
-                told.add(key)
-                known = [key for key in self.defaults if key not in _IMPLEMENTATION]
-                warn(
-                    f"{where}: nothing reads the key {key!r}, so that it has no effect."
-                    f"{_instead(key, given, known)}"
-                )
+        for key, value in given.items():
+            label = str(key).startswith("_") or isinstance(value, str)
+            if label or key in {*self.defaults, *_READ_ELSEWHERE, *told}:
+                continue
+            told.add(key)
+            warn(
+                f"{where}: nothing reads the key {key!r}, so that it has no effect."
+                f"{_instead(key, given, known)}"
+            )
 
     def _refuse_implementation(self, where: str, given: Mapping[str, Any]) -> None:
         if given.get("differentiable"):
-            self._check_differentiable(where, given)
+            if "differentiable" not in inspect.signature(type(self)).parameters:
+                raise HyperparameterError(
+                    f"{where}: {type(self).__name__} has no differentiable form; SGD, RMSprop, "
+                    "Adam and AdamW have."
+                )
+            for key in ("fused", "foreach", "capturable"):
+                if given.get(key):
+                    raise HyperparameterError(
+                        f"{where}: differentiable=True goes by the rule as it is written, one "
+                        f"tensor at a time, and {key}=True by another way; leave one of them out."
+                    )
         if given.get("fused") and given.get("foreach"):
             raise HyperparameterError(f"{where}: fused and foreach cannot both be True.")
-
-    def _check_differentiable(self, where: str, given: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if "differentiable" not in inspect.signature(type(self)).parameters:
-            raise HyperparameterError(
-                f"{where}: {name} has no differentiable form; SGD, RMSprop, Adam and AdamW have."
-            )
-        for key in ("fused", "foreach", "capturable"):
-            if given.get(key):
-                raise HyperparameterError(
-                    f"{where}: differentiable=True goes by the rule as it is written, one tensor "
-                    f"at a time, and {key}=True by another way; leave one of them out."
-                )
 
     def _plain(self, key: str, value: Any) -> Any:
         """Return a value as Python's: a NumPy number in a group makes checkpoints unloadable."""
@@ -133,7 +135,7 @@ class DropIn(Engine):
         seen = {
             id(param): name
             for index, group in enumerate(self.param_groups)
-            for name, param in zip(_names(group, index), group["params"], strict=True)
+            for name, param in zip(shown_names(group, index), group["params"], strict=True)
         }
         for name, param in zip(names, params, strict=True):
             if not isinstance(param, torch.Tensor):
@@ -154,31 +156,17 @@ class DropIn(Engine):
                 raise PlanError(f"{where}: {name} {reason}.")
             seen[id(param)] = name
 
-    def _where(self, index: int, names: list[str]) -> str:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        return f"{type(self).__name__}, parameter group {index} ({shown})"
-
     def _update(self) -> None:
-        if any(group.get("differentiable") for group in self.param_groups):
-            self._differentiate()
-        else:
-            super()._update()
-
-    def _differentiate(self) -> None:
         """Update the groups that ask for it under autograd, and the others as ever."""
         batches = self._collect(self.param_groups)
+        for batch in batches:
+            if batch.hyper.get("capturable"):
+                _refuse_uncapturable(batch)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
         kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
         self._store_new_state(batches)
-
-    def _collect(self, groups: Sequence[dict[str, Any]]) -> list[Batch]:
-        batches = super()._collect(groups)
-        for batch in batches:
-            if batch.hyper.get("capturable"):
-                _refuse_uncapturable(batch)
-        return batches
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,12 +188,15 @@ class DropIn(Engine):
         whole = self.algorithm.unit == "vector" and any(map(len, state_dict["state"].values()))
         saved = matching_groups(self.param_groups, state_dict["param_groups"], ordered=whole)
         params: dict[Any, tuple[torch.Tensor, Any, str]] = {}
+        groups: list[dict[str, Any]] = []
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
             params.update({key: (param, new["state_dtype"], name) for key, param, name in rows})
+            kept = deepcopy({key: value for key, value in old.items() if key != "params"})
+            groups.append({**kept, **new, "params": old["params"]})
         state: dict[Any, Any] = {}
         converted: dict[tuple[str, str], list[str]] = {}
         for key, entry in state_dict["state"].items():
@@ -214,12 +205,9 @@ class DropIn(Engine):
                 continue
             param, wanted, name = params[key]
             state[param] = _fit_entry(name, param, wanted, entry)
-            if wanted is None:
-                _note_loss(converted, name, entry, state[param])
-        groups = [
-            {**deepcopy(_without_params(old)), **_without_params(new), "params": old["params"]}
-            for old, new in zip(self.param_groups, saved, strict=True)
-        ]
+            lost = _lost_digits(entry, state[param]) if wanted is None else None
+            if lost is not None:
+                converted.setdefault(lost, []).append(name)
         for (before, now), its in converted.items():
             warn(loss_of_digits(its, before, now))
         self.state.clear()
@@ -254,29 +242,18 @@ def _instead(key: str, group: Mapping[str, Any], known: list[str]) -> str:
     return did_you_mean(key, known)
 
 
-def _as_given(value: Any) -> Any:
-    return value
-
-
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _split(group: dict[str, Any]) -> tuple[list[str], list[Any]]:
     """Return what errors call the parameters of a new group, and the parameters."""
-    given = group["params"]
-    items = [given] if isinstance(given, torch.Tensor) else list(given)
+    items = list(group["params"])
     names = [
         repr(item[0]) if isinstance(item, tuple) else f"number {index}"
         for index, item in enumerate(items)
     ]
     return names, [item[1] if isinstance(item, tuple) else item for item in items]
-
-
-def _names(group: Mapping[str, Any], index: int) -> list[str]:
-    if group.get("param_names"):
-        return [repr(name) for name in group["param_names"]]
-    return [f"number {i} of parameter group {index}" for i in range(len(group["params"]))]
 
 
 def _refuse_uncapturable(batch: Batch) -> None:
@@ -287,23 +264,14 @@ def _refuse_uncapturable(batch: Batch) -> None:
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
 
 
-def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def _note_loss(
-    converted: dict[tuple[str, str], list[str]],
-    name: str,
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-) -> None:
-    """Note a parameter whose state has less precision than was saved."""
+def _lost_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the dtypes of a state before and now, if it has less precision than was saved."""
     for key, value in saved.items():
-        shaped = key in _SHAPED and isinstance(value, torch.Tensor)
-        if shaped and is_lossy(value.dtype, now[key].dtype):
-            pair = short(value.dtype), short(now[key].dtype)
-            converted.setdefault(pair, []).append(name)
-            return
+        if key in _SHAPED and isinstance(value, torch.Tensor):
+            dtype = now[key].dtype
+            if torch.promote_types(value.dtype, dtype) is not dtype:
+                return short(value.dtype), short(dtype)
+    return None
 
 
 def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:
@@ -313,25 +281,20 @@ def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -
         if key == "step":
             step = torch.as_tensor(value, dtype=torch.float32)
             fitted[key] = step.to(kernels.step_device(param), copy=True)
-        else:
-            shaped = isinstance(value, torch.Tensor) and value.shape != param.shape
-            if shaped and key in _SHAPED:
+            continue
+        if key in _SHAPED and isinstance(value, torch.Tensor):
+            if value.shape != param.shape:
                 raise StateError(
                     f"the saved {key} of {name} has shape {tuple(value.shape)}, but the parameter "
                     f"has {tuple(param.shape)}; nothing was loaded."
                 )
-            if key in _SHAPED and _is_of_other_kind(param, value):
+            if value.is_complex() != param.is_complex():
                 raise StateError(
                     f"the saved {key} of {name} is of type {short(value.dtype)}, and the parameter "
                     f"is {short(param.dtype)}; nothing was loaded."
                 )
-            fitted[key] = _fit(param, wanted, value)
+        fitted[key] = _fit(param, wanted, value)
     return fitted
-
-
-def _is_of_other_kind(param: torch.Tensor, value: Any) -> bool:
-    """Return whether one is complex and the other is not."""
-    return isinstance(value, torch.Tensor) and value.is_complex() != param.is_complex()
 
 
 #: state that is as large as its parameter

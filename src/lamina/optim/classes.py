@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Method
-from .base import DropIn
+from .base import DropIn, arguments
 
 
 class SGD(DropIn):
@@ -35,22 +35,7 @@ class SGD(DropIn):
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            hyper,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            state_dtype=state_dtype,
-        )
+        super().__init__(**arguments(locals()))
 
 
 class RMSprop(DropIn):
@@ -74,23 +59,7 @@ class RMSprop(DropIn):
         *,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            hyper,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-        )
+        super().__init__(**arguments(locals()))
 
 
 class Adam(DropIn):
@@ -115,24 +84,7 @@ class Adam(DropIn):
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(
-            params,
-            hyper,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            state_dtype=state_dtype,
-        )
+        super().__init__(**arguments(locals()))
 
 
 class AdamW(Adam):
@@ -156,18 +108,4 @@ class AdamW(Adam):
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            state_dtype=state_dtype,
-        )
+        super().__init__(**arguments(locals()), decoupled_weight_decay=True)

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import kernels
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
-from .updates import Group, KeptBatches, KernelUpdates, Updates, preferred_kernel
+from .updates import Group, KeptBatch, KeptBatches, KernelUpdates, Updates, preferred_kernel
 
 Closure = Callable[[], Any]
 #: a group with its parameters that have a gradient, and the gradients
@@ -36,7 +35,7 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 class Engine(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that runs lamina's algorithms over its parameter groups.
 
-    Subclasses give `algorithm`, and may override `_update`, in which the weights change, and
+    Subclasses give `algorithm` and `_update`, in which the weights change, and may override
     `_updates_for`, which tells how a group is updated.
 
     Trainers wrap optimizers in classes that derive from the optimizer's own but delegate only
@@ -95,9 +94,8 @@ class Engine(torch.optim.Optimizer):
         return loss
 
     def _update(self) -> None:
-        batches = self._collect(self.param_groups)
-        kernels.apply(batches)
-        self._store_new_state(batches)
+        """Change the weights and the state by the gradients."""
+        raise NotImplementedError
 
     def _collect(self, groups: Sequence[Group]) -> list[Batch]:
         """Return one batch for each group that has gradients.
@@ -110,9 +108,7 @@ class Engine(torch.optim.Optimizer):
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
         kept = [self._kept_batch(*row) for row in rows]
-        changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
-        if changed:
-            self._refuse_misfits(changed)
+        self._refuse_misfits(row for row, batch in zip(rows, kept, strict=True) if batch is None)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)
@@ -141,7 +137,7 @@ class Engine(torch.optim.Optimizer):
         self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]
     ) -> Batch | None:
         """Return the batch of an earlier step, if its tensors are the same and lie as they did."""
-        known = self._kept_batches.by_group.get(id(group))
+        known = self._kept_batches.get(id(group))
         if known is None:
             return None
         if not known.holds(params, self._updates_for(group).watched(params, self.state)):
@@ -161,7 +157,7 @@ class Engine(torch.optim.Optimizer):
         """Make a batch, which is kept for the steps to come."""
         updates = self._updates_for(group)
         batch = updates.batch(group, params, grads, self.state)
-        self._kept_batches.keep(batch, updates.watched(params, self.state))
+        self._kept_batches[id(group)] = KeptBatch(batch, updates.watched(params, self.state))
         return batch
 
     def _store_new_state(self, batches: Sequence[Batch]) -> None:
@@ -199,9 +195,7 @@ class Engine(torch.optim.Optimizer):
         """Return where a parameter is, as group and position, and what errors call it."""
         index = next(i for i, each in enumerate(self.param_groups) if each is group)
         place = next(i for i, each in enumerate(group["params"]) if each is param)
-        names = group.get("param_names")
-        name = repr(names[place]) if names else f"number {place} of parameter group {index}"
-        return (index, place), name
+        return (index, place), shown_names(group, index)[place]
 
     # --- parameters that others put in the place of ours ---------------------------------------
 
@@ -213,38 +207,34 @@ class Engine(torch.optim.Optimizer):
         """
         params = [param for group in self.param_groups for param in group["params"]]
         known = self._seen_params
-        if len(known) == len(params) and all(map(is_, params, known)):
-            return
         if len(known) == len(params):
-            now, before = set(map(id, params)), set(map(id, known))
-            self._move_state(
-                [
-                    (old, new)
-                    for old, new in zip(known, params, strict=True)
-                    if id(old) not in now and id(new) not in before
-                ]
-            )
+            if all(map(is_, params, known)):
+                return
+            self._move_state(known, params)
         known[:] = params
 
-    def _move_state(self, exchanged: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _move_state(self, known: list[torch.Tensor], params: list[torch.Tensor]) -> None:
         """Give new tensors the state of those whose place they took, laid out as they are.
 
         What has state already keeps it: its user has moved it.
         """
+        now, before = set(map(id, params)), set(map(id, known))
         moved: dict[torch.Tensor, dict[str, Any]] = {}
-        for old, new in exchanged:
-            if old not in self.state or self.state.get(new):
+        left: list[torch.Tensor] = []
+        for old, new in zip(known, params, strict=True):
+            if id(old) in now or id(new) in before:
+                continue  # still there, perhaps in another place
+            # As in torch, the state of a parameter of another shape is new.
+            if old not in self.state or self.state.get(new) or new.shape != old.shape:
                 continue
-            if new.shape != old.shape:
-                continue  # as in torch, its state is new
             moved[new] = {
                 key: laid_out_as(value, new) if _has_shape_of(value, old) else value
                 for key, value in self.state[old].items()
             }
-        self.state.update(moved)
-        for old, new in exchanged:
-            if new in moved:
-                del self.state[old]
+            left.append(old)
+        self.state.update(moved)  # only now: a layout that cannot be made leaves all as it was
+        for old in left:
+            del self.state[old]
 
     # --- the state -----------------------------------------------------------------------------
 
@@ -283,12 +273,19 @@ class Engine(torch.optim.Optimizer):
         """Give parameters the state that they have before their first update."""
         new = [self._updates_for(group).restarted_state(group, param) for group, param, _ in chosen]
         for (group, param, _), entry in zip(chosen, new, strict=True):
-            self._kept_batches.forget(group)
+            self._kept_batches.pop(id(group), None)
             self.state[param] = entry
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: as in torch, no hooks and no patched `step`."""
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+
+def shown_names(group: Group, index: int) -> list[str]:
+    """Return what errors call the parameters of a group."""
+    if group.get("param_names"):
+        return [repr(name) for name in group["param_names"]]
+    return [f"number {place} of parameter group {index}" for place in range(len(group["params"]))]
 
 
 def _has_shape_of(value: Any, param: torch.Tensor) -> bool:

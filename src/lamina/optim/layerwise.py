@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Method
-from .base import DropIn
+from .base import DropIn, arguments
 
 
 class Muon(DropIn):
@@ -32,17 +32,7 @@ class Muon(DropIn):
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
-        super().__init__(params, hyper, foreach=foreach, state_dtype=state_dtype)
+        super().__init__(**arguments(locals()))
 
 
 class LARS(DropIn):
@@ -76,15 +66,7 @@ class LARS(DropIn):
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "maximize": maximize,
-        }
-        super().__init__(params, hyper, foreach=foreach, state_dtype=state_dtype)
+        super().__init__(**arguments(locals()))
 
 
 class LAMB(DropIn):
@@ -115,14 +97,7 @@ class LAMB(DropIn):
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, hyper, foreach=foreach, state_dtype=state_dtype)
+        super().__init__(**arguments(locals()))
 
 
 class LayerAdaptiveAdam(DropIn):
@@ -160,13 +135,4 @@ class LayerAdaptiveAdam(DropIn):
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, hyper, foreach=foreach, state_dtype=state_dtype)
+        super().__init__(**arguments(locals()))

@@ -12,8 +12,8 @@ from ..algorithms import METHODS
 from ..algorithms.base import Method
 from ..algorithms.lbfgs import lbfgs_step
 from ..errors import HyperparameterError
-from .base import DropIn
-from .engine import Closure, hooked
+from .base import DropIn, arguments
+from .engine import Closure
 
 
 class LBFGS(DropIn):
@@ -21,6 +21,11 @@ class LBFGS(DropIn):
 
     One estimate of the curvature over all parameters. With equal learning rates this is torch's
     algorithm; with different ones they scale the first guess of the inverse Hessian.
+
+    `step` takes up to `max_iter` iterations and returns what the closure returned at its first
+    evaluation. It raises `PlanError` without a closure, or if that returns no number, and
+    `NonFiniteError` for a loss or a gradient that is not finite; weights and state are as before
+    then.
     """
 
     algorithm: ClassVar[Method] = METHODS["LBFGS"]
@@ -36,16 +41,9 @@ class LBFGS(DropIn):
         history_size: int = 100,
         line_search_fn: str | None = None,
     ) -> None:
-        hyper = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_iter * 5 // 4 if max_eval is None else max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
-        }
-        super().__init__(params, hyper)
+        if max_eval is None:
+            max_eval = max_iter * 5 // 4
+        super().__init__(**arguments(locals()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; only its lr may differ from the other groups'."""
@@ -59,26 +57,10 @@ class LBFGS(DropIn):
                 )
         super().add_param_group(param_group)
 
-    @hooked
-    def step(self, closure: Closure | None = None) -> Any:
-        """Take up to `max_iter` iterations.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls backward, returns the loss.
-
-        Returns:
-            What the closure returned at its first evaluation.
-
-        Raises:
-            PlanError: without a closure, or if it returns no number.
-            NonFiniteError: a loss or a gradient is not finite; weights and state are as before.
-        """
+    def _step(self, closure: Closure | None) -> Any:
         params = (param for group in self.param_groups for param in group["params"])
         first = next(params, None)  # holds the state, as in torch
-        with torch.no_grad():
-            return lbfgs_step(
-                closure, self.param_groups, {} if first is None else self.state[first]
-            )
+        return lbfgs_step(closure, self.param_groups, {} if first is None else self.state[first])
 
     def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
         """Drop the memory, which is one over all parameters."""

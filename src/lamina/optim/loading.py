@@ -152,11 +152,6 @@ def _difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str
     return "".join(f" {what}: {quoted(names)}." for what, names in rows if names)
 
 
-def is_lossy(saved: torch.dtype, now: torch.dtype) -> bool:
-    """Return whether numbers of one dtype cannot all be said in another."""
-    return torch.promote_types(saved, now) is not now
-
-
 def loss_of_digits(names: Sequence[str], saved: str, now: str) -> str:
     """Return the text of the warning about state that has less precision than was saved."""
     return (

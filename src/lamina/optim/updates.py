@@ -51,9 +51,9 @@ class Updates(ABC):
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state of a parameter before its first update."""
 
-    @abstractmethod
     def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state with which a parameter starts again, whose size may have changed."""
+        return self.initial_state(group, param)
 
 
 class KernelUpdates(Updates):
@@ -117,15 +117,11 @@ class KernelUpdates(Updates):
         """Return a step count of 0; tensors are allocated at the first update."""
         return initial_state(param)
 
-    def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
-        """Return the initial state."""
-        return initial_state(param)
-
     def allocate(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> None:
         """Add to the state of a parameter what its algorithm needs and is not there yet."""
         algorithm = self.algorithm_for(group)
         if "step" not in entry:
-            entry["step"] = new_step(param)
+            entry.update(initial_state(param))
         if entry.keys() >= algorithm.init(_EMPTY, group).keys():
             return
         dtype = state_dtype_of(param, group)
@@ -154,13 +150,8 @@ def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -
 
 def initial_state(param: torch.Tensor, steps: int = 0) -> dict[str, Any]:
     """Return the state of a parameter that holds no tensors yet, only the count of its updates."""
-    step = new_step(param)
-    return {"step": step.fill_(steps) if steps else step}
-
-
-def new_step(param: torch.Tensor) -> torch.Tensor:
-    """Return the step count of a parameter that was never updated."""
-    return torch.zeros((), dtype=torch.float32, device=kernels.step_device(param))
+    device = kernels.step_device(param)
+    return {"step": torch.full((), steps, dtype=torch.float32, device=device)}
 
 
 def names_of(group: Group, params: Tensors) -> list[str]:
@@ -186,7 +177,7 @@ class KeptBatch:
     """A batch that is kept from step to step, and how all its tensors lay when it was made."""
 
     __slots__ = (
-        *("batch", "_keys", "_values", "_tensors", "_sharded"),
+        *("batch", "_keys", "_values", "_tensors", "_shards"),
         *("_forms", "_addresses", "_grads"),
     )
 
@@ -198,7 +189,7 @@ class KeptBatch:
         found = (*batch.params, *(value for value in columns if value is not None))
         # A sparse tensor has no address; operators over lists never take it.
         self._tensors = [each for each in found if each.layout is torch.strided]
-        self._sharded = any(map(is_dtensor, self._tensors))
+        self._shards: list[Any] = [each for each in self._tensors if is_dtensor(each)]
         tensors = self._watched()
         self._forms = MemorySnapshot(tensors)
         self._addresses = addresses(tensors)
@@ -215,7 +206,7 @@ class KeptBatch:
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, entries)), self._values)):
             return False
-        tensors = self._watched() if self._sharded else self._tensors
+        tensors = self._watched()
         return self._forms.matches(tensors) and addresses(tensors) == self._addresses
 
     def fits(self, grads: Sequence[torch.Tensor]) -> bool:
@@ -232,35 +223,16 @@ class KeptBatch:
 
     def _watched(self) -> list[torch.Tensor]:
         """Return the tensors that are compared; those of shards may be exchanged inside."""
-        if not self._sharded:
+        if not self._shards:
             return self._tensors
-        shards: Any = [each for each in self._tensors if is_dtensor(each)]
-        return [*self._tensors, *(each._local_tensor for each in shards)]
+        return [*self._tensors, *(each._local_tensor for each in self._shards)]
 
 
-class KeptBatches:
+class KeptBatches(dict[int, KeptBatch]):
     """The batches of the last step, by the id of their group; a copy of it is empty.
 
     A copied optimizer has tensors of its own, which these batches do not hold.
     """
 
-    def __init__(self) -> None:
-        self.by_group: dict[int, KeptBatch] = {}
-
-    def keep(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
-        """Keep a batch for the steps to come."""
-        self.by_group[id(batch.hyper)] = KeptBatch(batch, entries)
-
-    def forget(self, group: dict[str, Any]) -> None:
-        """Drop the batch of a group, which holds tensors of its state."""
-        self.by_group.pop(id(group), None)
-
-    def clear(self) -> None:
-        """Drop all batches, which are made anew in the next step."""
-        self.by_group.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.by_group = {}
+    def __reduce__(self) -> tuple[type[KeptBatches], tuple[()]]:
+        return KeptBatches, ()

@@ -446,7 +446,7 @@ class Optimizer(Engine):
                 continue
             # Loaded state may come from a plan that keeps it.
             if was or any(len(self.state.get(param, ())) > 1 for param in group["params"]):
-                self._kept_batches.forget(group)  # it holds the tensors too
+                self._kept_batches.pop(id(group), None)  # it holds the tensors too
                 for param in group["params"]:
                     # A new dict: a state dict that was taken before holds the old one.
                     self.state[param] = self._updates_for(group).initial_state(group, param)

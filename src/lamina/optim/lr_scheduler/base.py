@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import types
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -68,14 +68,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
         self._step_count = 0
         if not self._relative:
             self._ledger.overwrite()
-        with self._being_made():
-            self.step()
-
-    @contextmanager
-    def _being_made(self) -> Iterator[None]:
         self._is_initial = True
         try:
-            yield
+            self.step()
         finally:
             self._is_initial = False
 
@@ -124,12 +119,6 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def get_lr(self) -> list[Rate]:
         """Return the learning rate of each group at `last_epoch`; called by `step`."""
         raise NotImplementedError
-
-    def _outside(self) -> bool:
-        """Return whether `get_lr` was called by a user, who wants `get_last_lr`."""
-        if not self._get_lr_called_within_step:
-            warn("To read the learning rates, call get_last_lr().")
-        return not self._get_lr_called_within_step
 
     def _write_others(self) -> None:
         """Write what else than learning rates belongs to the last epoch."""
@@ -188,16 +177,15 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if steps is None:
             raise ScheduleError(f"{name} has no planned end; pass steps=.")
         groups = self.optimizer.param_groups
-        names = [f"{index} {group.get('name', '')}".strip() for index, group in enumerate(groups)]
-        return plot(dict(zip(names, self._curves(), strict=True)), steps, path, "learning rate")
+        curves = {
+            f"{index} {group.get('name', '')}".strip(): partial(self._curve, index)
+            for index, group in enumerate(groups)
+        }
+        return plot(curves, steps, path, "learning rate")
 
-    def _curves(self) -> list[Callable[[Any], Any]]:
-        """Return the learning rate of each group as a function of an array of steps."""
-
-        def curve(index: int) -> Callable[[Any], Any]:
-            return lambda places: np.array([self.at(int(place))[index] for place in places])
-
-        return [curve(index) for index in range(len(self.optimizer.param_groups))]
+    def _curve(self, index: int, places: Any) -> Any:
+        """Return the learning rate of a group at an array of steps."""
+        return np.array([self.at(int(place))[index] for place in places])
 
     def _planned(self) -> int | None:
         """Return how many steps the schedule was planned for, if that is known."""
@@ -233,3 +221,24 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _go_on_from(self, previous: Self) -> None:
         """Continue after the state of a scheduler with other arguments was loaded."""
+
+
+def state_of(function: Any) -> dict[str, Any] | None:
+    """Return what a state keeps of a callable object; None of a plain function."""
+    if function is None or isinstance(function, types.FunctionType):
+        return None
+    return dict(getattr(function, "__dict__", {}))
+
+
+class PlannedLR(LRScheduler):
+    """The base of lamina's own schedulers of one formula, whose `get_lr` is not for users."""
+
+    def get_lr(self) -> list[Rate]:
+        if not self._get_lr_called_within_step:
+            warn("To read the learning rates, call get_last_lr().")
+            return self.get_last_lr()
+        return self._next_lr()
+
+    def _next_lr(self) -> list[Rate]:
+        """Return the learning rate of each group at `last_epoch`, by the closed form."""
+        return list(self.at(self.last_epoch))

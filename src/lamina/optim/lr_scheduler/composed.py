@@ -44,23 +44,35 @@ class _Composed(LRScheduler):
                     "all must belong to the same."
                 )
 
-    def _note(self, before: list[float]) -> None:
-        for index, group in enumerate(self.optimizer.param_groups):
+    def step(self, epoch: float | None = None) -> None:
+        """Go on to the next epoch, after `optimizer.step()`."""
+        if epoch is not None:
+            raise ScheduleError(f"{type(self).__name__}.step takes no epoch.")
+        groups = self.optimizer.param_groups
+        before = [float(group["lr"]) for group in groups]
+        self._ledger = ledger_of(self.optimizer, self._ledger)
+        self._ledger.read(groups)
+        self._step_parts()
+        for index, group in enumerate(groups):
             if self._verbose and (index >= len(before) or before[index] != float(group["lr"])):
                 report(self, index, group)
 
-    def _rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def _step_parts(self) -> None:
+        """Step the parts whose turn it is."""
+        raise NotImplementedError
+
+    def _update_lr(self, epoch: float | None = None) -> None:  # inside a SequentialLR
+        if epoch is None:
+            self.step()
+        elif epoch == 0:
+            self._initial_step()
+        else:
+            raise ScheduleError(f"{type(self).__name__} cannot jump to an epoch.")
 
     def get_lr(self) -> list[Rate]:
         return self.get_last_lr()
 
     # --- parts ---------------------------------------------------------------------------------
-
-    def _take_in(self) -> None:
-        """Take in what happened to the groups since the last write."""
-        self._ledger = ledger_of(self.optimizer, self._ledger)
-        self._ledger.read(self.optimizer.param_groups)
 
     def _act(self, part: Any, act: Callable[[], None], *, made: bool = False) -> None:
         """Let a part act; what one of torch's schedulers writes goes through the ledger too."""
@@ -74,8 +86,11 @@ class _Composed(LRScheduler):
 
         self._ledger.write(part, self._ledger.without_multipliers(written), made=made)
 
-    def _from_the_start(self, parts: Sequence[Any]) -> None:
-        """Put the learning rates back to the initial ones and begin with some of the parts."""
+    def _initial_step(self) -> None:
+        """Put the learning rates back to the initial ones and begin with the parts in turn.
+
+        Where it is built, and where a SequentialLR around it gives it its turn.
+        """
         groups, ledger = self.optimizer.param_groups, self._ledger
         ledger.based()
         ledger.overwrite()
@@ -83,7 +98,7 @@ class _Composed(LRScheduler):
             multiplier.counts = False
         ledger.write(self, [own(group["initial_lr"]) for group in groups], made=True)
         _forget(self._schedulers)
-        for part in parts:
+        for part in self._turn():
             self._act(part, part._initial_step, made=True)
         self._last_lr = [own(group["lr"]) for group in groups]
 
@@ -144,10 +159,9 @@ class SequentialLR(_Composed):
         attach(self, optimizer, 0)
         self._schedulers = schedulers
         self._milestones = list(milestones)
-        self.last_epoch = 0
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", own(group["lr"]))
-        self._from_the_start(self._turn())
+        self._initial_step()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run that goes on is stepped without updates
             for _ in range(last_epoch + 1):
@@ -163,12 +177,7 @@ class SequentialLR(_Composed):
         """Return as torch's: take back the step that each scheduler made when it was made."""
         _forget([self if sched is None else sched])
 
-    def step(self, epoch: float | None = None) -> None:
-        """Go on to the next epoch, with the scheduler whose turn it is."""
-        if epoch is not None:
-            raise ScheduleError("SequentialLR.step takes no epoch.")
-        before = self._rates()
-        self._take_in()
+    def _step_parts(self) -> None:
         self.last_epoch += 1
         index = self._index()
         scheduler = self._schedulers[index]
@@ -183,19 +192,10 @@ class SequentialLR(_Composed):
             self.last_epoch -= 1
             raise
         self._last_lr = scheduler.get_last_lr()
-        self._note(before)
 
-    def _initial_step(self) -> None:  # for a SequentialLR inside another one
+    def _initial_step(self) -> None:
         self.last_epoch = 0
-        self._from_the_start(self._turn())
-
-    def _update_lr(self, epoch: float | None = None) -> None:
-        if epoch is None:
-            self.step()
-        elif epoch == 0:
-            self._initial_step()
-        else:
-            raise ScheduleError("SequentialLR cannot jump to an epoch.")
+        super()._initial_step()
 
     def _planned(self) -> int | None:
         last = _planned(self._schedulers[-1])
@@ -224,27 +224,10 @@ class ChainedScheduler(_Composed):
         self._schedulers = schedulers
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
 
-    def step(self, epoch: float | None = None) -> None:
-        """Step every scheduler."""
-        if epoch is not None:
-            raise ScheduleError("ChainedScheduler.step takes no epoch.")
-        before = self._rates()
-        self._take_in()
+    def _step_parts(self) -> None:
         for scheduler in self._schedulers:
             self._act(scheduler, scheduler.step)
         self._last_lr = [own(group["lr"]) for group in self.optimizer.param_groups]
-        self._note(before)
-
-    def _initial_step(self) -> None:  # inside a SequentialLR
-        self._from_the_start(self._schedulers)
-
-    def _update_lr(self, epoch: float | None = None) -> None:
-        if epoch is None:
-            self.step()
-        elif epoch == 0:
-            self._initial_step()
-        else:
-            raise ScheduleError("ChainedScheduler cannot jump to an epoch.")
 
     def _planned(self) -> int | None:
         return max(filter(None, map(_planned, self._schedulers)), default=None)

@@ -13,7 +13,7 @@ from ..._util.numbers import is_number
 from ...errors import ScheduleError
 from ...schedules.duration import Run
 from ...schedules.shape import Shape
-from .base import LRScheduler
+from .base import PlannedLR
 from .ledger import Group, Rate, Record, rounded
 
 
@@ -30,7 +30,7 @@ def formula(schedule: Shape, step: float, length: float = math.inf) -> float:
     return float(schedule.shape(np.array([min(step, length)], dtype=float), float(length))[0])
 
 
-class Curve(LRScheduler):
+class Curve(PlannedLR):
     """`base_lr * curve(epoch)`, times whatever else moves the learning rate.
 
     Where nothing else does, the closed form is written as it is, so nothing drifts; else what
@@ -40,13 +40,15 @@ class Curve(LRScheduler):
     _relative: ClassVar[bool] = True
     #: the scheduler with other arguments whose state was loaded, until the next step
     _previous: Curve | None = None
+    #: the learning rate where the curve is 0
+    eta_min: float = 0.0
 
     def _wave(self, epoch: float) -> float:
         """Return the curve at an epoch >= 0, held after its end."""
         raise NotImplementedError
 
     def _closed(self, base: float, wave: float) -> float:
-        return base * wave
+        return self.eta_min + (base - self.eta_min) * wave
 
     def _follow(self, lr: float, expected: float, target: float, ratio: float) -> float:
         """Return the next lr where something else moved it away from what was expected."""
@@ -56,32 +58,25 @@ class Curve(LRScheduler):
         super()._update_lr(epoch)
         self._previous = None
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
+    def _next_lr(self) -> list[Rate]:
         wave = self._wave(self.last_epoch)
-        move = self._begin if self._is_initial else self._move
         pairs = zip(self._ledger.records, self.base_lrs, strict=True)
-        return [move(record, float(base), wave) for record, base in pairs]
-
-    def _begin(self, record: Record, base: float, wave: float) -> float:
-        """Return the first learning rate of a group."""
-        target = self._closed(base, wave)
-        if _same(record, base):
-            return target
-        if self.last_epoch > 0 or base == 0:  # resumed: the groups hold loaded values
-            return record.plain
-        return self._follow(record.plain, base, target, wave)
+        return [self._move(record, float(base), wave) for record, base in pairs]
 
     def _move(self, record: Record, base: float, wave: float) -> float:
-        """Return the learning rate of a group one epoch later."""
-        source = self._previous or self
-        before = source._wave(max(self.last_epoch - 1, 0))
-        expected = source._closed(base, before)
+        """Return the learning rate of a group at the next epoch, or at the first."""
+        if self._is_initial:
+            before, expected = 1.0, base  # as given: the closed form at 1 would round a floor
+            stays = self.last_epoch > 0  # resumed: the groups hold loaded values
+        else:
+            source = self._previous or self
+            before = source._wave(max(self.last_epoch - 1, 0))
+            expected = source._closed(base, before)
+            stays = before == wave and source is self
         target = self._closed(base, wave)
         if _same(record, expected):
             return target
-        if expected == 0 or before == 0 or (before == wave and source is self):
+        if stays or expected == 0 or before == 0:
             return record.plain
         return self._follow(record.plain, expected, target, wave / before)
 
@@ -92,8 +87,7 @@ class Curve(LRScheduler):
             record.plain = self._closed(record.base, wave)  # not in proportion: there is a floor
 
     def _get_closed_form_lr(self) -> list[Rate]:
-        wave = self._wave(self.last_epoch)
-        return [self._closed(float(base), wave) for base in self.base_lrs]
+        return list(self.at(self.last_epoch))
 
     def at(self, step: int) -> list[float]:
         wave = self._wave(step)

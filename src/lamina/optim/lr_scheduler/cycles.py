@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from ...errors import ScheduleError
-from .base import LRScheduler
+from .base import LRScheduler, PlannedLR
 from .ledger import Group
 
 PerGroup = float | list[float]
 
 
-class Cycled(LRScheduler):
+class Cycled(PlannedLR):
     """What both share: they may move the momentum against the learning rate."""
 
     cycle_momentum: bool

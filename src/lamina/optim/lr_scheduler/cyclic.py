@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
+from .base import state_of
 from .cycles import Cycled, PerGroup, per_group
 from .groups import attach, warn_peak
 from .ledger import Group, Rate, as_held
@@ -103,11 +103,6 @@ class CyclicLR(Cycled):
         triangle = place / up if place <= up else (place - 1) / (up - 1)
         return triangle * self.scale_fn(cycle if self.scale_mode == "cycle" else step)
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
-        return list(self.at(self.last_epoch))
-
     def at(self, step: int) -> list[float]:
         height = self._height(step)
         pairs = zip(self.base_lrs, self.max_lrs, strict=True)
@@ -119,12 +114,7 @@ class CyclicLR(Cycled):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the optimizer; a `scale_fn` only if it is a callable object."""
-        function = self._scale_fn_custom
-        plain = function is None or isinstance(function, types.FunctionType)
-        return {
-            **super().state_dict(),
-            "_scale_fn_custom": None if plain else dict(vars(function)),
-        }
+        return {**super().state_dict(), "_scale_fn_custom": state_of(self._scale_fn_custom)}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         super()._load(state_dict)

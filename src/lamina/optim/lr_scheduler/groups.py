@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..._util.notices import warn
-from .ledger import Group, Rate, innermost, ledger_of, own
-
-__all__ = ["Group", "Rate", "attach", "own"]
+from .ledger import innermost, ledger_of
 
 
 def attach(scheduler: Any, optimizer: Optimizer, last_epoch: int = -1) -> None:

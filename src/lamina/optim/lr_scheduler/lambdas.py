@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
 from ...errors import ScheduleError
-from .base import LRScheduler
+from .base import PlannedLR, state_of
 from .ledger import Group, Rate, as_held
 
 Lambda = Callable[[int], float]
 
 
-class _Lambdas(LRScheduler):
+class _Lambdas(PlannedLR):
     """One function for all groups, or one for each."""
 
-    _hidden: ClassVar[tuple[str, ...]] = (*LRScheduler._hidden, "lr_lambdas", "_shared")
+    _hidden: ClassVar[tuple[str, ...]] = (*PlannedLR._hidden, "lr_lambdas", "_shared")
 
     def __init__(
         self,
@@ -58,11 +57,7 @@ class _Lambdas(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the optimizer and plain functions; callable objects are kept."""
-        saved = [
-            None if isinstance(f, types.FunctionType) else dict(getattr(f, "__dict__", {}))
-            for f in self.lr_lambdas
-        ]
-        return {**super().state_dict(), "lr_lambdas": saved}
+        return {**super().state_dict(), "lr_lambdas": [state_of(f) for f in self.lr_lambdas]}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         super()._load(state_dict)
@@ -74,11 +69,6 @@ class _Lambdas(LRScheduler):
 
 class LambdaLR(_Lambdas):
     """The initial learning rate times a function of the epoch; arguments are torch's."""
-
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
-        return list(self.at(self.last_epoch))
 
     def at(self, step: int) -> list[float]:
         pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
@@ -97,9 +87,7 @@ class MultiplicativeLR(_Lambdas):
 
     _relative: ClassVar[bool] = True
 
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
+    def _next_lr(self) -> list[Rate]:
         records = self._ledger.records
         if self._is_initial:
             return [record.plain for record in records]

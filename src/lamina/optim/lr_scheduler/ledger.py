@@ -9,6 +9,7 @@ replaced, never divided out.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,10 +153,10 @@ class Ledger:
 
     def _take_in(self, groups: Sequence[Group]) -> list[Record]:
         """Open records for groups that are there before any scheduler, or were restored."""
-        first, new = not self.records, []
-        for index, group in enumerate(groups):
-            if not first and index >= len(self.records):
-                break  # added later: `read` takes it in
+        new = []
+        first = not self.records
+        there = groups if first else groups[: len(self.records)]  # `read` takes in the later ones
+        for index, group in enumerate(there):
             if first or self.records[index].group is not group:
                 lr = float(group["lr"])
                 found = lr if "initial_lr" in group else None
@@ -194,8 +195,7 @@ class Ledger:
         """Go on with a group that came from a saved state of the optimizer."""
         record.group, record.written = group, float(group["lr"])
         record.base = float(group.get("initial_lr", record.base))
-        counting = [each for each in self.multipliers if each.counts]
-        if all(each.restored for each in counting):
+        if all(each.restored for each in self.multipliers if each.counts):
             self._explain(record)
 
     def _explain(self, record: Record) -> None:
@@ -231,11 +231,8 @@ class Ledger:
     # --- multipliers ---------------------------------------------------------------------------
 
     def _factor(self, record: Record) -> float:
-        factor = 1.0
-        for multiplier in self.multipliers:
-            if multiplier.counts and multiplier not in record.ended:
-                factor *= multiplier.factor(record)
-        return factor
+        counting = (m for m in self.multipliers if m.counts and m not in record.ended)
+        return math.prod(multiplier.factor(record) for multiplier in counting)
 
     def multiply(self, multiplier: Multiplier, share: float, bases: Sequence[Rate]) -> None:
         """Set the share of a multiplier, which counts from now on.
@@ -312,22 +309,22 @@ class Ledger:
             values: one for each group.
             made: the scheduler is being made, so this is no step.
         """
-        for index, (record, value) in enumerate(zip(self.records, values, strict=True)):
+        for record, value in zip(self.records, values, strict=True):
             record.plain = float(value)
             factor = self._factor(record)
             put(record.group, value if factor == 1.0 else record.plain * factor)
-            self._note(scheduler, index, record)
+            self._note(scheduler, record)
         if not made:
             self._went_on()
         scheduler._last_lr = [own(record.group["lr"]) for record in self.records]
 
     def rescale(self, scheduler: Any, values: Sequence[Rate]) -> None:
         """Write the learning rates of all groups, given with the multipliers."""
-        for index, (record, value) in enumerate(zip(self.records, values, strict=True)):
+        for record, value in zip(self.records, values, strict=True):
             if record.written != 0 and float(value) != record.written:
                 record.plain *= float(value) / record.written
             put(record.group, value)
-            self._note(scheduler, index, record)
+            self._note(scheduler, record)
         self._went_on()
         scheduler._last_lr = [own(record.group["lr"]) for record in self.records]
 
@@ -337,19 +334,17 @@ class Ledger:
         A group that holds a restored or edited learning rate keeps it; one that was overwritten
         when the scheduler was made gets it back.
         """
-        for index, (record, lr) in enumerate(zip(self.records, saved, strict=False)):
-            groups = scheduler.optimizer.param_groups
-            group = groups[index] if index < len(groups) else None
-            if group is not record.group or self._edited(record):
-                continue
-            put(record.group, lr if record.found is None else record.found)
-            self._note(scheduler, index, record)
-            self._explain(record)
+        groups = scheduler.optimizer.param_groups
+        for record, group, lr in zip(self.records, groups, saved, strict=False):
+            if group is record.group and not self._edited(record):
+                put(group, lr if record.found is None else record.found)
+                self._note(scheduler, record)
+                self._explain(record)
 
-    def _note(self, scheduler: Any, index: int, record: Record) -> None:
+    def _note(self, scheduler: Any, record: Record) -> None:
         before, record.written = record.written, float(record.group["lr"])
         if getattr(scheduler, "_verbose", False) and before != record.written:
-            report(scheduler, index, record.group)
+            report(scheduler, record.index, record.group)
 
     def _went_on(self) -> None:
         self.stepped = True

@@ -10,7 +10,7 @@ from ..._util.numbers import is_whole
 from ...errors import ScheduleError
 from .cycles import Cycled, PerGroup, anneal, per_group
 from .groups import attach, warn_peak
-from .ledger import Group, Rate
+from .ledger import Group
 
 Phase = dict[str, Any]
 
@@ -81,21 +81,14 @@ class OneCycleLR(Cycled):
     def _value(self, group: Group, step: float, kind: str) -> float:
         start = 0.0
         step = min(step, self.total_steps - 1)
-        for phase in self._schedule_phases[:-1]:
+        for phase in self._schedule_phases:  # the last one ends at the last step
             if step <= float(phase["end_step"]):
                 break
             start = float(phase["end_step"])
-        else:
-            phase = self._schedule_phases[-1]
         span = float(phase["end_step"]) - start
         share = (step - start) / span if span else 1.0
         levels = group[phase[f"start_{kind}"]], group[phase[f"end_{kind}"]]
         return anneal(*levels, share, self._anneal_func_type)
-
-    def get_lr(self) -> list[Rate]:
-        if self._outside():
-            return self.get_last_lr()
-        return list(self.at(self.last_epoch))
 
     def at(self, step: int) -> list[float]:
         return [self._value(group, step, "lr") for group in self.optimizer.param_groups]

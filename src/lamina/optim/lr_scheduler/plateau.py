@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from ..._util.notices import warn
 from ...errors import ScheduleError
+from ..base import arguments
 from .groups import attach, keep_config
 from .ledger import Ledger, ledger_of
 
@@ -42,19 +43,11 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau):
         eps: float = _DEFAULT_EPS,
         verbose: object = False,
     ) -> None:
+        settings = arguments(locals())
+        del settings["verbose"]  # which newer versions of torch refuse
         attach(self, optimizer, 0)
         self._verbose = verbose is True
-        super().__init__(
-            optimizer,
-            mode=mode,  # type: ignore[arg-type]
-            factor=factor,
-            patience=patience,
-            threshold=threshold,
-            threshold_mode=threshold_mode,  # type: ignore[arg-type]
-            cooldown=cooldown,
-            min_lr=min_lr,
-            eps=eps,
-        )
+        super().__init__(**settings)
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take in the metric of the next epoch.

@@ -61,9 +61,6 @@ class CosineAnnealingWarmRestarts(Curve):
     def _wave(self, epoch: float) -> float:
         return _half_cosine(*self._place(epoch))
 
-    def _closed(self, base: float, wave: float) -> float:
-        return self.eta_min + (base - self.eta_min) * wave
-
     def step(self, epoch: float | None = None) -> None:
         """Go on to the next epoch, or to a given one, which may be a fraction.
 

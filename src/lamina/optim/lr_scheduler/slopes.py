@@ -99,9 +99,6 @@ class CosineAnnealingLR(Curve):
         # With Python's cosine, in torch's order: near the end 1 + cos(x) keeps few digits.
         return 0.0 if epoch >= self.T_max else (1 + math.cos(math.pi * epoch / self.T_max)) / 2
 
-    def _closed(self, base: float, wave: float) -> float:
-        return self.eta_min + (base - self.eta_min) * wave
-
     def _follow(self, lr: float, expected: float, target: float, ratio: float) -> float:
         return self.eta_min + (lr - self.eta_min) * ratio  # chained as in torch: the floor is kept
 
