@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
@@ -81,6 +82,7 @@ class ReadyRun:
     extend: str | None = None
     lock: FolderLock | None = None
     train_loader: Any = field(init=False)
+    validation_loader: DataLoader[Any] = field(init=False)
     optimizer: Optimizer = field(init=False)
     randomness: Randomness = field(init=False)
     begins: Position = field(init=False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from signal import Signals
-from types import TracebackType
 from typing import Any
 
 from ..checkpoint.checkpoint import tidy
@@ -56,15 +55,7 @@ class Session(ReadyRun):
         # Not by plan.build, which warns of the findings: the preview prints them.
         self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
         self.begins = Position() if self.start is None else restore(self.start, self)
-        self._check_watched()
-
-    def _check_watched(self) -> None:
-        watched = [reaction.metric for _, reaction in self.optimizer.resolved.reactions]
-        if watched:
-            now = self.randomness.now()  # which reading a batch would move on
-            loader, device = self.data.validation, self.accelerator.device
-            check_watched(self.task, watched, self.model, loader, device)
-            self.randomness.set(now)
+        check_watched(self)
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
@@ -86,7 +77,7 @@ class Session(ReadyRun):
             with _closing(folder):
                 recorder = Recorder(folder.path / METRICS)
                 folder.saved.append(METRICS)
-                saver = Saver(self, folder.path, recorder)
+                saver = Saver(self, recorder)
                 loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
                 stopped = self._run(loop, folder, recorder, saver)
             stopped = stopped and (asked_to_stop() or stopped)
@@ -98,8 +89,9 @@ class Session(ReadyRun):
                 stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
                 folder.end("finished", baseline=baseline, **self._found(loop))
-        return replace(
-            self._result(loop, began),
+        return self._result(
+            loop,
+            began,
             folder=folder.path,
             saved=tuple(folder.saved),
             checkpoint=saver.newest,
@@ -165,15 +157,10 @@ class Session(ReadyRun):
                     folder.end(status, **self._found(loop))
         return stopped
 
-    def _result(self, loop: Loop, began: float) -> Result:
-        last = loop.last
-        return Result(
-            self.task,
-            metrics=last.averages if last else {},
-            examples=last.examples if last else 0,
-            steps=self.optimizer.clock,
-            seconds=time.perf_counter() - began,
-        )
+    def _result(self, loop: Loop, began: float, **more: Any) -> Result:
+        metrics, examples = (loop.last.averages, loop.last.examples) if loop.last else ({}, 0)
+        seconds = time.perf_counter() - began
+        return Result(self.task, metrics, examples, self.optimizer.clock, seconds, **more)
 
     def _loop(self, heard: Sequence[Listener], pressed: Callable[[], object], saver: Saver) -> Loop:
         from accelerate.utils import set_seed
@@ -181,23 +168,7 @@ class Session(ReadyRun):
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
         # Processes must draw different dropout masks, now that all have the same model.
         set_seed(self.settings.seed, device_specific=True)
-        return Loop(
-            self.task,
-            self.accelerator,
-            model,
-            self.optimizer,
-            wrapped,
-            self.train_loader,
-            self.validation_loader,
-            self.settings.accumulate,
-            self.randomness,
-            heard,
-            pressed,
-            saver.at_rest,
-            self.begins,
-            self.earlier,
-            None if self.start is None else self.start.snapshot.last,
-        )
+        return Loop(self, model, wrapped, heard, pressed, saver.at_rest)
 
     def _about(self) -> dict[str, Any]:
         run = self.optimizer.resolved.run
@@ -227,12 +198,7 @@ class Session(ReadyRun):
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:  # no process may end its group while another still talks to it
             self.accelerator.wait_for_everyone()
         self.close()
