@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -84,16 +84,8 @@ def _from_file(path: Path, kind: str) -> ModuleType:
         sys.path.insert(0, folder)
     sys.modules[name] = module  # worker processes of a loader unpickle its classes by this name
 
-    def run() -> ModuleType:
-        loader.exec_module(module)
-        return module
-
-    return _imported(run, str(path))
-
-
-def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
     try:
-        return run()
+        loader.exec_module(module)
     except LaminaError:
         raise
     except (Exception, SystemExit) as error:
@@ -102,8 +94,9 @@ def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
         else:
             fix = "Correct it and try again."
         raise TaskError(
-            f"{where(error, place)}: the task cannot be imported: {in_one_line(error)}. {fix}"
+            f"{where(error, str(path))}: the task cannot be imported: {in_one_line(error)}. {fix}"
         ) from error
+    return module
 
 
 def _plain(name: str) -> str:

@@ -36,9 +36,7 @@ class Settings:
     def of(cls, task: Task, **given: Any) -> Settings:
         """Return what was asked for, else the task's defaults, else those of the class."""
         own = {key: value for key, value in task.defaults.items() if key in _NAMES}
-        settings = cls(**{**own, **_asked(given)})
-        settings.check()
-        return settings
+        return cls(**{**own, **_asked(given)})
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
@@ -56,12 +54,9 @@ class Settings:
                     "a new run."
                 )
         known = {name: value for name, value in saved.items() if name in _NAMES}
-        settings = cls(**{**known, **asked})
-        settings.check()
-        return settings
+        return cls(**{**known, **asked})
 
-    def check(self) -> None:
-        """Raise for what cannot be meant."""
+    def __post_init__(self) -> None:
         if not is_number(self.epochs) or not 0 < self.epochs < math.inf:
             raise TimeUnitError(f"epochs={self.epochs!r}: expected a number above 0.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:

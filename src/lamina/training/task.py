@@ -35,7 +35,6 @@ from ..errors import LaminaError, TaskError, did_you_mean
 from ..plan.plan import Plan
 
 NEEDED = ("model", "data", "loss")
-OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")
 #: how the modules of tasks begin that were loaded from a file
 FROM_FILE = "lamina_task_"
 #: and those of the example tasks, which a run may name without their files
@@ -110,11 +109,6 @@ class Task:
         """What the examples are called, such as "texts"."""
         return str(getattr(self.module, "EXAMPLES", "examples"))
 
-    @property
-    def has_metrics(self) -> bool:
-        """Whether it measures more than the loss."""
-        return hasattr(self.module, "metrics")
-
     def model(self) -> nn.Module:
         """Return a fresh model."""
         model = self._call("model")
@@ -137,7 +131,7 @@ class Task:
             if not isinstance(loader, DataLoader):
                 raise self._wrong(f"data().{part}", loader, "a torch.utils.data.DataLoader")
             loaders.append(loader)
-        return Data(loaders[0], loaders[1], raw)
+        return Data(*loaders, raw)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Return the mean loss of a batch."""
@@ -148,7 +142,7 @@ class Task:
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         """Return one float per example, by name; empty if the task has no metrics."""
-        if not self.has_metrics:
+        if not hasattr(self.module, "metrics"):
             return {}
         found = self.module.metrics(model, batch)
         if not isinstance(found, Mapping):
