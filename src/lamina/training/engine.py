@@ -63,7 +63,9 @@ def prepare_run(
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
-    _require_packages()
+    require("accelerate", "train", "Training")
+    require("matplotlib", "train", "Training (the picture of the plan)")
+    require("filelock", "train", "Training (one process at a time in a run)")
     task = load_task(task)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
@@ -85,12 +87,6 @@ def prepare_run(
             session = Session(*made, folder, start, extend, lock)
         undo.pop_all()  # the session has them now
     return session
-
-
-def _require_packages() -> None:
-    require("accelerate", "train", "Training")
-    require("matplotlib", "train", "Training (the picture of the plan)")
-    require("filelock", "train", "Training (one process at a time in a run)")
 
 
 def _data(task: Task, seed: int, asked: int | None) -> Data:

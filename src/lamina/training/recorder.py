@@ -7,9 +7,9 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..errors import LaminaError, StateError
+from ..errors import StateError
 from ..files.atomic import atomic, wrap_write_errors
 from .records import Event, StepRecord, Validation
 
@@ -24,7 +24,6 @@ class Recorder:
         self.path = path
         with wrap_write_errors(path):
             self._file = path.open("a", encoding="utf-8")
-        claim(self._file, path)
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", asdict(record))
@@ -63,29 +62,6 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def claim(file: IO[Any], path: Path) -> None:
-    """Hold a file that is open for writing until it is closed or the process ends, however.
-
-    A lock of POSIX: worker processes of a loader do not inherit it. Elsewhere there is none.
-
-    Raises:
-        LaminaError: if another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise LaminaError(
-            f"{path.parent}: another process is still training in this folder. Wait for it, or "
-            "end it, before the run is resumed."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-
-
 def cut_back(path: Path, length: int) -> None:
     """Cut the record of a run back to where it stood, at once or not at all.
 
@@ -96,8 +72,8 @@ def cut_back(path: Path, length: int) -> None:
     """
     if not path.exists():
         return
+    # Opened for writing too: a record that cannot be written fails before anything is changed.
     with wrap_write_errors(path), path.open("r+b") as file:
-        claim(file, path)
         kept = file.read(length)
         more = file.read(1)
     if len(kept) < length or (kept and not kept.endswith(b"\n")):

@@ -14,6 +14,8 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,85 +50,85 @@ def check_free(folder: Path) -> None:
         )
 
 
-class RunFolder:
-    """Makes the folder and writes its files, each whole or not at all.
+def make_folder(folder: Path | None, task: str) -> Path:
+    """Make the folder of a new run.
 
     Args:
         folder: where; by default `runs/<task>-<time>`, with a number if that is taken.
         task: the name of the task.
     """
+    if folder is not None:
+        check_free(folder)
+        with wrap_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    plain = re.sub(r"[^\w-]+", "_", task)
+    name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with wrap_write_errors(path), suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise LaminaError(f"runs/{name}: a thousand runs began in this second; use --out.")
 
-    def __init__(self, folder: Path | None, task: str) -> None:
+
+class RunFolder:
+    """Writes the files of a run, each whole or not at all.
+
+    Args:
+        path: the folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.saved: list[str] = []
         self._about: dict[str, Any] = {}
-        if folder is not None:
-            check_free(folder)
-            with wrap_write_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder
-            return
-        plain = re.sub(r"[^\w-]+", "_", task)
-        name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
-        for number in range(1, 1000):
-            self.path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            try:
-                with wrap_write_errors(self.path):
-                    self.path.mkdir(parents=True)
-                return
-            except LaminaError as error:
-                if not isinstance(error.__cause__, FileExistsError):
-                    raise
-        raise LaminaError(f"runs/{name}: a thousand runs began in this second; use --out.")
-
-    @classmethod
-    def again(cls, folder: Path) -> RunFolder:
-        """Open the folder of a run to continue, without the files that a kill left unfinished."""
-        made = cls.__new__(cls)
-        made.path, made.saved, made._about = folder, [], {}
-        with wrap_write_errors(folder):
-            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
-                remove_leftovers(folder / name)
-        return made
 
     def begin(self, plan: Plan, preview: Preview, about: dict[str, Any]) -> None:
         """Write what is known before the first step."""
         self._about = {**about, "versions": versions(), "started": now(), "status": "running"}
-        self._write_plan(plan)
-        self._text(ABOUT, _json(self._about))
-        self.picture(preview)
+        self._write(plan, preview)
 
     def resume(self, plan: Plan, preview: Preview, about: dict[str, Any], **seen: Any) -> None:
-        """Note that the run goes on, how, and from where.
+        """Note that the run goes on, how, and from where; remove files that a kill left unfinished.
 
         `run.json` is written first and says all of it, also the plan until that has its own file:
         a kill leaves everything that was asked for, or nothing of it.
         """
+        with wrap_write_errors(self.path):
+            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
+                remove_leftovers(self.path / name)
         before = read_about(self.path)
         for name in ("ended", "baseline", PENDING):
             before.pop(name, None)
         earlier = before.get("resumed", [])
-        noted = [
-            *(earlier if isinstance(earlier, list) else [earlier]),
-            {"at": now(), **seen, "versions": versions()},
-        ]
+        if not isinstance(earlier, list):
+            earlier = [earlier]
+        noted = [*earlier, {"at": now(), **seen, "versions": versions()}]
         self._about = {**before, **about, "status": "running", "resumed": noted}
         text, name = plan_text(plan)
         self._text(ABOUT, _json({**self._about, PENDING: {name: text}}))
-        self._write_plan(plan)
-        self._text(ABOUT, _json(self._about))
-        self.picture(preview)
+        self._write(plan, preview)
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write(self, plan: Plan, preview: Preview) -> None:
         text, name = plan_text(plan)
         other = self.path / (PLAN if name == PLAN_AS_PYTHON else PLAN_AS_PYTHON)
         self._text(name, text)
         with wrap_write_errors(other):
             other.unlink(missing_ok=True)
+        self._text(ABOUT, _json(self._about))
+        self.picture(preview)
 
-    @property
-    def status(self) -> str:
-        """How the run is on record: running, finished, interrupted or failed."""
-        return str(self._about.get("status", ""))
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Let no run that ended, however it did, be on record as one that still runs."""
+        try:
+            yield
+        except BaseException as error:
+            if self._about["status"] == "running":
+                with suppress(LaminaError):
+                    self.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""

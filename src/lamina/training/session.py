@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from signal import Signals
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint.checkpoint import tidy
 from ..errors import LaminaError
 from ..optimizer.optimizer import Optimizer
+from ..preview import preview_of
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
 from .devices import end
@@ -26,7 +27,7 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import check_fits, restore
-from .run_folder import METRICS, RunFolder, check_free
+from .run_folder import METRICS, RunFolder, check_free, make_folder
 from .saver import Saver
 
 
@@ -42,18 +43,15 @@ class Session(ReadyRun):
         if self.start is not None:
             check_fits(self.start, self)
         model = self.model.to(accelerator.device)
-        length: dict[str, Any] = {
-            "epochs": self.settings.epochs,
-            "steps_per_epoch": batches(self.task, self.train_loader),
-            "accumulate": self.settings.accumulate,
-        }
-        going_on: dict[str, Any] = {
-            "resume": None if self.start is None else self.start.snapshot.optimizer,
-            "extend": self.extend,
-        }
-        self.preview = self.plan.preview(model, **length, **going_on)
+        run = run_of(
+            epochs=self.settings.epochs,
+            steps_per_epoch=batches(self.task, self.train_loader),
+            accumulate=self.settings.accumulate,
+        )
+        saved = None if self.start is None else self.start.snapshot.optimizer
+        self.preview = preview_of(self.plan, model, run, saved, self.extend)
         # Not by plan.build, which warns of the findings: the preview prints them.
-        self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
+        self.optimizer = Optimizer(self.plan, model, run, resume=saved, extend=self.extend)
         self.begins = Position() if self.start is None else restore(self.start, self)
         check_watched(self)
 
@@ -74,7 +72,7 @@ class Session(ReadyRun):
             return self._result(loop, began)
         with graceful_interrupt(self.accelerator.num_processes == 1) as asked_to_stop:
             folder, confirmer = self._folder(listeners)
-            with _closing(folder):
+            with folder.closing():
                 recorder = Recorder(folder.path / METRICS)
                 folder.saved.append(METRICS)
                 saver = Saver(self, recorder)
@@ -104,7 +102,7 @@ class Session(ReadyRun):
         """Return the folder of the run, ready to be written to, and what it has recorded so far."""
         start = self.start
         if start is None:
-            folder = RunFolder(self.out, self.task.name)
+            folder = RunFolder(make_folder(self.out, self.task.name))
             self.lock = FolderLock(folder.path)
             if self.out is not None:
                 check_free(self.out)  # again: another run may have chosen it at the same moment
@@ -114,7 +112,7 @@ class Session(ReadyRun):
         lr, unread = recorded_lr(metrics, snapshot.recorded, snapshot.clock)
         cut_back(metrics, snapshot.recorded)
         tidy(start.path.parent, start.damaged)
-        folder = RunFolder.again(start.folder)
+        folder = RunFolder(start.folder)
         passed = [path.name for path in start.damaged]
         changed = str(self.optimizer.last_load).splitlines()[1:]
         if unread:
@@ -202,15 +200,3 @@ class Session(ReadyRun):
         if kind is None:  # no process may end its group while another still talks to it
             self.accelerator.wait_for_everyone()
         self.close()
-
-
-@contextmanager
-def _closing(folder: RunFolder) -> Iterator[None]:
-    """Let no run that ended, however it did, be on record as one that still runs."""
-    try:
-        yield
-    except BaseException as error:
-        if folder.status == "running":
-            with suppress(LaminaError):
-                folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
