@@ -57,15 +57,6 @@ class Resumption:
         way = self.about.get("extend")
         return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
 
-    @property
-    def text(self) -> str:
-        """For people: what is resumed, and what was passed over."""
-        text = f"resumed from {self.path.name}"
-        if self.damaged:
-            names = ", ".join(path.name for path in self.damaged)
-            text += f"; passed over, since they are damaged: {names}"
-        return text
-
 
 @dataclass
 class ReadyRun:

@@ -32,6 +32,7 @@ from .folder_lock import FILES as LOCK_FILES
 from .folder_lock import now
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
+PICTURE = "lr.png"
 #: where run.json holds a plan until that is in its own file
 PENDING = "plan"
 
@@ -96,7 +97,7 @@ class RunFolder:
         a kill leaves everything that was asked for, or nothing of it.
         """
         with wrap_write_errors(self.path):
-            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
+            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS, PICTURE):
                 remove_leftovers(self.path / name)
         before = read_about(self.path)
         for name in ("ended", "baseline", PENDING):
@@ -132,15 +133,9 @@ class RunFolder:
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""
-        target = self.path / "lr.png"
-        temporary = self.path / ".lr.png"
-        with wrap_write_errors(target):
-            try:
-                preview.plot(temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        self.saved.append("lr.png")
+        with atomic(self.path / PICTURE) as file:
+            preview.plot().savefig(file, dpi=160)  # as `plot` does with a path
+        self.saved.append(PICTURE)
 
     def end(self, status: str, **found: Any) -> None:
         """Note how the run ended, and with what."""

@@ -40,8 +40,7 @@ class Saver:
     def at_rest(self, loop: Loop) -> None:
         """Save if it is time; called between steps and after validations."""
         better = loop.position.validated and self._improved(loop)
-        last = self._saved[0]
-        due = math.floor(self._now(loop)[0] / self._every) > math.floor(last / self._every)
+        due = self._now(loop)[0] // self._every > self._saved[0] // self._every
         if due or better:
             self.save(loop)
         if better and self.newest is not None and self._recorder is not None:

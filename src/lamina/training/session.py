@@ -119,7 +119,10 @@ class Session(ReadyRun):
             changed.append(f"{METRICS}: {unread} damaged line{'s' * (unread > 1)} passed over")
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
         folder.resume(self.plan, self.preview, self._about(), **seen, changed=changed)
-        text = "; ".join([start.text, *changed])
+        text = f"resumed from {start.path.name}"
+        if passed:
+            text += f"; passed over, since they are damaged: {', '.join(passed)}"
+        text = "; ".join([text, *changed])
         for listener in listeners:
             listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", text))
         lr = lr[max(0, len(lr) - (snapshot.clock - self.since)) :]  # what followed this plan

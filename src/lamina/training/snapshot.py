@@ -80,7 +80,7 @@ class Snapshot:
             if content[name] is not None:
                 _check_fields(content[name], kinds, path, f"{name}.")
         for states in content["random"]:
-            if not isinstance(states, Mapping) or states.keys() != _STATES:
+            if not isinstance(states, Mapping) or states.keys() != {"start", "before", "after"}:
                 raise StateError(
                     f"{path}: the checkpoint is not one of a run: a random state is "
                     f"{short(states)}. Use one that `lamina run` wrote."
@@ -120,7 +120,6 @@ _KINDS: dict[str, Any] = {
 }
 _VALIDATION = _kinds(Validation)
 _BEST: dict[str, Any] = {"metric": str, "value": float, "step": int}
-_STATES = {"start", "before", "after"}
 
 
 def _check_fields(
