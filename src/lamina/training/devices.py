@@ -112,13 +112,12 @@ def _accelerator(settings: Settings, cpu: bool) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
-    # As a plugin: a plain number would give way to the launcher's environment.
-    accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate)
     try:
         return Accelerator(
             cpu=cpu,
             mixed_precision=settings.mixed_precision,
-            gradient_accumulation_plugin=accumulation,
+            # As a plugin: a plain number would give way to the launcher's environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
             dataloader_config=DataLoaderConfiguration(data_seed=settings.seed),
         )
     except ValueError as error:

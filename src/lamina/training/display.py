@@ -70,13 +70,6 @@ class PlainDisplay:
         self.say(f"step {event.step}: {event.text}")
 
     def on_validation(self, result: Validation) -> None:
-        self.say(self.line(result))
-        self._losses, self._examples = [], 0
-        if self._last is not None:
-            self._epoch_began = self._last.seconds + result.seconds
-
-    def line(self, result: Validation) -> str:
-        """Return the epoch in one line."""
         parts = [f"epoch {result.epoch + 1}/{self.epochs}", f"step {result.step}/{self.steps}"]
         if self._losses:
             parts.append(f"loss {sum(self._losses) / len(self._losses):.4g}")
@@ -86,7 +79,9 @@ class PlainDisplay:
             took = self._last.seconds - self._epoch_began
             if self._examples and took > 0:
                 parts.append(f"{self._examples / took:.3g} examples/s")
-        return " · ".join(parts)
+            self._epoch_began = self._last.seconds + result.seconds
+        self.say(" · ".join(parts))
+        self._losses, self._examples = [], 0
 
     def say(self, text: str) -> None:
         """Return a line as it is: long ones are not cut, brackets in patterns are not markup."""

@@ -71,11 +71,12 @@ def prepare_run(
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
     with ExitStack() as undo:
-        lock = None if resume is None else _locked(resume, folder, undo)
-        start = None if resume is None else find(resume, task)
-        if start is None:
+        if resume is None:
+            start = None
             settings, chosen, place = _begin(task, plan, asked, folder, extend)
         else:
+            _lock(Path(resume), folder, undo)
+            start = find(Path(resume), task)
             settings = start.settings(**asked)
             extend = start.way(settings) if extend is None else extend
             chosen, place = resumed_plan(start, task, plan)
@@ -84,8 +85,8 @@ def prepare_run(
         data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
         with error_location(place):
-            session = Session(*made, folder, start, extend, lock)
-        undo.pop_all()  # the session has them now
+            session = Session(*made, folder, start, extend)
+        session.undo = undo.pop_all()
     return session
 
 
@@ -115,23 +116,19 @@ def _begin(
     return settings, *choose_plan(task, plan)
 
 
-def _locked(resume: str | os.PathLike[str], out: Path | None, undo: ExitStack) -> FolderLock | None:
+def _lock(home: Path, out: Path | None, undo: ExitStack) -> None:
     """Take the folder of a run that goes on, before its checkpoint is chosen, until `undo` ends.
 
     Of several processes that train together the first one takes it for all.
     """
     if out is not None:
         raise LaminaError(
-            f"out={str(out)!r} and resume={os.fspath(resume)!r} both name the folder of the run; a "
+            f"out={str(out)!r} and resume={str(home)!r} both name the folder of the run; a "
             "run goes on in its own folder. Leave out --out."
         )
-    home = Path(resume)
     read_about(home)  # which says what is wrong with a folder that is not that of a run
-    if not is_first():
-        return None
-    lock = FolderLock(home)
-    undo.callback(lock.release)
-    return lock
+    if is_first():
+        undo.callback(FolderLock(home).release)
 
 
 def fit(

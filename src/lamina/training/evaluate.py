@@ -55,11 +55,9 @@ def check_watched(session: ReadyRun) -> None:
     task, model = session.task, session.model
     now = session.randomness.now()  # which reading a batch would move on
     batch = send_to_device(next(iter(session.data.validation)), session.accelerator.device)
-    trains = model.training
-    model.eval()
+    model.eval()  # until an epoch begins
     with torch.no_grad():
         rows = task.metrics(model, batch)
-    model.train(trains)
     session.randomness.set(now)
     reported = [f"val_{name}" for name in dict.fromkeys(["loss", *rows])]
     for name in watched:

@@ -48,9 +48,8 @@ def load_task(
             f"{', or one of: ' + ', '.join(known) if known else ''}.{did_you_mean(text, known)}"
         )
     with wrap_read_errors(path):
-        is_file = path.is_file()
-    if not is_file:
-        raise TaskError(f"{text}: there is no such task file; check the path.")
+        if not path.is_file():
+            raise TaskError(f"{text}: there is no such task file; check the path.")
     return Task(_plain(path.stem), _from_file(path), os.path.abspath(path))
 
 

@@ -48,9 +48,9 @@ class Loop:
         self.task, self.accelerator = session.task, session.accelerator
         self.optimizer, self.randomness = session.optimizer, session.randomness
         self.position = session.begins
-        self.last = None if session.start is None else session.start.snapshot.last
         # A step whose numbers are still on the device: reading them at once would wait for it.
         self._pending: tuple[StepRecord, list[torch.Tensor], dict[str, torch.Tensor]] | None = None
+        self._accumulate = session.settings.accumulate
         self._began = time.perf_counter()
         self._trains = self.optimizer.active
         self._buffered = any(True for _ in self.model.buffers())
@@ -63,9 +63,7 @@ class Loop:
     def run(self) -> None:
         """Train to the end of the plan's run, validating after each epoch."""
         run = self.optimizer.resolved.run
-        assert run.steps is not None
-        assert run.steps_per_epoch is not None
-        total, per_epoch = run.steps, run.steps_per_epoch
+        total, per_epoch = run.steps or 0, run.steps_per_epoch or 1  # both are known
         if self.position.after is not None:
             self.randomness.set(self.position.after)
         if self.position.validated and self.optimizer.should_stop:
@@ -86,8 +84,7 @@ class Loop:
     def _is_over(self, most: int) -> bool:
         """Return whether the epoch's batches are used, or as many as make `most` steps."""
         batches = self.position.batches
-        accumulate = self.session.settings.accumulate
-        return batches >= min(len(self.session.train_loader), most * accumulate)
+        return batches >= min(len(self.session.train_loader), most * self._accumulate)
 
     def _epoch(self, epoch: int, most: int) -> None:
         """Return one pass over the data, or its first `most` steps."""
@@ -118,9 +115,8 @@ class Loop:
         """Return the batches of an epoch that are not used yet, each with the position after it."""
         loader, random, used = self.session.train_loader, self.randomness, self.position
         loader.set_epoch(epoch)
-        if used.start is not None:
-            random.set(used.start)
-        start = used.start or random.now()
+        start = used.start or random.now()  # the latter if the epoch begins
+        random.set(start)
         batches = iter(loader)
         for index in range(used.batches):  # read again, as they were
             if index == used.batches - 1 and used.before is not None:
@@ -144,7 +140,7 @@ class Loop:
         """Add the gradients of a batch; returns its loss."""
         loss = self.task.loss(self.model, batch)
         # Accelerate divides by `accumulate`, even where an epoch ends in a step of fewer batches.
-        accumulate = self.session.settings.accumulate
+        accumulate = self._accumulate
         begin = index - index % accumulate
         members = min(accumulate, len(self.session.train_loader) - begin)
         if loss.requires_grad:
@@ -198,9 +194,9 @@ class Loop:
         averages, examples = evaluate(self.session, self.model)
         clock, seconds = self.optimizer.clock, time.perf_counter() - began
         self.consistent = False
-        self.last = Validation(clock, epoch, averages, examples, seconds)
+        self.session.last = Validation(clock, epoch, averages, examples, seconds)
         for listener in self.listeners:
-            listener.on_validation(self.last)
+            listener.on_validation(self.session.last)
         if averages:
             seen = self.optimizer.param_groups[0]["feedback"]
             self.optimizer.report(**{f"val_{name}": value for name, value in averages.items()})

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from ..state.extend import WAYS
-from .folder_lock import FolderLock
 from .position import Position, Randomness
+from .records import Validation
 from .run_folder import ABOUT, plan_text
 from .settings import FREE, Settings
 from .snapshot import Snapshot
@@ -71,12 +71,15 @@ class ReadyRun:
     out: Path | None
     start: Resumption | None = None
     extend: str | None = None
-    lock: FolderLock | None = None
+    #: undone when the session is closed: the lock of the folder, what Accelerate began
+    undo: ExitStack = field(default_factory=ExitStack)
     train_loader: Any = field(init=False)
-    validation_loader: DataLoader[Any] = field(init=False)
+    validation_loader: Any = field(init=False)
     optimizer: Optimizer = field(init=False)
     randomness: Randomness = field(init=False)
     begins: Position = field(init=False)
+    #: the last validation
+    last: Validation | None = field(init=False)
 
     @property
     def is_main(self) -> bool:
@@ -106,11 +109,10 @@ class ReadyRun:
     def data_form(self) -> dict[str, Any]:
         """Return what the training data must be alike in to go on in the middle of it."""
         loader, data = self.data.train, self.data.train.dataset
-        examples = len(data) if hasattr(data, "__len__") else None
         return {
             "batches": len(self.train_loader),
             "examples_in_a_batch": loader.batch_size,
-            "examples": examples,
+            "examples": len(data) if hasattr(data, "__len__") else None,
         }
 
 

@@ -96,20 +96,16 @@ def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, flo
     if not path.exists():
         return [], 0
     with wrap_write_errors(path), path.open("rb") as file:
-        rows = [_row(line) for line in file.read(length).splitlines()]
-    found = dict(row for row in rows if row)
+        lines = file.read(length).splitlines()
+    found, damaged = {}, 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["kind"] == "step":
+                found[int(row["step"])] = {name: float(lr) for name, lr in row["lr"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            damaged += 1
     first = clock
     while first - 1 in found:
         first -= 1
-    return [found[step] for step in range(first, clock)], rows.count(None)
-
-
-def _row(line: bytes) -> tuple[int, dict[str, float]] | tuple[()] | None:
-    """Return the step and the lr of a line; () of one that is of no step, None if it is damaged."""
-    try:
-        row = json.loads(line)
-        if row["kind"] != "step":
-            return ()
-        return int(row["step"]), {name: float(value) for name, value in row["lr"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return None
+    return [found[step] for step in range(first, clock)], damaged

@@ -14,12 +14,12 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -33,6 +33,8 @@ from .folder_lock import now
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
 PICTURE = "lr.png"
+#: what a run writes beside its checkpoints; only one of the forms of the plan
+FILES = (PLAN, PLAN_AS_PYTHON, ABOUT, PICTURE, METRICS)
 #: where run.json holds a plan until that is in its own file
 PENDING = "plan"
 
@@ -40,10 +42,10 @@ PENDING = "plan"
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds something beside the lock of a run."""
     with wrap_write_errors(folder):
-        is_there, is_folder = folder.exists(), folder.is_dir()
+        is_folder = folder.is_dir()
         holds = is_folder and any(path.name not in LOCK_FILES for path in folder.iterdir())
-    if is_there and not is_folder:
-        raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
+        if folder.exists() and not is_folder:
+            raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
     if holds:
         raise LaminaError(
             f"{folder}: the folder is not empty, and a run overwrites nothing; choose another "
@@ -82,7 +84,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.saved: list[str] = []
         self._about: dict[str, Any] = {}
 
     def begin(self, plan: Plan, preview: Preview, about: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ class RunFolder:
         a kill leaves everything that was asked for, or nothing of it.
         """
         with wrap_write_errors(self.path):
-            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS, PICTURE):
+            for name in FILES:
                 remove_leftovers(self.path / name)
         before = read_about(self.path)
         for name in ("ended", "baseline", PENDING):
@@ -121,21 +122,26 @@ class RunFolder:
         self.picture(preview)
 
     @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Let no run that ended, however it did, be on record as one that still runs."""
+    def closing(self, found: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Let no run that ended, however it did, be on record as one that still runs.
+
+        Args:
+            found: gives what came of the run so far.
+        """
         try:
             yield
         except BaseException as error:
             if self._about["status"] == "running":
-                with suppress(LaminaError):
-                    self.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                with suppress(LaminaError):  # the error that ended it is told
+                    self.end(status, **found())
             raise
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""
         with atomic(self.path / PICTURE) as file:
-            preview.plot().savefig(file, dpi=160)  # as `plot` does with a path
-        self.saved.append(PICTURE)
+            # As `plot` does with a path.
+            preview.plot().savefig(cast("IO[bytes]", file), dpi=160)
 
     def end(self, status: str, **found: Any) -> None:
         """Note how the run ended, and with what."""
@@ -145,8 +151,6 @@ class RunFolder:
     def _text(self, name: str, text: str) -> None:
         with atomic(self.path / name) as file:
             file.write(text.encode())
-        if name not in self.saved:
-            self.saved.append(name)
 
 
 def plan_text(plan: Plan) -> tuple[str, str]:

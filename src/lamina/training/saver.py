@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
+from ..schedules.duration import parse
 from .loop import Loop
 from .ready import ReadyRun
 from .recorder import Recorder
 from .run_folder import plan_text, versions
-from .snapshot import Snapshot, position_states
+from .snapshot import Snapshot
 
 
 class Saver:
@@ -28,7 +29,8 @@ class Saver:
 
     def __init__(self, session: ReadyRun, recorder: Recorder | None = None) -> None:
         self._session, self._recorder = session, recorder
-        self._every = session.settings.save_interval(session.optimizer.resolved.run)
+        # In steps, not rounded.
+        self._every = parse(session.settings.save_every).in_steps(session.optimizer.resolved.run)
         stop = session.plan.stop
         self._watched, self._mode = (stop.metric, stop.mode) if stop else ("val_loss", "min")
         start = session.start
@@ -39,7 +41,7 @@ class Saver:
 
     def at_rest(self, loop: Loop) -> None:
         """Save if it is time; called between steps and after validations."""
-        better = loop.position.validated and self._improved(loop)
+        better = loop.position.validated and self._improved()
         due = self._now(loop)[0] // self._every > self._saved[0] // self._every
         if due or better:
             self.save(loop)
@@ -60,8 +62,9 @@ class Saver:
 
         session = self._session
         loop.flush()
-        loop.position = loop.position.settled(loop.randomness)
-        states = gather_object([position_states(loop.position)])
+        position = loop.position = loop.position.settled(loop.randomness)
+        own = {"start": position.start, "before": position.before, "after": position.after}
+        states = gather_object([own])
         if self._recorder is not None:
             folder = self._recorder.path.parent / FOLDER
             content = vars(self._snapshot(loop, states, self._recorder.sync()))
@@ -69,9 +72,10 @@ class Saver:
             prune(folder, session.settings.keep, self.newest)
         self._saved = self._now(loop)
 
-    def _improved(self, loop: Loop) -> bool:
+    def _improved(self) -> bool:
         """Return whether the last validation is the best so far; NaN never is."""
-        averages = loop.last.averages if loop.last is not None else {}
+        last = self._session.last
+        averages = last.averages if last is not None else {}
         value = averages.get(self._watched.removeprefix("val_"))
         if value is None or math.isnan(value):
             return False
@@ -102,7 +106,7 @@ class Saver:
             validated=position.validated,
             seconds=loop.seconds,
             recorded=recorded,
-            validation=None if loop.last is None else asdict(loop.last),
+            validation=None if session.last is None else asdict(session.last),
             best=self.best,
             random=states,
             scaler=None if scaler is None else scaler.state_dict(),

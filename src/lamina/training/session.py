@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from signal import Signals
 from typing import Any
 
 from ..checkpoint.checkpoint import tidy
-from ..errors import LaminaError
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
-from .devices import end
 from .evaluate import check_watched
 from .folder_lock import FolderLock
 from .interrupts import graceful_interrupt, signal_of
@@ -27,7 +25,7 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import check_fits, restore
-from .run_folder import METRICS, RunFolder, check_free, make_folder
+from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
 from .saver import Saver
 
 
@@ -52,6 +50,7 @@ class Session(ReadyRun):
         self.preview = preview_of(self.plan, model, run, saved, self.extend)
         # Not by plan.build, which warns of the findings: the preview prints them.
         self.optimizer = Optimizer(self.plan, model, run, resume=saved, extend=self.extend)
+        self.last = None if self.start is None else self.start.snapshot.last
         self.begins = Position() if self.start is None else restore(self.start, self)
         check_watched(self)
 
@@ -69,15 +68,16 @@ class Session(ReadyRun):
             loop = self._loop([], lambda: None, saver)
             loop.run()
             saver.finish(loop)
-            return self._result(loop, began)
+            return self._result(began)
         with graceful_interrupt(self.accelerator.num_processes == 1) as asked_to_stop:
             folder, confirmer = self._folder(listeners)
-            with folder.closing():
-                recorder = Recorder(folder.path / METRICS)
-                folder.saved.append(METRICS)
-                saver = Saver(self, recorder)
-                loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
-                stopped = self._run(loop, folder, recorder, saver)
+            with folder.closing(self._found):
+                with closing(Recorder(folder.path / METRICS)) as recorder:
+                    saver = Saver(self, recorder)
+                    loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
+                    stopped = self._run(loop, saver)
+                if stopped:
+                    folder.end("interrupted", **self._found())
             stopped = stopped and (asked_to_stop() or stopped)
         baseline: dict[str, float] = {}
         if stopped is None:
@@ -86,12 +86,11 @@ class Session(ReadyRun):
             except KeyboardInterrupt as error:
                 stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
-                folder.end("finished", baseline=baseline, **self._found(loop))
+                folder.end("finished", baseline=baseline, **self._found())
         return self._result(
-            loop,
             began,
             folder=folder.path,
-            saved=tuple(folder.saved),
+            saved=tuple(name for name in FILES if (folder.path / name).exists()),
             checkpoint=saver.newest,
             baseline=baseline,
             confirmation=confirmer.confirm(self.optimizer),
@@ -103,9 +102,8 @@ class Session(ReadyRun):
         start = self.start
         if start is None:
             folder = RunFolder(make_folder(self.out, self.task.name))
-            self.lock = FolderLock(folder.path)
-            if self.out is not None:
-                check_free(self.out)  # again: another run may have chosen it at the same moment
+            self.undo.callback(FolderLock(folder.path).release)
+            check_free(folder.path)  # again: another run may have chosen it at the same moment
             folder.begin(self.plan, self.preview, self._about())
             return folder, Confirmer(0)
         snapshot, metrics = start.snapshot, start.folder / METRICS
@@ -131,35 +129,28 @@ class Session(ReadyRun):
             confirmer.note(values)
         return folder, confirmer
 
-    def _run(
-        self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver
-    ) -> Signals | None:
-        """Train, and write what came of it however it ends.
+    def _run(self, loop: Loop, saver: Saver) -> Signals | None:
+        """Train, and save what came of it if that was interrupted.
 
         Returns:
             The signal that stopped the run, or None if it went to its end.
         """
-        status, stopped = "failed", None
+        stopped = None
         try:
             loop.run()
             saver.finish(loop)
-            status = "finished"
         except KeyboardInterrupt as error:
-            status, stopped = "interrupted", signal_of(error)
+            stopped = signal_of(error)
         finally:
             with suppress(RuntimeError):  # an error of the device, which is told already
                 loop.flush(alone=True)
             # Several processes would have to tell each other their random states.
-            if status == "interrupted" and loop.consistent and self.accelerator.num_processes == 1:
+            if stopped and loop.consistent and self.accelerator.num_processes == 1:
                 saver.finish(loop)
-            recorder.close()
-            if status != "finished":
-                with suppress(LaminaError) if status == "failed" else nullcontext():
-                    folder.end(status, **self._found(loop))
         return stopped
 
-    def _result(self, loop: Loop, began: float, **more: Any) -> Result:
-        metrics, examples = (loop.last.averages, loop.last.examples) if loop.last else ({}, 0)
+    def _result(self, began: float, **more: Any) -> Result:
+        metrics, examples = (self.last.averages, self.last.examples) if self.last else ({}, 0)
         seconds = time.perf_counter() - began
         return Result(self.task, metrics, examples, self.optimizer.clock, seconds, **more)
 
@@ -184,17 +175,15 @@ class Session(ReadyRun):
             "device": str(self.accelerator.device),
         }
 
-    def _found(self, loop: Loop) -> dict[str, Any]:
+    def _found(self) -> dict[str, Any]:
         found: dict[str, Any] = {"steps_taken": self.optimizer.clock}
-        if loop.last is not None:
-            found["validation"] = asdict(loop.last)
+        if self.last is not None:
+            found["validation"] = asdict(self.last)
         return found
 
     def close(self) -> None:
         """End what Accelerate began, so that another run may follow in this process."""
-        if self.lock is not None:
-            self.lock.release()
-        end(self.accelerator)
+        self.undo.close()
 
     def __enter__(self) -> Session:
         return self

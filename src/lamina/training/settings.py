@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 from .._util.numbers import is_number
 from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
 from ..schedules import duration as time
-from ..schedules.duration import Run, TimeLike
+from ..schedules.duration import TimeLike
 from .task import Task
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -78,10 +77,6 @@ class Settings:
             )
         if not isinstance(self.keep, int) or self.keep < 1:
             raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
-
-    def save_interval(self, run: Run) -> Fraction:
-        """Return the steps from one save to the next, not rounded."""
-        return time.parse(self.save_every).in_steps(run)
 
 
 _NAMES = frozenset(asdict(Settings()))

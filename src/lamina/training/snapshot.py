@@ -99,8 +99,7 @@ class Snapshot:
 
     def position(self, process: int) -> Position:
         """Return where a process stands."""
-        states = self.random[process]
-        return Position(self.epoch, self.batches, self.validated, **states)
+        return Position(self.epoch, self.batches, self.validated, **self.random[process])
 
     @property
     def last(self) -> Validation | None:
@@ -139,11 +138,6 @@ def _check_fields(
             )
 
 
-def position_states(position: Position) -> dict[str, State | None]:
-    """Return the random states of a position that has settled."""
-    return {"start": position.start, "before": position.before, "after": position.after}
-
-
 def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
     """Raise `StateError` if a saved model is not this one, name by name; changes nothing."""
     live = model.state_dict()
@@ -152,12 +146,11 @@ def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
         clauses.append(f"the model has {listed(missing)}, which the checkpoint has not")
     if extra := [str(name) for name in saved if name not in live]:
         clauses.append(f"the checkpoint has {listed(extra)}, which the model has not")
-    other = [
+    if other := [
         f"{name} ({_form(saved[name])} in the checkpoint, {_form(value)} in the model)"
         for name, value in live.items()
         if name in saved and _form(saved[name]) != _form(value)
-    ]
-    if other:
+    ]:
         clauses.append(f"these differ: {listed(other)}")
     if clauses:
         raise StateError(

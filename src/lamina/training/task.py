@@ -124,7 +124,7 @@ class Task:
             if not isinstance(loader, DataLoader):
                 raise self._wrong(f"data().{part}", loader, "a torch.utils.data.DataLoader")
             loaders.append(loader)
-        return Data(*loaders, raw)
+        return Data(loaders[0], loaders[1], raw)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Return the mean loss of a batch."""
