@@ -210,8 +210,7 @@ def explain(
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
-        preview = _preview(source, plan_file, epochs=epochs, accumulate=accumulate)
-        print(preview.explain(name, step))
+        print(_preview(source, plan_file, epochs=epochs, accumulate=accumulate).explain(name, step))
 
 
 @app.command()

@@ -38,5 +38,4 @@ class Confirmer:
 
     def confirm(self, optimizer: Optimizer) -> Confirmation:
         """Compare with the plan, given what the metrics of this run did to it."""
-        preview = Preview(optimizer.resolved, optimizer._feedback)
-        return confirm(preview, self.lr, first=self.first)
+        return confirm(Preview(optimizer.resolved, optimizer._feedback), self.lr, first=self.first)

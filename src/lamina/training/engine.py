@@ -17,6 +17,7 @@ from .devices import begin, end, is_first
 from .folder_lock import FolderLock
 from .load import choose_plan, error_location, load_task
 from .loaders import has_own_order
+from .ready import Resumption
 from .records import Listener
 from .result import Result
 from .resume import find, resumed_plan
@@ -71,12 +72,10 @@ def prepare_run(
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
     with ExitStack() as undo:
-        if resume is None:
-            start = None
+        start = None if resume is None else _resumption(Path(resume), folder, task, undo)
+        if start is None:
             settings, chosen, place = _begin(task, plan, asked, folder, extend)
         else:
-            _lock(Path(resume), folder, undo)
-            start = find(Path(resume), task)
             settings = start.settings(**asked)
             extend = start.way(settings) if extend is None else extend
             chosen, place = resumed_plan(start, task, plan)
@@ -116,8 +115,8 @@ def _begin(
     return settings, *choose_plan(task, plan)
 
 
-def _lock(home: Path, out: Path | None, undo: ExitStack) -> None:
-    """Take the folder of a run that goes on, before its checkpoint is chosen, until `undo` ends.
+def _resumption(home: Path, out: Path | None, task: Task, undo: ExitStack) -> Resumption:
+    """Take the folder of a run that goes on, until `undo` ends; then choose its checkpoint.
 
     Of several processes that train together the first one takes it for all.
     """
@@ -129,6 +128,7 @@ def _lock(home: Path, out: Path | None, undo: ExitStack) -> None:
     read_about(home)  # which says what is wrong with a folder that is not that of a run
     if is_first():
         undo.callback(FolderLock(home).release)
+    return find(home, task)
 
 
 def fit(

@@ -178,8 +178,7 @@ class Loop:
         """Tell of the step taken last; `alone` without asking other processes for their loss."""
         if self._pending is None:
             return
-        record, losses, norms = self._pending
-        self._pending = None
+        (record, losses, norms), self._pending = self._pending, None
         loss = torch.stack(losses).float().mean()
         if self.accelerator.num_processes > 1 and not alone:
             loss = self.accelerator.reduce(loss, "mean")

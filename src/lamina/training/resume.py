@@ -49,7 +49,7 @@ def find(home: Path, task: Task) -> Resumption:
     return Resumption(home, found.path, snapshot, found.damaged, about)
 
 
-def saved_task(home: Path, examples: Mapping[str, str] | None = None) -> str:
+def saved_task(folder: str | os.PathLike[str], examples: Mapping[str, str] | None = None) -> str:
     """Return the task that a run was begun with, as `load_task` takes it.
 
     Resuming runs the code of the task, and run.json may be somebody else's. So the name in it must
@@ -57,13 +57,14 @@ def saved_task(home: Path, examples: Mapping[str, str] | None = None) -> str:
     folder of the run; any other has to be named on the command line.
 
     Args:
-        home: the folder of the run.
+        folder: that of the run.
         examples: the files of the example tasks by name.
 
     Raises:
         StateError: if run.json names no task.
         TaskError: if the task is one that only the user can vouch for.
     """
+    home = Path(folder)
     about = read_about(home)
     name, file = about.get("task"), about.get("task_file")
     again = f"name it before --resume if you trust it: lamina run TASK.py --resume {home}."

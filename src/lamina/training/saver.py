@@ -83,8 +83,7 @@ class Saver:
             sign = 1 if self._mode == "min" else -1
             if sign * value >= sign * self.best["value"]:
                 return False
-        step = self._session.optimizer.clock
-        self.best = {"metric": self._watched, "value": value, "step": step}
+        self.best = {"metric": self._watched, "value": value, "step": self._session.optimizer.clock}
         return True
 
     def _snapshot(self, loop: Loop, states: list[Any], recorded: int) -> Snapshot:

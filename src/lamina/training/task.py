@@ -102,6 +102,11 @@ class Task:
         """What the examples are called, such as "texts"."""
         return str(getattr(self.module, "EXAMPLES", "examples"))
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it measures more than the loss."""
+        return hasattr(self.module, "metrics")
+
     def model(self) -> nn.Module:
         """Return a fresh model."""
         model = self._call("model")
@@ -135,7 +140,7 @@ class Task:
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         """Return one float per example, by name; empty if the task has no metrics."""
-        if not hasattr(self.module, "metrics"):
+        if not self.has_metrics:
             return {}
         found = self.module.metrics(model, batch)
         if not isinstance(found, Mapping):
