@@ -16,7 +16,7 @@ import torch
 import training_task
 from lamina import LaminaError, checkpoint
 from lamina.training import devices, fit
-from lamina.training.devices import Launch, launched
+from lamina.training.devices import launched
 from lamina.training.settings import Settings
 
 TASK = str(Path(training_task.__file__))
@@ -26,15 +26,15 @@ SEEN = os.pathsep.join([str(Path(TASK).parent), *sys.path])
 @pytest.mark.parametrize(
     ("environment", "launch"),
     [
-        ({}, Launch(1, "")),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, Launch(1, "")),
-        ({"WORLD_SIZE": "4", "RANK": "3"}, Launch(4, "WORLD_SIZE=4")),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Launch(2, "WORLD_SIZE=2")),
-        ({"WORLD_SIZE": "many", "RANK": "0"}, Launch(1, "")),
-        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, Launch(3, "PMI_SIZE=3")),
+        ({}, (1, "")),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (1, "")),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, (4, "WORLD_SIZE=4")),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (2, "WORLD_SIZE=2")),
+        ({"WORLD_SIZE": "many", "RANK": "0"}, (1, "")),
+        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, (3, "PMI_SIZE=3")),
         (
             {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "1"},
-            Launch(8, "OMPI_COMM_WORLD_SIZE=8"),
+            (8, "OMPI_COMM_WORLD_SIZE=8"),
         ),
     ],
 )

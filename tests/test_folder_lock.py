@@ -134,8 +134,12 @@ def test_a_run_that_has_just_begun_cannot_be_resumed(tmp_path):
 def test_a_resume_that_fails_leaves_the_folder_free(stopped):
     with pytest.raises(lm.LaminaError):
         prepare_run(training_task, resume=stopped, cpu=True, extend="hold-on")
-    with prepare_run(training_task, resume=stopped, cpu=True) as session:
-        assert session.lock is not None
+    with (
+        prepare_run(training_task, resume=stopped, cpu=True),
+        pytest.raises(lm.StateError, match="another process uses this run"),
+    ):
+        FolderLock(stopped)
+    FolderLock(stopped).release()
 
 
 def send(number):

@@ -503,14 +503,15 @@ def test_a_record_that_was_changed(stopped):
 
 def test_two_processes_do_not_train_in_one_folder(stopped):
     holder = (
-        "import fcntl, sys, time\nfile = open(sys.argv[1], 'a')\n"
-        "fcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(60)\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from lamina.training.folder_lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)\n"
     )
-    command = [sys.executable, "-c", holder, str(stopped / "metrics.jsonl")]
+    command = [sys.executable, "-c", holder, str(stopped)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(LaminaError, match="another process is still training"):
+            with pytest.raises(LaminaError, match="another process uses this run"):
                 again(stopped)
         finally:
             other.kill()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,6 @@ from ..training.ready import batches
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
 from ..training.settings import Settings
-from ..training.task import Task
 from .arguments import check_parameter, task_and_plan
 from .new_task import write_task
 from .summary import summary
@@ -45,14 +44,11 @@ TaskWord = Annotated[
     typer.Argument(
         metavar="TASK",
         help=f"A Python file, or in a clone of lamina an example task ({DEFAULT} by default).",
-        show_default=False,
     ),
 ]
 PlanWord = Annotated[
     str | None,
-    typer.Argument(
-        metavar="PLAN.toml", help="A plan for that task; by default its own.", show_default=False
-    ),
+    typer.Argument(metavar="PLAN.toml", help="A plan for that task; by default its own."),
 ]
 TaskOption = Annotated[
     str | None,
@@ -87,18 +83,13 @@ def cli_errors() -> Iterator[None]:
 
 
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
     """Print lamina's own warnings as it prints errors: there is no line of the user's."""
     if issubclass(category, LaminaWarning):
         print(f"lamina: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def _version(wanted: bool) -> None:
@@ -186,7 +177,12 @@ def show(
     """Show what a plan would do with the model of TASK, without training."""
     with cli_errors():
         source, plan_file = task_and_plan(["show"], (task, plan), task_option)
-        preview = _preview(source, plan_file, epochs, steps, accumulate)
+        if epochs is not None and steps is not None:
+            raise LaminaError(
+                f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass "
+                "one."
+            )
+        preview = _preview(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
         console = Console()
         _announce(console, preview)
         if plot is not None:
@@ -214,7 +210,7 @@ def explain(
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
-        print(_preview(source, plan_file, epochs, None, accumulate).explain(name, step))
+        print(_preview(source, plan_file, epochs=epochs, accumulate=accumulate).explain(name, step))
 
 
 @app.command()
@@ -250,27 +246,19 @@ def new_task(
 
 
 def _preview(
-    task_name: str,
-    plan_file: Path | None,
-    epochs: float | None,
-    steps: int | None,
-    accumulate: int | None,
+    source: str, plan_file: Path | None, steps: int | None = None, **asked: Any
 ) -> Preview:
     """Return a preview of the run that `lamina run` would do in one process."""
-    if epochs is not None and steps is not None:
-        raise LaminaError(
-            f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."
-        )
-    task: Task = load_task(task_name, EXAMPLES)
-    settings = Settings.of(task, epochs=epochs, accumulate=accumulate)
+    task = load_task(source, EXAMPLES)
+    settings = Settings.of(task, **asked)
     plan, place = choose_plan(task, plan_file)
-    length: dict[str, Any] = {"epochs": settings.epochs} if steps is None else {"steps": steps}
     loader = task.data(settings.seed).train
     model = task.model()
     with error_location(place):
         return plan.preview(
             model,
-            **length,
+            steps=steps,
+            epochs=settings.epochs if steps is None else None,
             steps_per_epoch=batches(task, loader),
             accumulate=settings.accumulate,
         )

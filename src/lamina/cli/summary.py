@@ -13,19 +13,19 @@ from ..training.result import Result
 
 
 def summary(console: Console, result: Result) -> None:
-    """Print what came of a run and where it is."""
+    """Print what came of a run and where it is; for the main process, which has a folder."""
     if result.interrupted is not None:
         print(interruption(result), file=sys.stderr)
     noun = result.task.examples
-    rows = [(f"{name} on held-out {noun}", f"{value:.4g}") for name, value in _order(result)]
+    # The loss last: what people ask for first comes first.
+    metrics = sorted(result.metrics.items(), key=lambda item: item[0] == "loss")
+    rows = [(f"{name} on held-out {noun}", f"{value:.4g}") for name, value in metrics]
     rows.append((f"held-out {noun}", f"{result.examples:,}"))
     rows += [(name, f"{value:.4g}") for name, value in result.baseline.items()]
-    if result.confirmation is not None:
-        rows.append(("plan", str(result.confirmation)))
+    rows.append(("plan", str(result.confirmation)))
     rows.append(("time", f"{result.seconds:.1f} s for {result.steps:,} steps"))
-    if result.folder is not None:
-        rows.append(("folder", str(result.folder)))
-        rows.append(("files", ", ".join(sorted(result.saved))))
+    rows.append(("folder", str(result.folder)))
+    rows.append(("files", ", ".join(sorted(result.saved))))
     if result.checkpoint is not None:
         rows.append(("checkpoint", f"{FOLDER}/{result.checkpoint.name}"))
     console.print()
@@ -53,8 +53,3 @@ def interruption(result: Result) -> str:
             kept += ", the last that was saved"
         kept += f"; go on with: lamina run --resume {result.folder}"
     return f"lamina: interrupted after step {result.steps}; {kept}"
-
-
-def _order(result: Result) -> list[tuple[str, float]]:
-    """Return the loss last: what people ask for first comes first."""
-    return sorted(result.metrics.items(), key=lambda item: item[0] == "loss")

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from ..optimizer.optimizer import Optimizer
 from ..preview import Preview
 from ..preview.verify import Confirmation, confirm
-from ..resolve.timeline import Feedback
 from .records import Event, StepRecord, Validation
 
 
@@ -39,7 +38,4 @@ class Confirmer:
 
     def confirm(self, optimizer: Optimizer) -> Confirmation:
         """Compare with the plan, given what the metrics of this run did to it."""
-        groups = optimizer.param_groups
-        overrides = {group["name"]: group["overrides"] for group in groups if group["overrides"]}
-        preview = Preview(optimizer.resolved, Feedback(overrides, groups[0]["feedback"]))
-        return confirm(preview, self.lr, first=self.first)
+        return confirm(Preview(optimizer.resolved, optimizer._feedback), self.lr, first=self.first)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,15 +27,8 @@ _LAUNCHERS = (
 )
 
 
-class Launch(NamedTuple):
-    """How many processes were started to train together, and what says so."""
-
-    processes: int
-    said_by: str
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return how many processes were started to train together.
+def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """Return how many processes were started to train together, and what says so.
 
     Args:
         environment: the environment variables.
@@ -45,7 +38,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     """
     if is_distributed():
         size = torch.distributed.get_world_size()
-        return Launch(size, f"the process group of {size}")
+        return size, f"the process group of {size}"
     for variable, ranks in _LAUNCHERS:
         text = environment.get(variable, "")
         if not text.isdecimal() or int(text) <= 1:
@@ -56,8 +49,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
                 "not set, so this one does not know which of them it is. Start them with torchrun, "
                 f"or unset {variable} to train in one process."
             )
-        return Launch(int(text), f"{variable}={text}")
-    return Launch(1, "")
+        return int(text), f"{variable}={text}"
+    return 1, ""
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
@@ -86,15 +79,15 @@ def begin(settings: Settings, cpu: bool) -> Any:
     """
     from accelerate.utils import set_seed
 
-    launch = launched()
-    if launch.processes > 1 and not torch.accelerator.is_available():
+    processes, said_by = launched()
+    if processes > 1 and not torch.accelerator.is_available():
         cpu = True  # otherwise Accelerate looks for no backend
     if not cpu:
-        _check_enough_devices(launch)
+        _check_enough_devices(processes)
     accelerator = _accelerator(settings, cpu)
     try:
         _check_precision(accelerator)
-        _check_together(launch, accelerator)
+        _check_together(processes, said_by, accelerator)
     except LaminaError:
         end(accelerator)
         raise
@@ -119,13 +112,12 @@ def _accelerator(settings: Settings, cpu: bool) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
-    # As a plugin: a plain number would give way to the launcher's environment.
-    accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate)
     try:
         return Accelerator(
             cpu=cpu,
             mixed_precision=settings.mixed_precision,
-            gradient_accumulation_plugin=accumulation,
+            # As a plugin: a plain number would give way to the launcher's environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
             dataloader_config=DataLoaderConfiguration(data_seed=settings.seed),
         )
     except ValueError as error:
@@ -136,11 +128,11 @@ def _accelerator(settings: Settings, cpu: bool) -> Any:
         ) from error
 
 
-def _check_enough_devices(launch: Launch) -> None:
+def _check_enough_devices(processes: int) -> None:
     """Raise if processes of this machine would have to share a GPU."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     devices = torch.cuda.device_count()
-    if launch.processes > 1 and devices and local.isdecimal() and int(local) > devices:
+    if processes > 1 and devices and local.isdecimal() and int(local) > devices:
         raise LaminaError(
             f"{local} processes were launched on this machine, which has {devices} GPU(s), and "
             f"each process needs one. Launch with --nproc-per-node={devices}, or give --cpu."
@@ -156,12 +148,12 @@ def _check_precision(accelerator: Any) -> None:
         )
 
 
-def _check_together(launch: Launch, accelerator: Any) -> None:
+def _check_together(processes: int, said_by: str, accelerator: Any) -> None:
     """Raise if the group has not as many processes as were launched."""
-    if accelerator.num_processes == launch.processes:
+    if accelerator.num_processes == processes:
         return
     raise LaminaError(
-        f"{launch.processes} processes were launched ({launch.said_by}), but this one would train "
+        f"{processes} processes were launched ({said_by}), but this one would train "
         f"with {accelerator.num_processes} in all, on {accelerator.device}: each would train a "
         "copy of its own. Start them with torchrun (for the CPU with --cpu), or remove that "
         "setting to train in one process."

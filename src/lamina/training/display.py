@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from ..errors import printable
-from .records import Event, StepRecord, Validation
+from .records import Event, Listener, StepRecord, Validation
 
 SHOWN_GROUPS = 3
 
@@ -68,17 +61,6 @@ class PlainDisplay:
         self._last: StepRecord | None = None
         self._epoch_began = earlier
 
-    def __enter__(self) -> PlainDisplay:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Restore nothing."""
-
     def on_step(self, record: StepRecord) -> None:
         self._losses.append(record.loss)
         self._examples += record.examples
@@ -88,13 +70,6 @@ class PlainDisplay:
         self.say(f"step {event.step}: {event.text}")
 
     def on_validation(self, result: Validation) -> None:
-        self.say(self.line(result))
-        self._losses, self._examples = [], 0
-        if self._last is not None:
-            self._epoch_began = self._last.seconds + result.seconds
-
-    def line(self, result: Validation) -> str:
-        """Return the epoch in one line."""
         parts = [f"epoch {result.epoch + 1}/{self.epochs}", f"step {result.step}/{self.steps}"]
         if self._losses:
             parts.append(f"loss {sum(self._losses) / len(self._losses):.4g}")
@@ -104,7 +79,9 @@ class PlainDisplay:
             took = self._last.seconds - self._epoch_began
             if self._examples and took > 0:
                 parts.append(f"{self._examples / took:.3g} examples/s")
-        return " · ".join(parts)
+            self._epoch_began = self._last.seconds + result.seconds
+        self.say(" · ".join(parts))
+        self._losses, self._examples = [], 0
 
     def say(self, text: str) -> None:
         """Return a line as it is: long ones are not cut, brackets in patterns are not markup."""
@@ -116,31 +93,19 @@ class LiveDisplay:
 
     def __init__(self, console: Console, epochs: int, steps: int, earlier: float = 0.0) -> None:
         self._plain = PlainDisplay(console, epochs, steps, earlier)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("ETA"),
+            progress.TimeRemainingColumn(),
             console=console,
         )
         self._bar = self._progress.add_task(f"epoch 1/{epochs} · step 0/{steps}", total=steps)
         self._pace = Pace(earlier)
-        self._live = Live(console=console, refresh_per_second=8, transient=True)
-        self._live.update(self._content(""))
-
-    def __enter__(self) -> LiveDisplay:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+        self.live = Live(console=console, refresh_per_second=8, transient=True)
+        self.live.update(self._content(""))
 
     def on_step(self, record: StepRecord) -> None:
         self._plain.on_step(record)
@@ -151,7 +116,7 @@ class LiveDisplay:
         parts = [f"loss {record.loss:.4g}", lr_text(record.lr)]
         if self._pace.rate:
             parts.append(f"{self._pace.rate:.3g} examples/s")
-        self._live.update(self._content(" · ".join(parts)))
+        self.live.update(self._content(" · ".join(parts)))
 
     def on_event(self, event: Event) -> None:
         self._plain.on_event(event)
@@ -164,9 +129,12 @@ class LiveDisplay:
         return Group(self._progress, Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
-def display(
-    console: Console, epochs: int, steps: int, earlier: float = 0.0
-) -> LiveDisplay | PlainDisplay:
-    """Return the display that fits where the output goes; `earlier`: seconds trained before."""
-    kind = LiveDisplay if console.is_terminal else PlainDisplay
-    return kind(console, epochs, steps, earlier)
+@contextmanager
+def display(console: Console, epochs: int, steps: int, earlier: float = 0.0) -> Iterator[Listener]:
+    """Give the display that fits where the output goes; `earlier`: seconds trained before."""
+    if not console.is_terminal:
+        yield PlainDisplay(console, epochs, steps, earlier)
+        return
+    shown = LiveDisplay(console, epochs, steps, earlier)
+    with shown.live:
+        yield shown

@@ -17,6 +17,7 @@ from .devices import begin, end, is_first
 from .folder_lock import FolderLock
 from .load import choose_plan, error_location, load_task
 from .loaders import has_own_order
+from .ready import Resumption
 from .records import Listener
 from .result import Result
 from .resume import find, resumed_plan
@@ -63,14 +64,15 @@ def prepare_run(
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
-    _require_packages()
+    require("accelerate", "train", "Training")
+    require("matplotlib", "train", "Training (the picture of the plan)")
+    require("filelock", "train", "Training (one process at a time in a run)")
     task = load_task(task)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
     folder = None if out is None else Path(out)
     with ExitStack() as undo:
-        lock = None if resume is None else _locked(resume, folder, undo)
-        start = None if resume is None else find(resume, task)
+        start = None if resume is None else _resumption(Path(resume), folder, task, undo)
         if start is None:
             settings, chosen, place = _begin(task, plan, asked, folder, extend)
         else:
@@ -82,15 +84,9 @@ def prepare_run(
         data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
         with error_location(place):
-            session = Session(*made, folder, start, extend, lock)
-        undo.pop_all()  # the session has them now
+            session = Session(*made, folder, start, extend)
+        session.undo = undo.pop_all()
     return session
-
-
-def _require_packages() -> None:
-    require("accelerate", "train", "Training")
-    require("matplotlib", "train", "Training (the picture of the plan)")
-    require("filelock", "train", "Training (one process at a time in a run)")
 
 
 def _data(task: Task, seed: int, asked: int | None) -> Data:
@@ -119,23 +115,20 @@ def _begin(
     return settings, *choose_plan(task, plan)
 
 
-def _locked(resume: str | os.PathLike[str], out: Path | None, undo: ExitStack) -> FolderLock | None:
-    """Take the folder of a run that goes on, before its checkpoint is chosen, until `undo` ends.
+def _resumption(home: Path, out: Path | None, task: Task, undo: ExitStack) -> Resumption:
+    """Take the folder of a run that goes on, until `undo` ends; then choose its checkpoint.
 
     Of several processes that train together the first one takes it for all.
     """
     if out is not None:
         raise LaminaError(
-            f"out={str(out)!r} and resume={os.fspath(resume)!r} both name the folder of the run; a "
+            f"out={str(out)!r} and resume={str(home)!r} both name the folder of the run; a "
             "run goes on in its own folder. Leave out --out."
         )
-    home = Path(resume)
     read_about(home)  # which says what is wrong with a folder that is not that of a run
-    if not is_first():
-        return None
-    lock = FolderLock(home)
-    undo.callback(lock.release)
-    return lock
+    if is_first():
+        undo.callback(FolderLock(home).release)
+    return find(home, task)
 
 
 def fit(

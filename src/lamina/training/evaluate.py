@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import TaskError, did_you_mean
-from .task import Task
+from .ready import ReadyRun
 
 
-def evaluate(
-    task: Task, model: nn.Module, batches: Iterable[Any], accelerator: Any
-) -> tuple[dict[str, float], int]:
+def evaluate(session: ReadyRun, model: nn.Module) -> tuple[dict[str, float], int]:
     """Return the average of every metric, and the number of examples.
 
     The model is measured without its wrapper for many processes, whose forward would wait for the
     others: they may have fewer batches.
     """
-    bare = accelerator.unwrap_model(model)
+    task, bare = session.task, session.accelerator.unwrap_model(model)
     bare.eval()
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     with torch.no_grad():
-        for batch in batches:
+        for batch in session.validation_loader:
             rows = task.metrics(bare, batch)
             for name, values in rows.items():
                 sums[name] += float(values.detach().cpu().double().sum())
@@ -42,23 +39,26 @@ def evaluate(
                 sums["loss"] += float(task.loss(bare, batch).detach().double()) * size
                 counts["loss"] += size
             counts[""] += next(iter(rows.values())).numel() if size is None else size
-    return _averages(sums, counts, accelerator)
+    return _averages(sums, counts)
 
 
-def check_watched(
-    task: Task, watched: Iterable[str], model: nn.Module, loader: Iterable[Any], device: Any
-) -> None:
+def check_watched(session: ReadyRun) -> None:
     """Raise `TaskError` if a plan watches what no validation will report; one batch is measured.
 
-    `loader` is the task's own: Accelerate's would count as in use, left after one batch.
+    It comes from the task's own loader: Accelerate's would count as in use, left after one batch.
     """
     from accelerate.utils import send_to_device
 
-    trains = model.training
-    model.eval()
+    watched = [reaction.metric for _, reaction in session.optimizer.resolved.reactions]
+    if not watched:
+        return
+    task, model = session.task, session.model
+    now = session.randomness.now()  # which reading a batch would move on
+    batch = send_to_device(next(iter(session.data.validation)), session.accelerator.device)
+    model.eval()  # until an epoch begins
     with torch.no_grad():
-        rows = task.metrics(model, send_to_device(next(iter(loader)), device))
-    model.train(trains)
+        rows = task.metrics(model, batch)
+    session.randomness.set(now)
     reported = [f"val_{name}" for name in dict.fromkeys(["loss", *rows])]
     for name in watched:
         if name not in reported:
@@ -68,14 +68,10 @@ def check_watched(
             )
 
 
-def _averages(
-    sums: dict[str, float], counts: dict[str, int], accelerator: Any
-) -> tuple[dict[str, float], int]:
-    parts = [(dict(sums), dict(counts))]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
+def _averages(sums: dict[str, float], counts: dict[str, int]) -> tuple[dict[str, float], int]:
+    from accelerate.utils import gather_object
 
-        parts = gather_object(parts)
+    parts = gather_object([(dict(sums), dict(counts))])
     names = dict.fromkeys(name for part, _ in parts for name in part)
     total = {name: sum(count.get(name, 0) for _, count in parts) for name in ("", *names)}
     averages = {

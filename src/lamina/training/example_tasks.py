@@ -20,16 +20,11 @@ def example_tasks(source: Path = _SOURCE) -> dict[str, str]:
     Args:
         source: the folder that the package `lamina` lies in, `src` in a clone.
     """
-    folder = source.parent / "examples" / "tasks"
-    if not _is_clone(source.parent):
-        return {}
-    files = {name: folder / f"{name}.py" for name in _NAMES}
-    return {name: str(file) for name, file in files.items() if file.is_file()}
-
-
-def _is_clone(root: Path) -> bool:
+    root = source.parent
     try:
         text = (root / "pyproject.toml").read_text(encoding="utf-8")
-        return bool(tomllib.loads(text)["project"]["name"] == "lamina")
+        is_clone = tomllib.loads(text)["project"]["name"] == "lamina"
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        is_clone = False
+    files = {name: root / "examples" / "tasks" / f"{name}.py" for name in _NAMES}
+    return {name: str(file) for name, file in files.items() if is_clone and file.is_file()}

@@ -88,9 +88,8 @@ def _read(holder: Path) -> dict[str, Any] | None:
         about: Any = json.loads(holder.read_text(encoding="utf-8")[:1000])
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(about, dict) or not {"pid", "host", "since"} <= about.keys():
-        return None
-    return about
+    whole = isinstance(about, dict) and {"pid", "host", "since"} <= about.keys()
+    return about if whole else None
 
 
 def _is_gone(about: dict[str, Any]) -> bool:

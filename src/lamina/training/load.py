@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import ModuleType
 from ..errors import LaminaError, PlanError, TaskError, did_you_mean
 from ..files.atomic import wrap_read_errors
 from ..plan.plan import Plan
-from .task import EXAMPLE, FROM_FILE, Task, in_one_line, where
+from .task import Task, in_one_line, where
 
 
 def load_task(
@@ -36,7 +36,7 @@ def load_task(
         return Task(source.__name__.rpartition(".")[2], source)
     text, known = os.fspath(source), examples or {}
     if text in known:
-        return Task(text, _from_file(Path(known[text]), EXAMPLE))
+        return Task(text, _from_file(Path(known[text])))
     path = Path(text)
     if path.suffix == ".toml":
         raise TaskError(
@@ -48,10 +48,9 @@ def load_task(
             f"{', or one of: ' + ', '.join(known) if known else ''}.{did_you_mean(text, known)}"
         )
     with wrap_read_errors(path):
-        is_file = path.is_file()
-    if not is_file:
-        raise TaskError(f"{text}: there is no such task file; check the path.")
-    return Task(_plain(path.stem), _from_file(path, FROM_FILE))
+        if not path.is_file():
+            raise TaskError(f"{text}: there is no such task file; check the path.")
+    return Task(_plain(path.stem), _from_file(path), os.path.abspath(path))
 
 
 def choose_plan(task: Task, plan: Plan | str | os.PathLike[str] | None) -> tuple[Plan, str]:
@@ -73,8 +72,8 @@ def error_location(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
-def _from_file(path: Path, kind: str) -> ModuleType:
-    name = f"{kind}{_plain(path.stem)}"
+def _from_file(path: Path) -> ModuleType:
+    name = f"lamina_task_{_plain(path.stem)}"
     loader = SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
@@ -84,16 +83,8 @@ def _from_file(path: Path, kind: str) -> ModuleType:
         sys.path.insert(0, folder)
     sys.modules[name] = module  # worker processes of a loader unpickle its classes by this name
 
-    def run() -> ModuleType:
-        loader.exec_module(module)
-        return module
-
-    return _imported(run, str(path))
-
-
-def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
     try:
-        return run()
+        loader.exec_module(module)
     except LaminaError:
         raise
     except (Exception, SystemExit) as error:
@@ -102,8 +93,9 @@ def _imported(run: Callable[[], ModuleType], place: str) -> ModuleType:
         else:
             fix = "Correct it and try again."
         raise TaskError(
-            f"{where(error, place)}: the task cannot be imported: {in_one_line(error)}. {fix}"
+            f"{where(error, str(path))}: the task cannot be imported: {in_one_line(error)}. {fix}"
         ) from error
+    return module
 
 
 def _plain(name: str) -> str:

@@ -19,7 +19,7 @@ def training_loader(accelerator: Any, loader: DataLoader[Any]) -> Any:
     return accelerator.prepare(loader)
 
 
-def validation_loader(accelerator: Any, loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
+def validation_loader(accelerator: Any, loader: DataLoader[Any], seed: int) -> Any:
     """Return this process' part of a loader, each example in exactly one part.
 
     For training, Accelerate repeats examples so that all processes get equally many batches; an
@@ -28,7 +28,7 @@ def validation_loader(accelerator: Any, loader: DataLoader[Any], seed: int) -> D
     from accelerate.data_loader import prepare_data_loader
 
     whole = isinstance(loader.dataset, IterableDataset)
-    part: DataLoader[Any] = prepare_data_loader(
+    return prepare_data_loader(
         loader,
         device=accelerator.device,
         num_processes=1 if whole else accelerator.num_processes,
@@ -40,7 +40,6 @@ def validation_loader(accelerator: Any, loader: DataLoader[Any], seed: int) -> D
         use_seedable_sampler=is_ordered_by_seed(loader),
         data_seed=seed,
     )
-    return part
 
 
 def is_ordered_by_seed(loader: DataLoader[Any]) -> bool:

@@ -6,93 +6,64 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import TaskError
-from ..optimizer.optimizer import Optimizer
 from ..runtime.reports import changes
 from .evaluate import batch_size, evaluate
-from .position import Position, Randomness
+from .position import Position
+from .ready import ReadyRun
 from .records import Event, Listener, StepRecord, Validation
-from .task import Task
-
-
-@dataclass
-class _Taken:
-    """A step whose numbers are still on the device: reading them at once would wait for it."""
-
-    step: int
-    epoch: int
-    losses: list[torch.Tensor]
-    lr: dict[str, float]
-    norms: dict[str, torch.Tensor]
-    examples: int
-    seconds: float
 
 
 @dataclass
 class Loop:
-    """Trains a model and tells its listeners.
+    """Trains the model of a session and tells its listeners.
 
     Args:
-        task: gives the loss.
-        accelerator: Accelerate's.
+        session: the run; its optimizer keeps clock and values.
         model: as `accelerator.prepare` returned it.
-        optimizer: the plan's, which keeps clock and values.
-        wrapped: the same optimizer as `accelerator.prepare` returned it, which waits for the end
-            of an accumulation and unscales gradients.
-        train: batches of this process.
-        validation: held-out batches of this process.
-        accumulate: batches per step.
-        randomness: the random sources of this process.
+        wrapped: the optimizer as `accelerator.prepare` returned it, which waits for the end of an
+            accumulation and unscales gradients.
         listeners: told of everything.
         interrupted: asked after each step; what is true stops the run with `KeyboardInterrupt`.
         at_rest: called between steps and after validations, when the run could be saved.
-        position: where the run begins.
-        earlier: seconds that were trained before.
-        last: the last validation before.
     """
 
-    task: Task
-    accelerator: Any
+    session: ReadyRun
     model: nn.Module
-    optimizer: Optimizer
     wrapped: Any
-    train: DataLoader[Any]
-    validation: DataLoader[Any]
-    accumulate: int
-    randomness: Randomness
     listeners: Sequence[Listener]
-    interrupted: Callable[[], object] = lambda: None
-    at_rest: Callable[[Loop], None] = lambda _: None
-    position: Position = field(default_factory=Position)
-    earlier: float = 0.0
-    last: Validation | None = None
+    interrupted: Callable[[], object]
+    at_rest: Callable[[Loop], None]
     #: whether weights, state, clock and position belong to the same step: not in the middle of one
     consistent: bool = True
-    _pending: _Taken | None = None
-    _began: float = field(default_factory=time.perf_counter)
-    _trains: dict[str, bool] = field(default_factory=dict)
-    _buffered: bool = False
+
+    def __post_init__(self) -> None:
+        session = self.session
+        self.task, self.accelerator = session.task, session.accelerator
+        self.optimizer, self.randomness = session.optimizer, session.randomness
+        self.position = session.begins
+        # A step whose numbers are still on the device: reading them at once would wait for it.
+        self._pending: tuple[StepRecord, list[torch.Tensor], dict[str, torch.Tensor]] | None = None
+        self._accumulate = session.settings.accumulate
+        self._began = time.perf_counter()
+        self._trains = self.optimizer.active
+        self._buffered = any(True for _ in self.model.buffers())
 
     @property
     def seconds(self) -> float:
         """Since the run began, without the time in which it rested."""
-        return self.earlier + time.perf_counter() - self._began
+        return self.session.earlier + time.perf_counter() - self._began
 
     def run(self) -> None:
         """Train to the end of the plan's run, validating after each epoch."""
         run = self.optimizer.resolved.run
-        assert run.steps is not None
-        assert run.steps_per_epoch is not None
-        total, per_epoch = run.steps, run.steps_per_epoch
-        self._began, self._trains = time.perf_counter(), self.optimizer.active
-        self._buffered = any(True for _ in self.model.buffers())
+        total, per_epoch = run.steps or 0, run.steps_per_epoch or 1  # both are known
         if self.position.after is not None:
             self.randomness.set(self.position.after)
         if self.position.validated and self.optimizer.should_stop:
@@ -113,7 +84,7 @@ class Loop:
     def _is_over(self, most: int) -> bool:
         """Return whether the epoch's batches are used, or as many as make `most` steps."""
         batches = self.position.batches
-        return batches >= min(len(self.train), most * self.accumulate)
+        return batches >= min(len(self.session.train_loader), most * self._accumulate)
 
     def _epoch(self, epoch: int, most: int) -> None:
         """Return one pass over the data, or its first `most` steps."""
@@ -126,26 +97,27 @@ class Loop:
                     self.consistent = False
                 losses.append(self._gradients(position.batches - 1, batch))
                 examples += batch_size(batch) or 0
+                if not self.accelerator.sync_gradients:
+                    continue
                 self._step(epoch, losses, examples)
-            if self.accelerator.sync_gradients:
-                losses, examples = [], 0
-                self.position, self.consistent = position, True
-                if not self._is_over(most):
-                    self.at_rest(self)
-                if self.interrupted():
-                    raise KeyboardInterrupt
-                if self._is_over(most):
-                    break
+            losses, examples = [], 0
+            self.position, self.consistent = position, True
+            over = self._is_over(most)
+            if not over:
+                self.at_rest(self)
+            if self.interrupted():
+                raise KeyboardInterrupt
+            if over:
+                break
         self.flush()
 
     def _batches(self, epoch: int) -> Iterator[tuple[Position, Any]]:
         """Return the batches of an epoch that are not used yet, each with the position after it."""
-        self.train.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader has it
-        random, used = self.randomness, self.position
-        if used.start is not None:
-            random.set(used.start)
-        start = used.start or random.now()
-        batches = iter(self.train)
+        loader, random, used = self.session.train_loader, self.randomness, self.position
+        loader.set_epoch(epoch)
+        start = used.start or random.now()  # the latter if the epoch begins
+        random.set(start)
+        batches = iter(loader)
         for index in range(used.batches):  # read again, as they were
             if index == used.batches - 1 and used.before is not None:
                 random.set(used.before)
@@ -168,11 +140,12 @@ class Loop:
         """Add the gradients of a batch; returns its loss."""
         loss = self.task.loss(self.model, batch)
         # Accelerate divides by `accumulate`, even where an epoch ends in a step of fewer batches.
-        begin = index - index % self.accumulate
-        members = min(self.accumulate, len(self.train) - begin)
+        accumulate = self._accumulate
+        begin = index - index % accumulate
+        members = min(accumulate, len(self.session.train_loader) - begin)
         if loss.requires_grad:
             self.accelerator.backward(
-                loss if members == self.accumulate else loss * (self.accumulate / members)
+                loss if members == accumulate else loss * (accumulate / members)
             )
         elif any(self._trains.values()):
             raise TaskError(
@@ -183,8 +156,6 @@ class Loop:
         return loss.detach()
 
     def _step(self, epoch: int, losses: list[torch.Tensor], examples: int) -> None:
-        if not self.accelerator.sync_gradients:
-            return
         optimizer = self.optimizer
         before, skipped = optimizer.clock, optimizer.skipped
         self.consistent = False
@@ -196,42 +167,35 @@ class Loop:
             self._event(epoch, "skipped", f"step {before} was skipped: {cause}")
             return
         self.flush()
-        self._pending = _Taken(
-            step=before,
-            epoch=epoch,
-            losses=losses,
-            lr={name: hyper["lr"] for name, hyper in optimizer.applied.items()},
-            norms=dict(optimizer.norms),
-            examples=examples * self.accelerator.num_processes,
-            seconds=self.seconds,
-        )
+        lr = {name: hyper["lr"] for name, hyper in optimizer.applied.items()}
+        examples *= self.accelerator.num_processes
+        record = StepRecord(before, epoch, math.nan, lr, {}, examples, self.seconds)
+        self._pending = record, losses, optimizer.norms
         if optimizer.clock != optimizer.resolved.run.steps:
             self._tell_windows(epoch)
 
     def flush(self, *, alone: bool = False) -> None:
         """Tell of the step taken last; `alone` without asking other processes for their loss."""
-        taken, self._pending = self._pending, None
-        if taken is None:
+        if self._pending is None:
             return
-        loss = torch.stack(taken.losses).float().mean()
+        (record, losses, norms), self._pending = self._pending, None
+        loss = torch.stack(losses).float().mean()
         if self.accelerator.num_processes > 1 and not alone:
             loss = self.accelerator.reduce(loss, "mean")
-        norms = {name: float(norm) for name, norm in taken.norms.items()}
-        record = StepRecord(
-            taken.step, taken.epoch, float(loss), taken.lr, norms, taken.examples, taken.seconds
-        )
+        numbers = {name: float(norm) for name, norm in norms.items()}
+        record = replace(record, loss=float(loss), norms=numbers)
         for listener in self.listeners:
             listener.on_step(record)
 
     def _validate(self, epoch: int) -> None:
         self.position = self.position.settled(self.randomness)
         began = time.perf_counter()
-        averages, examples = evaluate(self.task, self.model, self.validation, self.accelerator)
+        averages, examples = evaluate(self.session, self.model)
         clock, seconds = self.optimizer.clock, time.perf_counter() - began
         self.consistent = False
-        self.last = Validation(clock, epoch, averages, examples, seconds)
+        self.session.last = Validation(clock, epoch, averages, examples, seconds)
         for listener in self.listeners:
-            listener.on_validation(self.last)
+            listener.on_validation(self.session.last)
         if averages:
             seen = self.optimizer.param_groups[0]["feedback"]
             self.optimizer.report(**{f"val_{name}": value for name, value in averages.items()})
@@ -244,14 +208,10 @@ class Loop:
 
     def _tell_windows(self, epoch: int) -> None:
         old, self._trains = self._trains, self.optimizer.active
-        for kind, becomes in (("thaw", True), ("freeze", False)):
-            names = tuple(
-                name
-                for name, now in self._trains.items()
-                if now is becomes and old[name] is not becomes
-            )
+        changed = {name: now for name, now in self._trains.items() if now != old[name]}
+        for kind, becomes, verb in (("thaw", True, "trains"), ("freeze", False, "is frozen")):
+            names = tuple(name for name, now in changed.items() if now == becomes)
             if names:
-                verb = "trains" if becomes else "is frozen"
                 text = f"{', '.join(names)} {verb} from step {self.optimizer.clock} on"
                 self._event(epoch, kind, text, names)
 

@@ -58,11 +58,10 @@ class Randomness:
 
     def now(self) -> dict[str, Any]:
         """Return the state of every source."""
-        version, words, gauss = random.getstate()
         # NumPy's global source: tasks draw from it.
         name, keys, *rest = np.random.get_state()  # noqa: NPY002
         state = {
-            "python": [version, list(words), gauss],
+            "python": random.getstate(),
             "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
             "torch": torch.get_rng_state(),
             "generators": {key: own.get_state() for key, own in self._generators().items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from ..state.extend import WAYS
-from .folder_lock import FolderLock
 from .position import Position, Randomness
+from .records import Validation
 from .run_folder import ABOUT, plan_text
 from .settings import FREE, Settings
 from .snapshot import Snapshot
@@ -56,15 +57,6 @@ class Resumption:
         way = self.about.get("extend")
         return way if way in WAYS and settings.epochs == self.about.get("epochs") else None
 
-    @property
-    def text(self) -> str:
-        """For people: what is resumed, and what was passed over."""
-        text = f"resumed from {self.path.name}"
-        if self.damaged:
-            names = ", ".join(path.name for path in self.damaged)
-            text += f"; passed over, since they are damaged: {names}"
-        return text
-
 
 @dataclass
 class ReadyRun:
@@ -79,11 +71,15 @@ class ReadyRun:
     out: Path | None
     start: Resumption | None = None
     extend: str | None = None
-    lock: FolderLock | None = None
+    #: undone when the session is closed: the lock of the folder, what Accelerate began
+    undo: ExitStack = field(default_factory=ExitStack)
     train_loader: Any = field(init=False)
+    validation_loader: Any = field(init=False)
     optimizer: Optimizer = field(init=False)
     randomness: Randomness = field(init=False)
     begins: Position = field(init=False)
+    #: the last validation
+    last: Validation | None = field(init=False)
 
     @property
     def is_main(self) -> bool:
@@ -113,11 +109,10 @@ class ReadyRun:
     def data_form(self) -> dict[str, Any]:
         """Return what the training data must be alike in to go on in the middle of it."""
         loader, data = self.data.train, self.data.train.dataset
-        examples = len(data) if hasattr(data, "__len__") else None
         return {
             "batches": len(self.train_loader),
             "examples_in_a_batch": loader.batch_size,
-            "examples": examples,
+            "examples": len(data) if hasattr(data, "__len__") else None,
         }
 
 

@@ -7,9 +7,9 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..errors import LaminaError, StateError
+from ..errors import StateError
 from ..files.atomic import atomic, wrap_write_errors
 from .records import Event, StepRecord, Validation
 
@@ -24,7 +24,6 @@ class Recorder:
         self.path = path
         with wrap_write_errors(path):
             self._file = path.open("a", encoding="utf-8")
-        claim(self._file, path)
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", asdict(record))
@@ -63,29 +62,6 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def claim(file: IO[Any], path: Path) -> None:
-    """Hold a file that is open for writing until it is closed or the process ends, however.
-
-    A lock of POSIX: worker processes of a loader do not inherit it. Elsewhere there is none.
-
-    Raises:
-        LaminaError: if another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise LaminaError(
-            f"{path.parent}: another process is still training in this folder. Wait for it, or "
-            "end it, before the run is resumed."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-
-
 def cut_back(path: Path, length: int) -> None:
     """Cut the record of a run back to where it stood, at once or not at all.
 
@@ -96,8 +72,8 @@ def cut_back(path: Path, length: int) -> None:
     """
     if not path.exists():
         return
+    # Opened for writing too: a record that cannot be written fails before anything is changed.
     with wrap_write_errors(path), path.open("r+b") as file:
-        claim(file, path)
         kept = file.read(length)
         more = file.read(1)
     if len(kept) < length or (kept and not kept.endswith(b"\n")):
@@ -120,20 +96,16 @@ def recorded_lr(path: Path, length: int, clock: int) -> tuple[list[dict[str, flo
     if not path.exists():
         return [], 0
     with wrap_write_errors(path), path.open("rb") as file:
-        rows = [_row(line) for line in file.read(length).splitlines()]
-    found = dict(row for row in rows if row)
+        lines = file.read(length).splitlines()
+    found, damaged = {}, 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["kind"] == "step":
+                found[int(row["step"])] = {name: float(lr) for name, lr in row["lr"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            damaged += 1
     first = clock
     while first - 1 in found:
         first -= 1
-    return [found[step] for step in range(first, clock)], rows.count(None)
-
-
-def _row(line: bytes) -> tuple[int, dict[str, float]] | tuple[()] | None:
-    """Return the step and the lr of a line; () of one that is of no step, None if it is damaged."""
-    try:
-        row = json.loads(line)
-        if row["kind"] != "step":
-            return ()
-        return int(row["step"]), {name: float(value) for name, value in row["lr"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return None
+    return [found[step] for step in range(first, clock)], damaged

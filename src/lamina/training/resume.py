@@ -21,13 +21,12 @@ from .snapshot import Snapshot, check_model
 from .task import Task
 
 
-def find(folder: str | os.PathLike[str], task: Task) -> Resumption:
+def find(home: Path, task: Task) -> Resumption:
     """Return the newest checkpoint of a run that is whole.
 
     Raises:
         StateError: if there is none, or it is of another task.
     """
-    home = Path(folder)
     about = read_about(home)
     if not checkpoint.candidates(home / checkpoint.FOLDER):
         raise StateError(

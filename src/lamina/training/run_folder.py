@@ -14,10 +14,12 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -30,6 +32,9 @@ from .folder_lock import FILES as LOCK_FILES
 from .folder_lock import now
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
+PICTURE = "lr.png"
+#: what a run writes beside its checkpoints; only one of the forms of the plan
+FILES = (PLAN, PLAN_AS_PYTHON, ABOUT, PICTURE, METRICS)
 #: where run.json holds a plan until that is in its own file
 PENDING = "plan"
 
@@ -37,10 +42,10 @@ PENDING = "plan"
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds something beside the lock of a run."""
     with wrap_write_errors(folder):
-        is_there, is_folder = folder.exists(), folder.is_dir()
+        is_folder = folder.is_dir()
         holds = is_folder and any(path.name not in LOCK_FILES for path in folder.iterdir())
-    if is_there and not is_folder:
-        raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
+        if folder.exists() and not is_folder:
+            raise LaminaError(f"{folder}: is a file; choose another folder for the run with --out.")
     if holds:
         raise LaminaError(
             f"{folder}: the folder is not empty, and a run overwrites nothing; choose another "
@@ -48,97 +53,95 @@ def check_free(folder: Path) -> None:
         )
 
 
-class RunFolder:
-    """Makes the folder and writes its files, each whole or not at all.
+def make_folder(folder: Path | None, task: str) -> Path:
+    """Make the folder of a new run.
 
     Args:
         folder: where; by default `runs/<task>-<time>`, with a number if that is taken.
         task: the name of the task.
     """
-
-    def __init__(self, folder: Path | None, task: str) -> None:
-        self.saved: list[str] = []
-        self._about: dict[str, Any] = {}
-        if folder is not None:
-            check_free(folder)
-            with wrap_write_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder
-            return
-        plain = re.sub(r"[^\w-]+", "_", task)
-        name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
-        for number in range(1, 1000):
-            self.path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            try:
-                with wrap_write_errors(self.path):
-                    self.path.mkdir(parents=True)
-                return
-            except LaminaError as error:
-                if not isinstance(error.__cause__, FileExistsError):
-                    raise
-        raise LaminaError(f"runs/{name}: a thousand runs began in this second; use --out.")
-
-    @classmethod
-    def again(cls, folder: Path) -> RunFolder:
-        """Open the folder of a run to continue, without the files that a kill left unfinished."""
-        made = cls.__new__(cls)
-        made.path, made.saved, made._about = folder, [], {}
+    if folder is not None:
+        check_free(folder)
         with wrap_write_errors(folder):
-            for name in (PLAN, PLAN_AS_PYTHON, ABOUT, METRICS):
-                remove_leftovers(folder / name)
-        return made
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    plain = re.sub(r"[^\w-]+", "_", task)
+    name = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with wrap_write_errors(path), suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise LaminaError(f"runs/{name}: a thousand runs began in this second; use --out.")
+
+
+class RunFolder:
+    """Writes the files of a run, each whole or not at all.
+
+    Args:
+        path: the folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._about: dict[str, Any] = {}
 
     def begin(self, plan: Plan, preview: Preview, about: dict[str, Any]) -> None:
         """Write what is known before the first step."""
         self._about = {**about, "versions": versions(), "started": now(), "status": "running"}
-        self._write_plan(plan)
-        self._text(ABOUT, _json(self._about))
-        self.picture(preview)
+        self._write(plan, preview)
 
     def resume(self, plan: Plan, preview: Preview, about: dict[str, Any], **seen: Any) -> None:
-        """Note that the run goes on, how, and from where.
+        """Note that the run goes on, how, and from where; remove files that a kill left unfinished.
 
         `run.json` is written first and says all of it, also the plan until that has its own file:
         a kill leaves everything that was asked for, or nothing of it.
         """
+        with wrap_write_errors(self.path):
+            for name in FILES:
+                remove_leftovers(self.path / name)
         before = read_about(self.path)
         for name in ("ended", "baseline", PENDING):
             before.pop(name, None)
         earlier = before.get("resumed", [])
-        noted = [
-            *(earlier if isinstance(earlier, list) else [earlier]),
-            {"at": now(), **seen, "versions": versions()},
-        ]
+        if not isinstance(earlier, list):
+            earlier = [earlier]
+        noted = [*earlier, {"at": now(), **seen, "versions": versions()}]
         self._about = {**before, **about, "status": "running", "resumed": noted}
         text, name = plan_text(plan)
         self._text(ABOUT, _json({**self._about, PENDING: {name: text}}))
-        self._write_plan(plan)
-        self._text(ABOUT, _json(self._about))
-        self.picture(preview)
+        self._write(plan, preview)
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write(self, plan: Plan, preview: Preview) -> None:
         text, name = plan_text(plan)
         other = self.path / (PLAN if name == PLAN_AS_PYTHON else PLAN_AS_PYTHON)
         self._text(name, text)
         with wrap_write_errors(other):
             other.unlink(missing_ok=True)
+        self._text(ABOUT, _json(self._about))
+        self.picture(preview)
 
-    @property
-    def status(self) -> str:
-        """How the run is on record: running, finished, interrupted or failed."""
-        return str(self._about.get("status", ""))
+    @contextmanager
+    def closing(self, found: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Let no run that ended, however it did, be on record as one that still runs.
+
+        Args:
+            found: gives what came of the run so far.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._about["status"] == "running":
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                with suppress(LaminaError):  # the error that ended it is told
+                    self.end(status, **found())
+            raise
 
     def picture(self, preview: Preview) -> None:
         """Draw the lr of every group."""
-        target = self.path / "lr.png"
-        temporary = self.path / ".lr.png"
-        with wrap_write_errors(target):
-            try:
-                preview.plot(temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        self.saved.append("lr.png")
+        with atomic(self.path / PICTURE) as file:
+            # As `plot` does with a path.
+            preview.plot().savefig(cast("IO[bytes]", file), dpi=160)
 
     def end(self, status: str, **found: Any) -> None:
         """Note how the run ended, and with what."""
@@ -148,8 +151,6 @@ class RunFolder:
     def _text(self, name: str, text: str) -> None:
         with atomic(self.path / name) as file:
             file.write(text.encode())
-        if name not in self.saved:
-            self.saved.append(name)
 
 
 def plan_text(plan: Plan) -> tuple[str, str]:

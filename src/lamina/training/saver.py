@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
+from ..schedules.duration import parse
+from .loop import Loop
 from .ready import ReadyRun
 from .recorder import Recorder
 from .run_folder import plan_text, versions
-from .snapshot import Snapshot, as_plain, position_states
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .snapshot import Snapshot
 
 
 class Saver:
@@ -24,17 +23,14 @@ class Saver:
 
     Args:
         session: the run.
-        folder: that of the run; None on processes that do not write.
-        recorder: writes `metrics.jsonl`, whose length is saved; None there too.
+        recorder: writes `metrics.jsonl` in the folder of the run, whose length is saved; None on
+            processes that do not write.
     """
 
-    def __init__(
-        self, session: ReadyRun, folder: Path | None = None, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, session: ReadyRun, recorder: Recorder | None = None) -> None:
         self._session, self._recorder = session, recorder
-        self._folder = None if folder is None else folder / FOLDER
-        self._every = session.settings.save_interval(session.optimizer.resolved.run)
-        self._keep = session.settings.keep
+        # In steps, not rounded.
+        self._every = parse(session.settings.save_every).in_steps(session.optimizer.resolved.run)
         stop = session.plan.stop
         self._watched, self._mode = (stop.metric, stop.mode) if stop else ("val_loss", "min")
         start = session.start
@@ -45,12 +41,11 @@ class Saver:
 
     def at_rest(self, loop: Loop) -> None:
         """Save if it is time; called between steps and after validations."""
-        better = loop.position.validated and self._improved(loop)
-        last = self._saved[0]
-        due = math.floor(self._now(loop)[0] / self._every) > math.floor(last / self._every)
+        better = loop.position.validated and self._improved()
+        due = self._now(loop)[0] // self._every > self._saved[0] // self._every
         if due or better:
             self.save(loop)
-        if better and self.newest is not None and self._folder is not None:
+        if better and self.newest is not None and self._recorder is not None:
             mark_best(self.newest)
 
     def finish(self, loop: Loop) -> None:
@@ -63,23 +58,24 @@ class Saver:
 
     def save(self, loop: Loop) -> None:
         """Write a checkpoint, then remove what is no longer kept."""
+        from accelerate.utils import gather_object
+
         session = self._session
         loop.flush()
-        loop.position = loop.position.settled(loop.randomness)
-        states = [position_states(loop.position)]
-        if session.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            states = gather_object(states)
-        if self._folder is not None and self._recorder is not None:
-            content = self._snapshot(loop, states, self._recorder.sync()).content()
-            self.newest = save(self._folder, session.optimizer.clock, content)
-            prune(self._folder, self._keep, self.newest)
+        position = loop.position = loop.position.settled(loop.randomness)
+        own = {"start": position.start, "before": position.before, "after": position.after}
+        states = gather_object([own])
+        if self._recorder is not None:
+            folder = self._recorder.path.parent / FOLDER
+            content = vars(self._snapshot(loop, states, self._recorder.sync()))
+            self.newest = save(folder, session.optimizer.clock, content)
+            prune(folder, session.settings.keep, self.newest)
         self._saved = self._now(loop)
 
-    def _improved(self, loop: Loop) -> bool:
+    def _improved(self) -> bool:
         """Return whether the last validation is the best so far; NaN never is."""
-        averages = loop.last.averages if loop.last is not None else {}
+        last = self._session.last
+        averages = last.averages if last is not None else {}
         value = averages.get(self._watched.removeprefix("val_"))
         if value is None or math.isnan(value):
             return False
@@ -87,8 +83,7 @@ class Saver:
             sign = 1 if self._mode == "min" else -1
             if sign * value >= sign * self.best["value"]:
                 return False
-        step = self._session.optimizer.clock
-        self.best = {"metric": self._watched, "value": value, "step": step}
+        self.best = {"metric": self._watched, "value": value, "step": self._session.optimizer.clock}
         return True
 
     def _snapshot(self, loop: Loop, states: list[Any], recorded: int) -> Snapshot:
@@ -110,7 +105,7 @@ class Saver:
             validated=position.validated,
             seconds=loop.seconds,
             recorded=recorded,
-            validation=as_plain(loop.last),
+            validation=None if session.last is None else asdict(session.last),
             best=self.best,
             random=states,
             scaler=None if scaler is None else scaler.state_dict(),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from signal import Signals
-from types import TracebackType
 from typing import Any
 
 from ..checkpoint.checkpoint import tidy
-from ..errors import LaminaError
 from ..optimizer.optimizer import Optimizer
+from ..preview import preview_of
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
-from .devices import end
 from .evaluate import check_watched
 from .folder_lock import FolderLock
 from .interrupts import graceful_interrupt, signal_of
@@ -27,7 +25,7 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import check_fits, restore
-from .run_folder import METRICS, RunFolder, check_free
+from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
 from .saver import Saver
 
 
@@ -43,28 +41,18 @@ class Session(ReadyRun):
         if self.start is not None:
             check_fits(self.start, self)
         model = self.model.to(accelerator.device)
-        length: dict[str, Any] = {
-            "epochs": self.settings.epochs,
-            "steps_per_epoch": batches(self.task, self.train_loader),
-            "accumulate": self.settings.accumulate,
-        }
-        going_on: dict[str, Any] = {
-            "resume": None if self.start is None else self.start.snapshot.optimizer,
-            "extend": self.extend,
-        }
-        self.preview = self.plan.preview(model, **length, **going_on)
+        run = run_of(
+            epochs=self.settings.epochs,
+            steps_per_epoch=batches(self.task, self.train_loader),
+            accumulate=self.settings.accumulate,
+        )
+        saved = None if self.start is None else self.start.snapshot.optimizer
+        self.preview = preview_of(self.plan, model, run, saved, self.extend)
         # Not by plan.build, which warns of the findings: the preview prints them.
-        self.optimizer = Optimizer(self.plan, model, run_of(**length), **going_on)
+        self.optimizer = Optimizer(self.plan, model, run, resume=saved, extend=self.extend)
+        self.last = None if self.start is None else self.start.snapshot.last
         self.begins = Position() if self.start is None else restore(self.start, self)
-        self._check_watched()
-
-    def _check_watched(self) -> None:
-        watched = [reaction.metric for _, reaction in self.optimizer.resolved.reactions]
-        if watched:
-            now = self.randomness.now()  # which reading a batch would move on
-            loader, device = self.data.validation, self.accelerator.device
-            check_watched(self.task, watched, self.model, loader, device)
-            self.randomness.set(now)
+        check_watched(self)
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
@@ -80,15 +68,16 @@ class Session(ReadyRun):
             loop = self._loop([], lambda: None, saver)
             loop.run()
             saver.finish(loop)
-            return self._result(loop, began)
+            return self._result(began)
         with graceful_interrupt(self.accelerator.num_processes == 1) as asked_to_stop:
             folder, confirmer = self._folder(listeners)
-            with _closing(folder):
-                recorder = Recorder(folder.path / METRICS)
-                folder.saved.append(METRICS)
-                saver = Saver(self, folder.path, recorder)
-                loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
-                stopped = self._run(loop, folder, recorder, saver)
+            with folder.closing(self._found):
+                with closing(Recorder(folder.path / METRICS)) as recorder:
+                    saver = Saver(self, recorder)
+                    loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
+                    stopped = self._run(loop, saver)
+                if stopped:
+                    folder.end("interrupted", **self._found())
             stopped = stopped and (asked_to_stop() or stopped)
         baseline: dict[str, float] = {}
         if stopped is None:
@@ -97,11 +86,11 @@ class Session(ReadyRun):
             except KeyboardInterrupt as error:
                 stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
-                folder.end("finished", baseline=baseline, **self._found(loop))
-        return replace(
-            self._result(loop, began),
+                folder.end("finished", baseline=baseline, **self._found())
+        return self._result(
+            began,
             folder=folder.path,
-            saved=tuple(folder.saved),
+            saved=tuple(name for name in FILES if (folder.path / name).exists()),
             checkpoint=saver.newest,
             baseline=baseline,
             confirmation=confirmer.confirm(self.optimizer),
@@ -112,24 +101,26 @@ class Session(ReadyRun):
         """Return the folder of the run, ready to be written to, and what it has recorded so far."""
         start = self.start
         if start is None:
-            folder = RunFolder(self.out, self.task.name)
-            self.lock = FolderLock(folder.path)
-            if self.out is not None:
-                check_free(self.out)  # again: another run may have chosen it at the same moment
+            folder = RunFolder(make_folder(self.out, self.task.name))
+            self.undo.callback(FolderLock(folder.path).release)
+            check_free(folder.path)  # again: another run may have chosen it at the same moment
             folder.begin(self.plan, self.preview, self._about())
             return folder, Confirmer(0)
         snapshot, metrics = start.snapshot, start.folder / METRICS
         lr, unread = recorded_lr(metrics, snapshot.recorded, snapshot.clock)
         cut_back(metrics, snapshot.recorded)
         tidy(start.path.parent, start.damaged)
-        folder = RunFolder.again(start.folder)
+        folder = RunFolder(start.folder)
         passed = [path.name for path in start.damaged]
         changed = str(self.optimizer.last_load).splitlines()[1:]
         if unread:
             changed.append(f"{METRICS}: {unread} damaged line{'s' * (unread > 1)} passed over")
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
         folder.resume(self.plan, self.preview, self._about(), **seen, changed=changed)
-        text = "; ".join([start.text, *changed])
+        text = f"resumed from {start.path.name}"
+        if passed:
+            text += f"; passed over, since they are damaged: {', '.join(passed)}"
+        text = "; ".join([text, *changed])
         for listener in listeners:
             listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", text))
         lr = lr[max(0, len(lr) - (snapshot.clock - self.since)) :]  # what followed this plan
@@ -138,42 +129,30 @@ class Session(ReadyRun):
             confirmer.note(values)
         return folder, confirmer
 
-    def _run(
-        self, loop: Loop, folder: RunFolder, recorder: Recorder, saver: Saver
-    ) -> Signals | None:
-        """Train, and write what came of it however it ends.
+    def _run(self, loop: Loop, saver: Saver) -> Signals | None:
+        """Train, and save what came of it if that was interrupted.
 
         Returns:
             The signal that stopped the run, or None if it went to its end.
         """
-        status, stopped = "failed", None
+        stopped = None
         try:
             loop.run()
             saver.finish(loop)
-            status = "finished"
         except KeyboardInterrupt as error:
-            status, stopped = "interrupted", signal_of(error)
+            stopped = signal_of(error)
         finally:
             with suppress(RuntimeError):  # an error of the device, which is told already
                 loop.flush(alone=True)
             # Several processes would have to tell each other their random states.
-            if status == "interrupted" and loop.consistent and self.accelerator.num_processes == 1:
+            if stopped and loop.consistent and self.accelerator.num_processes == 1:
                 saver.finish(loop)
-            recorder.close()
-            if status != "finished":
-                with suppress(LaminaError) if status == "failed" else nullcontext():
-                    folder.end(status, **self._found(loop))
         return stopped
 
-    def _result(self, loop: Loop, began: float) -> Result:
-        last = loop.last
-        return Result(
-            self.task,
-            metrics=last.averages if last else {},
-            examples=last.examples if last else 0,
-            steps=self.optimizer.clock,
-            seconds=time.perf_counter() - began,
-        )
+    def _result(self, began: float, **more: Any) -> Result:
+        metrics, examples = (self.last.averages, self.last.examples) if self.last else ({}, 0)
+        seconds = time.perf_counter() - began
+        return Result(self.task, metrics, examples, self.optimizer.clock, seconds, **more)
 
     def _loop(self, heard: Sequence[Listener], pressed: Callable[[], object], saver: Saver) -> Loop:
         from accelerate.utils import set_seed
@@ -181,23 +160,7 @@ class Session(ReadyRun):
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
         # Processes must draw different dropout masks, now that all have the same model.
         set_seed(self.settings.seed, device_specific=True)
-        return Loop(
-            self.task,
-            self.accelerator,
-            model,
-            self.optimizer,
-            wrapped,
-            self.train_loader,
-            self.validation_loader,
-            self.settings.accumulate,
-            self.randomness,
-            heard,
-            pressed,
-            saver.at_rest,
-            self.begins,
-            self.earlier,
-            None if self.start is None else self.start.snapshot.last,
-        )
+        return Loop(self, model, wrapped, heard, pressed, saver.at_rest)
 
     def _about(self) -> dict[str, Any]:
         run = self.optimizer.resolved.run
@@ -212,39 +175,20 @@ class Session(ReadyRun):
             "device": str(self.accelerator.device),
         }
 
-    def _found(self, loop: Loop) -> dict[str, Any]:
+    def _found(self) -> dict[str, Any]:
         found: dict[str, Any] = {"steps_taken": self.optimizer.clock}
-        if loop.last is not None:
-            found["validation"] = asdict(loop.last)
+        if self.last is not None:
+            found["validation"] = asdict(self.last)
         return found
 
     def close(self) -> None:
         """End what Accelerate began, so that another run may follow in this process."""
-        if self.lock is not None:
-            self.lock.release()
-        end(self.accelerator)
+        self.undo.close()
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:  # no process may end its group while another still talks to it
             self.accelerator.wait_for_everyone()
         self.close()
-
-
-@contextmanager
-def _closing(folder: RunFolder) -> Iterator[None]:
-    """Let no run that ended, however it did, be on record as one that still runs."""
-    try:
-        yield
-    except BaseException as error:
-        if folder.status == "running":
-            with suppress(LaminaError):
-                folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise

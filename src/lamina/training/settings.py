@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 from .._util.numbers import is_number
 from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
 from ..schedules import duration as time
-from ..schedules.duration import Run, TimeLike
+from ..schedules.duration import TimeLike
 from .task import Task
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -36,9 +35,7 @@ class Settings:
     def of(cls, task: Task, **given: Any) -> Settings:
         """Return what was asked for, else the task's defaults, else those of the class."""
         own = {key: value for key, value in task.defaults.items() if key in _NAMES}
-        settings = cls(**{**own, **_asked(given)})
-        settings.check()
-        return settings
+        return cls(**{**own, **_asked(given)})
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
@@ -56,12 +53,9 @@ class Settings:
                     "a new run."
                 )
         known = {name: value for name, value in saved.items() if name in _NAMES}
-        settings = cls(**{**known, **asked})
-        settings.check()
-        return settings
+        return cls(**{**known, **asked})
 
-    def check(self) -> None:
-        """Raise for what cannot be meant."""
+    def __post_init__(self) -> None:
         if not is_number(self.epochs) or not 0 < self.epochs < math.inf:
             raise TimeUnitError(f"epochs={self.epochs!r}: expected a number above 0.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
@@ -83,10 +77,6 @@ class Settings:
             )
         if not isinstance(self.keep, int) or self.keep < 1:
             raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
-
-    def save_interval(self, run: Run) -> Fraction:
-        """Return the steps from one save to the next, not rounded."""
-        return time.parse(self.save_every).in_steps(run)
 
 
 _NAMES = frozenset(asdict(Settings()))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -68,10 +68,6 @@ class Snapshot:
     model: dict[str, Any]
     optimizer: dict[str, Any]
 
-    def content(self) -> dict[str, Any]:
-        """Return the content that `lamina.checkpoint.save` writes."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
     @classmethod
     def of(cls, content: Mapping[str, Any], path: Path) -> Snapshot:
         """Check what a file held.
@@ -84,7 +80,7 @@ class Snapshot:
             if content[name] is not None:
                 _check_fields(content[name], kinds, path, f"{name}.")
         for states in content["random"]:
-            if not isinstance(states, Mapping) or states.keys() != _STATES:
+            if not isinstance(states, Mapping) or states.keys() != {"start", "before", "after"}:
                 raise StateError(
                     f"{path}: the checkpoint is not one of a run: a random state is "
                     f"{short(states)}. Use one that `lamina run` wrote."
@@ -93,8 +89,7 @@ class Snapshot:
         groups = snapshot.optimizer.get("param_groups")
         if not groups or not all(isinstance(group, dict) for group in groups):
             raise StateError(f"{path}: the state of the optimizer has no groups. Use another.")
-        places = [set(states) for states in snapshot.random if isinstance(states, dict)]
-        if places != [{"start", "before", "after"}] * snapshot.processes:
+        if len(snapshot.random) != snapshot.processes:
             raise StateError(
                 f"{path}: the checkpoint does not have the random states of the "
                 f"{snapshot.processes} process(es) that trained; it was changed by hand. Use "
@@ -104,8 +99,7 @@ class Snapshot:
 
     def position(self, process: int) -> Position:
         """Return where a process stands."""
-        states = self.random[process]
-        return Position(self.epoch, self.batches, self.validated, **states)
+        return Position(self.epoch, self.batches, self.validated, **self.random[process])
 
     @property
     def last(self) -> Validation | None:
@@ -114,27 +108,17 @@ class Snapshot:
         return None if found is None else Validation(**{name: found[name] for name in _VALIDATION})
 
 
+def _kinds(of: type) -> dict[str, Any]:
+    """Return the type of every field of a class, `dict` for one such as `dict[str, float]`."""
+    return {name: get_origin(hint) or hint for name, hint in get_type_hints(of).items()}
+
+
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("task", "plan"), str),
-    **dict.fromkeys(("settings", "data", "versions", "model", "optimizer"), dict),
-    **dict.fromkeys(("processes", "clock", "skipped", "steps", "epoch", "batches"), int),
-    **dict.fromkeys(("since", "recorded"), int),
-    "validated": bool,
-    "seconds": float,
-    "random": list,
+    **_kinds(Snapshot),
     **dict.fromkeys(("validation", "best", "scaler"), (dict, type(None))),
 }
-
-
-_VALIDATION: dict[str, Any] = {
-    "step": int,
-    "epoch": int,
-    "averages": dict,
-    "examples": int,
-    "seconds": float,
-}
+_VALIDATION = _kinds(Validation)
 _BEST: dict[str, Any] = {"metric": str, "value": float, "step": int}
-_STATES = {"start", "before", "after"}
 
 
 def _check_fields(
@@ -154,16 +138,6 @@ def _check_fields(
             )
 
 
-def position_states(position: Position) -> dict[str, State | None]:
-    """Return the random states of a position that has settled."""
-    return {"start": position.start, "before": position.before, "after": position.after}
-
-
-def as_plain(validation: Validation | None) -> dict[str, Any] | None:
-    """Return a validation as a dict."""
-    return None if validation is None else asdict(validation)
-
-
 def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
     """Raise `StateError` if a saved model is not this one, name by name; changes nothing."""
     live = model.state_dict()
@@ -172,12 +146,11 @@ def check_model(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
         clauses.append(f"the model has {listed(missing)}, which the checkpoint has not")
     if extra := [str(name) for name in saved if name not in live]:
         clauses.append(f"the checkpoint has {listed(extra)}, which the model has not")
-    other = [
+    if other := [
         f"{name} ({_form(saved[name])} in the checkpoint, {_form(value)} in the model)"
         for name, value in live.items()
         if name in saved and _form(saved[name]) != _form(value)
-    ]
-    if other:
+    ]:
         clauses.append(f"these differ: {listed(other)}")
     if clauses:
         raise StateError(

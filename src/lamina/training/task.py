@@ -35,11 +35,6 @@ from ..errors import LaminaError, TaskError, did_you_mean
 from ..plan.plan import Plan
 
 NEEDED = ("model", "data", "loss")
-OPTIONAL = ("metrics", "baseline", "PLAN", "DEFAULTS", "EXAMPLES")
-#: how the modules of tasks begin that were loaded from a file
-FROM_FILE = "lamina_task_"
-#: and those of the example tasks, which a run may name without their files
-EXAMPLE = "lamina_example_"
 DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision")
 
 
@@ -58,10 +53,13 @@ class Task:
     Args:
         name: short, for messages and folders.
         module: what the user wrote.
+        file: the whole path of the file that was named to load it; None for a module or an example
+            task.
     """
 
     name: str
     module: ModuleType
+    file: str | None = None
 
     def __post_init__(self) -> None:
         for key in NEEDED:
@@ -87,12 +85,6 @@ class Task:
     def place(self) -> str:
         """The file, for messages."""
         return getattr(self.module, "__file__", None) or self.name
-
-    @property
-    def file(self) -> str | None:
-        """The file that was named to load it; None for a module or an example task."""
-        named = self.module.__name__.startswith(FROM_FILE)
-        return os.path.abspath(self.place) if named else None
 
     @property
     def about(self) -> str:
