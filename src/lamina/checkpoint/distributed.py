@@ -15,8 +15,8 @@ from .._util.sharding import is_distributed
 from ..errors import StateError
 from ..model.parameters import clean_names, collect
 from ..optimizer.optimizer import Optimizer
-from ..state import LoadReport
 from ..state.match import check_renamed, renamed_cleanly, renamed_to
+from ..state.report import LoadReport
 
 Path = tuple[Any, ...]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
+from ..checkpoint import FOLDER, mark_best, prune, save
 from .ready import ReadyRun
 from .recorder import Recorder
 from .run_folder import plan_text, versions

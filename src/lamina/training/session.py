@@ -10,7 +10,7 @@ from signal import Signals
 from types import TracebackType
 from typing import Any
 
-from ..checkpoint.checkpoint import tidy
+from ..checkpoint import tidy
 from ..errors import LaminaError
 from ..optimizer.optimizer import Optimizer
 from ..schedules.duration import run_of
