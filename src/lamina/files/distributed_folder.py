@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ..errors import StateError, shortened
@@ -77,8 +76,8 @@ class PlainPlanner(DefaultLoadPlanner):
         )
 
 
-class FolderReader(StorageReader):
-    """Reads a folder without running what is in it.
+class FolderReader(FileSystemReader):
+    """Reads a folder without running what is in it; torch's does the rest.
 
     Args:
         folder: the checkpoint.
@@ -88,6 +87,7 @@ class FolderReader(StorageReader):
     """
 
     def __init__(self, folder: str) -> None:
+        super().__init__(folder)
         self.folder = Path(folder)
         path = self.folder / ".metadata"
         try:
@@ -140,17 +140,6 @@ class FolderReader(StorageReader):
         """Return what was read once."""
         return self.metadata
 
-    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
-        """Do nothing: everything is known."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return it."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return them."""
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this process needs of the state."""
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
@@ -182,14 +171,6 @@ class FolderReader(StorageReader):
             raise unreadable(self.folder, f"{name!r} is stored in another shape or dtype")
         target.copy_(tensor)
         planner.commit_tensor(item, target)
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: it has no state but the folder."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be a folder."""
-        return "://" not in os.fspath(checkpoint_id)
 
 
 class _Slice(io.RawIOBase):
