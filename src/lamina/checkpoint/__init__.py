@@ -81,16 +81,13 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
         if not home.is_dir():
             home.mkdir()
             sync_folder(home.parent)
-    final = ""
 
     def named(digest: str) -> str:
-        nonlocal final
-        final = f"step-{step:08d}-{digest[:16]}.pt"
-        return final
+        return f"step-{step:08d}-{digest[:16]}.pt"
 
     with told_deep("content"), atomic(home / "saving", named) as file:
         torch.save({"format": FORMAT, **content}, cast("IO[bytes]", file))
-    return home / final
+    return home / named(file.digest)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

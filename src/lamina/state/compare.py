@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,26 +71,21 @@ def _hyperparameters(
     rows: Counter[Changed] = Counter()
     for index, cell in enumerate(resolved.cells):
         hyper = values.hyper(index)
-        sources: dict[int, tuple[Entry, int]] = {}
-        for info in cell.parameters:
-            entry = entries.get(info.name)
-            if entry is not None and belongs(entry, cell):
-                count = sources.get(id(entry.group), (entry, 0))[1]
-                sources[id(entry.group)] = (entry, count + 1)
+        own = [entries[info.name] for info in cell.parameters if info.name in entries]
+        groups = [entry.group for entry in own if belongs(entry, cell)]
+        counts = Counter(map(id, groups))
         timed = {key for key, _ in cell.moving}
         if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
             timed.add("lr")
         if is_whole_vector(cell.optimizer):
             hyper = {**hyper, "max_eval": evaluations(hyper)}
-        for entry, count in sources.values():
-            for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(_given(entry.group, key)), _plain(hyper[key])
+        for group in {id(group): group for group in groups}.values():
+            for key in hyper.keys() & group.keys():
+                saved, now = _plain(_given(group, key)), _plain(hyper[key])
                 if not close(saved, now):
-                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
-    found = [
-        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
-        for row, count in rows.items()
-    ]
+                    row = Changed(cell.name, key, saved, now, moves=key in timed)
+                    rows[row] += counts[id(group)]
+    found = [replace(row, parameters=count) for row, count in rows.items()]
     order = {cell.name: place for place, cell in enumerate(resolved.cells)}
     return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
 

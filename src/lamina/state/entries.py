@@ -13,6 +13,7 @@ from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer
 from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
+from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
 from ..optim.updates import initial_state
 from ..resolve.resolved import Cell
@@ -44,8 +45,7 @@ def belongs(entry: Entry, cell: Cell) -> bool:
     if method is None:  # what its constructor puts into the groups, where that is known
         made = trial_of(cell.optimizer).made or {"lr": None}
         return cell.constants.keys() & made.keys() <= entry.group.keys()
-    settings = method.defaults
-    return settings.keys() <= entry.group.keys()
+    return method.defaults.keys() <= entry.group.keys()
 
 
 def has_state(entry: Entry) -> bool:
@@ -75,17 +75,15 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
-def converted(
-    name: str, entry: Entry, fitted: Mapping[str, Any]
-) -> tuple[str, torch.dtype, torch.dtype] | None:
-    """Return name and dtypes of a parameter whose state changed its dtype, or None."""
+def converted(name: str, entry: Entry, fitted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return name and dtypes, the saved one first, of a parameter whose state changed its dtype."""
     for key, value in (entry.values or {}).items():
         now = fitted.get(key)
         if key == "step" or not isinstance(value, torch.Tensor) or now is None:
             continue
         if value.dtype is not now.dtype:
-            return name, value.dtype, now.dtype
-    return None
+            return [(name, dtype_name(value.dtype), dtype_name(now.dtype))]
+    return []
 
 
 def check_shape(
