@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,10 +81,9 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
         LaminaError: if it cannot be written; nothing is left behind then.
     """
     with wrap_write_errors(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        temporary = Path(name)
+        temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 hashing = Hashing(file)
                 try:
                     yield hashing
@@ -94,7 +93,6 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
                     raise
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path.with_name(named(hashing.digest)) if named else path)
         except BaseException:
             with suppress(OSError):
@@ -123,10 +121,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    """Return what is withheld from new files; mkstemp withholds more."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

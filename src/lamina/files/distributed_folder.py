@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    _check_box_bounds,
+    _check_box_overlap,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -225,19 +229,13 @@ def _check_chunks(
             raise ValueError(f"a part of {name!r} is not stored")
         if math.prod(chunk.sizes) * saved.properties.dtype.itemsize > info.length:
             raise ValueError(f"a part of {name!r} has fewer bytes than its shape says")
-        if not _is_inside(chunk, saved.size):
+        dims = {len(chunk.offsets), len(chunk.sizes), len(saved.size)}
+        if len(dims) > 1 or not _check_box_bounds(saved.size, chunk):
             raise ValueError(f"a part of {name!r} lies outside of it")
     if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
         raise ValueError(f"the stored parts of {name!r} are not the whole")
     if any(_overlaps(saved.chunks)):
         raise ValueError(f"the stored parts of {name!r} overlap")
-
-
-def _is_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
-    if not len(chunk.offsets) == len(chunk.sizes) == len(size):
-        return False
-    rows = zip(chunk.offsets, chunk.sizes, size, strict=True)
-    return all(offset + length <= whole for offset, length, whole in rows)
 
 
 def _overlaps(chunks: Iterable[ChunkStorageMetadata]) -> Iterator[bool]:
@@ -253,11 +251,7 @@ def _overlaps(chunks: Iterable[ChunkStorageMetadata]) -> Iterator[bool]:
         begin = chunk.offsets[along]
         beside = [other for other in beside if other.offsets[along] + other.sizes[along] > begin]
         for other in beside:
-            yield all(
-                chunk.offsets[dim] < other.offsets[dim] + other.sizes[dim]
-                and other.offsets[dim] < chunk.offsets[dim] + chunk.sizes[dim]
-                for dim in dims
-            )
+            yield _check_box_overlap(chunk, other)
         beside.append(chunk)
 
 

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from .._util.numbers import python_number
 from ..algorithms.registry import is_whole_vector
 from ..errors import TimeUnitError
 from ..resolve.resolved import ALWAYS, Resolved
@@ -101,8 +101,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.item() if value.numel() == 1 else value.reshape(-1).tolist())
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = python_number(value)
     if isinstance(value, (bool, float, str, type(None))):
         return value
     whole = isinstance(value, int) and abs(value) <= LONGEST
