@@ -87,7 +87,7 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
 
     with told_deep("content"), atomic(home / "saving", named) as file:
         torch.save({"format": FORMAT, **content}, cast("IO[bytes]", file))
-    return home / named(file.digest)
+    return home / named(file.sha256.hexdigest())
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Hashing(io.BufferedIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._sha256 = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -56,17 +56,8 @@ class Hashing(io.BufferedIOBase):
         except OSError as error:
             self.failure = error
             raise
-        self._sha256.update(data)
+        self.sha256.update(data)
         return len(data)
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 so far, in hexadecimal digits."""
-        return self._sha256.hexdigest()
 
 
 @contextmanager
@@ -93,7 +84,8 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
                     raise
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path.with_name(named(hashing.digest)) if named else path)
+            name = named(hashing.sha256.hexdigest()) if named else path.name
+            temporary.replace(path.parent / name)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()

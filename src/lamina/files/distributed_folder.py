@@ -13,7 +13,7 @@ import math
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -104,11 +104,6 @@ class FolderReader(FileSystemReader):
         except (OSError, ValueError) as error:
             raise unreadable(folder, f"its .metadata is damaged: {error}") from error
 
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Sizes and dtypes of the saved tensors, and entries without them for other values."""
-        return self.metadata.state_dict_metadata
-
     def check(self, names: Iterable[str]) -> None:
         """Raise `StateError` unless the folder holds as many bytes as these entries declare."""
         chosen = set(names)
@@ -117,7 +112,7 @@ class FolderReader(FileSystemReader):
         try:
             self._check_slices(info for index, info in stored.items() if index.fqn in chosen)
             for name in chosen:
-                saved = self.tensors[name]
+                saved = self.metadata.state_dict_metadata[name]
                 if isinstance(saved, TensorStorageMetadata):
                     _check_chunks(name, saved, stored, counts[name])
                 elif MetadataIndex(name) not in stored:
@@ -279,32 +274,27 @@ class _Reading:
             self._known[key] = make(value)
         return self._known[key]
 
-    def _entry(self, value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    def _made(self, value: Any, kind: type[Any], **makers: Callable[[Any], Any]) -> Any:
+        """Make an object of torch's from the fields with which it was saved."""
+        fields = _fields(value, f"{_HOME}{kind.__name__}")
+        return kind(**{key: self._once(fields.get(key), make) for key, make in makers.items()})
+
+    def _entry(self, value: Any) -> Any:
         if isinstance(value, Call) and value.name == f"{_HOME}BytesStorageMetadata":
             return BytesStorageMetadata()
-        fields = _fields(value, f"{_HOME}TensorStorageMetadata")
-        properties = self._once(fields.get("properties"), _properties)
-        size = self._once(fields.get("size"), _size)
-        return TensorStorageMetadata(
-            properties, size, self._once(fields.get("chunks"), self._chunks)
-        )
+        parts = {"properties": _properties, "size": _size, "chunks": self._chunks}
+        return self._made(value, TensorStorageMetadata, **parts)
 
     def _chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         if type(value) is not list:
             raise ValueError("the parts of a tensor are no list")
         return [self._once(each, self._chunk) for each in value]
 
-    def _chunk(self, value: Any) -> ChunkStorageMetadata:
-        fields = _fields(value, f"{_HOME}ChunkStorageMetadata")
-        return ChunkStorageMetadata(
-            self._once(fields.get("offsets"), _size), self._once(fields.get("sizes"), _size)
-        )
+    def _chunk(self, value: Any) -> Any:
+        return self._made(value, ChunkStorageMetadata, offsets=_size, sizes=_size)
 
-    def _index(self, value: Any) -> MetadataIndex:
-        fields = _fields(value, f"{_HOME}MetadataIndex")
-        offset = fields.get("offset")
-        place = None if offset is None else self._once(offset, _size)
-        return MetadataIndex(_text(fields.get("fqn")), place)
+    def _index(self, value: Any) -> Any:
+        return self._made(value, MetadataIndex, fqn=_text, offset=_size_or_none)
 
 
 def _fields(value: Any, *kinds: str) -> Mapping[str, Any]:
@@ -340,6 +330,10 @@ def _size(value: Any) -> torch.Size:
     if type(numbers) not in (tuple, list) or len(numbers) > _DEEPEST:
         raise ValueError("it has a torch.Size of something else than numbers")
     return torch.Size([_number(each) for each in numbers])
+
+
+def _size_or_none(value: Any) -> torch.Size | None:
+    return None if value is None else _size(value)
 
 
 def _properties(value: Any) -> TensorProperties:

@@ -42,10 +42,11 @@ def differences(
         clock: the steps taken.
         values: those of the plan at the clock.
     """
+    found = _hyperparameters(resolved, matched.entries, values)
     planned = saved.settled_for
-    held = planned is None or not settled_anew(planned, resolved.settled_for)
-    operations = () if planned is None or held else _operations(resolved, planned, clock, values)
-    return (*_hyperparameters(resolved, matched.entries, values), *operations)
+    if planned is None or not settled_anew(planned, resolved.settled_for):
+        return found
+    return (*found, *_operations(resolved, planned, clock, values))
 
 
 def _operations(resolved: Resolved, planned: Run, clock: int, values: Values) -> Iterator[Changed]:

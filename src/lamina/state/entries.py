@@ -61,11 +61,10 @@ def keeps_nothing(entry: Entry, cell: Cell) -> bool:
     lamina has the count of updates then, which was lost where it is not.
     """
     algorithm = cell.algorithm
-    if algorithm is None or "clock" in entry.group:
+    if algorithm is None or "clock" in entry.group or entry.group.get("momentum") != 0:
         return False
-    if entry.group.get("momentum") != 0 or not belongs(entry, cell):
-        return False
-    return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+    kept = algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+    return not kept and belongs(entry, cell)
 
 
 def _family(algorithm: Algorithm | None) -> type | None:
@@ -86,15 +85,12 @@ def converted(name: str, entry: Entry, fitted: Mapping[str, Any]) -> list[tuple[
     return []
 
 
-def check_shape(
-    info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
-) -> None:
-    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
-    expected = info.shape if wanted is None else tuple(wanted)
-    if tuple(shape) != expected:
+def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
+    """Raise `StateError`, with the way around it, unless a shape is the parameter's."""
+    if tuple(shape) != info.shape:
         raise StateError(
             f"the saved {what} of {info.name!r} has shape {tuple(shape)}, but the parameter has "
-            f"{expected}; nothing was loaded. To begin its state anew, load with "
+            f"{info.shape}; nothing was loaded. To begin its state anew, load with "
             f"renamed={{{info.name!r}: None}}; if it had another name, with "
             f"renamed={{old name: {info.name!r}}}."
         )
@@ -143,7 +139,7 @@ def own_entry(
             continue
         value = saved[key]
         _check_numbers(info, key, value, param)
-        check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
+        check_shape(info, key, value.shape)
         if cell.constants.get("state_dtype") is None:
             dtype = torch.promote_types(value.dtype, param.dtype)
         else:

@@ -17,18 +17,10 @@ from ..schedules.duration import LONGEST
 from .match import Matched
 from .schema import Entry, Group, Saved, is_count, reading, short
 
-#: the keys of a group under which this is saved
+#: the keys of a group under which this is saved, each as one text of JSON
 KEYS = ("overrides", "feedback")
 #: what each kind of reaction keeps
 _KEPT = [set(kind("metric").begin()) for kind in REACTIONS.values()]
-
-
-def written(value: Any) -> str:
-    """Write a value as one text: torch cannot load lists into shorter ones.
-
-    Numbers keep all their digits.
-    """
-    return json.dumps(value)
 
 
 def _unwritten(group: Group, key: str, absent: Any) -> Any:

@@ -238,7 +238,8 @@ class _Fitting:
         cell: Cell,
         group: Mapping[str, Any],
     ) -> None:
-        info = replace(info, shape=tuple(param.shape))  # which may have changed since build
+        # Which may have changed since build, and be that of a part, of FSDP1.
+        info = replace(info, shape=tuple(param.shape))
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
@@ -259,7 +260,7 @@ class _Fitting:
         params = [param for group in groups for param in group["params"]]
         self.state = {param: initial_state(param) for param in params}
         names = [info.name for info in infos]
-        saved = {name: self.entries[name] for name in self.entries}
+        saved = dict(self.entries)
         known = [name for name in names if self.entries.pop(name, None) is not None]
         memory = next((e for e in saved.values() if e.values and len(e.values) > 1), None)
         alike = list(saved) == names
@@ -317,9 +318,8 @@ def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
         )
 
 
-def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, list[str]]]:
+def _unexpected(report: LoadReport, asked: set[str]) -> list[tuple[str, list[str]]]:
     """List what was not restored as it was, but for what was asked for."""
-    asked = set(asked)
     rows = [
         ("not in the state", [name for name in report.new if name not in asked]),
         ("of another optimizer", list(report.restarted)),
