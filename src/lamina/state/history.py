@@ -121,11 +121,10 @@ def _feedback_of(
     saved = _unwritten(telling, "feedback", {})
     if not isinstance(saved, Mapping):
         raise StateError(f"the saved feedback is {short(saved)}; expected a dict by reaction.")
-    for key, seen in saved.items():
-        _check_seen(key, seen)
     found = begin_all(resolved)
     left = []
     for key, seen in saved.items():
+        _check_seen(key, seen)
         if key in found and found[key].keys() == seen.keys():
             found[key] = {k: _copied(v) for k, v in seen.items()}
         else:

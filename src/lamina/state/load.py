@@ -103,7 +103,7 @@ def prepare(
     report = _report(saved, matched, resolved, fitting, values, lost)
     rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
-        _refuse_unexpected(rows, report, matched.asked)
+        _refuse_unexpected([*rows, ("that fits no rule", lost)])
     unused = clock == 0 and not any(entry.values for entry in saved.entries)
     # Saved before its first step, it has nothing of the parameters that it lists.
     told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
@@ -247,7 +247,7 @@ class _Fitting:
             fitted = guest_entry(param, entry)
             if fitted:
                 self.guests.read(group, param, fitted)
-            self.state[param] = fitted or self._guest_begun(info)
+                self.state[param] = fitted
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
@@ -340,17 +340,9 @@ def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     )
 
 
-def _refuse_unexpected(
-    rows: Sequence[tuple[str, Sequence[str]]], report: LoadReport, asked: Iterable[str]
-) -> None:
+def _refuse_unexpected(rows: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Raise `StateError` with every row about state that was not taken over as it was."""
-    known = {name for _, names in rows for name in names}
-    lost = [name for name in report.dropped if name not in {*known, *asked}]
-    told = [
-        f"{what}: {listed(names, 10)}"
-        for what, names in (*rows, ("that fits no rule", lost))
-        if names
-    ]
+    told = [f"{what}: {listed(names, 10)}" for what, names in rows if names]
     if told:
         raise StateError(
             f"strict=True, but the state does not match ({'; '.join(told)}); nothing was loaded. "
