@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import lamina as lm
-from lamina.checkpoint.checkpoint import load_safely
+from lamina.checkpoint import load_safely
 from lamina.checkpoint.inspect import inspect
 from lamina.files.pickles import Call, Name, parse
 from models import equal, mlp, train

@@ -6,8 +6,7 @@ from __future__ import annotations
 from ._util import startup as _startup  # before anything that takes time  # noqa: F401
 
 # isort: on
-from . import optim
-from .checkpoint import checkpoint
+from . import checkpoint, optim
 from .checkpoint.distributed import load_distributed, read_distributed
 from .errors import (
     FrozenMovedError,
@@ -77,7 +76,7 @@ from .schedules import (
     warmup,
     wsd,
 )
-from .state import LoadReport
+from .state.report import LoadReport
 
 __version__ = "0.1.0"
 

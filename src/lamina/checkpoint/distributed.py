@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,8 @@ from .._util.sharding import is_distributed
 from ..errors import StateError
 from ..model.parameters import clean_names, collect
 from ..optimizer.optimizer import Optimizer
-from ..state import LoadReport
 from ..state.match import check_renamed, renamed_cleanly, renamed_to
+from ..state.report import LoadReport
 
 Path = tuple[Any, ...]
 
@@ -104,58 +105,52 @@ def _read(
     renamed: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Read a state dict from a folder; its tensors are sharded like the parameters."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        return _numbered(_nested(named, folder, key, renamed))
-    except StateError:
-        raise
-    except CheckpointException as error:  # no Exception, and nobody's KeyboardInterrupt
-        first = next(iter(error.failures.values()))[0]
-        if isinstance(first, StateError) or not isinstance(first, Exception):
-            raise first from None
-        raise _unreadable(folder, first) from error
-    except Exception as error:  # pickle raises whatever the damage looks like
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: str, error: Exception) -> StateError:
-    lines = str(error).splitlines() or [""]
-    return StateError(
-        f"{folder}: cannot be read ({type(error).__name__}: {lines[0]}); use another checkpoint."
-    )
-
-
-def _nested(
-    named: Mapping[str, torch.Tensor],
-    folder: str,
-    key: str,
-    renamed: Mapping[str, str | None],
-) -> dict[Hashable, Any]:
-    """Return what was saved under the key."""
     # Imported here: it costs a second, and only those who save this way need it.
     from torch.distributed.checkpoint.state_dict_loader import load
 
     from ..files.distributed_folder import FolderReader, PlainPlanner
 
-    reader = FolderReader(folder)
-    paths = _paths(reader.metadata.planner_data, folder, key)
-    reader.check(paths)
-    flat: dict[str, Any] = {}
-    saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
-    owners = _owners([*saved], named, renamed)
-    for name, path in paths.items():
-        owner = owners.get(path[2]) if _of_state(path) else None
-        flat[name] = _room(reader.tensors[name], owner)
-    with warnings.catch_warnings():
-        if not is_distributed():  # torch warns that it takes this for a single process, which it is
-            warnings.simplefilter("ignore", UserWarning)
-        planner = PlainPlanner(folder)
-        load(flat, storage_reader=reader, planner=planner, no_dist=not is_distributed())
-    nested: dict[Hashable, Any] = {}
-    for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
-        _put(nested, path[1:], flat[name])
-    return nested
+    with _reading(folder):
+        reader = FolderReader(folder)
+        paths = _paths(reader.metadata.planner_data, folder, key)
+        reader.check(paths)
+        flat: dict[str, Any] = {}
+        saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
+        owners = _owners([*saved], named, renamed)
+        for name, path in paths.items():
+            owner = owners.get(path[2]) if _of_state(path) else None
+            flat[name] = _room(reader.metadata.state_dict_metadata[name], owner)
+        with warnings.catch_warnings():
+            if not is_distributed():  # torch warns that it takes this for a single process
+                warnings.simplefilter("ignore", UserWarning)
+            planner = PlainPlanner(folder)
+            load(flat, storage_reader=reader, planner=planner, no_dist=not is_distributed())
+        nested: dict[Hashable, Any] = {}
+        for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
+            _put(nested, path[1:], flat[name])
+        return _numbered(nested)
+
+
+@contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    """Turn whatever a damaged folder brings about into a `StateError` that names it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except StateError:
+        raise
+    except (Exception, CheckpointException) as error:  # damage raises whatever it looks like
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # no Exception; it holds those of all processes
+            cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, StateError) or not isinstance(cause, Exception):
+            raise cause from None
+        lines = str(cause).splitlines() or [""]
+        raise StateError(
+            f"{folder}: cannot be read ({type(cause).__name__}: {lines[0]}); use another "
+            "checkpoint."
+        ) from error
 
 
 def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import torch
 from ..errors import StateError, printable, shortened
 from ..files.atomic import wrap_read_errors
 from ..state.schema import short
-from . import checkpoint
+from . import FOLDER, is_whole, load_safely, newest, read
 
 _LARGEST = 5
 _CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
@@ -31,15 +31,15 @@ def inspect(path: Path) -> str:
     with wrap_read_errors(path):
         is_folder, is_there = path.is_dir(), path.exists()
     if is_folder:
-        inner = path / checkpoint.FOLDER
-        found = checkpoint.newest(inner if inner.is_dir() else path)
+        inner = path / FOLDER
+        found = newest(inner if inner.is_dir() else path)
         lines = [f"{each.name}: checksum {_CHECKED[False]}" for each in found.damaged]
         path, content, whole = found.path, found.content, True
     else:
         if not is_there:
             raise StateError(f"{path}: there is no such file; check the path.")
-        whole = checkpoint.is_whole(path)
-        content = checkpoint.load_safely(path) if whole is None else checkpoint.read(path)
+        whole = is_whole(path)
+        content = load_safely(path) if whole is None else read(path)
     lines.append(str(path))
     lines.append(f"checksum: {_CHECKED[whole]}")
     try:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint.checkpoint import FOLDER, step_of
+from ..checkpoint import FOLDER, step_of
 from ..training.result import Result
 
 

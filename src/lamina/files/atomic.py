@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,7 +46,7 @@ class Hashing(io.BufferedIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._sha256 = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -56,17 +56,8 @@ class Hashing(io.BufferedIOBase):
         except OSError as error:
             self.failure = error
             raise
-        self._sha256.update(data)
+        self.sha256.update(data)
         return len(data)
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 so far, in hexadecimal digits."""
-        return self._sha256.hexdigest()
 
 
 @contextmanager
@@ -81,10 +72,9 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
         LaminaError: if it cannot be written; nothing is left behind then.
     """
     with wrap_write_errors(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        temporary = Path(name)
+        temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 hashing = Hashing(file)
                 try:
                     yield hashing
@@ -94,8 +84,8 @@ def atomic(path: Path, named: Callable[[str], str] | None = None) -> Iterator[Ha
                     raise
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path.with_name(named(hashing.digest)) if named else path)
+            name = named(hashing.sha256.hexdigest()) if named else path.name
+            temporary.replace(path.parent / name)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -123,10 +113,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    """Return what is withheld from new files; mkstemp withholds more."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

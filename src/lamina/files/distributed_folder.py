@@ -13,14 +13,18 @@ import math
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    _check_box_bounds,
+    _check_box_overlap,
+)
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,7 +34,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ..errors import StateError, shortened
@@ -77,8 +80,8 @@ class PlainPlanner(DefaultLoadPlanner):
         )
 
 
-class FolderReader(StorageReader):
-    """Reads a folder without running what is in it.
+class FolderReader(FileSystemReader):
+    """Reads a folder without running what is in it; torch's does the rest.
 
     Args:
         folder: the checkpoint.
@@ -88,6 +91,7 @@ class FolderReader(StorageReader):
     """
 
     def __init__(self, folder: str) -> None:
+        super().__init__(folder)
         self.folder = Path(folder)
         path = self.folder / ".metadata"
         try:
@@ -100,11 +104,6 @@ class FolderReader(StorageReader):
         except (OSError, ValueError) as error:
             raise unreadable(folder, f"its .metadata is damaged: {error}") from error
 
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Sizes and dtypes of the saved tensors, and entries without them for other values."""
-        return self.metadata.state_dict_metadata
-
     def check(self, names: Iterable[str]) -> None:
         """Raise `StateError` unless the folder holds as many bytes as these entries declare."""
         chosen = set(names)
@@ -113,7 +112,7 @@ class FolderReader(StorageReader):
         try:
             self._check_slices(info for index, info in stored.items() if index.fqn in chosen)
             for name in chosen:
-                saved = self.tensors[name]
+                saved = self.metadata.state_dict_metadata[name]
                 if isinstance(saved, TensorStorageMetadata):
                     _check_chunks(name, saved, stored, counts[name])
                 elif MetadataIndex(name) not in stored:
@@ -139,17 +138,6 @@ class FolderReader(StorageReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return what was read once."""
         return self.metadata
-
-    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
-        """Do nothing: everything is known."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return it."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return them."""
-        return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this process needs of the state."""
@@ -182,14 +170,6 @@ class FolderReader(StorageReader):
             raise unreadable(self.folder, f"{name!r} is stored in another shape or dtype")
         target.copy_(tensor)
         planner.commit_tensor(item, target)
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: it has no state but the folder."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be a folder."""
-        return "://" not in os.fspath(checkpoint_id)
 
 
 class _Slice(io.RawIOBase):
@@ -244,19 +224,13 @@ def _check_chunks(
             raise ValueError(f"a part of {name!r} is not stored")
         if math.prod(chunk.sizes) * saved.properties.dtype.itemsize > info.length:
             raise ValueError(f"a part of {name!r} has fewer bytes than its shape says")
-        if not _is_inside(chunk, saved.size):
+        dims = {len(chunk.offsets), len(chunk.sizes), len(saved.size)}
+        if len(dims) > 1 or not _check_box_bounds(saved.size, chunk):
             raise ValueError(f"a part of {name!r} lies outside of it")
     if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
         raise ValueError(f"the stored parts of {name!r} are not the whole")
     if any(_overlaps(saved.chunks)):
         raise ValueError(f"the stored parts of {name!r} overlap")
-
-
-def _is_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
-    if not len(chunk.offsets) == len(chunk.sizes) == len(size):
-        return False
-    rows = zip(chunk.offsets, chunk.sizes, size, strict=True)
-    return all(offset + length <= whole for offset, length, whole in rows)
 
 
 def _overlaps(chunks: Iterable[ChunkStorageMetadata]) -> Iterator[bool]:
@@ -272,11 +246,7 @@ def _overlaps(chunks: Iterable[ChunkStorageMetadata]) -> Iterator[bool]:
         begin = chunk.offsets[along]
         beside = [other for other in beside if other.offsets[along] + other.sizes[along] > begin]
         for other in beside:
-            yield all(
-                chunk.offsets[dim] < other.offsets[dim] + other.sizes[dim]
-                and other.offsets[dim] < chunk.offsets[dim] + chunk.sizes[dim]
-                for dim in dims
-            )
+            yield _check_box_overlap(chunk, other)
         beside.append(chunk)
 
 
@@ -304,32 +274,27 @@ class _Reading:
             self._known[key] = make(value)
         return self._known[key]
 
-    def _entry(self, value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    def _made(self, value: Any, kind: type[Any], **makers: Callable[[Any], Any]) -> Any:
+        """Make an object of torch's from the fields with which it was saved."""
+        fields = _fields(value, f"{_HOME}{kind.__name__}")
+        return kind(**{key: self._once(fields.get(key), make) for key, make in makers.items()})
+
+    def _entry(self, value: Any) -> Any:
         if isinstance(value, Call) and value.name == f"{_HOME}BytesStorageMetadata":
             return BytesStorageMetadata()
-        fields = _fields(value, f"{_HOME}TensorStorageMetadata")
-        properties = self._once(fields.get("properties"), _properties)
-        size = self._once(fields.get("size"), _size)
-        return TensorStorageMetadata(
-            properties, size, self._once(fields.get("chunks"), self._chunks)
-        )
+        parts = {"properties": _properties, "size": _size, "chunks": self._chunks}
+        return self._made(value, TensorStorageMetadata, **parts)
 
     def _chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         if type(value) is not list:
             raise ValueError("the parts of a tensor are no list")
         return [self._once(each, self._chunk) for each in value]
 
-    def _chunk(self, value: Any) -> ChunkStorageMetadata:
-        fields = _fields(value, f"{_HOME}ChunkStorageMetadata")
-        return ChunkStorageMetadata(
-            self._once(fields.get("offsets"), _size), self._once(fields.get("sizes"), _size)
-        )
+    def _chunk(self, value: Any) -> Any:
+        return self._made(value, ChunkStorageMetadata, offsets=_size, sizes=_size)
 
-    def _index(self, value: Any) -> MetadataIndex:
-        fields = _fields(value, f"{_HOME}MetadataIndex")
-        offset = fields.get("offset")
-        place = None if offset is None else self._once(offset, _size)
-        return MetadataIndex(_text(fields.get("fqn")), place)
+    def _index(self, value: Any) -> Any:
+        return self._made(value, MetadataIndex, fqn=_text, offset=_size_or_none)
 
 
 def _fields(value: Any, *kinds: str) -> Mapping[str, Any]:
@@ -365,6 +330,10 @@ def _size(value: Any) -> torch.Size:
     if type(numbers) not in (tuple, list) or len(numbers) > _DEEPEST:
         raise ValueError("it has a torch.Size of something else than numbers")
     return torch.Size([_number(each) for each in numbers])
+
+
+def _size_or_none(value: Any) -> torch.Size | None:
+    return None if value is None else _size(value)
 
 
 def _properties(value: Any) -> TensorProperties:

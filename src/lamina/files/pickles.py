@@ -1,16 +1,17 @@
 """Pickles read as data: nothing that they name is imported, and nothing is called.
 
-The standard library's `pickletools` splits a pickle into instructions; the few that state needs are
-followed here. What the pickle would call is kept as a `Call`, with the name as text.
+The standard library's unpickler follows the few instructions that state needs. What the pickle
+would call is kept as a `Call`, with the name as text.
 """
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,99 +46,75 @@ def parse(file: IO[bytes]) -> Any:
         ValueError: if it is damaged, has instructions that no state needs, or would take more
             memory than its size.
     """
-    machine = _Machine()
+    unpickler = _Unpickler(file, encoding="latin1")
     try:
-        for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", _Stream(file))):
-            follow = _FOLLOWED.get(opcode.name)
-            if follow is None:
-                raise ValueError(f"the instruction {opcode.name}")
-            follow(machine, argument)
-        return machine.result()
-    except (TypeError, LookupError, OverflowError, struct.error) as error:
+        value = unpickler.load()
+    except EOFError:
+        raise ValueError("pickle exhausted before seeing STOP") from None
+    except _DAMAGES as error:
         raise ValueError(str(error)) from error
+    if unpickler.stack:
+        raise ValueError("more than one value is left at its end")
+    return value
 
 
-class _Stream:
-    """A file without `tell`, which `genops` would call for every instruction."""
+_DAMAGES = (
+    *(TypeError, LookupError, AttributeError, OverflowError),
+    *(pickle.UnpicklingError, struct.error),
+)
+_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+#: instructions that are followed as the standard library does
+_AS_USUAL = (
+    *("PROTO", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("TUPLE1", "TUPLE2", "TUPLE3", "MARK", "TUPLE", "APPEND", "APPENDS"),
+    *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "BINPERSID"),
+)
+_USUAL = {
+    code: function
+    for code, function in pickle._Unpickler.dispatch.items()
+    if _NAMES[code] in _AS_USUAL
+}
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.read = file.read
-        self.readline = file.readline
+
+class _Followed(dict[int, Callable[[Any], None]]):
+    """What instructions do, by their code; others are refused."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        raise ValueError(f"the instruction {_NAMES.get(code, code)}")
 
 
-class _Machine:
-    """The stack and the memo of a pickle."""
+class _Unpickler(pickle._Unpickler):
+    """The standard library's in Python, which makes texts of what it would import and call.
 
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
+    Its twin in C would take memory for every place of the memo, up to the highest that is named.
+    """
 
-    def result(self) -> Any:
-        """Return the one value that is left."""
-        [value] = self._stack
-        return value
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
-    def push(self, value: Any) -> None:
-        """Put a value on the stack."""
-        self._stack.append(value)
+    def find_class(self, module: str, name: str) -> Name:
+        return Name(f"{module}.{name}")
 
-    def _nothing(self, _: Any) -> None:
-        pass
+    def persistent_load(self, pid: Any) -> Call:
+        return Call("", (pid,))
 
-    def _popped(self, count: int) -> tuple[Any, ...]:
-        taken = tuple(self._stack[-count:])
-        if len(taken) < count:
-            raise IndexError("an empty stack")
-        del self._stack[-count:]
-        return taken
+    def _skip_frame(self) -> None:
+        self.read(8)  # its length, for which the standard library takes memory
 
-    def _mark(self, _: Any) -> None:
-        self._marked.append(self._stack)
-        self._stack = []
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
 
-    def _since_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._marked.pop()
-        return items
-
-    def _tuple(self, _: Any) -> None:
-        items = self._since_mark()
-        self._stack.append(tuple(items))
-
-    def _tuple1(self, _: Any) -> None:
-        self._stack.append(self._popped(1))
-
-    def _tuple2(self, _: Any) -> None:
-        self._stack.append(self._popped(2))
-
-    def _tuple3(self, _: Any) -> None:
-        self._stack.append(self._popped(3))
-
-    def _memoize(self, place: int | None) -> None:
-        self._memo[len(self._memo) if place is None else place] = self._stack[-1]
-
-    def _recall(self, place: int) -> None:
-        self._stack.append(self._memo[place])
-
-    def _append(self, _: Any) -> None:
-        self._extend([self._stack.pop()])
-
-    def _appends(self, _: Any) -> None:
-        self._extend(self._since_mark())
-
-    def _extend(self, items: list[Any]) -> None:
-        if type(self._stack[-1]) is not list:
-            raise TypeError("what is no list is appended to")
-        self._stack[-1].extend(items)
-
-    def _set_item(self, _: Any) -> None:
-        self._update(list(self._popped(2)))
-
-    def _set_items(self, _: Any) -> None:
-        self._update(self._since_mark())
+    def _set_items(self) -> None:
+        self._update(self.pop_mark())
 
     def _update(self, items: list[Any]) -> None:
-        target = self._stack[-1]
+        target = self.stack[-1]
         found = target.items if isinstance(target, Call) else target
         if type(found) is not dict:
             raise TypeError("what is no dict gets items")
@@ -145,68 +122,32 @@ class _Machine:
             _check_key(key)
             found[key] = value
 
-    def _global(self, argument: str) -> None:
-        self._stack.append(Name(argument.replace(" ", ".", 1)))
-
-    def _stack_global(self, _: Any) -> None:
-        module, name = self._popped(2)
-        if type(module) is not str or type(name) is not str:
-            raise TypeError("a name that is no text")
-        self._stack.append(Name(f"{module}.{name}"))
-
-    def _call(self, _: Any) -> None:
-        called, args = self._popped(2)
+    def _call(self) -> None:
+        args, called = self.stack.pop(), self.stack.pop()
         if not isinstance(called, Name) or type(args) is not tuple:
             raise TypeError("a call of what is no name")
         _check_call(called.text, args)
-        self._stack.append(Call(called.text, args))
+        self.stack.append(Call(called.text, args))
 
-    def _build(self, _: Any) -> None:
-        state = self._stack.pop()
-        made = self._stack[-1]
+    def _build(self) -> None:
+        state = self.stack.pop()
+        made = self.stack[-1]
         if not isinstance(made, Call) or made.state is not None:
             raise TypeError("attributes of what was not made")
         made.state = state
 
-    def _persistent(self, _: Any) -> None:
-        self._stack.append(Call("", (self._stack.pop(),)))
+    dispatch = _Followed(
+        {
+            **_USUAL,
+            pickle.FRAME[0]: _skip_frame,
+            pickle.SETITEM[0]: _set_item,
+            pickle.SETITEMS[0]: _set_items,
+            pickle.REDUCE[0]: _call,
+            pickle.NEWOBJ[0]: _call,
+            pickle.BUILD[0]: _build,
+        }
+    )
 
-
-_LITERALS = (
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-)
-_FOLLOWED: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(_LITERALS, _Machine.push),
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine._nothing),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "TUPLE1": _Machine._tuple1,
-    "TUPLE2": _Machine._tuple2,
-    "TUPLE3": _Machine._tuple3,
-    "MARK": _Machine._mark,
-    "TUPLE": _Machine._tuple,
-    "MEMOIZE": _Machine._memoize,
-    "BINPUT": _Machine._memoize,
-    "LONG_BINPUT": _Machine._memoize,
-    "BINGET": _Machine._recall,
-    "LONG_BINGET": _Machine._recall,
-    "APPEND": _Machine._append,
-    "APPENDS": _Machine._appends,
-    "SETITEM": _Machine._set_item,
-    "SETITEMS": _Machine._set_items,
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._call,
-    "NEWOBJ": _Machine._call,
-    "BUILD": _Machine._build,
-    "BINPERSID": _Machine._persistent,
-}
 
 #: equal hashes of larger ones can be chosen, which makes a dict of them take quadratic time
 _LARGEST_KEY = 2**60

@@ -27,7 +27,7 @@ from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback
 from ..runtime.freezing import Freezer
 from ..runtime.gradient_tracker import GradientTracker
-from ..state import LoadReport
+from ..state.report import LoadReport
 
 _REBUILD = (
     "Build the optimizer from the plan again, after the change to the model, and load this one's "

@@ -44,8 +44,11 @@ from ..runtime.overrides import check_chosen, select_groups
 from ..runtime.ownership import refuse_foreign_writes
 from ..runtime.reports import begin_all, changes, check_report, from_rank_zero, observe_all
 from ..schedules.duration import Run
-from ..state import FORMAT, Loaded, LoadReport, prepare, resume_from, run_record
+from ..state.extend import resume_from
 from ..state.io import add_plan_state, room_for_loading, torch_form
+from ..state.load import Loaded, prepare
+from ..state.report import LoadReport
+from ..state.schema import FORMAT, run_record
 from .checks import examine
 from .contradictions import Contradictions
 from .run_state import RunState

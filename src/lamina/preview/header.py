@@ -11,7 +11,7 @@ from .rows import epochs, span
 from .shown import Shown
 
 if TYPE_CHECKING:
-    from ..state import Resumed
+    from ..state.extend import Resumed
 
 #: gradient operations that are nothing but the usual clipping
 PLAIN_NORM = r"clip_norm [^,(]+"

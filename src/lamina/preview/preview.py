@@ -21,7 +21,7 @@ from ..resolve.resolved import Resolved
 from ..resolve.timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
 from ..runtime.flags import Flags, flags_of
 from ..schedules.duration import Run
-from ..state import Resumed, resume_from
+from ..state.extend import Resumed, resume_from
 from . import rows, sampling
 from .shown import Row
 

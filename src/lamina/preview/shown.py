@@ -13,7 +13,7 @@ from ..resolve.resolved import Resolved
 from ..resolve.timeline import Feedback, Values
 from ..runtime.flags import Flags
 from ..schedules.duration import Run
-from ..state import Resumed
+from ..state.extend import Resumed
 
 Floats = npt.NDArray[np.float64]
 

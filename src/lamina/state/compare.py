@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from .._util.numbers import python_number
 from ..algorithms.registry import is_whole_vector
 from ..errors import TimeUnitError
 from ..resolve.resolved import ALWAYS, Resolved
@@ -41,10 +42,11 @@ def differences(
         clock: the steps taken.
         values: those of the plan at the clock.
     """
+    found = _hyperparameters(resolved, matched.entries, values)
     planned = saved.settled_for
-    held = planned is None or not settled_anew(planned, resolved.settled_for)
-    operations = () if planned is None or held else _operations(resolved, planned, clock, values)
-    return (*_hyperparameters(resolved, matched.entries, values), *operations)
+    if planned is None or not settled_anew(planned, resolved.settled_for):
+        return found
+    return (*found, *_operations(resolved, planned, clock, values))
 
 
 def _operations(resolved: Resolved, planned: Run, clock: int, values: Values) -> Iterator[Changed]:
@@ -70,26 +72,21 @@ def _hyperparameters(
     rows: Counter[Changed] = Counter()
     for index, cell in enumerate(resolved.cells):
         hyper = values.hyper(index)
-        sources: dict[int, tuple[Entry, int]] = {}
-        for info in cell.parameters:
-            entry = entries.get(info.name)
-            if entry is not None and belongs(entry, cell):
-                count = sources.get(id(entry.group), (entry, 0))[1]
-                sources[id(entry.group)] = (entry, count + 1)
+        own = [entries[info.name] for info in cell.parameters if info.name in entries]
+        groups = [entry.group for entry in own if belongs(entry, cell)]
+        counts = Counter(map(id, groups))
         timed = {key for key, _ in cell.moving}
         if cell.schedule is not None or cell.rewarm is not None or cell.windows != ALWAYS:
             timed.add("lr")
         if is_whole_vector(cell.optimizer):
             hyper = {**hyper, "max_eval": evaluations(hyper)}
-        for entry, count in sources.values():
-            for key in hyper.keys() & entry.group.keys():
-                saved, now = _plain(_given(entry.group, key)), _plain(hyper[key])
+        for group in {id(group): group for group in groups}.values():
+            for key in hyper.keys() & group.keys():
+                saved, now = _plain(_given(group, key)), _plain(hyper[key])
                 if not close(saved, now):
-                    rows[Changed(cell.name, key, saved, now, moves=key in timed)] += count
-    found = [
-        Changed(row.group, row.key, row.saved, row.now, count, row.moves)
-        for row, count in rows.items()
-    ]
+                    row = Changed(cell.name, key, saved, now, moves=key in timed)
+                    rows[row] += counts[id(group)]
+    found = [replace(row, parameters=count) for row, count in rows.items()]
     order = {cell.name: place for place, cell in enumerate(resolved.cells)}
     return tuple(sorted(found, key=lambda row: (order[row.group], row.key != "lr", row.key)))
 
@@ -105,8 +102,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.item() if value.numel() == 1 else value.reshape(-1).tolist())
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = python_number(value)
     if isinstance(value, (bool, float, str, type(None))):
         return value
     whole = isinstance(value, int) and abs(value) <= LONGEST

@@ -13,6 +13,7 @@ from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer
 from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
+from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
 from ..optim.updates import initial_state
 from ..resolve.resolved import Cell
@@ -44,8 +45,7 @@ def belongs(entry: Entry, cell: Cell) -> bool:
     if method is None:  # what its constructor puts into the groups, where that is known
         made = trial_of(cell.optimizer).made or {"lr": None}
         return cell.constants.keys() & made.keys() <= entry.group.keys()
-    settings = method.defaults
-    return settings.keys() <= entry.group.keys()
+    return method.defaults.keys() <= entry.group.keys()
 
 
 def has_state(entry: Entry) -> bool:
@@ -61,11 +61,10 @@ def keeps_nothing(entry: Entry, cell: Cell) -> bool:
     lamina has the count of updates then, which was lost where it is not.
     """
     algorithm = cell.algorithm
-    if algorithm is None or "clock" in entry.group:
+    if algorithm is None or "clock" in entry.group or entry.group.get("momentum") != 0:
         return False
-    if entry.group.get("momentum") != 0 or not belongs(entry, cell):
-        return False
-    return not algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+    kept = algorithm.init(_EMPTY, {**algorithm.defaults, "momentum": 0.0})
+    return not kept and belongs(entry, cell)
 
 
 def _family(algorithm: Algorithm | None) -> type | None:
@@ -75,28 +74,23 @@ def _family(algorithm: Algorithm | None) -> type | None:
     return rules[-1] if rules else None
 
 
-def converted(
-    name: str, entry: Entry, fitted: Mapping[str, Any]
-) -> tuple[str, torch.dtype, torch.dtype] | None:
-    """Return name and dtypes of a parameter whose state changed its dtype, or None."""
+def converted(name: str, entry: Entry, fitted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return name and dtypes, the saved one first, of a parameter whose state changed its dtype."""
     for key, value in (entry.values or {}).items():
         now = fitted.get(key)
         if key == "step" or not isinstance(value, torch.Tensor) or now is None:
             continue
         if value.dtype is not now.dtype:
-            return name, value.dtype, now.dtype
-    return None
+            return [(name, dtype_name(value.dtype), dtype_name(now.dtype))]
+    return []
 
 
-def check_shape(
-    info: ParamInfo, what: str, shape: Sequence[int], wanted: Sequence[int] | None = None
-) -> None:
-    """Raise `StateError`, with the way around it, unless a shape is as wanted: the parameter's."""
-    expected = info.shape if wanted is None else tuple(wanted)
-    if tuple(shape) != expected:
+def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
+    """Raise `StateError`, with the way around it, unless a shape is the parameter's."""
+    if tuple(shape) != info.shape:
         raise StateError(
             f"the saved {what} of {info.name!r} has shape {tuple(shape)}, but the parameter has "
-            f"{expected}; nothing was loaded. To begin its state anew, load with "
+            f"{info.shape}; nothing was loaded. To begin its state anew, load with "
             f"renamed={{{info.name!r}: None}}; if it had another name, with "
             f"renamed={{old name: {info.name!r}}}."
         )
@@ -145,7 +139,7 @@ def own_entry(
             continue
         value = saved[key]
         _check_numbers(info, key, value, param)
-        check_shape(info, key, value.shape, param.shape)  # which may be a part, of FSDP1
+        check_shape(info, key, value.shape)
         if cell.constants.get("state_dtype") is None:
             dtype = torch.promote_types(value.dtype, param.dtype)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,19 +167,29 @@ def first_difference(
     inside = [step for step in edges if clock <= step <= last]
     steps = np.union1d(steps, np.array(inside, dtype=np.int64))
     pair = values_at(one, steps, feedback), values_at(other, steps, feedback_other)
-    seen = set()
-    for name, first in one.cell_of.items():
-        indices = first, other.cell_of[name]
-        if indices not in seen:
-            seen.add(indices)
-            found = _difference(pair, indices, steps)
-            if found:
-                return f"{found[0]} of {name!r} {found[1]}"
-    for scope in one.scopes:
-        found = _threshold(pair, one.scopes.index(scope), steps)
-        if found:
-            return f"{found[0]} of {scope.name!r} {found[1]}"
-    return ""
+    compared = _compared(one, other, pair, steps)
+    return next((f"{what} {told}" for what, told in compared if told), "")
+
+
+def _compared(
+    one: Resolved, other: Resolved, pair: tuple[Values, Values], steps: Any
+) -> Iterator[tuple[str, str]]:
+    """Return what has a value over the steps, and in words how that differs ("" if it does not)."""
+    first, second = pair
+    names: dict[tuple[int, int], str] = {}
+    for name, index in one.cell_of.items():
+        names.setdefault((index, other.cell_of[name]), name)
+    for (mine, its), name in names.items():
+        hyper, hyper_other = first.hyper(mine), second.hyper(its)
+        for key in hyper:
+            yield f"{key} of {name!r}", _apart(hyper[key], hyper_other[key], steps)
+        alike = np.array_equal(first.active(mine), second.active(its))
+        yield f"the window of {name!r}", "" if alike else "is another one"
+    for index, scope in enumerate(one.scopes):
+        rows = zip(first.operations(index), second.operations(index), strict=True)
+        for (operation, amount), (_, amount_other) in rows:
+            told = _apart(amount, amount_other, steps)
+            yield f"{operation.source_name} of {scope.name!r}", told
 
 
 def _patience(one: Resolved, other: Resolved) -> str:
@@ -194,25 +204,6 @@ def _patience(one: Resolved, other: Resolved) -> str:
         if first != second:
             return f"the patience of {key} would be {float(second):g} steps, not {float(first):g}"
     return ""
-
-
-def _difference(pair: tuple[Values, Values], indices: tuple[int, int], steps: Any) -> Any:
-    first, second = pair[0].hyper(indices[0]), pair[1].hyper(indices[1])
-    for key in first:
-        told = _apart(first[key], second[key], steps)
-        if told:
-            return key, told
-    active = pair[0].active(indices[0]), pair[1].active(indices[1])
-    return ("the window", "is another one") if not np.array_equal(*active) else None
-
-
-def _threshold(pair: tuple[Values, Values], scope: int, steps: Any) -> Any:
-    listed = zip(pair[0].operations(scope), pair[1].operations(scope), strict=True)
-    for (operation, one), (_, other) in listed:
-        told = _apart(one, other, steps)
-        if told:
-            return operation.source_name, told
-    return None
 
 
 def _apart(one: Any, other: Any, steps: Any) -> str:

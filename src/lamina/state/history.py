@@ -17,18 +17,10 @@ from ..schedules.duration import LONGEST
 from .match import Matched
 from .schema import Entry, Group, Saved, is_count, reading, short
 
-#: the keys of a group under which this is saved
+#: the keys of a group under which this is saved, each as one text of JSON
 KEYS = ("overrides", "feedback")
 #: what each kind of reaction keeps
 _KEPT = [set(kind("metric").begin()) for kind in REACTIONS.values()]
-
-
-def written(value: Any) -> str:
-    """Write a value as one text: torch cannot load lists into shorter ones.
-
-    Numbers keep all their digits.
-    """
-    return json.dumps(value)
 
 
 def _unwritten(group: Group, key: str, absent: Any) -> Any:
@@ -129,11 +121,10 @@ def _feedback_of(
     saved = _unwritten(telling, "feedback", {})
     if not isinstance(saved, Mapping):
         raise StateError(f"the saved feedback is {short(saved)}; expected a dict by reaction.")
-    for key, seen in saved.items():
-        _check_seen(key, seen)
     found = begin_all(resolved)
     left = []
     for key, seen in saved.items():
+        _check_seen(key, seen)
         if key in found and found[key].keys() == seen.keys():
             found[key] = {k: _copied(v) for k, v in seen.items()}
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..guests.memory import OURS
 from ..optim.updates import KernelUpdates, OptimizerState
 from ..resolve.resolved import NEVER, Resolved
 from .entries import evaluations
-from .history import KEYS, written
+from .history import KEYS
 from .schema import MOMENTUM
 
 Groups = Sequence[dict[str, Any]]
@@ -38,7 +39,8 @@ def add_plan_state(state: dict[str, Any], groups: Groups, guests: Guests) -> dic
         entries = state["state"].items()
         state["state"] = {n: entry for n, entry in entries if not _is_never_updated(entry)}
     for group in state["param_groups"]:
-        group.update({key: written(group[key]) for key in KEYS if key in group})
+        # As one text, where numbers keep all their digits: torch loads no list into a shorter one.
+        group.update({key: json.dumps(group[key]) for key in KEYS if key in group})
         for key in ("param_names", "run", "planned"):
             group[key] = deepcopy(group[key])
     for saved, group in zip(state["param_groups"], groups, strict=True):

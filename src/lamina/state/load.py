@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from ..files.plain import check_values
 from ..guests.guests import Guests
 from ..guests.memory import OURS, Contents
 from ..guests.packing import unpack
-from ..kernels.base import short as dtype_name
 from ..model.parameters import ParamInfo
 from ..optim.updates import initial_state
 from ..resolve.resolved import Cell, Resolved
@@ -104,7 +103,7 @@ def prepare(
     report = _report(saved, matched, resolved, fitting, values, lost)
     rows = _unexpected(report, {*matched.asked, *lost})
     if strict:
-        _refuse_unexpected(rows, report, matched.asked)
+        _refuse_unexpected([*rows, ("that fits no rule", lost)])
     unused = clock == 0 and not any(entry.values for entry in saved.entries)
     # Saved before its first step, it has nothing of the parameters that it lists.
     told = _unexpected(report, {*matched.asked, *lost, *matched.entries}) if unused else rows
@@ -135,9 +134,7 @@ def _report(
         saved_planned=saved.settled_for,
         planned=resolved.settled_for,
         matched_by=matched.by,
-        converted=tuple(
-            (name, dtype_name(old), dtype_name(new)) for name, old, new in fitting.converted
-        ),
+        converted=tuple(fitting.converted),
     )
 
 
@@ -166,24 +163,25 @@ def clock_of(saved: Saved) -> tuple[int, str]:
     return (max(steps), "steps") if steps else (0, "nothing")
 
 
+@dataclass
 class _Fitting:
-    """Takes the saved entries one by one; what is left in `entries` fits no parameter."""
+    """Takes the saved entries one by one; what is left in `entries` fits no parameter.
 
-    def __init__(
-        self, entries: dict[str, Entry], clock: int, feedback: Feedback, guests: Guests
-    ) -> None:
-        self.entries = entries
-        self.state: dict[torch.Tensor, dict[str, Any]] = {}
-        self.groups: dict[str, dict[str, Any]] = {}
-        self.kept: list[str] = []
-        self.new: list[str] = []
-        self.restarted: list[str] = []
-        self.left: list[str] = []
-        self._told: dict[type, Entry] = {}  # whose groups speak for guests
-        self.converted: list[tuple[str, torch.dtype, torch.dtype]] = []
-        self._clock = clock
-        self._feedback = feedback
-        self._guests = guests
+    `told` are the entries whose groups speak for guests, by their class.
+    """
+
+    entries: dict[str, Entry]
+    clock: int
+    feedback: Feedback
+    guests: Guests
+    state: dict[torch.Tensor, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    restarted: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    converted: list[tuple[str, str, str]] = field(default_factory=list)
+    told: dict[type, Entry] = field(default_factory=dict)
 
     def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
         """Fit what was saved of the parameters of a cell."""
@@ -197,7 +195,7 @@ class _Fitting:
                 part = entry is not None and is_flattened(param) and "clock" in entry.group
                 if entry is not None and (part or keeps_nothing(entry, cell)):
                     self.kept.append(info.name)
-                elif self._has_begun(cell):
+                elif has_begun(cell, self.clock, self.feedback):
                     self.new.append(info.name)
             elif has_state(entry) and not belongs(entry, cell):
                 self.restarted.append(info.name)
@@ -209,18 +207,17 @@ class _Fitting:
                 elif not own:
                     _refuse_unlike_modes(cell, told, entry)
         if not own:  # what nothing was saved of begins anew
-            first = self._guests.initial_groups[cell.name]
-            keys = self._guests.own_keys(cell.name, first)
+            first = self.guests.initial_groups[cell.name]
+            keys = self.guests.own_keys(cell.name, first)
             saved = _carried(cell, group, told.group) if told else {}
             self.groups[cell.name] = {key: copied(first[key], None) for key in keys} | saved
-            if told is not None:
-                self._told.setdefault(cell.optimizer, told)
-                if has_state(told) and not has_state(self._told[cell.optimizer]):
-                    self._told[cell.optimizer] = told
+            before = self.told.get(cell.optimizer)
+            if told and (before is None or (has_state(told) and not has_state(before))):
+                self.told[cell.optimizer] = told
 
     def records(self, saved: Saved) -> dict[type, Mapping[str, Any]]:
         """Return what was saved of guests beside groups and parameters, by their class."""
-        found = {kind: dict(told.group.get("guest", {})) for kind, told in self._told.items()}
+        found = {kind: dict(told.group.get("guest", {})) for kind, told in self.told.items()}
         if len(found) == 1:  # a state that the guest itself wrote
             [record] = found.values()
             for key, values in (("loose", saved.loose), ("own", saved.rest)):
@@ -230,7 +227,7 @@ class _Fitting:
 
     def _guest_begun(self, info: ParamInfo) -> dict[str, Any]:
         """Return the state that a guest gave a parameter when it was built: mostly none."""
-        values = self._guests.initial.get(info.name, {})
+        values = self.guests.initial.get(info.name, {})
         return {key: copied(value, None) for key, value in values.items()}
 
     def _keep(
@@ -241,21 +238,20 @@ class _Fitting:
         cell: Cell,
         group: Mapping[str, Any],
     ) -> None:
-        info = replace(info, shape=tuple(param.shape))  # which may have changed since build
+        # Which may have changed since build, and be that of a part, of FSDP1.
+        info = replace(info, shape=tuple(param.shape))
         if entry.shape is not None and has_state(entry):
             check_shape(info, "state", entry.shape)
         if cell.algorithm is None:
             check_values(entry.values, f"the saved state of {info.name!r}")
             fitted = guest_entry(param, entry)
             if fitted:
-                self._guests.read(group, param, fitted)
-            self.state[param] = fitted or self._guest_begun(info)
+                self.guests.read(group, param, fitted)
+                self.state[param] = fitted
         else:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
-            change = converted(info.name, entry, self.state[param])
-            if change:
-                self.converted.append(change)
+            self.converted += converted(info.name, entry, self.state[param])
         self.kept.append(info.name)
 
     def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -264,7 +260,7 @@ class _Fitting:
         params = [param for group in groups for param in group["params"]]
         self.state = {param: initial_state(param) for param in params}
         names = [info.name for info in infos]
-        saved = {name: self.entries[name] for name in self.entries}
+        saved = dict(self.entries)
         known = [name for name in names if self.entries.pop(name, None) is not None]
         memory = next((e for e in saved.values() if e.values and len(e.values) > 1), None)
         alike = list(saved) == names
@@ -274,9 +270,6 @@ class _Fitting:
             self.restarted, known = known, []
         self.kept = known
         self.new = [name for name in names if name not in saved]
-
-    def _has_begun(self, cell: Cell) -> bool:
-        return has_begun(cell, self._clock, self._feedback)
 
 
 def _carried(cell: Cell, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,9 +318,8 @@ def _refuse_unlike_modes(cell: Cell, one: Entry, other: Entry) -> None:
         )
 
 
-def _unexpected(report: LoadReport, asked: Iterable[str]) -> list[tuple[str, list[str]]]:
+def _unexpected(report: LoadReport, asked: set[str]) -> list[tuple[str, list[str]]]:
     """List what was not restored as it was, but for what was asked for."""
-    asked = set(asked)
     rows = [
         ("not in the state", [name for name in report.new if name not in asked]),
         ("of another optimizer", list(report.restarted)),
@@ -348,17 +340,9 @@ def _warning(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     )
 
 
-def _refuse_unexpected(
-    rows: Sequence[tuple[str, Sequence[str]]], report: LoadReport, asked: Iterable[str]
-) -> None:
+def _refuse_unexpected(rows: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Raise `StateError` with every row about state that was not taken over as it was."""
-    known = {name for _, names in rows for name in names}
-    lost = [name for name in report.dropped if name not in {*known, *asked}]
-    told = [
-        f"{what}: {listed(names, 10)}"
-        for what, names in (*rows, ("that fits no rule", lost))
-        if names
-    ]
+    told = [f"{what}: {listed(names, 10)}" for what, names in rows if names]
     if told:
         raise StateError(
             f"strict=True, but the state does not match ({'; '.join(told)}); nothing was loaded. "

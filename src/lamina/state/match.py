@@ -155,10 +155,9 @@ def _targets(
         new = renamed[old]
         hit = [name for name in names if name == old or name.startswith(f"{old}.")]
         if not hit:
-            known = _paths(names)
             raise StateError(
                 f"renamed: the saved state has no parameter or module {old!r}."
-                f"{did_you_mean(old, known)}"
+                f"{did_you_mean(old, _paths(names))}"
             )
         moved = {name: renamed_to(name, {old: new}) for name in hit}
         if new is not None and not any(target in live for target in moved.values()):

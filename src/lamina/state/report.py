@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,12 +90,8 @@ class LoadReport:
                 f"schedules: of {length_of(self.saved_planned)}, now of {length_of(self.planned)}"
             )
         named = [f"{old} -> {new}" for old, new in self.renamed]
-        pairs = dict.fromkeys((old, new) for _, old, new in self.converted)
-        converted = [
-            f"{old} -> {new} ({_count(count, 'parameter')})"
-            for old, new in pairs
-            for count in [sum(row[1:] == (old, new) for row in self.converted)]
-        ]
+        pairs = Counter(f"{old} -> {new}" for _, old, new in self.converted)
+        converted = [f"{pair} ({_count(n, 'parameter')})" for pair, n in pairs.items()]
         rows: list[tuple[str, Sequence[str]]] = [
             ("new", self.new),
             ("restarted (another optimizer's state)", self.restarted),

@@ -19,7 +19,7 @@ from .._util.numbers import is_number, is_whole
 from ..errors import LaminaError, StateError, shortened
 from ..files.plain import check_values
 from ..model.parameters import clean_names
-from ..optim.loading import state_inside
+from ..optim.loading import check_form
 from ..schedules.duration import LONGEST, LONGEST_RUN, Run
 
 #: the version that this lamina writes, and the newest that it reads
@@ -166,11 +166,7 @@ def number_of_steps(name: str, value: Any) -> int:
 
 
 def _groups(saved: Any) -> list[Group]:
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
-        raise StateError(
-            "this is not an optimizer state: expected 'state' and 'param_groups', as "
-            f"optimizer.state_dict() gives.{state_inside(saved)}"
-        )
+    check_form(saved)
     groups = saved["param_groups"]
     if isinstance(groups, (str, Mapping)) or not isinstance(groups, Sequence):
         raise StateError(f"the saved 'param_groups' is {short(groups)}; expected a list.")
@@ -206,17 +202,17 @@ def _names(groups: list[Group], keys: list[Any]) -> tuple[str, ...] | None:
     if _by_fqn(keys):
         given: list[Any] = keys
     else:
-        named = [group for group in groups if group.get("param_names") is not None]
-        if not named:
+        if all(group.get("param_names") is None for group in groups):
             return None
-        listed = [_texts(group.get("param_names")) for group in groups]
-        for names, group in zip(listed, groups, strict=True):
+        given = []
+        for group in groups:
+            names = _texts(group.get("param_names"))
             if len(names) != len(group["params"]):
                 raise StateError(
                     f"a saved group has {len(names)} names for {len(group['params'])} parameters; "
                     "expected one for each, in all groups or in none."
                 )
-        given = [name for names in listed for name in names]
+            given += names
     _refuse_doubles("the parameter", given)
     cleaned = clean_names(given)
     return tuple(cleaned[name] for name in given)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import checkpoint
+from .. import checkpoint
 from ..errors import StateError, TaskError, shortened
 from ..plan.plan import Plan
 from .load import choose_plan

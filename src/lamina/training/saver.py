@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import FOLDER, mark_best, prune, save
+from ..checkpoint import FOLDER, mark_best, prune, save
 from ..schedules.duration import parse
 from .loop import Loop
 from .ready import ReadyRun

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from signal import Signals
 from typing import Any
 
-from ..checkpoint.checkpoint import tidy
+from ..checkpoint import tidy
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
 from ..schedules.duration import run_of
