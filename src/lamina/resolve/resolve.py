@@ -71,7 +71,7 @@ def resolve_owned(
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.source_name} of {scope.name}")
     chains = {name: draft.chains for draft in drafts for name in draft.info.names}
-    findings = find(plan, drafts, cells, run, seen, scopes)
+    findings = find(plan, drafts, cells, run, seen or Observed(), scopes)
     held = None if planned == run else planned
     return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains, held)
 
