@@ -90,13 +90,16 @@ def compile_pattern(pattern: PatternLike) -> Pattern:
         return _parse(pattern)
     if callable(pattern) and not isinstance(pattern, (nn.Module, type)):
         return Pattern(lambda info: bool(pattern(info)))
-    given = repr(pattern)
-    if isinstance(pattern, (nn.Module, torch.Tensor)):
-        given = f"a {type(pattern).__name__}"
     raise PatternError(
-        f"{given} is not a pattern; expected a string such as 'encoder.*', "
+        f"{shown(pattern)} is not a pattern; expected a string such as 'encoder.*', "
         f"or a function (ParamInfo) -> bool.{_as_text(pattern)}"
     )
+
+
+def shown(given: object) -> str:
+    """Return something for an error message: of what prints over many lines its class."""
+    is_long = isinstance(given, (nn.Module, torch.Tensor))
+    return f"a {type(given).__name__}" if is_long else repr(given)
 
 
 def _as_text(given: object) -> str:

@@ -46,6 +46,11 @@ class Setting:
         return value
 
 
+def each_part(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return what `change` makes of a value, or of every part of a tuple (`betas`)."""
+    return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+
+
 class Origin(NamedTuple):
     """What one rule said of one setting of one parameter, and what came of it.
 
@@ -116,10 +121,7 @@ class Cell:
 
     def _values(self, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
         return {
-            key: tuple(part.value(curve) for part in setting)
-            if isinstance(setting, tuple)
-            else setting.value(curve)
-            for key, setting in self.hyper
+            key: each_part(setting, lambda part: part.value(curve)) for key, setting in self.hyper
         }
 
     @cached_property
