@@ -346,9 +346,11 @@ def set_requires_grad(wanted: Iterable[tuple[str, torch.Tensor, bool]]) -> None:
         PlanError: if torch refuses one of them; every flag is as it was.
     """
     changed: list[torch.Tensor] = []
+    at = ""
     try:
         for name, tensor, flag in wanted:
             if tensor.requires_grad != flag:
+                at = name
                 tensor.requires_grad_(flag)
                 changed.append(tensor)
     except BaseException as error:
@@ -357,7 +359,7 @@ def set_requires_grad(wanted: Iterable[tuple[str, torch.Tensor, bool]]) -> None:
         if not isinstance(error, RuntimeError):
             raise
         raise PlanError(
-            f"requires_grad of {name!r} cannot be changed ({error}). Nothing was changed. Make it "
+            f"requires_grad of {at!r} cannot be changed ({error}). Nothing was changed. Make it "
             "a leaf Parameter of a floating-point dtype first."
         ) from error
 

@@ -132,10 +132,7 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
         if len(item.info.names) > 1
     ]
     shared = [
-        Tie(
-            (one.info.name, other.info.name),
-            "transposed" if relation(one.tensor, other.tensor) == "transposed" else "view",
-        )
+        Tie((one.info.name, other.info.name), _kind(one.tensor, other.tensor))
         for one, other in overlaps(found)
     ]
     return (*same, *shared)
@@ -263,6 +260,10 @@ def _plain(value: object) -> object:
 
 def _distinct(places: Iterable[Place]) -> set[tuple[int, str]]:
     return {(id(module), attribute) for module, attribute in places}
+
+
+def _kind(one: torch.Tensor, other: torch.Tensor) -> str:
+    return "transposed" if relation(one, other) == "transposed" else "view"
 
 
 def _own_copy(tensor: nn.Parameter) -> nn.Parameter:
