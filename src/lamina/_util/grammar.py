@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar, NoReturn
 
@@ -63,13 +63,9 @@ def to_source(value: object, quote: bool = True) -> str:
     if quote or not isinstance(value, (str, bool, type(None))):
         return repr(value)
     if isinstance(value, str):
-        return value if _unquoted(value) else f'"{value}"'
+        match = _TOKEN.fullmatch(value)
+        return value if match and match["unit"] else f'"{value}"'
     return str(value).lower()
-
-
-def _unquoted(text: str) -> bool:
-    match = _TOKEN.fullmatch(text)
-    return bool(match and match["unit"])
 
 
 def _argument(name: str | None, value: object, quote: bool) -> str:
@@ -174,13 +170,16 @@ class _Parser:
             self.expect(")")
             return value
         if self.take("["):
-            return self.listing()
+            return tuple(self.expression() for _ in self.until("]"))
         match = self.peek()
         if not match or match["op"]:
             self.fail("expected a number, a time, a name or a call")
         self.position = match.end()
         if match["times"]:
-            return self.call("times", [float(self.number(self.term()))], {})
+            factor = self.term()
+            if not isinstance(factor, (int, float)):
+                self.fail("expected a number after 'x'")
+            return self.call("times", [float(factor)], {})
         if match["number"]:
             if len(match["number"]) > _MAX_DIGITS:
                 self.fail(f"a number has more than {_MAX_DIGITS} digits")
@@ -189,25 +188,19 @@ class _Parser:
             return match["string"][1:-1]
         return self.named(match["name"])
 
-    def number(self, value: Any) -> float:
-        if not isinstance(value, (int, float)):
-            self.fail("expected a number after 'x'")
-        return value
-
     def quantity(self, match: re.Match[str]) -> Any:
         if match["unit"]:
             return f"{match['number']}{' ' * (match['unit'].strip() != '%')}{match['unit'].strip()}"
         text = match["number"]
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
-    def listing(self) -> tuple[Any, ...]:
-        items: list[Any] = []
-        while not self.take("]"):
-            items.append(self.expression())
+    def until(self, bracket: str) -> Iterator[None]:
+        """Yield before each of the parts that commas separate, up to a closing bracket."""
+        while not self.take(bracket):
+            yield
             if not self.take(","):
-                self.expect("]")
-                break
-        return tuple(items)
+                self.expect(bracket)
+                return
 
     def named(self, name: str) -> Any:
         if name in WORDS:
@@ -216,7 +209,7 @@ class _Parser:
             self.fail(f"{_piece(name)!r} is not a value{self.called(name)}")
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        while not self.take(")"):
+        for _ in self.until(")"):
             key = self.keyword()
             if key is None:
                 args.append(self.expression())
@@ -224,9 +217,6 @@ class _Parser:
                 self.fail(f"{key!r} is given twice")
             else:
                 kwargs[key] = self.expression()
-            if not self.take(","):
-                self.expect(")")
-                break
         return self.call(name, args, kwargs)
 
     def called(self, name: str) -> str:

@@ -55,12 +55,7 @@ def _level_of_caller() -> int:
     """Return the `stacklevel`, seen from `warn`, of the nearest frame outside lamina and torch."""
     level = 2
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and _is_inside(frame):
+    while frame and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _INSIDE:
         frame = frame.f_back
         level += 1
     return level if frame is not None else 2
-
-
-def _is_inside(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return package in _INSIDE

@@ -159,11 +159,13 @@ def flat_parts(model: nn.Module, params: Iterable[torch.Tensor] = ()) -> dict[in
         params: parameters of the model. A module inside a wrapper does not know it: for what no
             wrapper in the model has, the wrappers of this process are searched.
     """
-    found = _parts_of(_fsdp1_handles(model))
-    missing = {id(param) for param in params if is_flattened(param)} - found.keys()
-    if missing:
-        found |= _parts_of(_handles_around(missing))
-    return found
+    return _parts_of(_handles(model, params))
+
+
+def tell_flat_parameters(model: nn.Module, params: Iterable[torch.Tensor]) -> None:
+    """Let flat parameters take notice of flags that were set since the forward began."""
+    for handle in _handles(model, params):
+        handle._reset_flat_param_grad_info_if_needed()
 
 
 def _parts_of(handles: Iterable[Any]) -> dict[int, FlatPart]:
@@ -177,21 +179,12 @@ def _parts_of(handles: Iterable[Any]) -> dict[int, FlatPart]:
     return found
 
 
-def tell_flat_parameters(model: nn.Module, params: Iterable[torch.Tensor]) -> None:
-    """Let flat parameters take notice of flags that were set since the forward began."""
-    handles = list(_fsdp1_handles(model))
+def _handles(model: nn.Module, params: Iterable[torch.Tensor]) -> list[Any]:
+    """Return the handles of wrappers in a model, and of those around it that have its params."""
+    inside = [getattr(module, "_handle", None) for module in model.modules() if _is_fsdp1(module)]
+    handles = [handle for handle in inside if handle is not None]
     missing = {id(param) for param in params if is_flattened(param)} - _parts_of(handles).keys()
-    if missing:
-        handles += _handles_around(missing)
-    for handle in handles:
-        handle._reset_flat_param_grad_info_if_needed()
-
-
-def _fsdp1_handles(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        handle = getattr(module, "_handle", None) if _is_fsdp1(module) else None
-        if handle is not None:
-            yield handle
+    return handles + _handles_around(missing) if missing else handles
 
 
 def _handles_around(ids: set[int]) -> list[Any]:
@@ -244,7 +237,8 @@ class Shards:
         for name, part in zip(names, parts, strict=True):
             mine[self._place[name]] = part
         whole = mine.clone()
-        for group in self._distinct():
+        by_id = {id(group): group for group in self._groups.values() if group is not None}
+        for group in by_id.values():
             own = [self._place[name] for name, its in self._groups.items() if its is group]
             count = torch.distributed.get_world_size(group)
             rows = [torch.empty_like(mine[own]) for _ in range(count)]
@@ -256,10 +250,6 @@ class Shards:
     def of(self, names: Sequence[str], norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return those of the parameters named, from what `norms` gave."""
         return [norms[self._place[name]] for name in names]
-
-    def _distinct(self) -> list[Any]:
-        by_id = {id(group): group for group in self._groups.values() if group is not None}
-        return list(by_id.values())
 
 
 def is_distributed() -> bool:

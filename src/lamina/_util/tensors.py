@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,14 @@ from torch.nn.parameter import is_lazy
 _MAX_WORK = 1_000_000
 
 
-class _Span(NamedTuple):
-    """Device, storage and the range of bytes in it."""
-
-    device: str
-    storage: int
-    low: int
-    high: int
-
-
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """Return pairs of positions of tensors that share elements: each of these is in one or more."""
     stored: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for place, tensor in enumerate(tensors):
         span = _span(tensor)
         if span is not None:
-            here = stored.setdefault((span.device, span.storage), [])
-            here.append((span.low, -span.high, place))
+            storage, low, high = span
+            stored.setdefault(storage, []).append((low, -high, place))
     pairs, paired = [], set[int]()
     for spans in stored.values():
         near: list[tuple[int, int, np.ndarray[Any, Any]]] = []  # those that reach into the next
@@ -52,11 +44,11 @@ def relation(one: torch.Tensor, other: torch.Tensor) -> str:
         `"transposed"`, or `"view"` for any other way.
     """
     mine, theirs = _span(one), _span(other)
-    if mine is None or theirs is None or mine[:2] != theirs[:2]:
+    if mine is None or theirs is None or mine[0] != theirs[0]:
         return "apart"
     if not _meet(_layout(one), _layout(other)):
         return "apart"
-    if mine.low == theirs.low and one.dtype == other.dtype:
+    if mine[1] == theirs[1] and one.dtype == other.dtype:
         shape, stride = tuple(one.shape), one.stride()
         if (shape, stride) == (tuple(other.shape), other.stride()):
             return "same"
@@ -70,35 +62,36 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "to_local")  # importing the class costs every user a second
 
 
-def _span(tensor: torch.Tensor) -> _Span | None:
-    """Return where a tensor lies; None where there is no real memory to compare."""
+def _span(tensor: torch.Tensor) -> tuple[tuple[str, int], int, int] | None:
+    """Return where a tensor lies: its device and storage, the first byte in it, the one after it.
+
+    None where there is no real memory to compare.
+    """
     if tensor.is_meta or is_dtensor(tensor) or tensor.layout != torch.strided:
         return None
     if tensor.numel() == 0 or is_lazy(tensor):
         return None
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = int(sum((size - 1) * stride for size, stride in steps))
     low = int(tensor.storage_offset()) * tensor.element_size()
-    high = low + (reach + 1) * tensor.element_size()
-    return _Span(str(tensor.device), tensor.untyped_storage().data_ptr(), low, high)
+    high = low + _extent(tensor) * tensor.element_size()
+    return (str(tensor.device), tensor.untyped_storage().data_ptr()), low, high
 
 
-class _Layout:
-    """A tensor as NumPy sees it: where its elements lie, which are never read."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        size = tensor.element_size()
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-            "typestr": f"|V{size}",
-            "data": (tensor.data_ptr(), False),
-        }
+def _extent(tensor: torch.Tensor) -> int:
+    """Return how many places there are from the first element to the last; some may be gaps."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _layout(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return np.asarray(_Layout(tensor))
+    """Return a tensor as NumPy sees it: where its elements lie, which are never read."""
+    size = tensor.element_size()
+    interface = {
+        "version": 3,
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * size for stride in tensor.stride()),
+        "typestr": f"|V{size}",
+        "data": (tensor.data_ptr(), False),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _meet(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
@@ -117,10 +110,8 @@ class MemorySnapshot:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._forms = None
         self._guards = _guards(tensors)
-        if self._guards is None:
-            self._forms = _forms(tensors)
+        self._forms = _forms(tensors) if self._guards is None else None
 
     def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these tensors have the forms of the ones that were given."""
@@ -164,15 +155,13 @@ def has_elements(tensor: torch.Tensor) -> bool:
         tensor = tensor._local_tensor  # type: ignore[attr-defined]
     if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
         return True
-    count = tensor.numel()
-    if not count:
+    if not tensor.numel():
         return True
     try:
         held = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # of a subclass that keeps its numbers elsewhere
         return True
-    if not tensor.is_contiguous():
-        count = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    count = tensor.numel() if tensor.is_contiguous() else _extent(tensor)
     return held >= (tensor.storage_offset() + count) * tensor.element_size()
 
 

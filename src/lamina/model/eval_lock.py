@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -25,17 +25,23 @@ class EvalLock:
     keeps_eval = True
 
     def __init__(
-        self, module: nn.Module, asked: bool, before: Callable[[bool], Any] | None
+        self,
+        module: nn.Module,
+        asked: bool,
+        before: Callable[[bool], Any] | None,
+        earlier: bool | None = None,
+        by_hand: bool = False,
     ) -> None:
+        # of a copy, the module may be one whose `__dict__` is only about to be filled
         self._module = weakref.ref(module)
         self.asked = asked
         #: the mode asked for before the whole model was put in eval mode, else None
-        self.earlier: bool | None = None
+        self.earlier = earlier
         self.model: weakref.ref[nn.Module] | None = None
         #: a `train` of the instance's own, as users patch it
         self.before = before
         #: whether `lamina.freeze` asked for it
-        self.by_hand = False
+        self.by_hand = by_hand
         #: the optimizers that asked for it
         self.holders: weakref.WeakSet[EvalLocks] = weakref.WeakSet()
         self.on = True
@@ -43,9 +49,9 @@ class EvalLock:
     def install(self, module: nn.Module) -> None:
         """Put the lock in the place of the module's `train`, and the module in eval mode."""
         module.__dict__["train"] = self
-        module.__dict__["__getstate__"] = FreeState(self)
-        if hasattr(module, "reset_running_stats"):
-            module.__dict__["reset_running_stats"] = KeptStatistics(self)
+        module.__dict__[FreeState.name] = FreeState(self)
+        if hasattr(module, KeptStatistics.name):
+            module.__dict__[KeptStatistics.name] = KeptStatistics(self)
         module.training = False
 
     @property
@@ -112,7 +118,7 @@ class EvalLock:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.by_hand:
-            return _locked_by_hand, (self.module, self.asked, self.earlier, self.before)
+            return EvalLock, (self.module, self.asked, self.before, self.earlier, True)
         # Only for modules that copy their `__dict__` by themselves: a plain `train` of the copy.
         if self.before is not None:
             return functools.partial, (self.before,)
@@ -124,11 +130,24 @@ class EvalLock:
         return type(self.module).train(self.module, mode)
 
 
-class FreeState:
-    """Replaces `__getstate__` of a locked module, for which copy and pickle ask the instance."""
+class _Shadow:
+    """Replaces a method of a locked module; only what was locked by hand keeps it in copies."""
+
+    name: ClassVar[str]
 
     def __init__(self, lock: EvalLock) -> None:
         self._lock = lock
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._lock.by_hand:
+            return type(self), (self._lock,)
+        return getattr, (self._lock.module, self.name)
+
+
+class FreeState(_Shadow):
+    """Replaces `__getstate__` of a locked module, for which copy and pickle ask the instance."""
+
+    name = "__getstate__"
 
     def __call__(self) -> Any:
         """Return the state for a copy, without the lock."""
@@ -136,41 +155,21 @@ class FreeState:
         own = getattr(type(module), "__getstate__", None)
         return self._lock.free(module.__dict__ if own is None else own(module))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._lock.by_hand:
-            return FreeState, (self._lock,)
-        return getattr, (self._lock.module, "__getstate__")
 
-
-class KeptStatistics:
+class KeptStatistics(_Shadow):
     """Replaces `reset_running_stats` of a locked module, whose statistics do not move either.
 
     `torch.optim.swa_utils.update_bn` resets them and then counts on training mode to fill them.
     """
 
-    def __init__(self, lock: EvalLock) -> None:
-        self._lock = lock
+    name = "reset_running_stats"
 
     def __call__(self) -> None:
         """Leave the statistics as they are."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._lock.by_hand:
-            return KeptStatistics, (self._lock,)
-        return getattr, (self._lock.module, "reset_running_stats")
-
 
 #: what a lock puts into a module's `__dict__` beside `train`
-_SHADOWED = ("__getstate__", "reset_running_stats")
-
-
-def _locked_by_hand(
-    module: nn.Module, asked: bool, earlier: bool | None, before: Callable[[bool], Any] | None
-) -> EvalLock:
-    """Return the lock of a copy, whose `__dict__` is only about to be filled."""
-    lock = EvalLock(module, asked, before)
-    lock.earlier, lock.by_hand = earlier, True
-    return lock
+_SHADOWED = (FreeState.name, KeptStatistics.name)
 
 
 class EvalLocks:
@@ -185,7 +184,9 @@ class EvalLocks:
         paths = {id(module): path for path, module in module_paths(model).items()}
         self._paths = [paths.get(id(module), "") for module, _ in self._needs]
         #: locked by hand before the plan
-        self._before = [module for module, _ in self._needs if is_locked_by_hand(module)]
+        self._before = [
+            module for module, _ in self._needs if (lock := lock_of(module)) and lock.by_hand
+        ]
 
     def follow(self, frozen: Iterable[str], aside: Iterable[str]) -> None:
         """Lock the modules all of whose parameters are frozen by the plan, and no others.
@@ -279,12 +280,6 @@ def lock_of(module: nn.Module) -> EvalLock | None:
     """Return the lock of a module, if it has one."""
     lock = module.__dict__.get("train")
     return lock if isinstance(lock, EvalLock) else None
-
-
-def is_locked_by_hand(module: nn.Module) -> bool:
-    """Return whether `lamina.freeze` keeps a module in eval mode."""
-    lock = lock_of(module)
-    return lock is not None and lock.by_hand
 
 
 def lock_eval(module: nn.Module, model: nn.Module) -> EvalLock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .._util.text import listed
@@ -21,7 +21,7 @@ class Finding:
         return f"{self.code}: {self.message} {self.fix}"
 
 
-def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Finding]:
+def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> Iterator[Finding]:
     """Find the modules frozen by hand whose running statistics are updated all the same.
 
     Args:
@@ -29,11 +29,9 @@ def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Findi
         seen: what was observed of the model.
     """
     paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
-    if not paths:
-        return []
-    pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
-    return [
-        Finding(
+    if paths:
+        pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
+        yield Finding(
             "statistics-drift",
             f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
             "go on moving in training mode.",
@@ -41,7 +39,6 @@ def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> list[Findi
             f"add the rule lamina.Rule({pattern!r}, frozen=True). If the statistics are to adapt, "
             f"say so: lamina.Rule({pattern!r}, frozen=True, hold=False).",
         )
-    ]
 
 
 def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
@@ -55,23 +52,21 @@ def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
     return path
 
 
-def stray_findings(seen: Observed) -> list[Finding]:
+def stray_findings(seen: Observed) -> Iterator[Finding]:
     """Find attributes `requires_grad` of modules, which freeze and thaw nothing."""
-    return [
-        Finding(
+    for path, value in seen.stray:
+        yield Finding(
             "module-requires-grad",
             f"{f'the module {path!r}' if path else 'the model'} has an attribute "
             f"requires_grad={value}, which does nothing on a module.",
             f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
         )
-        for path, value in seen.stray
-    ]
 
 
-def split_ties(seen: Observed) -> list[Finding]:
+def split_ties(seen: Observed) -> Iterator[Finding]:
     """Find parameters that were one tensor until they were sharded in different groups."""
-    return [
-        Finding(
+    for names in seen.split:
+        yield Finding(
             "tie-across-shards",
             f"{' and '.join(names)} were one tensor until fully_shard put their modules into "
             "different groups, which made a parameter of each; torch 2.13 refuses the first "
@@ -79,5 +74,3 @@ def split_ties(seen: Observed) -> list[Finding]:
             "Shard their modules in one call, fully_shard([module, other]), or leave both to the "
             "group of a module that holds both.",
         )
-        for names in seen.split
-    ]

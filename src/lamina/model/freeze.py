@@ -21,7 +21,7 @@ from .parameters import (
     observe,
     set_requires_grad,
 )
-from .patterns import PatternLike, compile_pattern
+from .patterns import PatternLike, compile_pattern, shown
 from .reducers import free_gradients, has_zero_gradients
 from .suggestions import nothing_matched
 from .ties import refuse_wrapped
@@ -168,19 +168,12 @@ def trainable(model: nn.Module) -> Trainable:
         5 of 11 numbers train (45.5%)
     """
     owned = collect(model)
-    rows = tuple(
-        Row(
-            item.info.name,
-            item.info.names,
-            item.info.shape,
-            item.info.numel,
-            _trains(item),
-            _why(item),
-        )
-        for item in owned
-    )
+    rows = []
+    for item in owned:
+        info = item.info
+        rows.append(Row(info.name, info.names, info.shape, info.numel, _trains(item), _why(item)))
     notes = tuple(map(str, stray_findings(observe(model, owned))))
-    return Trainable(rows, notes)
+    return Trainable(tuple(rows), notes)
 
 
 def _trainable(chosen: list[Owned], by_pattern: bool) -> list[Owned]:
@@ -202,11 +195,9 @@ def _trains(item: Owned) -> bool:
 def _why(item: Owned) -> str:
     if _trains(item):
         return ""
-    if item.tensor.requires_grad:
-        return "frozen by a plan"
+    by_plan = item.tensor.requires_grad or frozen_by_plan(item.tensor, item.places)
     if not item.info.differentiable:
         return f"{item.info.dtype} has no gradients"
-    by_plan = frozen_by_plan(item.tensor, item.places)
     return "frozen by a plan" if by_plan else "frozen by hand"
 
 
@@ -241,7 +232,7 @@ def _refuse_objects(model: nn.Module, match: Any, action: str) -> None:
         else:
             fix = "; for the whole model, write '*'."
         raise PatternError(
-            f"{action} was given {'a list with ' if listed else ''}{_described(item)}; expected a "
+            f"{action} was given {'a list with ' if listed else ''}{shown(item)}; expected a "
             f"pattern such as 'cnn.*', or a list of exact names of parameters or modules{fix}"
         )
 
@@ -250,12 +241,6 @@ def _is_selection(item: Any) -> bool:
     if isinstance(item, (nn.Module, torch.Tensor, type)):  # some of them can be called
         return False
     return callable(item) or isinstance(item, Iterable)
-
-
-def _described(item: Any) -> str:
-    if isinstance(item, (nn.Module, torch.Tensor)):
-        return f"a {type(item).__name__}"
-    return f"{item!r}"
 
 
 def _exactly(owned: Sequence[Owned], wanted: list[str], action: str) -> list[Owned]:

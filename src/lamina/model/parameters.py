@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -135,7 +135,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     for raws in by_identity.values():
         tensor = places[raws[0]][2]
         shape = flat[id(tensor)].shape if id(tensor) in flat else tensor.shape
-        owners = tuple((places[raw][0], places[raw][1]) for raw in raws)
+        owners = tuple(places[raw][:2] for raw in raws)
         info = ParamInfo(
             name=cleaned[raws[0]],
             names=tuple(cleaned[raw] for raw in raws),
@@ -176,9 +176,8 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inner = [part for part in path.split(".") if part and part not in _WRAPPERS]
-        found[".".join(inner[max(dropped, 0) :])] = (
-            module  # of a wrapper and what it wraps, the latter
-        )
+        # of a wrapper and what it wraps, the latter
+        found[".".join(inner[max(dropped, 0) :])] = module
     return found
 
 
@@ -365,9 +364,8 @@ def set_requires_grad(wanted: Iterable[tuple[str, torch.Tensor, bool]]) -> None:
         ) from error
 
 
-def overlaps(found: Iterable[Owned]) -> list[tuple[Owned, Owned]]:
+def overlaps(owned: Sequence[Owned]) -> list[tuple[Owned, Owned]]:
     """Return pairs of Parameter objects that share elements, which would be stepped twice."""
-    owned = list(found)
     pairs = overlapping([item.tensor for item in owned])
     return [(owned[one], owned[other]) for one, other in pairs]
 

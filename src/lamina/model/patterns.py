@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import operator
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -48,121 +47,41 @@ _OPERATORS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-class Pattern(ABC):
-    """A pattern that was read; `depths` gives the layer numbers it captures."""
-
-    @abstractmethod
-    def matches(self, info: ParamInfo) -> bool:
-        """Return whether the parameter is selected (for a tied one: by any of its names)."""
-
-    def depths(self, info: ParamInfo) -> frozenset[int]:
-        """Return the layer numbers captured from the names of the parameter."""
-        return frozenset()
-
-    @property
-    def captures(self) -> int:
-        """How many `{depth}` the pattern has."""
-        return 0
-
-
 @dataclass(frozen=True)
-class Glob(Pattern):
-    """A glob over whole parameter names."""
+class Pattern:
+    """A pattern that was read.
 
-    text: str
+    `matches` tells whether a parameter is selected (a tied one: by any of its names), `depths`
+    which layer numbers are captured from its names; `captures` is how many `{depth}` there are.
+    """
 
-    def matches(self, info: ParamInfo) -> bool:
-        if len(info.names) == 1:
-            return bool(_matched(self.text, False, info.names[0]))
-        return any(_matched(self.text, False, name) for name in info.names)
-
-    def depths(self, info: ParamInfo) -> frozenset[int]:
-        return _depths(self.text, False, info) if self.captures else frozenset()
-
-    @property
-    def captures(self) -> int:
-        return self.text.count("{depth}")
+    matches: Callable[[ParamInfo], bool]
+    depths: Callable[[ParamInfo], frozenset[int]] = lambda info: frozenset()
+    captures: int = 0
 
 
-@dataclass(frozen=True)
-class Regex(Pattern):
-    """A regular expression over whole parameter names."""
+def _of_names(text: str, is_regex: bool, captures: int) -> Pattern:
+    """Return the pattern of a glob or a regular expression over whole parameter names."""
 
-    expression: str
+    def matches(info: ParamInfo) -> bool:
+        return any(_matched(text, is_regex, name) for name in info.names)
 
-    def matches(self, info: ParamInfo) -> bool:
-        return any(_matched(self.expression, True, name) for name in info.names)
-
-    def depths(self, info: ParamInfo) -> frozenset[int]:
-        return _depths(self.expression, True, info) if self.captures else frozenset()
-
-    @property
-    def captures(self) -> int:
-        return int("depth" in _compile_regex(self.expression).groupindex)
+    if not captures:
+        return Pattern(matches)
+    return Pattern(matches, lambda info: _depths(text, is_regex, info), captures)
 
 
-@dataclass(frozen=True)
-class OfType(Pattern):
-    """The class (or a base class) of the module that owns the parameter, as a glob."""
+def _combined(parts: list[Pattern], decide: Callable[[Iterable[bool]], bool]) -> Pattern:
+    """Return the pattern of several parts, of which `any` or `all` have to match."""
 
-    text: str
+    def depths(info: ParamInfo) -> frozenset[int]:
+        return frozenset().union(*(part.depths(info) for part in parts if part.matches(info)))
 
-    def matches(self, info: ParamInfo) -> bool:
-        return any(_matched(self.text, False, name) for name in info.types)
-
-
-@dataclass(frozen=True)
-class Compare(Pattern):
-    """A property of the parameter against a number."""
-
-    key: str
-    op: str
-    number: int
-
-    def matches(self, info: ParamInfo) -> bool:
-        return _OPERATORS[self.op](getattr(info, self.key), self.number)
-
-
-@dataclass(frozen=True)
-class Test(Pattern):
-    """A Python function of the parameter."""
-
-    function: Callable[[ParamInfo], bool]
-
-    def matches(self, info: ParamInfo) -> bool:
-        return bool(self.function(info))
-
-
-@dataclass(frozen=True)
-class Not(Pattern):
-    """The parameters that the part does not select."""
-
-    part: Pattern
-
-    def matches(self, info: ParamInfo) -> bool:
-        return not self.part.matches(info)
-
-    @property
-    def captures(self) -> int:
-        return self.part.captures
-
-
-@dataclass(frozen=True)
-class Combined(Pattern):
-    """Any (`|`) or all (`&`) of several parts."""
-
-    op: str
-    parts: tuple[Pattern, ...]
-
-    def matches(self, info: ParamInfo) -> bool:
-        return (any if self.op == "|" else all)(part.matches(info) for part in self.parts)
-
-    def depths(self, info: ParamInfo) -> frozenset[int]:
-        return frozenset().union(*(part.depths(info) for part in self.parts if part.matches(info)))
-
-    @property
-    def captures(self) -> int:
-        return sum(part.captures for part in self.parts)
+    return Pattern(
+        lambda info: decide(part.matches(info) for part in parts),
+        depths,
+        sum(part.captures for part in parts),
+    )
 
 
 def compile_pattern(pattern: PatternLike) -> Pattern:
@@ -170,14 +89,17 @@ def compile_pattern(pattern: PatternLike) -> Pattern:
     if isinstance(pattern, str):
         return _parse(pattern)
     if callable(pattern) and not isinstance(pattern, (nn.Module, type)):
-        return Test(pattern)
-    given = repr(pattern)
-    if isinstance(pattern, (nn.Module, torch.Tensor)):
-        given = f"a {type(pattern).__name__}"
+        return Pattern(lambda info: bool(pattern(info)))
     raise PatternError(
-        f"{given} is not a pattern; expected a string such as 'encoder.*', "
+        f"{shown(pattern)} is not a pattern; expected a string such as 'encoder.*', "
         f"or a function (ParamInfo) -> bool.{_as_text(pattern)}"
     )
+
+
+def shown(given: object) -> str:
+    """Return something for an error message: of what prints over many lines its class."""
+    is_long = isinstance(given, (nn.Module, torch.Tensor))
+    return f"a {type(given).__name__}" if is_long else repr(given)
 
 
 def _as_text(given: object) -> str:
@@ -364,15 +286,17 @@ class _Parser:
         self.depth += 1
         if self.depth > 50:
             self.fail("it is nested too deeply")
-        pattern = self.joined("|", lambda: self.joined("&", self.single))
+        pattern = self.joined("|", any, lambda: self.joined("&", all, self.single))
         self.depth -= 1
         return pattern
 
-    def joined(self, op: str, part: Callable[[], Pattern]) -> Pattern:
+    def joined(
+        self, op: str, decide: Callable[[Iterable[bool]], bool], part: Callable[[], Pattern]
+    ) -> Pattern:
         parts = [part()]
         while self.take(op):
             parts.append(part())
-        return parts[0] if len(parts) == 1 else Combined(op, tuple(parts))
+        return parts[0] if len(parts) == 1 else _combined(parts, decide)
 
     def single(self) -> Pattern:
         inverted = False
@@ -384,7 +308,10 @@ class _Parser:
                 self.fail("expected ')'")
         else:
             pattern = self.atom()
-        return Not(pattern) if inverted else pattern
+        if not inverted:
+            return pattern
+        # Its {depth} captures nothing, but is still one of those of which only one may be given.
+        return Pattern(lambda info: not pattern.matches(info), captures=pattern.captures)
 
     def atom(self) -> Pattern:
         self.space()
@@ -393,7 +320,8 @@ class _Parser:
         compared = _COMPARISON.match(self.text, self.position)
         if compared:
             self.position = compared.end()
-            return Compare(compared[1], compared[2], int(compared[3]))
+            key, compare, number = compared[1], _OPERATORS[compared[2]], int(compared[3])
+            return Pattern(lambda info: compare(getattr(info, key), number))
         of_type = self.take("type:")
         word = _WORD.match(self.text, self.position)
         if not word:
@@ -405,13 +333,16 @@ class _Parser:
         except _UNREADABLE as error:
             self.fail(f"the glob {shortened(word[0])!r} cannot be read ({error})")
         self.position = word.end()
-        return OfType(word[0]) if of_type else Glob(word[0])
+        text = word[0]
+        if of_type:
+            return Pattern(lambda info: any(_matched(text, False, name) for name in info.types))
+        return _of_names(text, False, text.count("{depth}"))
 
     def regex(self) -> Pattern:
         expression = self.text[self.position :].strip()
         try:
-            _compile_regex(expression)
+            groups = _compile_regex(expression).groupindex
         except _UNREADABLE as error:
             self.fail(f"the regular expression cannot be read ({error})")
         self.position = len(self.text)
-        return Regex(expression)
+        return _of_names(expression, True, int("depth" in groups))

@@ -105,7 +105,7 @@ def nothing_matched(pattern: PatternLike, infos: Sequence[ParamInfo]) -> str:
     names = [name for info in infos for name in info.names]
     typed = _TYPE.search(pattern)
     if typed and better is None:
-        types = ", ".join(sorted(_own_types(infos)))
+        types = ", ".join(sorted(each for each in _types(infos) if not each.startswith("_")))
         return f"{said} The classes that own parameters are: {types}."
     return f"{said} The closest parameter names are: {', '.join(closest(pattern, names))}."
 
@@ -196,11 +196,6 @@ def _types(infos: Sequence[ParamInfo]) -> set[str]:
     return {name for info in infos for name in info.types} - {"object", "Module"}
 
 
-def _own_types(infos: Sequence[ParamInfo]) -> set[str]:
-    """Return the class names of owners without private base classes."""
-    return {name for name in _types(infos) if not name.startswith("_")}
-
-
 def missing_name(name: str, known: Sequence[str]) -> str:
     """Return which parameters are closest to a name that no parameter has.
 
@@ -213,18 +208,11 @@ def missing_name(name: str, known: Sequence[str]) -> str:
 def closest(pattern: str, names: Sequence[str], limit: int = 3) -> list[str]:
     """Return the names closest to the pattern, compared part by part between the dots."""
     wanted = [part for part in re.split(r"[.\s|&!()]+", pattern) if part.strip("*?")]
-    scored = [(_likeness(wanted, name), index) for index, name in enumerate(names)]
-    best = sorted(scored, key=lambda item: (-item[0], item[1]))
-    picked: list[str] = []
-    shapes = set()
-    for _, index in best:
-        shape = re.sub(r"\d+", "0", names[index])  # one layer stands for all of its kind
-        if shape not in shapes:
-            shapes.add(shape)
-            picked.append(names[index])
-        if len(picked) == limit:
-            break
-    return picked
+    best = sorted(names, key=lambda name: _likeness(wanted, name), reverse=True)
+    of_shape: dict[str, str] = {}
+    for name in best:  # one layer stands for all of its kind
+        of_shape.setdefault(re.sub(r"\d+", "0", name), name)
+    return list(of_shape.values())[:limit]
 
 
 def _likeness(wanted: Sequence[str], name: str) -> float:

@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Resolved
-from ..resolve.timeline import NO_FEEDBACK, Feedback, Values, spliced, values_at
+from ..resolve.timeline import NO_FEEDBACK, Feedback, Spliced, Values, values_at
 from ..runtime.flags import Flags, flags_of
 from ..schedules.duration import Run
 from ..state.extend import Resumed, resume_from
@@ -121,7 +121,7 @@ class Preview:
         if self.resumed is None or self.resumed.before is None:
             return after
         before = values_at(self.resumed.before, step, self.resumed.past)
-        return spliced(before, after, step, self.resumed.clock)
+        return Spliced(before, after, step, self.resumed.clock)
 
     def _feedback_at(self, step: int) -> tuple[Resolved, Feedback]:
         """Return the resolved plan at a step: before its clock, a resumed run had another."""

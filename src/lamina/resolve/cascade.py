@@ -19,7 +19,7 @@ from ..plan.reactions import Plateau, key_of
 from ..plan.validate import WINDOW
 from ..schedules import Schedule
 from ..schedules.duration import Run
-from .resolved import ALWAYS, NEVER, Origin, Setting, WindowOrigin, Windows
+from .resolved import ALWAYS, NEVER, Origin, Setting, WindowOrigin, Windows, each_part
 from .windows import moves_window, settle
 
 #: keys that write the setting of another name
@@ -71,22 +71,15 @@ def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
         if not info.requires_grad:
             draft.windows, draft.by_model = NEVER, True
             draft.note("the model", "window", "requires_grad=False", "frozen")
+        _apply(draft, dict(plan.settings), "plan", 0, info, 0, run)
         drafts.append(draft)
-    for draft in drafts:
-        _apply(draft, dict(plan.settings), "plan", 0, draft.info, 0, run)
     for index, rule in enumerate(plan.rules, 1):
         _apply_rule(rule, index, drafts, run)
     return drafts
 
 
 def _defaults(optimizer: type) -> dict[str, Setting | tuple[Setting, ...]]:
-    return {key: _as_setting(value) for key, value in hyperparameters(optimizer).items()}
-
-
-def _as_setting(value: Any) -> Setting | tuple[Setting, ...]:
-    if isinstance(value, tuple):
-        return tuple(Setting(part) for part in value)
-    return Setting(value)
+    return {key: each_part(value, Setting) for key, value in hyperparameters(optimizer).items()}
 
 
 def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> None:
@@ -105,10 +98,8 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
                 f"'& !{draft.info.name}' or give it a rule of its own."
             )
         depths[draft.info.name] = next(iter(found), None)
-    ranks = {
-        depth: rank
-        for rank, depth in enumerate(sorted({d for d in depths.values() if d is not None}))
-    }
+    layers = sorted({depth for depth in depths.values() if depth is not None})
+    ranks = {depth: rank for rank, depth in enumerate(layers)}
     for draft in matched:
         depth = depths[draft.info.name]
         rank = None if depth is None else ranks[depth]

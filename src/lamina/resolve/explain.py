@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,19 +114,17 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         lines.append(Line("frozen_state", cell.frozen_state, chains["frozen_state"]))
     hyper = values.hyper(index)
     for key, value in hyper.items():
-        chain = chains.get(
-            key, (Link("default", optimizer_name(cell.optimizer), shown_value(value)),)
-        )
+        default = Link("default", optimizer_name(cell.optimizer), shown_value(value))
+        chain = list(chains.get(key, (default,)))
         if key == "lr":
-            chain = (*chain, *_lr_factors(values, cell, step, chains))
+            chain += _lr_factors(values, cell, step, chains)
         history = feedback.overrides.get(cell.name, ())
         if len(history) == LONGEST_HISTORY and step < history[0][0]:
-            link = Link("overrides", f"those before step {history[0][0]} are not kept", "")
-            chain = (*chain, link)
+            chain.append(Link("overrides", f"those before step {history[0][0]} are not kept", ""))
         for begin, changed in history:
             if key in changed and begin <= step:
-                chain = (*chain, Link(f"override at {begin}", shown_value(changed[key]), ""))
-        lines.append(Line(key, shown_value(value), chain))
+                chain.append(Link(f"override at {begin}", shown_value(changed[key]), ""))
+        lines.append(Line(key, shown_value(value), tuple(chain)))
     if cell.scope is not None:
         shown = ", ".join(
             f"{operation.source_name} {shown_value(amount)}"
@@ -142,21 +141,17 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
     return Explanation(name, step, cell.name, active, tuple(lines), names, end)
 
 
-def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> list[Link]:
-    links = []
+def _lr_factors(values: Values, cell: Cell, step: int, chains: Any) -> Iterator[Link]:
+    """Yield what the lr that the rules gave is multiplied with."""
     if cell.schedule is not None:
-        rule = chains["schedule"][-1].rule
         factor = shown_value(float(cell.schedule(step)))
-        links.append(Link(rule, f"schedule {to_source(cell.schedule)}", f"x {factor}"))
+        rule = chains["schedule"][-1].rule
+        yield Link(rule, f"schedule {to_source(cell.schedule)}", f"x {factor}")
     if cell.feedback is not None:
-        link = chains["feedback"][-1]
-        links.append(
-            Link(link.rule, link.operation, f"x {shown_value(values.reaction(cell.feedback))}")
-        )
+        link, factor = chains["feedback"][-1], shown_value(values.reaction(cell.feedback))
+        yield Link(link.rule, link.operation, f"x {factor}")
     if cell.rewarm is not None:
-        links.append(
-            Link(chains["rewarm"][-1].rule, f"rewarm {to_source(cell.rewarm)}", "after thaw")
-        )
+        rule = chains["rewarm"][-1].rule
+        yield Link(rule, f"rewarm {to_source(cell.rewarm)}", "after thaw")
     if not values.inside(cell):
-        links.append(Link("window", window_text(cell.windows), "0 while frozen"))
-    return links
+        yield Link("window", window_text(cell.windows), "0 while frozen")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .._util.text import listed
+from .._util.text import listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
 from ..model.finding import Finding, moving_statistics, split_ties, stray_findings
 from ..model.parameters import Observed
-from ..plan.plan import Plan, Rule
-from ..plan.validate import CONTROLS
+from ..plan.plan import Plan
+from ..schedules.base import Floats
 from ..schedules.duration import Run
 from .cascade import Draft
 from .resolved import NEVER, Cell, Scope, Setting, Trigger, Windows
@@ -35,10 +35,12 @@ def find(
     drafts: Sequence[Draft],
     cells: Sequence[Cell],
     run: Run,
-    seen: Observed | None = None,
-    scopes: Sequence[Scope] = (),
+    seen: Observed,
+    scopes: Sequence[Scope],
 ) -> tuple[Finding, ...]:
     """Return all findings of a resolved plan."""
+    by_hand = {name: draft.by_model for draft in drafts for name in draft.info.names}
+    windows = {draft.info.name: draft.windows for draft in drafts}
     return (
         *_nothing_trains(drafts, run),
         *_cannot_train(drafts),
@@ -49,13 +51,8 @@ def find(
         *_rules_without_effect(plan, drafts),
         *_suspicious(cells, run),
         *_unchecked(plan, cells, scopes),
-        *moving_statistics(
-            {name: draft.by_model for draft in drafts for name in draft.info.names},
-            seen or Observed(),
-        ),
-        *model_findings(
-            {draft.info.name: draft.windows for draft in drafts}, run, seen or Observed()
-        ),
+        *moving_statistics(by_hand, seen),
+        *model_findings(windows, run, seen),
     )
 
 
@@ -69,30 +66,26 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
     )
 
 
-def _nothing_trains(drafts: Sequence[Draft], run: Run) -> list[Finding]:
+def _nothing_trains(drafts: Sequence[Draft], run: Run) -> Iterator[Finding]:
     """Find the spans of steps in which no parameter trains."""
-    if not any(draft.windows for draft in drafts):
-        return [
-            Finding(
-                "nothing-trains",
-                f"every parameter is frozen for the whole run, so that {_NO_GRADIENT}.",
-                "Add a rule with frozen=False or thaw= for the parts that should train.",
-            )
-        ]
     spans = {span for draft in drafts for span in draft.windows}
+    if not spans:
+        yield Finding(
+            "nothing-trains",
+            f"every parameter is frozen for the whole run, so that {_NO_GRADIENT}.",
+            "Add a rule with frozen=False or thaw= for the parts that should train.",
+        )
+        return
     waits = sorted({begin.reaction.metric for begin, _ in spans if isinstance(begin, Trigger)})
     unless = f" unless {listed(waits)} has stalled by then" if waits else ""
-    gaps = _gaps({(begin, end) for begin, end in spans if isinstance(begin, int)}, run)
-    return [
-        Finding(
+    for begin, end in _gaps({(begin, end) for begin, end in spans if isinstance(begin, int)}, run):
+        yield Finding(
             "nothing-trains",
             f"nothing trains {_span_text(begin, end)}{unless}: {_NO_GRADIENT} there, and the run "
             "stops.",
             "Let some part train at every step: thaw it earlier, freeze it later, or end the run "
             "where the training ends.",
         )
-        for begin, end in gaps
-    ]
 
 
 def _gaps(spans: set[tuple[int, int | None]], run: Run) -> list[tuple[int, float]]:
@@ -114,22 +107,20 @@ def _span_text(begin: int, end: float) -> str:
     return f"in step {begin}" if end == begin + 1 else f"in steps {begin} to {end - 1:.0f}"
 
 
-def _cannot_train(drafts: Sequence[Draft]) -> list[Finding]:
+def _cannot_train(drafts: Sequence[Draft]) -> Iterator[Finding]:
     """Find the parameters whose dtype has no gradients."""
     found: dict[str, list[str]] = {}
     for draft in drafts:
         if not draft.info.differentiable:
             found.setdefault(draft.info.dtype, []).append(draft.info.name)
-    return [
-        Finding(
+    for dtype, names in found.items():
+        yield Finding(
             "cannot-train",
             f"{listed(names)} has dtype {dtype}, which has no gradients: it stays frozen, whatever "
             "the rules say.",
             "To train it, convert it to a floating-point dtype before the build; otherwise train "
             "other parameters beside it, such as scales or adapters.",
         )
-        for dtype, names in found.items()
-    ]
 
 
 def turned_on(names: Sequence[str], by_model: bool) -> Finding:
@@ -173,81 +164,69 @@ def rebuilt(steps: int) -> Finding:
     )
 
 
-def _set_but_never_trains(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+def _set_but_never_trains(plan: Plan, drafts: Sequence[Draft]) -> Iterator[Finding]:
     touched: dict[str, list[Draft]] = {}  # collected once: rules may be as many as parameters
     for draft in drafts:
         if not draft.info.differentiable:
             continue  # what cannot train has a finding of its own
         for label in {link.rule for link in draft.chains.get("lr", ())}:
             touched.setdefault(label, []).append(draft)
-    findings = []
     for rule in plan.rules:
-        keys = [key for key, _ in rule.settings if key not in CONTROLS or key == "optimizer"]
-        if "lr" not in keys:
+        if "lr" not in dict(rule.settings):
             continue
         hit = touched.get(rule.label, [])
         if hit and all(draft.windows == NEVER for draft in hit):
             names = listed([draft.info.name for draft in hit])
-            findings.append(
-                Finding(
-                    "lr-never-trains",
-                    f"rule {rule.label!r} sets an lr on parameters that never train: {names}.",
-                    "Thaw them in this or a later rule (frozen=False), or drop the lr.",
-                )
+            yield Finding(
+                "lr-never-trains",
+                f"rule {rule.label!r} sets an lr on parameters that never train: {names}.",
+                "Thaw them in this or a later rule (frozen=False), or drop the lr.",
             )
-    return findings
 
 
-def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> list[Finding]:
+def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> Iterator[Finding]:
     if run.steps is None:
-        return []
+        return
     late: dict[int, list[str]] = {}
     for draft in drafts:
         begins = (begin for begin, _ in draft.windows if isinstance(begin, int))
         first = next((begin for begin in begins if begin >= run.steps), None)
         if first is not None:
             late.setdefault(first, []).append(draft.info.name)
-    return [
-        Finding(
+    for step, names in sorted(late.items()):
+        yield Finding(
             "thaw-after-end",
             f"{listed(names)} would thaw at step {step}, but the run ends after {run.steps} steps.",
             "Thaw earlier, lengthen the run, or write frozen=True if that is meant.",
         )
-        for step, names in sorted(late.items())
-    ]
 
 
-def _frozen_by_model(drafts: Sequence[Draft]) -> list[Finding]:
+def _frozen_by_model(drafts: Sequence[Draft]) -> Iterator[Finding]:
     # Where a rule has spoken of the window too, the freezing is what the plan wants.
     names = [draft.info.name for draft in drafts if draft.by_model and draft.info.differentiable]
-    if not names:
-        return []
-    return [
-        Finding(
+    if names:
+        yield Finding(
             "frozen-by-model",
             f"{listed(names)} had requires_grad=False at build and stay frozen.",
             "To train them, add a rule with frozen=False; to say so in the plan, frozen=True.",
         )
-    ]
 
 
-def _lr_zero(cells: Sequence[Cell]) -> list[Finding]:
-    return [
-        Finding(
-            "lr-zero",
-            f"group {cell.name!r} has lr 0 but is not frozen: "
-            f"{listed([info.name for info in cell.parameters])}.",
-            "Write frozen=True: gradients are then not computed and nothing else moves it.",
-        )
-        for cell in cells
-        if cell.windows and cell.constants.get("lr") == 0
-    ]
+def _lr_zero(cells: Sequence[Cell]) -> Iterator[Finding]:
+    for cell in cells:
+        if cell.windows and cell.constants.get("lr") == 0:
+            yield Finding(
+                "lr-zero",
+                f"group {cell.name!r} has lr 0 but is not frozen: "
+                f"{listed([info.name for info in cell.parameters])}.",
+                "Write frozen=True: gradients are then not computed and nothing else moves it.",
+            )
 
 
-def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> list[Finding]:
-    """Return parameters whose bad gradients nobody sees, since the plan looks at norms only."""
+def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> Iterator[Finding]:
+    """Find parameters whose bad gradients nobody sees, since the plan looks at norms only."""
     if plan.nonfinite_check == "all":
-        return []
+        return
     measured = {
         index
         for index, scope in enumerate(scopes)
@@ -259,21 +238,17 @@ def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> li
         if cell.windows and cell.scope not in measured and not is_whole_vector(cell.optimizer)
         for info in cell.parameters
     ]
-    if not names:
-        return []
-    return [
-        Finding(
+    if names:
+        yield Finding(
             "gradients-unchecked",
             "nonfinite_check='norms' looks for NaN and infinite gradients only where a norm is "
             f"computed, and none is of {listed(names)}: theirs would reach the weights.",
             "Leave nonfinite_check out, or clip their norm (clip_norm=).",
         )
-    ]
 
 
-def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
+def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> Iterator[Finding]:
     """Find rules of which later ones override every setting for all their parameters."""
-    findings = []
     effective = {index for d in drafts for rules in d.sources.values() for index in rules}
     for index, rule in enumerate(plan.rules, 1):
         if index in effective:
@@ -286,91 +261,70 @@ def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> list[Finding]:
         if not later:  # top_down on parameters without a layer number says nothing of them
             continue
         others = [rule for place, rule in enumerate(plan.rules[index:]) if later >> place & 1]
-        names = listed([repr(other.label) for other in others])
-        findings.append(
-            Finding(
-                "rule-without-effect",
-                f"rule {rule.label!r} ({_keys(rule)}) has no effect: later rules win, and all that "
-                f"it sets is set again by {names}.",
-                "Put general rules first and special ones after them: move it behind them, or drop "
-                "it.",
-            )
+        keys = ", ".join(f"{key}=" for key, _ in rule.settings)
+        yield Finding(
+            "rule-without-effect",
+            f"rule {rule.label!r} ({keys}) has no effect: later rules win, and all that it sets is "
+            f"set again by {quoted(other.label for other in others)}.",
+            "Put general rules first and special ones after them: move it behind them, or drop it.",
         )
-    return findings
 
 
-def _keys(rule: Rule) -> str:
-    return ", ".join(f"{key}=" for key, _ in rule.settings)
-
-
-def _suspicious(cells: Sequence[Cell], run: Run) -> list[Finding]:
+def _suspicious(cells: Sequence[Cell], run: Run) -> Iterator[Finding]:
     """Find values that are legal and hardly ever meant."""
     found: dict[tuple[str, str], list[str]] = {}
+    steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
     for cell in cells:
         if cell.windows and cell.algorithm is not None:
-            for what in _hardly_meant(cell, run):
-                found.setdefault(what, []).append(repr(cell.name))
-    return [
-        Finding("suspicious-value", f"group {listed(names)}: {what[0]}", what[1])
-        for what, names in found.items()
-    ]
+            for what in _hardly_meant(cell, steps):
+                found.setdefault(what, []).append(cell.name)
+    for (message, fix), names in found.items():
+        yield Finding("suspicious-value", f"group {quoted(names)}: {message}", fix)
 
 
-def _hardly_meant(cell: Cell, run: Run) -> list[tuple[str, str]]:
-    """Return what is suspicious in the values of a group, each with its fix."""
-    name, found = optimizer_name(cell.optimizer), []
+def _hardly_meant(cell: Cell, steps: Floats) -> Iterator[tuple[str, str]]:
+    """Find what is suspicious in the values of a group, each with its fix."""
+    name = optimizer_name(cell.optimizer)
     usual_lr = hyperparameters(cell.optimizer)["lr"]
     moving = dict(cell.moving)
     values = {key: value for key, value in cell.constants.items() if key not in moving}
-    lr, usual = _largest_lr(cell, run), _LARGE_LR.get(name, 100.0)
+    lr, usual = _largest_lr(cell, steps), _LARGE_LR.get(name, 100.0)
     if lr > usual:
-        found.append(
-            (
-                f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
-                f"See whether an exponent lost its sign; the default of {name} is lr={usual_lr:g}.",
-            )
+        yield (
+            f"lr reaches {lr:g}; with {name} more than {usual:g} hardly ever trains.",
+            f"See whether an exponent lost its sign; the default of {name} is lr={usual_lr:g}.",
         )
     decay = values.get("weight_decay", 0.0)
     if decay >= 1:
-        found.append(
-            (
-                f"weight_decay={decay:g} pulls the weights to 0 faster than most gradients move "
-                "them.",
-                "Usual are 0 to 0.1.",
-            )
+        yield (
+            f"weight_decay={decay:g} pulls the weights to 0 faster than most gradients move them.",
+            "Usual are 0 to 0.1.",
         )
     betas = values.get("betas", (0.0, 0.0))
     if betas[0] > betas[1]:
-        found.append(
-            (
-                f"betas={betas!r} remember the direction longer than the size of gradients; they "
-                "look swapped.",
-                f"Write betas=({betas[1]!r}, {betas[0]!r}).",
-            )
+        yield (
+            f"betas={betas!r} remember the direction longer than the size of gradients; they look "
+            "swapped.",
+            f"Write betas=({betas[1]!r}, {betas[0]!r}).",
         )
-    if values.get("momentum", 0.0) >= 1:
-        found.append(
-            (f"momentum={values['momentum']:g} never forgets a gradient.", "Usual is momentum=0.9.")
-        )
-    return found
+    momentum = values.get("momentum", 0.0)
+    if momentum >= 1:
+        yield f"momentum={momentum:g} never forgets a gradient.", "Usual is momentum=0.9."
 
 
-def _largest_lr(cell: Cell, run: Run) -> float:
-    """Return about the largest lr of a group in the run, from some of its steps."""
+def _largest_lr(cell: Cell, steps: Floats) -> float:
+    """Return the largest lr of a group at some steps."""
     setting = dict(cell.hyper)["lr"]
     assert isinstance(setting, Setting)  # the forms refuse several values of lr
-    curves = [*setting.curves, *([cell.schedule] if cell.schedule is not None else [])]
-    lr = setting.scale
-    if curves:
-        steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
-        for curve in curves:
-            lr = lr * curve.at(steps)
+    lr = setting.value(lambda curve: curve.at(steps))
+    if cell.schedule is not None:
+        lr = lr * cell.schedule.at(steps)
     return float(np.max(lr))
 
 
-def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> list[Finding]:
+def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -> Iterator[Finding]:
     if not seen.compiled:
-        return []
+        return
     end = math.inf if run.steps is None else run.steps
     moments = {
         moment if isinstance(moment, int) else moment.key
@@ -379,25 +333,19 @@ def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -
         for moment in span
         if isinstance(moment, Trigger) or (moment is not None and 0 < moment < end)
     }
-    stages, limit = len(moments) + 1, _recompile_limit()
-    if stages <= limit:
-        return []
-    return [
-        Finding(
+    stages = len(moments) + 1
+    config = sys.modules.get("torch._dynamo.config")  # there if anything was compiled
+    limit = getattr(config, "recompile_limit", _RECOMPILE_LIMIT)
+    if stages > limit:
+        yield Finding(
             "recompile-limit",
             f"the plan goes through {stages} stages of what trains, each compiled anew, but "
             f"torch.compile gives up and runs uncompiled after {limit} versions.",
             f"Thaw in fewer stages, or set torch._dynamo.config.recompile_limit = {stages + 1}.",
         )
-    ]
 
 
-def _recompile_limit() -> int:
-    config = sys.modules.get("torch._dynamo.config")  # there if anything was compiled
-    return int(getattr(config, "recompile_limit", _RECOMPILE_LIMIT))
-
-
-def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> list[Finding]:
+def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> Iterator[Finding]:
     order = list(windows)
     moments = sorted(
         {step for spans in windows.values() for span in spans for step in span if type(step) is int}
@@ -409,17 +357,14 @@ def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> 
             active = {name for name in windows if _trains(windows[name], step)}
             if active & below and not active.intersection(order[:first]):
                 cut.setdefault(path, step)
-    if not cut:
-        return []
-    return [
-        Finding(
+    if cut:
+        yield Finding(
             "reentrant-behind-frozen",
             f"{listed(list(cut))} is under reentrant activation checkpointing and nothing before "
             f"it trains from step {min(cut.values())} on: its parameters would get no gradient.",
             "Use checkpointing with use_reentrant=False, or let its input require a gradient "
             "(in Transformers: model.enable_input_require_grads()).",
         )
-    ]
 
 
 def _trains(windows: Windows, step: int) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import nn
 
+from .._util.text import listed
 from ..algorithms.registry import (
     algorithm_of,
     check_hyperparameters,
@@ -16,7 +17,7 @@ from ..algorithms.registry import (
     optimizer_name,
     options,
 )
-from ..errors import HyperparameterError, PlanError, ScheduleError
+from ..errors import HyperparameterError, PlanError
 from ..model.parameters import Observed, Owned, observe, walk
 from ..plan.plan import Plan
 from ..plan.reactions import Reaction, key_of
@@ -25,7 +26,8 @@ from ..schedules.base import EXACT, Floats, boundaries, steps_to_check
 from ..schedules.duration import Run
 from .cascade import Draft, cascade
 from .findings import find
-from .resolved import Cell, Resolved, Scope, Setting, Trigger
+from .resolved import Cell, Resolved, Scope, Setting, Trigger, each_part
+from .timeline import judged_values
 
 #: a schedule over an unknown run is judged on this many steps
 _HORIZON = 1000
@@ -58,11 +60,10 @@ def resolve_owned(
     binder = _Binder(planned, run)
     scopes = _scopes(plan, drafts, binder)
     place = {scope.rule: index for index, scope in enumerate(scopes)}
-    merged: dict[Any, list[Draft]] = {}
+    merged: dict[Cell, list[Draft]] = {}
     for draft in drafts:
-        merged.setdefault(_key(draft, place, binder), []).append(draft)
-    cells = tuple(_cell(key, members) for key, members in merged.items())
-    cells = _distinct_names(cells)
+        merged.setdefault(_settled(draft, place, binder), []).append(draft)
+    cells = _named(merged)
     for cell in cells:
         _judge(cell, binder)
     _judge_whole_vector(cells)
@@ -71,7 +72,7 @@ def resolve_owned(
         for operation, amount in scope.operations:
             binder.judge_all(amount.curves, f"{operation.source_name} of {scope.name}")
     chains = {name: draft.chains for draft in drafts for name in draft.info.names}
-    findings = find(plan, drafts, cells, run, seen, scopes)
+    findings = find(plan, drafts, cells, run, seen or Observed(), scopes)
     held = None if planned == run else planned
     return Resolved(plan, run, cells, scopes, _reactions(plan, drafts), findings, chains, held)
 
@@ -93,20 +94,20 @@ def _reactions(plan: Plan, drafts: list[Draft]) -> tuple[tuple[str, Reaction], .
 
 def _refuse_tensors(cells: tuple[Cell, ...], owned: dict[str, Owned]) -> None:
     """Raise `PlanError` for a parameter that its optimizer cannot train (Muon on a vector)."""
-    refused = {
-        info.name: (info, refusal)
+    refused = [
+        (info, refusal)
         for cell in cells
         if cell.algorithm is not None and cell.windows
         for info in cell.parameters
         if (refusal := cell.algorithm.refusal(owned[info.name].tensor))
-    }
+    ]
     if refused:
-        name, (_, refusal) = next(iter(refused.items()))
-        small = "ndim<2" if any(info.ndim < 2 for info, _ in refused.values()) else None
-        others = [info.name for info, _ in refused.values() if info.ndim >= 2]
-        pattern = " | ".join(([small] if small else []) + others)
+        first, refusal = refused[0]
+        others = [info.name for info, _ in refused if info.ndim >= 2]
+        small = ["ndim<2"] if len(others) < len(refused) else []
+        pattern = " | ".join(small + others)
         raise PlanError(
-            f"{name!r} {refusal}, by a last rule: "
+            f"{first.name!r} {refusal}, by a last rule: "
             f"lamina.Rule({pattern!r}, optimizer=lamina.AdamW, lr=1e-3)."
         )
 
@@ -169,8 +170,7 @@ class _Binder:
     def setting(self, setting: Setting) -> Setting:
         if not setting.curves:
             return setting
-        curves = tuple(self.schedule(curve) for curve in setting.curves)
-        return replace(setting, curves=curves)
+        return replace(setting, curves=tuple(map(self.schedule, setting.curves)))
 
     def amount(self, amount: float | Schedule) -> Setting:
         if isinstance(amount, Schedule):
@@ -181,29 +181,15 @@ class _Binder:
         """Return the smallest and the largest value of a setting over the run."""
         if not setting.curves:
             return setting.scale, setting.scale
-        values = setting.scale
         steps = self.steps(setting.curves)
-        for curve in setting.curves:
-            values = values * curve.at(steps)
+        values = setting.value(lambda curve: curve.at(steps))
         return float(values.min()), float(values.max())
 
     def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:
         for curve in curves:
             if curve not in self.judged:
-                judge_values(curve, self.steps((curve,)), where)
+                judged_values(curve, self.steps((curve,)), f"{where}: ")
                 self.judged.add(curve)
-
-
-def judge_values(schedule: Schedule, steps: Floats, where: str) -> None:
-    """Raise `ScheduleError`, naming the step, if a value is negative or not finite."""
-    values = schedule.at(steps)
-    bad = ~((values >= 0) & np.isfinite(values))
-    if bad.any():
-        place = int(np.argmax(bad))
-        raise ScheduleError(
-            f"{where}: {schedule!r} gives {values[place]:g} at step {steps[place]:g}; "
-            "expected a finite number of at least 0 at every step."
-        )
 
 
 def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ...]:
@@ -218,56 +204,40 @@ def _scopes(plan: Plan, drafts: list[Draft], binder: _Binder) -> tuple[Scope, ..
     )
 
 
-def _key(draft: Draft, place: dict[int, int], binder: _Binder) -> Any:
-    hyper = tuple(
-        (
-            key,
-            tuple(map(binder.setting, value))
-            if isinstance(value, tuple)
-            else binder.setting(value),
-        )
-        for key, value in draft.hyper.items()
-    )
-    scope = None if draft.operations is None else place[draft.operations[0]]
-    schedule, rewarm = binder.optional(draft.schedule), binder.optional(draft.rewarm)
-    feedback = None if draft.feedback is None else draft.feedback[0]
-    frozen = (draft.windows, draft.by_model, draft.hold, draft.frozen_state)
-    return draft.optimizer, hyper, schedule, rewarm, feedback, *frozen, scope
-
-
-def _cell(key: Any, members: list[Draft]) -> Cell:
-    optimizer, hyper, schedule, rewarm, feedback, windows, by_model, hold, frozen_state, scope = key
-    names = list(dict.fromkeys(" + ".join(draft.rules) or "default" for draft in members))
-    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
-    name = ", ".join(names[:2] if more else names) + more
-    infos = tuple(draft.info for draft in members)
-    rules = tuple(dict.fromkeys(rule for draft in members for rule in draft.rules))
+def _settled(draft: Draft, place: dict[int, int], binder: _Binder) -> Cell:
+    """Return the group of a parameter, still without a name and members: equal ones are one."""
     return Cell(
-        name,
-        optimizer,
-        algorithm_of(optimizer),
-        hyper,
-        schedule,
-        rewarm,
-        feedback,
-        windows,
-        hold,
-        frozen_state,
-        scope,
-        rules,
-        infos,
-        by_model,
+        name="",
+        optimizer=draft.optimizer,
+        algorithm=algorithm_of(draft.optimizer),
+        hyper=tuple((key, each_part(value, binder.setting)) for key, value in draft.hyper.items()),
+        schedule=binder.optional(draft.schedule),
+        rewarm=binder.optional(draft.rewarm),
+        feedback=None if draft.feedback is None else draft.feedback[0],
+        windows=draft.windows,
+        hold=draft.hold,
+        frozen_state=draft.frozen_state,
+        scope=None if draft.operations is None else place[draft.operations[0]],
+        rules=(),
+        parameters=(),
+        by_model=draft.by_model,
     )
 
 
-def _distinct_names(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    seen: dict[str, int] = {}
-    named = []
-    for cell in cells:
-        seen[cell.name] = seen.get(cell.name, 0) + 1
-        count = seen[cell.name]
-        named.append(cell if count == 1 else replace(cell, name=f"{cell.name} #{count}"))
-    return tuple(named)
+def _named(merged: dict[Cell, list[Draft]]) -> tuple[Cell, ...]:
+    """Return the groups with their members, named after the rules that match these."""
+    seen: Counter[str] = Counter()
+    cells = []
+    for cell, members in merged.items():
+        names = list(dict.fromkeys(" + ".join(draft.rules) or "default" for draft in members))
+        name = listed(names, 2) if len(names) > 3 else ", ".join(names)
+        seen[name] += 1
+        if seen[name] > 1:
+            name = f"{name} #{seen[name]}"
+        rules = tuple(dict.fromkeys(rule for draft in members for rule in draft.rules))
+        infos = tuple(draft.info for draft in members)
+        cells.append(replace(cell, name=name, rules=rules, parameters=infos))
+    return tuple(cells)
 
 
 def _judge(cell: Cell, binder: _Binder) -> None:

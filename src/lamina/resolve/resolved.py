@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,6 +37,11 @@ class Setting:
 
     scale: Any
     curves: tuple[Schedule, ...] = ()
+
+
+def each_part(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return what `change` makes of a value, or of every part of a tuple (`betas`)."""
+    return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
 
 class Origin(NamedTuple):
@@ -101,12 +106,7 @@ class Cell:
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The hyperparameters that never change; those that move stand in it with their scale."""
-        return {
-            key: tuple(part.scale for part in setting)
-            if isinstance(setting, tuple)
-            else setting.scale
-            for key, setting in self.hyper
-        }
+        return {key: each_part(setting, lambda part: part.scale) for key, setting in self.hyper}
 
     @cached_property
     def moving(self) -> tuple[tuple[str, Setting | tuple[Setting, ...]], ...]:

@@ -17,7 +17,8 @@ from ..errors import ScheduleError
 from ..gradients.operations import Operation
 from ..plan.history import value_at
 from ..schedules import Schedule
-from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger
+from ..schedules.base import Floats
+from .resolved import ALWAYS, Cell, Resolved, Setting, Trigger, each_part
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,7 @@ def _product(setting: Setting, curve: Callable[[Schedule], Any]) -> Any:
 def _given(cell: Cell, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
     values = dict(cell.constants)
     for key, setting in cell.moving:
-        values[key] = (
-            tuple(_product(part, curve) for part in setting)
-            if isinstance(setting, tuple)
-            else _product(setting, curve)
-        )
+        values[key] = each_part(setting, lambda part: _product(part, curve))
     return values
 
 
@@ -177,16 +174,26 @@ class Values:
 
     def _curve(self, schedule: Schedule) -> Any:
         if schedule not in self._curves:
-            values = schedule.at(self._steps)
-            bad = ~((values >= 0) & np.isfinite(values))
-            if bad.any():
-                place = int(np.argmax(bad))
-                raise ScheduleError(
-                    f"{schedule!r} gives {values[place]:g} at step {self._steps[place]:g}; "
-                    "expected a finite number of at least 0 at every step."
-                )
+            values = judged_values(schedule, self._steps)
             self._curves[schedule] = float(values[0]) if self._scalar else values
         return self._curves[schedule]
+
+
+def judged_values(schedule: Schedule, steps: Floats, where: str = "") -> Floats:
+    """Return the values of a schedule at some steps, all of them finite and at least 0.
+
+    Raises:
+        ScheduleError: for any other value, naming its step; the message begins with `where`.
+    """
+    values = schedule.at(steps)
+    bad = ~((values >= 0) & np.isfinite(values))
+    if bad.any():
+        place = int(np.argmax(bad))
+        raise ScheduleError(
+            f"{where}{schedule!r} gives {values[place]:g} at step {steps[place]:g}; "
+            "expected a finite number of at least 0 at every step."
+        )
+    return values
 
 
 def values_at(resolved: Resolved, step: Any, feedback: Feedback = NO_FEEDBACK) -> Values:
@@ -198,11 +205,14 @@ def values_at(resolved: Resolved, step: Any, feedback: Feedback = NO_FEEDBACK) -
     return Values(resolved, step, feedback)
 
 
-class _Spliced(Values):
-    """The values of one settlement of a plan before a step, those of another from it on."""
+class Spliced(Values):
+    """The values of one settlement of a plan before a step, those of another from it on.
 
-    def __init__(self, before: Values, after: Values, past: Any) -> None:
-        self._before, self._after, self._past = before, after, past
+    So is a run that was settled anew at this step, its clock then.
+    """
+
+    def __init__(self, before: Values, after: Values, step: Any, clock: int) -> None:
+        self._before, self._after, self._past = before, after, np.asarray(step) < clock
         cells, known = after._resolved.cells, before._resolved.cell_of
         # By parameter, as equal names need not be equal groups. A group whose parameters were in
         # several shows the past of the first; `Preview.at` and `explain` know that of each.
@@ -230,8 +240,3 @@ class _Spliced(Values):
             return old if self._past else new
         same = not isinstance(new, np.ndarray) and not isinstance(old, np.ndarray) and old == new
         return new if same else np.where(self._past, old, new)
-
-
-def spliced(before: Values, after: Values, step: Any, clock: int) -> Values:
-    """Return the values of a run that was settled anew at a step: `before` it, and `after`."""
-    return _Spliced(before, after, np.asarray(step) < clock)
