@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .._util.notices import Notices
@@ -19,6 +20,7 @@ from .checks import untrained
 Groups = Sequence[dict[str, Any]]
 
 
+@dataclass(frozen=True, eq=False)
 class Contradictions:
     """Warns, once each, of what somebody did to the model or its flags against the plan.
 
@@ -31,31 +33,22 @@ class Contradictions:
         notices: the warnings given so far.
     """
 
-    def __init__(
-        self,
-        resolved: Resolved,
-        freezer: Freezer,
-        claim: Claim,
-        exchange: Exchange,
-        monitor: Monitor,
-        notices: Notices,
-    ) -> None:
-        self._resolved = resolved
-        self._freezer = freezer
-        self._claim = claim
-        self._exchange = exchange
-        self._monitor = monitor
-        self._notices = notices
+    resolved: Resolved
+    freezer: Freezer
+    claim: Claim
+    exchange: Exchange
+    monitor: Monitor
+    notices: Notices
 
     def report_rebuilt(self, loaded: bool) -> None:
         """Warn that this optimizer replaced one of the same plan, unless its state was loaded."""
         if not loaded:
-            self._notices.tell(rebuilt(self._claim.lost_steps), key="rebuilt")
-        self._claim.lost_steps = 0
+            self.notices.tell(rebuilt(self.claim.lost_steps), key="rebuilt")
+        self.claim.lost_steps = 0
 
     def check_flags(self, groups: Groups) -> None:
         """Warn of `requires_grad` that contradicts the plan."""
-        for cell, names, params in self._freezer.turned(groups):
+        for cell, names, params in self.freezer.turned(groups):
             if params[0].requires_grad:
                 self.report_flags(cell, names, on=True)
             elif not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
@@ -64,14 +57,14 @@ class Contradictions:
     def report_flags(self, cell: Cell, names: Sequence[str], on: bool) -> None:
         """Warn of parameters whose flag was turned on, or off, by hand."""
         finding = turned_on(names, cell.by_model) if on else turned_off(names)
-        self._notices.tell(finding, key=f"{finding.code} {cell.name}")
+        self.notices.tell(finding, key=f"{finding.code} {cell.name}")
 
     def check_places(self, groups: Groups, clock: int) -> None:
         """Warn of parameters that were replaced since the build: the old ones have no gradient."""
-        if not self._monitor.search.is_due(clock):
+        if not self.monitor.search.is_due(clock):
             return
         if any(is_sharded(param) for group in groups for param in group["params"]):
             return
-        elsewhere = self._claim.trained_elsewhere()
-        for finding in untrained(self._resolved, groups, self._exchange.model, elsewhere):
-            self._notices.tell(finding)
+        elsewhere = self.claim.trained_elsewhere()
+        for finding in untrained(self.resolved, groups, self.exchange.model, elsewhere):
+            self.notices.tell(finding)

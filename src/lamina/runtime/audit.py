@@ -180,13 +180,10 @@ def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
     """
     sums = [_checksum(tensor) for tensor in tensors]
     totals = [0] * len(sums)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, total in enumerate(sums):
-        by_device.setdefault(total.device, []).append(index)
-    for indices in by_device.values():  # one wait for each device
-        for index, value in zip(
-            indices, torch.stack([sums[i] for i in indices]).tolist(), strict=True
-        ):
+    for device in {total.device for total in sums}:  # one wait for each device
+        here = [index for index, total in enumerate(sums) if total.device == device]
+        values = torch.stack([sums[index] for index in here]).tolist()
+        for index, value in zip(here, values, strict=True):
             totals[index] = value
     return totals
 

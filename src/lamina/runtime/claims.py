@@ -46,9 +46,10 @@ class Claim:
         for other in () if resumed else self._others():
             if other._is_over:
                 continue
-            shared = list(self._shared(other))
+            shared = self._shared(other)
             for mine, theirs, name in shared:
-                if self._disagrees(mine, theirs, other):
+                # The same windows are those of a plan that is built again, at whatever step.
+                if mine.windows != theirs.windows and self._ahead(mine) != other._ahead(theirs):
                     raise PlanError(_conflict(mine, theirs, name))
             if any(mine.windows and theirs.windows for mine, theirs, _ in shared):
                 self.lost_steps = max(self.lost_steps, other._clock)
@@ -58,43 +59,33 @@ class Claim:
         """End the plan's say."""
         _IN_FORCE.discard(self)
 
-    @property
-    def in_force(self) -> bool:
-        """Return whether the plan has a say on the model."""
-        return self in _IN_FORCE
-
     def trained_elsewhere(self) -> frozenset[int]:
         """Return the ids of the parameters that another plan in force trains in its next step."""
         return frozenset(
-            at
-            for other in self._others()
-            for at, cell in other._cells_by_id().items()
-            if other._trains(cell)
+            at for other in self._others() for cell, at, _ in other._rows() if other._trains(cell)
         )
 
     def governed_elsewhere(self) -> frozenset[int]:
         """Return the ids of the parameters that another plan in force trains or freezes."""
-        return frozenset(at for other in self._others() for at in other._cells_by_id())
+        return frozenset(at for other in self._others() for _, at, _ in other._rows())
 
     def _others(self) -> list[Claim]:
         return [other for other in _IN_FORCE if other is not self]
 
     def _cells_by_id(self) -> dict[int, Cell]:
         """Return the cell of each parameter that the plan speaks of."""
-        return {
-            id(param): cell
-            for cell, group in zip(self._cells, self._groups, strict=True)
-            if not cell.by_model
-            for param in group["params"]
-        }
+        return {at: cell for cell, at, _ in self._rows()}
 
-    def _shared(self, other: Claim) -> Iterator[tuple[Cell, Cell, str]]:
+    def _shared(self, other: Claim) -> list[tuple[Cell, Cell, str]]:
         theirs = other._cells_by_id()
+        return [(cell, theirs[at], name) for cell, at, name in self._rows() if at in theirs]
+
+    def _rows(self) -> Iterator[tuple[Cell, int, str]]:
+        """Yield each parameter that the plan speaks of: its cell, id and name."""
         for cell, group in zip(self._cells, self._groups, strict=True):
             if not cell.by_model:
                 for param, name in zip(group["params"], group["param_names"], strict=True):
-                    if id(param) in theirs:
-                        yield cell, theirs[id(param)], name
+                    yield cell, id(param), name
 
     @property
     def _clock(self) -> int:
@@ -120,12 +111,8 @@ class Claim:
             if end > now
         ]
 
-    def _disagrees(self, mine: Cell, theirs: Cell, other: Claim) -> bool:
-        # The same windows are those of a plan that is built again, at whatever step.
-        return mine.windows != theirs.windows and self._ahead(mine) != other._ahead(theirs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "in force": self.in_force}
+        return {**self.__dict__, "in force": self in _IN_FORCE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         in_force = state.pop("in force")

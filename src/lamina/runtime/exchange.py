@@ -83,13 +83,8 @@ class Exchange:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but process groups, which cannot be copied; the next step looks again."""
-        return {
-            **self.__dict__,
-            "gradients": None,
-            "shards": None,
-            "shards_by_scope": {},
-            "_flat": {},
-        }
+        anew = {"gradients": None, "shards": None, "shards_by_scope": {}, "_flat": {}}
+        return self.__dict__ | anew
 
     def adopt(self, groups: Groups) -> bool:
         """Put the sharded parameters of the model into the groups, for those they were made of.
@@ -148,11 +143,10 @@ class Exchange:
     def _refuse_vector(self, groups: Groups) -> None:
         for cell, group in zip(self._resolved.cells, groups, strict=True):
             method = method_of(cell.optimizer)
-            if method is None or method.unit == "element":
+            if method is None or not cell.windows:
                 continue
             for info, param in zip(cell.parameters, group["params"], strict=True):
-                why = unit_refusal(method.name, method.unit, param)
-                if why and cell.windows:
+                if why := unit_refusal(method.name, method.unit, param):
                     raise PlanError(f"{info.name!r} {why}.")
 
     def _refuse_lost(self, groups: Groups) -> None:
@@ -204,12 +198,11 @@ class Exchange:
         """Note which process group has the other parts, for each scope and for all together."""
         known: dict[str, Any] = {}
         scopes: dict[int, dict[str, Any]] = {}
-        tensors: list[torch.Tensor] = []
+        tensors = [param for group in groups for param in group["params"]]
         for cell, group in zip(self._resolved.cells, groups, strict=True):
             for info, param in zip(cell.parameters, group["params"], strict=True):
                 part = flat.get(id(param))
                 known[info.name] = None if part is None else part.group
-                tensors.append(param)
                 if cell.scope is not None:
                     scopes.setdefault(cell.scope, {})[info.name] = known[info.name]
         if not any(group is not None for group in known.values()):

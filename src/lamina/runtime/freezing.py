@@ -77,9 +77,9 @@ class Freezer:
         if changed:
             pairs = zip(groups, active, strict=True)
             self.trained = sum(len(group["params"]) for group, now in pairs if now)
-        if changed and not self._released:
-            self.with_gradient = self.trained
-            self._lock(groups)
+            if not self._released:
+                self.with_gradient = self.trained
+                self._lock(groups)
 
     def settle(self, groups: Groups, clock: int) -> None:
         """Look once more in the first step: the model may have been wrapped since the build.
