@@ -17,7 +17,7 @@ from ..kernels.memory_check import plainly_fit
 from ..optim.updates import Group, OptimizerState, Tensors, Updates, names_of
 from ..resolve.resolved import Cell
 from .build import build_guest
-from .memory import OURS, Contents, GuestMemory, apart, copies, is_torchs
+from .memory import OURS, Contents, GuestMemory, apart, copies, own_attributes
 from .packing import UnwritableError, pack, unpack
 from .rehearsal import steps_with
 
@@ -80,8 +80,7 @@ class Guests(Updates):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all parts, with the attributes of guests that torch leaves out of a copy."""
-        guests = dict.fromkeys(self._of.values())
-        kept = [(g, {k: v for k, v in vars(g).items() if not is_torchs(k)}) for g in guests]
+        kept = [(guest, own_attributes(guest)) for guest in self._memories]
         return {**self.__dict__, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,11 +110,8 @@ class Guests(Updates):
         torch's own make tensors of the numbers that older versions kept.
         """
         guest = self._of[group["name"]]
-        apart = guest.__class__.__new__(guest.__class__)
-        apart.__dict__.update(guest.__dict__)
-        apart.__setstate__(
-            {"state": {param: entry}, "param_groups": [{**group, "params": [param]}]}
-        )
+        own = {"state": {param: entry}, "param_groups": [{**group, "params": [param]}]}
+        apart(guest, loose={}, state={}, groups=[]).__setstate__(own)
 
     def set_mode(self, mode: str, names: Collection[str]) -> None:
         """Call `train()` or `eval()` on the guests that have it, for these groups alone.
@@ -124,12 +120,16 @@ class Guests(Updates):
         end of a step, so in training mode, and takes no part in a change of modes until it thaws.
         What was frozen by hand may thaw in either mode, and goes along with its group.
         """
-        for guest in dict.fromkeys(self._of.values()):
+        for guest in self._memories:
             switch = getattr(guest, mode, None)
             chosen = [group for group in guest.param_groups if group["name"] in names]
             if callable(switch) and chosen:
-                with _alone(guest, chosen), self._at_work(guest):
-                    switch()
+                every, guest.param_groups = guest.param_groups, chosen
+                try:
+                    with self._at_work(guest):
+                        switch()
+                finally:
+                    guest.param_groups = every
 
     def batch(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> Batch:
         """Put gradients into a batch for the gradient operations; the guest has the state."""
@@ -404,7 +404,7 @@ class Guests(Updates):
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
         """Describe a value of the plan that a guest has replaced; "" if none did."""
-        for guest in dict.fromkeys(self._of.values()):
+        for guest in self._memories:
             for group in guest.param_groups:
                 for key, value in published[group["name"]].items():
                     if group[key] is not value and group[key] != value:
@@ -468,13 +468,3 @@ def _unwritable(guest: torch.optim.Optimizer, error: Exception, place: str, key:
         f"the guest optimizer {optimizer_name(type(guest))} keeps {error} in the {place}, under "
         f"{key!r}, which a checkpoint cannot hold."
     )
-
-
-@contextmanager
-def _alone(guest: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Let a guest see these groups only."""
-    every, guest.param_groups = guest.param_groups, groups
-    try:
-        yield
-    finally:
-        guest.param_groups = every

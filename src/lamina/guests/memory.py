@@ -152,12 +152,11 @@ class GuestMemory:
 
 def own_attributes(guest: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the attributes of an optimizer that torch does not make anew itself."""
-    return {name: value for name, value in vars(guest).items() if not is_torchs(name)}
-
-
-def is_torchs(attribute: str) -> bool:
-    """Return whether torch makes an attribute of an optimizer itself: hooks, a patched `step`."""
-    return attribute in _TORCHS or attribute.startswith("_optimizer_")
+    return {
+        name: value
+        for name, value in vars(guest).items()
+        if name not in _TORCHS and not name.startswith("_optimizer_")  # hooks, a patched `step`
+    }
 
 
 def apart(

@@ -51,10 +51,18 @@ def construct(
     common = {k: v for k, v in given[0].items() if k in known}
     # A value that is left to the class elsewhere must be spelled where it is the default.
     spelled = [
-        {k for k, v in each.items() if k not in known or _differs(k, v, common, made)}
+        {k for k, v in each.items() if k not in known or v != common.get(k, made.get(k, v))}
         for each in values
     ]
-    guest = _built(optimizer, values, params, common, spelled)
+
+    def build() -> torch.optim.Optimizer:
+        groups = [
+            RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
+            for each, chosen, keys in zip(values, params, spelled, strict=True)
+        ]
+        return over(groups, optimizer, common)
+
+    guest = build()
     missed = [
         {key for key in each.keys() & group.keys() if not alike(each[key], group[key])}
         for each, group in zip(values, guest.param_groups, strict=False)
@@ -67,21 +75,7 @@ def construct(
     if not kept or len(missed) != len(values):
         return guest
     spelled = [one | (other & kept) for one, other in zip(spelled, missed, strict=True)]
-    return _built(optimizer, values, params, common, spelled)
-
-
-def _built(
-    optimizer: type[torch.optim.Optimizer],
-    values: Sequence[Values],
-    params: Sequence[Sequence[torch.Tensor]],
-    common: Values,
-    spelled: Sequence[set[str]],
-) -> torch.optim.Optimizer:
-    groups = [
-        RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
-        for each, chosen, keys in zip(values, params, spelled, strict=True)
-    ]
-    return over(groups, optimizer, common)
+    return build()
 
 
 def alike(given: Any, made: Any) -> bool:
@@ -91,10 +85,6 @@ def alike(given: Any, made: Any) -> bool:
     if isinstance(made, (list, tuple)) and isinstance(given, (list, tuple)):
         return len(made) == len(given) and all(map(alike, given, made))
     return made is given or bool(made == given)
-
-
-def _differs(key: str, value: Any, common: Values, made: Values) -> bool:
-    return bool(value != common.get(key, made.get(key, value)))
 
 
 @dataclass(frozen=True)

@@ -223,13 +223,15 @@ def _silent(
     clock, seen = groups[0]["clock"], groups[0]["feedback"]
     names = []
     for cell, info, param in rows:
+        spans = Feedback(seen=seen).windows(cell)
         if cell.algorithm is None or is_whole_vector(cell.optimizer):
             silent, since = info.name not in received.names, float(received.since)
         else:
             silent = info.name not in new and not float(state[param]["step"])
             silent = silent and (param.numel() > 0 or not is_flattened(param))  # no part of it here
-            since = _count_began(cell, clock, seen)
-        if silent and _steps_trained(cell, clock, seen, since) >= after:
+            since = _count_began(cell, spans, clock)
+        steps = sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
+        if silent and steps >= after:
             names.append(info.name)
     if names:
         yield Finding(
@@ -240,18 +242,10 @@ def _silent(
         )
 
 
-def _steps_trained(
-    cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]], since: float = 0
-) -> float:
-    spans = Feedback(seen=seen).windows(cell)
-    return sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
-
-
-def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
+def _count_began(cell: Cell, spans: Sequence[tuple[float, float]], clock: int) -> float:
     """Return the step from which the updates of a cell's parameters are counted."""
     if cell.frozen_state == "keep":
         return 0
-    spans = Feedback(seen=seen).windows(cell)
     return next((start for start, end in spans if start <= clock < end), clock)
 
 

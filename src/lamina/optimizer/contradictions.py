@@ -14,13 +14,12 @@ from ..resolve.resolved import Cell, Resolved
 from ..runtime.claims import Claim
 from ..runtime.exchange import Exchange
 from ..runtime.freezing import Freezer
-from ..runtime.monitor import Monitor
 from .checks import untrained
 
 Groups = Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Contradictions:
     """Warns, once each, of what somebody did to the model or its flags against the plan.
 
@@ -29,7 +28,6 @@ class Contradictions:
         freezer: what sets the flags.
         claim: what knows the other plans in force.
         exchange: what knows the model.
-        monitor: what says when a costly search is due.
         notices: the warnings given so far.
     """
 
@@ -37,8 +35,10 @@ class Contradictions:
     freezer: Freezer
     claim: Claim
     exchange: Exchange
-    monitor: Monitor
     notices: Notices
+    #: the step in which to search the model again, and how many steps that was after the last time
+    search_due: int = 0
+    search_wait: int = 0
 
     def report_rebuilt(self, loaded: bool) -> None:
         """Warn that this optimizer replaced one of the same plan, unless its state was loaded."""
@@ -61,8 +61,11 @@ class Contradictions:
 
     def check_places(self, groups: Groups, clock: int) -> None:
         """Warn of parameters that were replaced since the build: the old ones have no gradient."""
-        if not self.monitor.search.is_due(clock):
+        if clock < self.search_due:
             return
+        # The search is dear: ever more rarely, while nothing is found.
+        self.search_wait = max(1, 2 * self.search_wait)
+        self.search_due = clock + self.search_wait
         if any(is_sharded(param) for group in groups for param in group["params"]):
             return
         elsewhere = self.claim.trained_elsewhere()

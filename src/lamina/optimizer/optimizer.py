@@ -119,7 +119,6 @@ class Optimizer(Engine):
             self._freezer,
             self._claim,
             self._exchange,
-            self._monitor,
             self._run_state.notices,
         )
         for group in self.param_groups:  # so that nothing needs a step to have state
@@ -238,9 +237,7 @@ class Optimizer(Engine):
             self._skip(error)
             return
         self._apply(batches)
-        written_by_guest = ""
-        if self._guests.present:
-            written_by_guest = self._guests.own_writes(self._run_state.published)
+        written_by_guest = self._guests.own_writes(self._run_state.published)
         self._advance()
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
@@ -310,7 +307,7 @@ class Optimizer(Engine):
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
-        if norms and self._monitor.watches_norms:
+        if norms and self._monitor.clip.open:
             self._monitor.measured(norms)
 
     def _sharded_scopes(self) -> dict[int, list[Batch]]:
@@ -609,10 +606,7 @@ class Optimizer(Engine):
             )
 
     def _restore(
-        self,
-        state_dict: Any,
-        strict: bool = False,
-        renamed: Mapping[str, str | None] | None = None,
+        self, state_dict: Any, strict: bool, renamed: Mapping[str, str | None] | None
     ) -> None:
         self._follow_model()
         if isinstance(state_dict, Mapping):

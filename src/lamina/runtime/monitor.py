@@ -49,10 +49,7 @@ class Monitor:
         self._had_report = False
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._trainer = LightningTrainer(model)
-        self._clip = ClippedElsewhere()
-        #: whether `measured` is still looking for clipping by somebody else
-        self.watches_norms = self._clip.open
-        self.search = Backoff()  # for parameters that were replaced
+        self.clip = ClippedElsewhere()
         #: whether weights are compared before and after some steps
         self.samples = _has_half(resolved)
         #: the step in which `_look` has something to do
@@ -203,7 +200,7 @@ class Monitor:
 
     def measured(self, norms: Mapping[str, torch.Tensor]) -> None:
         """Look at the norms of a step, which were read on the host already."""
-        limit = self._clip.after_step([float(norm) for norm in norms.values()])
+        limit = self.clip.after_step([float(norm) for norm in norms.values()])
         if limit is not None:
             self._tell(
                 "clipped-elsewhere",
@@ -214,13 +211,12 @@ class Monitor:
                 "(Lightning's gradient_clip_val, Transformers' max_grad_norm=0), or clip_norm= "
                 "from the plan.",
             )
-        self.watches_norms = self._clip.open
 
     # --- weights of 16 bits --------------------------------------------------------------------
 
     def sample(self, batches: Sequence[Batch], clock: int) -> Sample | None:
         """Return numbers of a 16-bit parameter before the update, at a few steps of the run."""
-        if not self.samples or clock not in _SAMPLED:
+        if clock not in _SAMPLED:
             return None
         found = [
             (param.numel(), batch, index)
@@ -254,21 +250,6 @@ class Monitor:
         index = next(i for i, cell in enumerate(self._resolved.cells) if cell.name == name)
         steps = np.unique(np.linspace(0, (self._resolved.run.steps or 1000) - 1, 500).round())
         return float(np.max(values_at(self._resolved, steps).lr(index)))
-
-
-class Backoff:
-    """Says when to look for what is dear to look for: ever more rarely, while nothing is found."""
-
-    def __init__(self) -> None:
-        self._due = self._wait = 0
-
-    def is_due(self, clock: int) -> bool:
-        """Return whether to look in this step; the next look is then twice as far away."""
-        if clock < self._due:
-            return False
-        self._wait = max(1, 2 * self._wait)
-        self._due = clock + self._wait
-        return True
 
 
 class LightningTrainer:
