@@ -43,6 +43,8 @@ class Guest(Algorithm):
 
 
 GUEST = Guest()
+#: what a guest keeps for the step of one parameter: its state, of its group, and for itself
+_Kept = tuple[Mapping[str, Any], Mapping[str, Any], Contents]
 
 
 class Guests(Updates):
@@ -71,7 +73,7 @@ class Guests(Updates):
             for cell, group in zip(its, own, strict=True):
                 self._settings[cell.name] = settings_of(optimizer).union(dict(cell.hyper))
                 self._take_tensors(cell, group)
-            self._remember(own, state)
+            self._remember(own)
         #: whether there are any
         self.present = bool(self._of)
 
@@ -96,13 +98,13 @@ class Guests(Updates):
             self._tensors[cell.name] = found
             group.update({key: tensor.item() for key, tensor in found.items()})
 
-    def _remember(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
+    def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:
             rest = {key: value for key, value in group.items() if key != "params"}
             self.initial_groups[group["name"]] = deepcopy(rest)
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if state.get(param):  # most guests begin their state in their first step
-                    self.initial[name] = deepcopy(dict(state[param]))
+                if self._state.get(param):  # most guests begin their state in their first step
+                    self.initial[name] = deepcopy(dict(self._state[param]))
 
     def read(self, group: Mapping[str, Any], param: torch.Tensor, entry: dict[str, Any]) -> None:
         """Let a group's guest bring a saved entry into its form of today, as in torch's load.
@@ -191,8 +193,7 @@ class Guests(Updates):
         for guest, names in called.items():
             # Those that train first: schedule-free guests read their mode from the first group.
             own = sorted(guest.param_groups, key=lambda group: place[group["name"]])
-            first = [group for group in own if group["name"] in names]
-            guest.param_groups = first + [group for group in own if group["name"] not in names]
+            guest.param_groups = sorted(own, key=lambda group: group["name"] not in names)
             name = optimizer_name(type(guest))
             try:
                 with self._at_work(guest):
@@ -362,11 +363,11 @@ class Guests(Updates):
             names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
             for alike in _alike(group["params"], state):
                 param, parameter = alike[0], names[id(alike[0])]
-                tried = partial(self._failure, guest, group, param, hyper)
-                failure = tried(state[param], own[name], contents[guest])
-                if not failure or tried(*self._as_built(guest, group, parameter)):
+                tried = partial(self._failure, group, param, hyper)
+                failure = tried((state[param], own[name], contents[guest]))
+                if not failure or tried(self._as_built(group, parameter)):
                     continue  # or it cannot be tried on this parameter
-                if not tried(_as_torch_casts(param, state[param]), own[name], contents[guest]):
+                if not tried((_as_torch_casts(param, state[param]), own[name], contents[guest])):
                     for each in alike:
                         state[each] = _as_torch_casts(each, state[each])
                     continue
@@ -377,23 +378,17 @@ class Guests(Updates):
                     f"renamed={{{parameter!r}: None}}."
                 )
 
-    def _as_built(
-        self, guest: torch.optim.Optimizer, group: dict[str, Any], parameter: str
-    ) -> tuple[dict[str, Any], dict[str, Any], Contents]:
+    def _as_built(self, group: dict[str, Any], parameter: str) -> _Kept:
+        guest = self._of[group["name"]]
         initial = self.initial_groups[group["name"]]
         own = {key: initial[key] for key in self.own_keys(group["name"], initial)}
         return self.initial.get(parameter, {}), own, self._memories[guest].read(guest, {}, [], {})
 
     def _failure(
-        self,
-        guest: torch.optim.Optimizer,
-        group: dict[str, Any],
-        param: torch.Tensor,
-        hyper: Mapping[str, Any],
-        entry: Mapping[str, Any],
-        own: Mapping[str, Any],
-        contents: Contents,
+        self, group: dict[str, Any], param: torch.Tensor, hyper: Mapping[str, Any], kept: _Kept
     ) -> str:
+        guest = self._of[group["name"]]
+        entry, own, contents = kept
         tensors = {k: t.clone() for k, t in self.tensors_of(group["name"]).items()}
         for key, tensor in tensors.items():
             tensor.fill_(hyper[key])

@@ -138,13 +138,9 @@ _READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
 
 def same(one: Any, other: Any) -> bool:
     """Return whether two packed values are equal, bit for bit."""
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return (
-            isinstance(one, torch.Tensor)
-            and isinstance(other, torch.Tensor)
-            and (one.dtype, one.shape) == (other.dtype, other.shape)
-            and bool(((one == other) | ((one != one) & (other != other))).all())  # NaN too
-        )
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .._util.notices import Notices
 from .._util.sharding import is_sharded
@@ -12,11 +11,9 @@ from ..model.parameters import frozen_by_call
 from ..resolve.findings import rebuilt, turned_off, turned_on
 from ..resolve.resolved import Cell, Resolved
 from ..runtime.claims import Claim
-from ..runtime.exchange import Exchange
+from ..runtime.exchange import Exchange, Groups
 from ..runtime.freezing import Freezer
 from .checks import untrained
-
-Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(eq=False)
@@ -49,10 +46,9 @@ class Contradictions:
     def check_flags(self, groups: Groups) -> None:
         """Warn of `requires_grad` that contradicts the plan."""
         for cell, names, params in self.freezer.turned(groups):
-            if params[0].requires_grad:
-                self.report_flags(cell, names, on=True)
-            elif not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
-                self.report_flags(cell, names, on=False)
+            on = params[0].requires_grad
+            if on or not all(map(frozen_by_call, params)):  # who calls lamina.freeze knows
+                self.report_flags(cell, names, on)
 
     def report_flags(self, cell: Cell, names: Sequence[str], on: bool) -> None:
         """Warn of parameters whose flag was turned on, or off, by hand."""

@@ -594,9 +594,7 @@ class Optimizer(Engine):
         Raises:
             StateError: if it does not fit; nothing was changed.
         """
-        self._restore(state_dict, strict, renamed)
-        report = self._run_state.last_load
-        jumps = report.jumps if report else ()
+        jumps = self._restore(state_dict, strict, renamed).jumps
         if jumps:
             log.warning(
                 "the state's schedules fit a run of another length, and the plan's are used: "
@@ -607,7 +605,7 @@ class Optimizer(Engine):
 
     def _restore(
         self, state_dict: Any, strict: bool, renamed: Mapping[str, str | None] | None
-    ) -> None:
+    ) -> LoadReport:
         self._follow_model()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # what a hook changes is not the caller's
@@ -628,6 +626,7 @@ class Optimizer(Engine):
             )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        return loaded.report
 
     def _put(self, loaded: Loaded) -> None:
         """Exchange the state; nothing in here can fail."""

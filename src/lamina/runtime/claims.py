@@ -50,7 +50,13 @@ class Claim:
             for mine, theirs, name in shared:
                 # The same windows are those of a plan that is built again, at whatever step.
                 if mine.windows != theirs.windows and self._ahead(mine) != other._ahead(theirs):
-                    raise PlanError(_conflict(mine, theirs, name))
+                    raise PlanError(
+                        f"by this plan {name!r} {_said(mine)}, but by the plan of another "
+                        "optimizer, which was built for this model before and is still in use, it "
+                        f"{_said(theirs)}. Call release() on that optimizer first if this one "
+                        "replaces it. For two optimizers side by side, build each for its own part "
+                        "of the model, such as plan.build(model.generator)."
+                    )
             if any(mine.windows and theirs.windows for mine, theirs, _ in shared):
                 self.lost_steps = max(self.lost_steps, other._clock)
         _IN_FORCE.add(self)
@@ -122,15 +128,6 @@ class Claim:
 
 
 _IN_FORCE: weakref.WeakSet[Claim] = weakref.WeakSet()
-
-
-def _conflict(mine: Cell, theirs: Cell, name: str) -> str:
-    return (
-        f"by this plan {name!r} {_said(mine)}, but by the plan of another optimizer, which was "
-        f"built for this model before and is still in use, it {_said(theirs)}. Call release() on "
-        "that optimizer first if this one replaces it. For two optimizers side by side, build each "
-        "for its own part of the model, such as plan.build(model.generator)."
-    )
 
 
 def _said(cell: Cell) -> str:

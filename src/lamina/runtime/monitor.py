@@ -65,9 +65,8 @@ class Monitor:
     def _tell(self, code: str, what: str, fix: str, about: str = "") -> None:
         """Remember a finding about the run (or a part of it), and give it as a warning."""
         key = f"{code} {about}"
-        if key not in self.found:
-            self.found[key] = Finding(code, what, fix)
-            self._warn(self.found[key], key)
+        finding = self.found.setdefault(key, Finding(code, what, fix))
+        self._warn(finding, key)
 
     def _warn(self, finding: Finding, key: str) -> None:
         if is_first_process():
@@ -83,13 +82,12 @@ class Monitor:
             skipped: how many were left out because of a gradient that was not finite.
             seen: what the reactions have seen.
         """
-        if self._trainer.open:
-            self._compare_with(self._trainer.steps())
+        self._compare_with(self._trainer.steps())
         if self._epoch.open and (length := self._epoch.after_step(clock, skipped)):
             self._compare(length)
         if clock >= self._due:
             self._look(clock, seen)
-        self.next_look = 0 if self._trainer.open or self._epoch.open else self._due
+        self.next_look = 0 if self._epoch.open else self._due
 
     def _look(self, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> None:
         """Tell of a run beyond its end, and of metrics that were never reported."""
@@ -258,14 +256,11 @@ class LightningTrainer:
     def __init__(self, model: nn.Module) -> None:
         self._module = weakref.ref(model) if hasattr(model, "_trainer") else None
 
-    @property
-    def open(self) -> bool:
-        """Return whether the trainer is still to be asked."""
-        return self._module is not None
-
     def steps(self) -> int | None:
         """Return the optimizer steps of the whole run, if they are known; ask once."""
-        module, self._module = self._module and self._module(), None
+        if self._module is None:
+            return None
+        module, self._module = self._module(), None
         try:
             steps = float(module._trainer.estimated_stepping_batches)  # type: ignore[union-attr, arg-type]
         except Exception:  # there is no trainer, or it cannot tell
