@@ -249,8 +249,7 @@ class Optimizer(Engine):
         """
         batches = self._collect(self._begin())
         count = sum(len(batch.params) for batch in batches)
-        before = self._exchange.gradients
-        if before is not None and count < before and is_distributed():
+        if count < self._exchange.gradients and is_distributed():
             self._settle_wrapping()
             batches = self._collect(self._begin())
             count = sum(len(batch.params) for batch in batches)
@@ -702,16 +701,12 @@ class Optimizer(Engine):
         Args:
             set_to_none: whether to set them to None instead of 0.
         """
-        rows = zip(self._resolved.cells, self.param_groups, strict=True)
-        own = [group for cell, group in rows if not cell.by_model]
-        if len(own) == len(self.param_groups):
-            super().zero_grad(set_to_none)
-            return
-        for param in (param for group in own for param in group["params"]):
-            if set_to_none or param.grad is None:
-                param.grad = None
-            else:
-                param.grad = param.grad.detach().zero_()
+        # Nothing else is set aside here: a step gives all back before it calls a closure.
+        for cell, group in zip(self._resolved.cells, self.param_groups, strict=True):
+            for param in group["params"] if cell.by_model else ():
+                self._freezer.set_aside(param)
+        super().zero_grad(set_to_none)
+        self._freezer.put_back()
 
     def __getstate__(self) -> dict[str, Any]:
         own = (*Engine.__annotations__, *Optimizer.__annotations__)

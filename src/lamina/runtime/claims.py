@@ -11,8 +11,6 @@ from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback
 from ..resolve.windows import window_text
 
-Groups = Sequence[Mapping[str, Any]]
-
 
 class Claim:
     """What the plan of one optimizer says on its parameters, for the other optimizers to see.
@@ -25,7 +23,7 @@ class Claim:
         groups: its parameter groups, whose dicts stay the same ones.
     """
 
-    def __init__(self, resolved: Resolved, groups: Groups) -> None:
+    def __init__(self, resolved: Resolved, groups: Sequence[Mapping[str, Any]]) -> None:
         self._cells = resolved.cells
         self._steps = resolved.run.steps
         self._groups = list(groups)

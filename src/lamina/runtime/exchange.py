@@ -71,8 +71,8 @@ class Exchange:
         self._places = [
             [places[info.name][0] for info in cell.parameters] for cell in resolved.cells
         ]
-        #: how many gradients came in the last step, None before the first
-        self.gradients: int | None = None
+        #: how many gradients came in the last step, 0 before the first
+        self.gradients = 0
         #: how all parameters, and those of each clip scope, are spread over processes by FSDP1
         self.shards: Shards | None = None
         self.shards_by_scope: dict[int, Shards] = {}
@@ -81,7 +81,7 @@ class Exchange:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but process groups, which cannot be copied; the next step looks again."""
-        anew = {"gradients": None, "shards": None, "shards_by_scope": {}, "_flat": {}}
+        anew: dict[str, Any] = {"gradients": 0, "shards": None, "shards_by_scope": {}, "_flat": {}}
         return self.__dict__ | anew
 
     def adopt(self, groups: Groups) -> bool:

@@ -202,9 +202,9 @@ class Freezer:
         turned = []
         for name, param in zip(group["param_names"], group["params"], strict=True):
             ours = not self._released and id(param) not in others
-            if ours and param.grad is not None:
-                if param.requires_grad and not has_zero_gradients(param):
-                    turned.append(name)
+            by_hand = param.requires_grad and not has_zero_gradients(param)
+            if ours and by_hand and param.grad is not None:
+                turned.append(name)
             if ours and not self._cells[index].by_model:
                 param.grad = None
             else:
