@@ -272,7 +272,7 @@ class Guests(Updates):
             if written["name"] not in self._of:
                 continue
             group.update({key: unpack(value) for key, value in group.items()})
-            group.update(self.tensors_of(written["name"]))
+            group.update(self._tensors.get(written["name"], {}))
             for index in group["params"]:
                 if index in state["state"]:
                     state["state"][index] = unpack(state["state"][index])
@@ -331,10 +331,6 @@ class Guests(Updates):
         for guest, its in contents.items():
             self._memories[guest].put(guest, its)
 
-    def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
-        """Return values of a group that its guest keeps as tensors."""
-        return self._tensors.get(name, {})
-
     def check_loaded(
         self,
         groups: Sequence[dict[str, Any]],
@@ -389,7 +385,7 @@ class Guests(Updates):
     ) -> str:
         guest = self._of[group["name"]]
         entry, own, contents = kept
-        tensors = {k: t.clone() for k, t in self.tensors_of(group["name"]).items()}
+        tensors = {k: t.clone() for k, t in self._tensors.get(group["name"], {}).items()}
         for key, tensor in tensors.items():
             tensor.fill_(hyper[key])
         now = self._loaded(group, {group["name"]: own}) | dict(hyper) | tensors
