@@ -113,19 +113,16 @@ def _check_built(
     for group, values in zip(built, first, strict=True):
         for key in values.keys() & group.keys():
             if not alike(values[key], group[key]):
-                raise PlanError(_rewritten(name, key, values[key], group[key]))
+                raise PlanError(
+                    f"the guest optimizer {name} makes {key}={group[key]!r} of "
+                    f"{key}={values[key]!r} when it is built, but a plan writes the values of its "
+                    f"groups itself. Give {key} a value that the constructor keeps, or the option "
+                    "that turns this off."
+                )
 
 
 def _ids(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [[*map(id, group["params"])] for group in groups]
-
-
-def _rewritten(name: str, key: str, given: Any, made: Any) -> str:
-    return (
-        f"the guest optimizer {name} makes {key}={made!r} of {key}={given!r} when it is built, but "
-        f"a plan writes the values of its groups itself. Give {key} a value that the constructor "
-        "keeps, or the option that turns this off."
-    )
 
 
 def _needs_closure(optimizer: type[torch.optim.Optimizer]) -> bool:
@@ -177,8 +174,7 @@ def _trained(
     """Return tensors after some steps of a guest of their own."""
     params = [torch.nn.Parameter(start.clone()) for start in starts]
     guest: Any = cell.optimizer([{"params": params}], **_first_values(cell))
-    if callable(getattr(guest, "train", None)):
-        guest.train()
+    into_training(guest)
     for grads in steps:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.clone()

@@ -17,7 +17,7 @@ from ..kernels.memory_check import plainly_fit
 from ..optim.updates import Group, OptimizerState, Tensors, Updates, names_of
 from ..resolve.resolved import Cell
 from .build import build_guest
-from .memory import OURS, Contents, GuestMemory, apart, copies, is_torchs
+from .memory import OURS, Contents, GuestMemory, apart, copies, own_attributes
 from .packing import UnwritableError, pack, unpack
 from .rehearsal import steps_with
 
@@ -43,6 +43,8 @@ class Guest(Algorithm):
 
 
 GUEST = Guest()
+#: what a guest keeps for the step of one parameter: its state, of its group, and for itself
+_Kept = tuple[Mapping[str, Any], Mapping[str, Any], Contents]
 
 
 class Guests(Updates):
@@ -71,7 +73,7 @@ class Guests(Updates):
             for cell, group in zip(its, own, strict=True):
                 self._settings[cell.name] = settings_of(optimizer).union(dict(cell.hyper))
                 self._take_tensors(cell, group)
-            self._remember(own, state)
+            self._remember(own)
         #: whether there are any
         self.present = bool(self._of)
 
@@ -80,8 +82,7 @@ class Guests(Updates):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all parts, with the attributes of guests that torch leaves out of a copy."""
-        guests = dict.fromkeys(self._of.values())
-        kept = [(g, {k: v for k, v in vars(g).items() if not is_torchs(k)}) for g in guests]
+        kept = [(guest, own_attributes(guest)) for guest in self._memories]
         return {**self.__dict__, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,13 +98,13 @@ class Guests(Updates):
             self._tensors[cell.name] = found
             group.update({key: tensor.item() for key, tensor in found.items()})
 
-    def _remember(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
+    def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:
             rest = {key: value for key, value in group.items() if key != "params"}
             self.initial_groups[group["name"]] = deepcopy(rest)
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if state.get(param):  # most guests begin their state in their first step
-                    self.initial[name] = deepcopy(dict(state[param]))
+                if self._state.get(param):  # most guests begin their state in their first step
+                    self.initial[name] = deepcopy(dict(self._state[param]))
 
     def read(self, group: Mapping[str, Any], param: torch.Tensor, entry: dict[str, Any]) -> None:
         """Let a group's guest bring a saved entry into its form of today, as in torch's load.
@@ -111,11 +112,8 @@ class Guests(Updates):
         torch's own make tensors of the numbers that older versions kept.
         """
         guest = self._of[group["name"]]
-        apart = guest.__class__.__new__(guest.__class__)
-        apart.__dict__.update(guest.__dict__)
-        apart.__setstate__(
-            {"state": {param: entry}, "param_groups": [{**group, "params": [param]}]}
-        )
+        own = {"state": {param: entry}, "param_groups": [{**group, "params": [param]}]}
+        apart(guest, loose={}, state={}, groups=[]).__setstate__(own)
 
     def set_mode(self, mode: str, names: Collection[str]) -> None:
         """Call `train()` or `eval()` on the guests that have it, for these groups alone.
@@ -124,12 +122,16 @@ class Guests(Updates):
         end of a step, so in training mode, and takes no part in a change of modes until it thaws.
         What was frozen by hand may thaw in either mode, and goes along with its group.
         """
-        for guest in dict.fromkeys(self._of.values()):
+        for guest in self._memories:
             switch = getattr(guest, mode, None)
             chosen = [group for group in guest.param_groups if group["name"] in names]
             if callable(switch) and chosen:
-                with _alone(guest, chosen), self._at_work(guest):
-                    switch()
+                every, guest.param_groups = guest.param_groups, chosen
+                try:
+                    with self._at_work(guest):
+                        switch()
+                finally:
+                    guest.param_groups = every
 
     def batch(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> Batch:
         """Put gradients into a batch for the gradient operations; the guest has the state."""
@@ -191,8 +193,7 @@ class Guests(Updates):
         for guest, names in called.items():
             # Those that train first: schedule-free guests read their mode from the first group.
             own = sorted(guest.param_groups, key=lambda group: place[group["name"]])
-            first = [group for group in own if group["name"] in names]
-            guest.param_groups = first + [group for group in own if group["name"] not in names]
+            guest.param_groups = sorted(own, key=lambda group: group["name"] not in names)
             name = optimizer_name(type(guest))
             try:
                 with self._at_work(guest):
@@ -271,7 +272,7 @@ class Guests(Updates):
             if written["name"] not in self._of:
                 continue
             group.update({key: unpack(value) for key, value in group.items()})
-            group.update(self.tensors_of(written["name"]))
+            group.update(self._tensors.get(written["name"], {}))
             for index in group["params"]:
                 if index in state["state"]:
                     state["state"][index] = unpack(state["state"][index])
@@ -330,10 +331,6 @@ class Guests(Updates):
         for guest, its in contents.items():
             self._memories[guest].put(guest, its)
 
-    def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
-        """Return values of a group that its guest keeps as tensors."""
-        return self._tensors.get(name, {})
-
     def check_loaded(
         self,
         groups: Sequence[dict[str, Any]],
@@ -362,11 +359,11 @@ class Guests(Updates):
             names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
             for alike in _alike(group["params"], state):
                 param, parameter = alike[0], names[id(alike[0])]
-                tried = partial(self._failure, guest, group, param, hyper)
-                failure = tried(state[param], own[name], contents[guest])
-                if not failure or tried(*self._as_built(guest, group, parameter)):
+                tried = partial(self._failure, group, param, hyper)
+                failure = tried((state[param], own[name], contents[guest]))
+                if not failure or tried(self._as_built(group, parameter)):
                     continue  # or it cannot be tried on this parameter
-                if not tried(_as_torch_casts(param, state[param]), own[name], contents[guest]):
+                if not tried((_as_torch_casts(param, state[param]), own[name], contents[guest])):
                     for each in alike:
                         state[each] = _as_torch_casts(each, state[each])
                     continue
@@ -377,24 +374,18 @@ class Guests(Updates):
                     f"renamed={{{parameter!r}: None}}."
                 )
 
-    def _as_built(
-        self, guest: torch.optim.Optimizer, group: dict[str, Any], parameter: str
-    ) -> tuple[dict[str, Any], dict[str, Any], Contents]:
+    def _as_built(self, group: dict[str, Any], parameter: str) -> _Kept:
+        guest = self._of[group["name"]]
         initial = self.initial_groups[group["name"]]
         own = {key: initial[key] for key in self.own_keys(group["name"], initial)}
         return self.initial.get(parameter, {}), own, self._memories[guest].read(guest, {}, [], {})
 
     def _failure(
-        self,
-        guest: torch.optim.Optimizer,
-        group: dict[str, Any],
-        param: torch.Tensor,
-        hyper: Mapping[str, Any],
-        entry: Mapping[str, Any],
-        own: Mapping[str, Any],
-        contents: Contents,
+        self, group: dict[str, Any], param: torch.Tensor, hyper: Mapping[str, Any], kept: _Kept
     ) -> str:
-        tensors = {k: t.clone() for k, t in self.tensors_of(group["name"]).items()}
+        guest = self._of[group["name"]]
+        entry, own, contents = kept
+        tensors = {k: t.clone() for k, t in self._tensors.get(group["name"], {}).items()}
         for key, tensor in tensors.items():
             tensor.fill_(hyper[key])
         now = self._loaded(group, {group["name"]: own}) | dict(hyper) | tensors
@@ -404,7 +395,7 @@ class Guests(Updates):
 
     def own_writes(self, published: Mapping[str, Mapping[str, Any]]) -> str:
         """Describe a value of the plan that a guest has replaced; "" if none did."""
-        for guest in dict.fromkeys(self._of.values()):
+        for guest in self._memories:
             for group in guest.param_groups:
                 for key, value in published[group["name"]].items():
                     if group[key] is not value and group[key] != value:
@@ -468,13 +459,3 @@ def _unwritable(guest: torch.optim.Optimizer, error: Exception, place: str, key:
         f"the guest optimizer {optimizer_name(type(guest))} keeps {error} in the {place}, under "
         f"{key!r}, which a checkpoint cannot hold."
     )
-
-
-@contextmanager
-def _alone(guest: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Let a guest see these groups only."""
-    every, guest.param_groups = guest.param_groups, groups
-    try:
-        yield
-    finally:
-        guest.param_groups = every

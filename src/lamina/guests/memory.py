@@ -89,9 +89,9 @@ class GuestMemory:
             tensors = list(_tensors(value))
             if any(id(tensor) in known for tensor in tensors):
                 continue  # where it looks for its parameters and values
-            now, begun = _form(value), _form(self._initial_state.get(name, _ABSENT))
+            now, begun = plain_form(value), plain_form(self._initial_state.get(name, ABSENT))
             # Tensors may come from the weights at build, which are others after a load.
-            if now is not _ABSENT and (tensors or not same(now, begun)):
+            if now is not ABSENT and (tensors or not same(now, begun)):
                 found[name] = now
         return found
 
@@ -152,12 +152,11 @@ class GuestMemory:
 
 def own_attributes(guest: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the attributes of an optimizer that torch does not make anew itself."""
-    return {name: value for name, value in vars(guest).items() if not is_torchs(name)}
-
-
-def is_torchs(attribute: str) -> bool:
-    """Return whether torch makes an attribute of an optimizer itself: hooks, a patched `step`."""
-    return attribute in _TORCHS or attribute.startswith("_optimizer_")
+    return {
+        name: value
+        for name, value in vars(guest).items()
+        if name not in _TORCHS and not name.startswith("_optimizer_")  # hooks, a patched `step`
+    }
 
 
 def apart(
@@ -189,15 +188,15 @@ def apart(
     return other
 
 
-_ABSENT = object()
+ABSENT = object()
 
 
-def _form(value: Any) -> Any:
-    """Return the plain form of a value, or `_ABSENT`."""
+def plain_form(value: Any) -> Any:
+    """Return the plain form of a value, or `ABSENT`."""
     try:
         return pack(value)
     except UnwritableError:
-        return _ABSENT
+        return ABSENT
 
 
 def _packed(place: str, values: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -18,8 +18,9 @@ from ..errors import StateError
 #: the key that marks a dict as the written form of something else
 KIND = "lamina.kind"
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_FACTORIES = {"dict": dict, "list": list, "int": int, "float": float, "set": set}
-_NAMES = {factory: name for name, factory in _FACTORIES.items()}
+_NAMES: dict[Any, str | None] = {each: each.__name__ for each in (dict, list, int, float, set)}
+_NAMES[None] = None  # a defaultdict without one
+_FACTORIES = {name: factory for factory, name in _NAMES.items()}
 
 
 class UnwritableError(Exception):
@@ -41,21 +42,11 @@ def pack(value: Any) -> Any:
         return kind(pack(each) for each in value)
     if kind in (dict, OrderedDict):
         return _packed_dict(value)
-    writer = _WRITERS.get(kind)
-    if writer is None and isinstance(value, np.generic):
-        writer = _number
-    if writer is None:
+    if isinstance(value, np.generic):
+        return {KIND: "array", "data": torch.from_numpy(np.array(value)), "number": True}
+    if kind not in _WRITERS:
         raise UnwritableError(f"an object of type {kind.__name__}")
-    return writer(value)
-
-
-def is_writable(value: Any) -> bool:
-    """Return whether a value has a plain form."""
-    try:
-        pack(value)
-    except UnwritableError:
-        return False
-    return True
+    return _WRITERS[kind](value)
 
 
 def _packed_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -67,15 +58,10 @@ def _packed_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _default_dict(value: defaultdict[Any, Any]) -> dict[str, Any]:
-    factory = value.default_factory
-    if factory is not None and factory not in _NAMES:
+    if value.default_factory not in _NAMES:
         raise UnwritableError("a defaultdict with a function of its own")
-    name = None if factory is None else _NAMES[factory]
+    name = _NAMES[value.default_factory]
     return {KIND: "defaultdict", "factory": name, "items": _packed_dict(dict(value))}
-
-
-def _number(value: Any) -> dict[str, Any]:
-    return {KIND: "array", "data": torch.from_numpy(np.array(value)), "number": True}
 
 
 _WRITERS: dict[type, Callable[[Any], dict[str, Any]]] = {
@@ -87,11 +73,7 @@ _WRITERS: dict[type, Callable[[Any], dict[str, Any]]] = {
     torch.Size: lambda v: {KIND: "size", "items": list(v)},
     torch.dtype: lambda v: {KIND: "dtype", "name": str(v).removeprefix("torch.")},
     torch.device: lambda v: {KIND: "device", "name": str(v)},
-    torch.Generator: lambda v: {
-        KIND: "generator",
-        "device": str(v.device),
-        "state": v.get_state(),
-    },
+    torch.Generator: lambda v: {KIND: "generator", "device": str(v.device), "state": v.get_state()},
     np.ndarray: lambda v: {KIND: "array", "data": torch.from_numpy(v.copy()), "number": False},
 }
 
@@ -108,16 +90,17 @@ def unpack(value: Any) -> Any:
         return value
     if KIND not in value:
         return {key: unpack(each) for key, each in value.items()}
-    reader = _READERS.get(value[KIND])
+    if value[KIND] not in _READERS:
+        raise StateError(
+            f"a saved value is of the unknown kind {value[KIND]!r}; nothing was loaded."
+        )
     try:
-        if reader is not None:
-            return reader(value)
+        return _READERS[value[KIND]](value)
     except Exception as error:
         raise StateError(
             f"a saved value of kind {value[KIND]!r} cannot be read ({type(error).__name__}: "
             f"{error}); nothing was loaded."
         ) from error
-    raise StateError(f"a saved value is of the unknown kind {value[KIND]!r}; nothing was loaded.")
 
 
 def _dtype(value: Mapping[str, Any]) -> torch.dtype:
@@ -144,9 +127,7 @@ _READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
     "set": lambda v: set(map(unpack, v["items"])),
     "frozenset": lambda v: frozenset(map(unpack, v["items"])),
     "complex": lambda v: complex(*v["items"]),
-    "defaultdict": lambda v: defaultdict(
-        None if v["factory"] is None else _FACTORIES[v["factory"]], unpack(v["items"])
-    ),
+    "defaultdict": lambda v: defaultdict(_FACTORIES[v["factory"]], unpack(v["items"])),
     "size": lambda v: torch.Size(v["items"]),
     "dtype": _dtype,
     "device": lambda v: torch.device(v["name"]),
@@ -157,13 +138,9 @@ _READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
 
 def same(one: Any, other: Any) -> bool:
     """Return whether two packed values are equal, bit for bit."""
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return (
-            isinstance(one, torch.Tensor)
-            and isinstance(other, torch.Tensor)
-            and (one.dtype, one.shape) == (other.dtype, other.shape)
-            and bool(((one == other) | ((one != one) & (other != other))).all())  # NaN too
-        )
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):

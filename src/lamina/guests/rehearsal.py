@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,8 @@ from ..algorithms.registry import settings_of
 from ..algorithms.trial import RecordingGroup, into_training, over, quietly, seed, trial_of
 from ..errors import StateError, did_you_mean
 from ..resolve.resolved import Cell
-from .memory import OURS, GuestMemory
-from .packing import UnwritableError, is_writable, pack, unpack
+from .memory import ABSENT, OURS, GuestMemory, plain_form
+from .packing import UnwritableError, pack, unpack
 
 #: steps before the save, and in all; what rests at first thaws in between, and after it
 _SAVED, _STEPS = 2, 5
@@ -50,10 +51,18 @@ def construct(
     common = {k: v for k, v in given[0].items() if k in known}
     # A value that is left to the class elsewhere must be spelled where it is the default.
     spelled = [
-        {k for k, v in each.items() if k not in known or _differs(k, v, common, made)}
+        {k for k, v in each.items() if k not in known or v != common.get(k, made.get(k, v))}
         for each in values
     ]
-    guest = _built(optimizer, values, params, common, spelled)
+
+    def build() -> torch.optim.Optimizer:
+        groups = [
+            RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
+            for each, chosen, keys in zip(values, params, spelled, strict=True)
+        ]
+        return over(groups, optimizer, common)
+
+    guest = build()
     missed = [
         {key for key in each.keys() & group.keys() if not alike(each[key], group[key])}
         for each, group in zip(values, guest.param_groups, strict=False)
@@ -66,21 +75,7 @@ def construct(
     if not kept or len(missed) != len(values):
         return guest
     spelled = [one | (other & kept) for one, other in zip(spelled, missed, strict=True)]
-    return _built(optimizer, values, params, common, spelled)
-
-
-def _built(
-    optimizer: type[torch.optim.Optimizer],
-    values: Sequence[Values],
-    params: Sequence[Sequence[torch.Tensor]],
-    common: Values,
-    spelled: Sequence[set[str]],
-) -> torch.optim.Optimizer:
-    groups = [
-        RecordingGroup(params=list(chosen), **{key: each[key] for key in keys})
-        for each, chosen, keys in zip(values, params, spelled, strict=True)
-    ]
-    return over(groups, optimizer, common)
+    return build()
 
 
 def alike(given: Any, made: Any) -> bool:
@@ -92,32 +87,39 @@ def alike(given: Any, made: Any) -> bool:
     return made is given or bool(made == given)
 
 
-def _differs(key: str, value: Any, common: Values, made: Values) -> bool:
-    return bool(value != common.get(key, made.get(key, value)))
+@dataclass(frozen=True)
+class _Play:
+    """What is tried: a class, its cells, their first values, and small tensors for each."""
+
+    optimizer: type[torch.optim.Optimizer]
+    cells: Sequence[Cell]
+    values: Sequence[Values]
+    likes: Sequence[Sequence[torch.Tensor]]
+
+    def params(self) -> list[list[torch.nn.Parameter]]:
+        """Return new parameters, with the same numbers at every call."""
+        seed(0)
+        return [
+            [torch.nn.Parameter(torch.randn_like(like) * 0.5) for like in row] for row in self.likes
+        ]
 
 
 class _Stage:
     """A guest over small tensors, stepped by hand."""
 
-    def __init__(
-        self,
-        optimizer: type[torch.optim.Optimizer],
-        cells: Sequence[Cell],
-        values: Sequence[Values],
-        params: Sequence[Sequence[torch.nn.Parameter]],
-    ) -> None:
+    def __init__(self, play: _Play, params: Sequence[Sequence[torch.nn.Parameter]]) -> None:
         self.params = params
-        self.guest = construct(optimizer, values, params)
+        self.guest = construct(play.optimizer, play.values, params)
         self.groups = self.guest.param_groups
-        self.late = [not (c.windows and c.windows[0][0] == 0) for c in cells]
+        self.late = [not (c.windows and c.windows[0][0] == 0) for c in play.cells]
         if all(self.late):  # a guest whose parts all rest is not stepped
-            self.late = [False] * len(cells)
+            self.late = [False] * len(self.late)
         self._tensors = [
             {k: v for k, v in group.items() if k in own and isinstance(v, torch.Tensor)}
-            for group, own in zip(self.groups, values, strict=True)
+            for group, own in zip(self.groups, play.values, strict=True)
         ]
-        self._settings = settings_of(optimizer).union(*values)
-        self.values = values
+        self._settings = settings_of(play.optimizer).union(*play.values)
+        self.values = play.values
         self._initial_state = [dict(group) for group in self.groups]
         self.memory = GuestMemory(self.guest)
 
@@ -165,7 +167,7 @@ class _Stage:
 
     def _is_own(self, key: str, value: Any, begun: Mapping[str, Any]) -> bool:
         """Return whether a value of a group is state, and not what every build puts there."""
-        constant = not is_writable(value) and begun.get(key) is value
+        constant = plain_form(value) is ABSENT and begun.get(key) is value
         return key not in OURS | self._settings and not constant
 
     def load(self, saved: Any) -> None:
@@ -208,12 +210,12 @@ def rehearse(
     if not all(likes) or any(p.is_meta for each in likes for p in each):
         return ""
     chosen = _chosen(cells, values, likes)
-    key = repr([(_spelled(values[i]), _shapes(likes[i]), cells[i].windows) for i in chosen])
+    key = repr([(sorted(values[i].items()), _shapes(likes[i]), cells[i].windows) for i in chosen])
     known = _verdicts.setdefault(optimizer, {})
     if key not in known:
         rows: Any = [[row[i] for i in chosen] for row in (cells, values, likes)]
         with quietly(likes[0][0].device):
-            known[key] = _verdict(optimizer, *rows)
+            known[key] = _verdict(_Play(optimizer, *rows))
     return known[key]
 
 
@@ -224,10 +226,6 @@ def _chosen(cells: Sequence[Cell], values: Sequence[Values], likes: Any) -> list
         late = bool(cell.windows) and cell.windows[0][0] == 0
         found.setdefault((late, frozenset(values[index]), _shapes(likes[index])), index)
     return sorted(found.values())[:_GROUPS]
-
-
-def _spelled(values: Values) -> list[tuple[str, str]]:
-    return [(key, repr(value)) for key, value in sorted(values.items())]
 
 
 def _shapes(params: Sequence[torch.Tensor]) -> str:
@@ -245,51 +243,38 @@ def _likes(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _small(likes: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.nn.Parameter]]:
-    seed(0)
-    return [[torch.nn.Parameter(torch.randn_like(like) * 0.5) for like in row] for row in likes]
-
-
-def _verdict(
-    optimizer: type[torch.optim.Optimizer],
-    cells: Sequence[Cell],
-    values: Sequence[Values],
-    likes: Sequence[Sequence[torch.Tensor]],
-) -> str:
+def _verdict(play: _Play) -> str:
     """Run the trial; see `rehearse`."""
-    stage, failure, graph = None, "", False
     for graph in (False, True):  # second-order optimizers need a graph of the gradients
-        stage = _Stage(optimizer, cells, values, _small(likes))
+        stage = _Stage(play, play.params())
         failure = _failure(stage, range(_STEPS), graph)
         if not failure:
             break
     else:
-        return _why(optimizer, cells, values, likes, failure)
-    assert stage is not None
-    first = _Stage(optimizer, cells, values, _small(likes))
+        return _why(play, failure)
+    first = _Stage(play, play.params())
     for number in range(_SAVED):
         first.step(number, graph=graph)
     try:
         saved = first.saved()
         weights = [[torch.nn.Parameter(p.detach().clone()) for p in row] for row in first.params]
-        second = _Stage(optimizer, cells, values, weights)
+        second = _Stage(play, weights)
         second.load(saved)
     except UnwritableError as error:
         return f"cannot be saved: it keeps {error} in its state, which a checkpoint cannot hold."
     except StateError as error:
         return f"cannot be saved and loaded: {error}"
     except Exception as error:
-        text = (str(error).splitlines() or [""])[0]
-        return f"cannot be saved and loaded ({type(error).__name__}: {text})."
+        return f"cannot be saved and loaded ({_in_a_line(error)})."
     failure = _failure(second, range(_SAVED, _STEPS), graph)
     if failure:
         return f"cannot be resumed: after a save and a load, its step fails ({failure})."
     pairs = zip(stage.weights(), second.weights(), strict=True)
-    unread = _unread(optimizer, stage)
+    unread = _unread(play.optimizer, stage)
     if unread:
-        known = [*settings_of(optimizer), *(trial_of(optimizer).read or ())]
+        known = [*settings_of(play.optimizer), *(trial_of(play.optimizer).read or ())]
         return f"neither takes nor reads a setting {unread!r}.{did_you_mean(unread, known)}"
-    if not all(torch.equal(one, other) or _both_nan(one, other) for one, other in pairs):
+    if not all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in pairs):
         return (
             "cannot be resumed: after a save and a load into a fresh build, its steps are others "
             "than without. It keeps state where neither its groups, its state_dict nor plain "
@@ -308,8 +293,9 @@ def _unread(optimizer: type[torch.optim.Optimizer], stage: _Stage) -> str:
     return ""
 
 
-def _both_nan(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def _in_a_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"
 
 
 def _failure(stage: _Stage, steps: range, graph: bool, all_train: bool = False) -> str:
@@ -318,36 +304,25 @@ def _failure(stage: _Stage, steps: range, graph: bool, all_train: bool = False) 
         for number in steps:
             stage.step(number, graph=graph, all_train=all_train)
     except Exception as error:
-        text = (str(error).splitlines() or [""])[0]
-        return f"{type(error).__name__}: {text}"
+        return _in_a_line(error)
     return ""
 
 
-def _why(
-    optimizer: type[torch.optim.Optimizer],
-    cells: Sequence[Cell],
-    values: Sequence[Values],
-    likes: Sequence[Sequence[torch.Tensor]],
-    failure: str,
-) -> str:
+def _why(play: _Play, failure: str) -> str:
     """Describe why a trial failed; "" if only its tensors may have been too small."""
-    stage = _Stage(optimizer, cells, values, _small(likes))
+    stage = _Stage(play, play.params())
     if any(stage.late) and not _failure(stage, range(_STEPS), False, all_train=True):
         return (
             f"fails where a part of its groups has no gradients ({failure}): train all its "
             "parameters from the first step, without thaw=, freeze= or frozen=."
         )
-    guest = construct(optimizer, values, _small(likes))
+    guest: Any = construct(play.optimizer, play.values, play.params())
     for group in guest.param_groups:
         for param in group["params"]:
             param.grad = torch.full_like(param, 0.1)
-
-    def closure() -> Any:
-        return torch.tensor(0.5)
-
     try:
         into_training(guest)
-        guest.step(closure)
+        guest.step(lambda: torch.tensor(0.5))
     except Exception:
         return ""
     return (
@@ -383,8 +358,7 @@ def steps_with(
                 small.grad = torch.full_like(small, 1e-3)
                 type(guest).step(guest)
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0]
-            return f"{type(error).__name__}: {text}"
+            return _in_a_line(error)
         if bool(param.isfinite().all()) and not bool(small.isfinite().all()):
             return "it makes the weights infinite or NaN"
         after = _tensor_shapes(guest.state[small])

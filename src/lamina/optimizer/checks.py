@@ -43,8 +43,8 @@ def examine(
     state: Mapping[torch.Tensor, Mapping[str, Any]],
     model: nn.Module,
     after: int,
-    load: LoadReport | None = None,
-    received: GradientTracker | None = None,
+    load: LoadReport | None,
+    received: GradientTracker,
 ) -> tuple[Finding, ...]:
     """Return everything by which a model and the optimizer of a plan have come apart.
 
@@ -80,7 +80,7 @@ def examine(
         *_exchanged_modules(freezer, model),
         *_unknown(resolved, owned, {id(param) for _, _, param in rows}),
         *_overlapping(owned),
-        *_silent(rows, groups, state, after, anew, received or GradientTracker()),
+        *_silent(rows, groups, state, after, anew, received),
         *_flags(freezer, groups),
         *moving_statistics(_frozen_by_hand(rows, freezer.active, resolved), seen),
         *model_findings(order, resolved.run, seen),
@@ -118,26 +118,22 @@ def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo,
 Rows = Sequence[tuple[Cell, ParamInfo, torch.Tensor]]
 
 
-def _ties(rows: Rows, live: Mapping[str, Owned]) -> list[Finding]:
-    """Return names that were one parameter at build and are several now."""
-    findings = []
+def _ties(rows: Rows, live: Mapping[str, Owned]) -> Iterator[Finding]:
+    """Find names that were one parameter at build and are several now."""
     for _, info, _ in rows:
         parts = broken(info.names, live)
         if len(parts) > 1:
-            findings.append(
-                Finding(
-                    "tie-broken",
-                    f"{' = '.join(info.names)} were one parameter when the optimizer was built; "
-                    f"now they are {' and '.join(' = '.join(part) for part in parts)}.",
-                    f"Call {tie_again(parts)} right after what broke it (a deepcopy of a part, "
-                    "load_state_dict(assign=True), a move between devices), then build again.",
-                )
+            yield Finding(
+                "tie-broken",
+                f"{' = '.join(info.names)} were one parameter when the optimizer was built; "
+                f"now they are {' and '.join(' = '.join(part) for part in parts)}.",
+                f"Call {tie_again(parts)} right after what broke it (a deepcopy of a part, "
+                "load_state_dict(assign=True), a move between devices), then build again.",
             )
-    return findings
 
 
-def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> list[Finding]:
-    """Return parameters of the optimizer that are not in the model any more."""
+def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> Iterator[Finding]:
+    """Find parameters of the optimizer that are not in the model any more."""
     updated = {id(param) for _, _, param in rows}
     gone, replaced, tied = [], [], []
     for _, info, param in rows:
@@ -160,12 +156,12 @@ def _exchanged(rows: Rows, live: Mapping[str, Owned], there: Set[int]) -> list[F
             "does not train",
         ),
     ]
-    return [
-        Finding(code, f"{listed(names)} {what}.", _REBUILD) for code, names, what in told if names
-    ]
+    for code, names, what in told:
+        if names:
+            yield Finding(code, f"{listed(names)} {what}.", _REBUILD)
 
 
-def _exchanged_modules(freezer: Freezer, model: nn.Module) -> list[Finding]:
+def _exchanged_modules(freezer: Freezer, model: nn.Module) -> Iterator[Finding]:
     """Find modules that were exchanged around their parameters, as by a conversion of BatchNorm."""
     now = module_paths(model)
     locked, around = [], []
@@ -184,11 +180,9 @@ def _exchanged_modules(freezer: Freezer, model: nn.Module) -> list[Finding]:
         ("kept in eval mode by the plan; what took its place follows train()", locked),
         ("exchanged after the optimizer was built; its parameters are the same", around),
     ]
-    return [
-        Finding("module-replaced", f"{listed(names)} was {how}.", fix)
-        for how, names in told
-        if names
-    ]
+    for how, names in told:
+        if names:
+            yield Finding("module-replaced", f"{listed(names)} was {how}.", fix)
 
 
 def _converted(old: nn.Module, new: nn.Module | None) -> bool:
@@ -199,28 +193,22 @@ def _converted(old: nn.Module, new: nn.Module | None) -> bool:
     )
 
 
-def _unknown(resolved: Resolved, owned: Sequence[Owned], updated: Set[int]) -> list[Finding]:
+def _unknown(resolved: Resolved, owned: Sequence[Owned], updated: Set[int]) -> Iterator[Finding]:
     known = resolved.cell_of
     names = [
         item.info.name
         for item in owned
         if not known.keys() & set(item.info.names) and id(item.tensor) not in updated
     ]
-    if not names:
-        return []
     what = f"{listed(names)} came into the model after the optimizer was built; it does not train."
-    return [Finding("parameter-added", what, _REBUILD)]
+    if names:
+        yield Finding("parameter-added", what, _REBUILD)
 
 
-def _overlapping(owned: Sequence[Owned]) -> list[Finding]:
-    return [
-        Finding(
-            "shared-memory",
-            f"{one.info.name!r} and {other.info.name!r} are two Parameters over the same memory.",
-            overlap_fix(one, other),
-        )
-        for one, other in overlaps(owned)
-    ]
+def _overlapping(owned: Sequence[Owned]) -> Iterator[Finding]:
+    for one, other in overlaps(owned):
+        what = f"{one.info.name!r} and {other.info.name!r} are two Parameters over the same memory."
+        yield Finding("shared-memory", what, overlap_fix(one, other))
 
 
 def _silent(
@@ -230,54 +218,47 @@ def _silent(
     after: int,
     new: Sequence[str],
     received: GradientTracker,
-) -> list[Finding]:
-    """Return parameters that trained for some steps and never received a gradient."""
+) -> Iterator[Finding]:
+    """Find parameters that trained for some steps and never received a gradient."""
     clock, seen = groups[0]["clock"], groups[0]["feedback"]
     names = []
     for cell, info, param in rows:
+        spans = Feedback(seen=seen).windows(cell)
         if cell.algorithm is None or is_whole_vector(cell.optimizer):
             silent, since = info.name not in received.names, float(received.since)
         else:
             silent = info.name not in new and not float(state[param]["step"])
             silent = silent and (param.numel() > 0 or not is_flattened(param))  # no part of it here
-            since = _count_began(cell, clock, seen)
-        if silent and _steps_trained(cell, clock, seen, since) >= after:
+            since = _count_began(cell, spans, clock)
+        steps = sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
+        if silent and steps >= after:
             names.append(info.name)
-    if not names:
-        return []
-    return [
-        Finding(
+    if names:
+        yield Finding(
             "no-gradient",
             f"{listed(names)} never received a gradient, in at least {after} steps.",
             "See whether the loss depends on it (a layer not used, a detach, a branch not taken); "
             "if that is meant, freeze it.",
         )
-    ]
 
 
-def _steps_trained(
-    cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]], since: float = 0
-) -> float:
-    spans = Feedback(seen=seen).windows(cell)
-    return sum(max(0, min(clock, end) - max(start, since)) for start, end in spans)
-
-
-def _count_began(cell: Cell, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> float:
+def _count_began(cell: Cell, spans: Sequence[tuple[float, float]], clock: int) -> float:
     """Return the step from which the updates of a cell's parameters are counted."""
     if cell.frozen_state == "keep":
         return 0
-    spans = Feedback(seen=seen).windows(cell)
     return next((start for start, end in spans if start <= clock < end), clock)
 
 
-def _flags(freezer: Freezer, groups: Sequence[dict[str, Any]]) -> list[Finding]:
+def _flags(freezer: Freezer, groups: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     """Find parameters whose `requires_grad` contradicts the plan."""
     off: list[str] = []
     on: dict[bool, list[str]] = {}
     for cell, names, params in freezer.turned(groups):
         (on.setdefault(cell.by_model, []) if params[0].requires_grad else off).extend(names)
-    found = [turned_on(names, by_model) for by_model, names in on.items()]
-    return [*found, turned_off(off)] if off else found
+    for by_model, names in on.items():
+        yield turned_on(names, by_model)
+    if off:
+        yield turned_off(off)
 
 
 def _frozen_by_hand(

@@ -122,7 +122,6 @@ class Optimizer(Engine):
             self._freezer,
             self._claim,
             self._exchange,
-            self._monitor,
             self._run_state.notices,
         )
         for group in self.param_groups:  # so that nothing needs a step to have state
@@ -241,9 +240,7 @@ class Optimizer(Engine):
             self._skip(error)
             return
         self._apply(batches)
-        written_by_guest = ""
-        if self._guests.present:
-            written_by_guest = self._guests.own_writes(self._run_state.published)
+        written_by_guest = self._guests.own_writes(self._run_state.published)
         self._advance()
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
@@ -255,8 +252,7 @@ class Optimizer(Engine):
         """
         batches = self._collect(self._begin())
         count = sum(len(batch.params) for batch in batches)
-        before = self._exchange.gradients
-        if before is not None and count < before and is_distributed():
+        if count < self._exchange.gradients and is_distributed():
             self._settle_wrapping()
             batches = self._collect(self._begin())
             count = sum(len(batch.params) for batch in batches)
@@ -313,7 +309,7 @@ class Optimizer(Engine):
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
-        if norms and self._monitor.watches_norms:
+        if norms and self._monitor.clip.open:
             self._monitor.measured(norms)
 
     def _sharded_scopes(self) -> dict[int, list[Batch]]:
@@ -600,9 +596,7 @@ class Optimizer(Engine):
         Raises:
             StateError: if it does not fit; nothing was changed.
         """
-        self._restore(state_dict, strict, renamed)
-        report = self._run_state.last_load
-        jumps = report.jumps if report else ()
+        jumps = self._restore(state_dict, strict, renamed).jumps
         if jumps:
             log.warning(
                 "the state's schedules fit a run of another length, and the plan's are used: "
@@ -612,11 +606,8 @@ class Optimizer(Engine):
             )
 
     def _restore(
-        self,
-        state_dict: Any,
-        strict: bool = False,
-        renamed: Mapping[str, str | None] | None = None,
-    ) -> None:
+        self, state_dict: Any, strict: bool, renamed: Mapping[str, str | None] | None
+    ) -> LoadReport:
         self._follow_model()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # what a hook changes is not the caller's
@@ -637,6 +628,7 @@ class Optimizer(Engine):
             )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        return loaded.report
 
     def _put(self, loaded: Loaded) -> None:
         """Exchange the state; nothing in here can fail."""
@@ -712,16 +704,12 @@ class Optimizer(Engine):
         Args:
             set_to_none: whether to set them to None instead of 0.
         """
-        rows = zip(self._resolved.cells, self.param_groups, strict=True)
-        own = [group for cell, group in rows if not cell.by_model]
-        if len(own) == len(self.param_groups):
-            super().zero_grad(set_to_none)
-            return
-        for param in (param for group in own for param in group["params"]):
-            if set_to_none or param.grad is None:
-                param.grad = None
-            else:
-                param.grad = param.grad.detach().zero_()
+        # Nothing else is set aside here: a step gives all back before it calls a closure.
+        for cell, group in zip(self._resolved.cells, self.param_groups, strict=True):
+            for param in group["params"] if cell.by_model else ():
+                self._freezer.set_aside(param)
+        super().zero_grad(set_to_none)
+        self._freezer.put_back()
 
     def __getstate__(self) -> dict[str, Any]:
         own = (*Engine.__annotations__, *Optimizer.__annotations__)

@@ -27,8 +27,8 @@ class _Watched(NamedTuple):
     """A frozen tensor; `loose` may be exchanged for another object, which is taken as it is."""
 
     tensor: torch.Tensor
-    loose: bool = False
-    buffer_of: str | None = None
+    loose: bool
+    #: what keeps the module of a buffer in eval mode; None for a parameter
     held: EvalLock | None = None
 
 
@@ -53,7 +53,7 @@ class Audit:
     def __init__(self, model: nn.Module, on: bool) -> None:
         #: whether it was asked for; without it, nothing below is to be called but `forget`
         self.on = on
-        self._model = model if on else None
+        self._model = model
         self._names = {item.info.name: item.info.names for item in collect(model)} if on else {}
         self._known: dict[str, _Mark] = {}
 
@@ -84,10 +84,10 @@ class Audit:
         moved = [name for name, mark in now.items() if self._moved(name, mark, watched[name].loose)]
         if moved:
             when = f"{'during' if following > step else 'before'} step {step}"
-            params = [name for name in moved if watched[name].buffer_of is None]
-            buffers = [name for name in moved if watched[name].buffer_of is not None]
+            params = [name for name in moved if watched[name].held is None]
+            buffers = [name for name in moved if watched[name].held is not None]
             told = [self._params_moved(params, now, when)] if params else []
-            told += [_buffers_moved(buffers, watched, when)] if buffers else []
+            told += [_buffers_moved(buffers, when)] if buffers else []
             raise FrozenMovedError(" ".join(told))
         self._known |= now
 
@@ -115,7 +115,6 @@ class Audit:
         )
 
     def _frozen(self, groups: Groups, active: Sequence[bool | None]) -> dict[str, _Watched]:
-        assert self._model is not None
         frozen: dict[str, _Watched] = {}
         live = tensors_by_name(self._model)
         for group, trains in zip(groups, active, strict=True):
@@ -128,23 +127,16 @@ class Audit:
                     frozen[name] = _Watched(param if loose else live.get(name, param), loose)
         for path, module in self._model.named_modules():
             held = lock_of(module)
-            if held is not None:
-                frozen.update(_buffers(path, module, held))
+            if held is None:
+                continue
+            for name, buffer in module.named_buffers(path, recurse=False, remove_duplicate=False):
+                saved = name.rpartition(".")[2] not in module._non_persistent_buffers_set
+                frozen[name] = _Watched(buffer, not saved, held)
         return frozen
 
 
-def _buffers(path: str, module: nn.Module, held: EvalLock) -> dict[str, _Watched]:
-    return {
-        f"{path}.{key}" if path else key: _Watched(
-            buffer, key in module._non_persistent_buffers_set, path, held
-        )
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    }
-
-
-def _buffers_moved(names: Sequence[str], watched: Mapping[str, _Watched], when: str) -> str:
-    held = watched[names[0]].buffer_of
+def _buffers_moved(names: Sequence[str], when: str) -> str:
+    held = names[0].rpartition(".")[0]
     return (
         f"{quoted(names)} should rest, but moved {when}: {names[0]!r} is a buffer of "
         f"{f'the module {held!r}' if held else 'the model'}, which is kept in eval mode while all "
@@ -180,13 +172,10 @@ def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
     """
     sums = [_checksum(tensor) for tensor in tensors]
     totals = [0] * len(sums)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, total in enumerate(sums):
-        by_device.setdefault(total.device, []).append(index)
-    for indices in by_device.values():  # one wait for each device
-        for index, value in zip(
-            indices, torch.stack([sums[i] for i in indices]).tolist(), strict=True
-        ):
+    for device in {total.device for total in sums}:  # one wait for each device
+        here = [index for index, total in enumerate(sums) if total.device == device]
+        values = torch.stack([sums[index] for index in here]).tolist()
+        for index, value in zip(here, values, strict=True):
             totals[index] = value
     return totals
 

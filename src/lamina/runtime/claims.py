@@ -11,8 +11,6 @@ from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback
 from ..resolve.windows import window_text
 
-Groups = Sequence[Mapping[str, Any]]
-
 
 class Claim:
     """What the plan of one optimizer says on its parameters, for the other optimizers to see.
@@ -25,7 +23,7 @@ class Claim:
         groups: its parameter groups, whose dicts stay the same ones.
     """
 
-    def __init__(self, resolved: Resolved, groups: Groups) -> None:
+    def __init__(self, resolved: Resolved, groups: Sequence[Mapping[str, Any]]) -> None:
         self._cells = resolved.cells
         self._steps = resolved.run.steps
         self._groups = list(groups)
@@ -46,10 +44,17 @@ class Claim:
         for other in () if resumed else self._others():
             if other._is_over:
                 continue
-            shared = list(self._shared(other))
+            shared = self._shared(other)
             for mine, theirs, name in shared:
-                if self._disagrees(mine, theirs, other):
-                    raise PlanError(_conflict(mine, theirs, name))
+                # The same windows are those of a plan that is built again, at whatever step.
+                if mine.windows != theirs.windows and self._ahead(mine) != other._ahead(theirs):
+                    raise PlanError(
+                        f"by this plan {name!r} {_said(mine)}, but by the plan of another "
+                        "optimizer, which was built for this model before and is still in use, it "
+                        f"{_said(theirs)}. Call release() on that optimizer first if this one "
+                        "replaces it. For two optimizers side by side, build each for its own part "
+                        "of the model, such as plan.build(model.generator)."
+                    )
             if any(mine.windows and theirs.windows for mine, theirs, _ in shared):
                 self.lost_steps = max(self.lost_steps, other._clock)
         _IN_FORCE.add(self)
@@ -58,43 +63,33 @@ class Claim:
         """End the plan's say."""
         _IN_FORCE.discard(self)
 
-    @property
-    def in_force(self) -> bool:
-        """Return whether the plan has a say on the model."""
-        return self in _IN_FORCE
-
     def trained_elsewhere(self) -> frozenset[int]:
         """Return the ids of the parameters that another plan in force trains in its next step."""
         return frozenset(
-            at
-            for other in self._others()
-            for at, cell in other._cells_by_id().items()
-            if other._trains(cell)
+            at for other in self._others() for cell, at, _ in other._rows() if other._trains(cell)
         )
 
     def governed_elsewhere(self) -> frozenset[int]:
         """Return the ids of the parameters that another plan in force trains or freezes."""
-        return frozenset(at for other in self._others() for at in other._cells_by_id())
+        return frozenset(at for other in self._others() for _, at, _ in other._rows())
 
     def _others(self) -> list[Claim]:
         return [other for other in _IN_FORCE if other is not self]
 
     def _cells_by_id(self) -> dict[int, Cell]:
         """Return the cell of each parameter that the plan speaks of."""
-        return {
-            id(param): cell
-            for cell, group in zip(self._cells, self._groups, strict=True)
-            if not cell.by_model
-            for param in group["params"]
-        }
+        return {at: cell for cell, at, _ in self._rows()}
 
-    def _shared(self, other: Claim) -> Iterator[tuple[Cell, Cell, str]]:
+    def _shared(self, other: Claim) -> list[tuple[Cell, Cell, str]]:
         theirs = other._cells_by_id()
+        return [(cell, theirs[at], name) for cell, at, name in self._rows() if at in theirs]
+
+    def _rows(self) -> Iterator[tuple[Cell, int, str]]:
+        """Yield each parameter that the plan speaks of: its cell, id and name."""
         for cell, group in zip(self._cells, self._groups, strict=True):
             if not cell.by_model:
                 for param, name in zip(group["params"], group["param_names"], strict=True):
-                    if id(param) in theirs:
-                        yield cell, theirs[id(param)], name
+                    yield cell, id(param), name
 
     @property
     def _clock(self) -> int:
@@ -120,12 +115,8 @@ class Claim:
             if end > now
         ]
 
-    def _disagrees(self, mine: Cell, theirs: Cell, other: Claim) -> bool:
-        # The same windows are those of a plan that is built again, at whatever step.
-        return mine.windows != theirs.windows and self._ahead(mine) != other._ahead(theirs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "in force": self.in_force}
+        return {**self.__dict__, "in force": self in _IN_FORCE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         in_force = state.pop("in force")
@@ -135,15 +126,6 @@ class Claim:
 
 
 _IN_FORCE: weakref.WeakSet[Claim] = weakref.WeakSet()
-
-
-def _conflict(mine: Cell, theirs: Cell, name: str) -> str:
-    return (
-        f"by this plan {name!r} {_said(mine)}, but by the plan of another optimizer, which was "
-        f"built for this model before and is still in use, it {_said(theirs)}. Call release() on "
-        "that optimizer first if this one replaces it. For two optimizers side by side, build each "
-        "for its own part of the model, such as plan.build(model.generator)."
-    )
 
 
 def _said(cell: Cell) -> str:

@@ -44,16 +44,11 @@ class BeforeForward:
         """Call, and remove the hook."""
         if torch.compiler.is_compiling():  # traced, it would be called for ever: the step settles
             return
-        call = self._call() if self._call is not None else None
-        self.remove()
-        if call is not None:
+        if self._call is None:  # the hook of a copy
+            return
+        self._handle.remove()
+        if (call := self._call()) is not None:
             call()
-
-    def remove(self) -> None:
-        """Take the hook off the model."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_call": None, "_handle": None}
@@ -72,9 +67,12 @@ class Exchange:
         places = {item.info.name: item.places for item in owned}
         self.model = model
         self._resolved = resolved
-        self._places = [[places[info.name] for info in cell.parameters] for cell in resolved.cells]
-        #: how many gradients came in the last step, None before the first
-        self.gradients: int | None = None
+        #: of each parameter, the module that holds it, and under which attribute
+        self._places = [
+            [places[info.name][0] for info in cell.parameters] for cell in resolved.cells
+        ]
+        #: how many gradients came in the last step, 0 before the first
+        self.gradients = 0
         #: how all parameters, and those of each clip scope, are spread over processes by FSDP1
         self.shards: Shards | None = None
         self.shards_by_scope: dict[int, Shards] = {}
@@ -83,13 +81,8 @@ class Exchange:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but process groups, which cannot be copied; the next step looks again."""
-        return {
-            **self.__dict__,
-            "gradients": None,
-            "shards": None,
-            "shards_by_scope": {},
-            "_flat": {},
-        }
+        anew: dict[str, Any] = {"gradients": 0, "shards": None, "shards_by_scope": {}, "_flat": {}}
+        return self.__dict__ | anew
 
     def adopt(self, groups: Groups) -> bool:
         """Put the sharded parameters of the model into the groups, for those they were made of.
@@ -101,8 +94,7 @@ class Exchange:
         found = False
         for group, rows in zip(groups, self._places, strict=True):
             params = group["params"]
-            for index, places in enumerate(rows):
-                module, attribute = places[0]
+            for index, (module, attribute) in enumerate(rows):
                 live = lasting.get((id(module), attribute), module._parameters.get(attribute))
                 if live is not None and live is not params[index] and is_dtensor(live):
                     params[index] = live
@@ -113,8 +105,7 @@ class Exchange:
         """Let FSDP, in whose forward the flags were set, take notice of them."""
         tell_flat_parameters(self.model, [param for group in groups for param in group["params"]])
         for group, rows in zip(groups, self._places, strict=True):
-            for param, places in zip(group["params"], rows, strict=True):
-                module, attribute = places[0]
+            for param, (module, attribute) in zip(group["params"], rows, strict=True):
                 shown = module._parameters.get(attribute)
                 if shown is not None and shown is not param and is_dtensor(param):
                     shown.requires_grad_(param.requires_grad)
@@ -148,18 +139,16 @@ class Exchange:
     def _refuse_vector(self, groups: Groups) -> None:
         for cell, group in zip(self._resolved.cells, groups, strict=True):
             method = method_of(cell.optimizer)
-            if method is None or method.unit == "element":
+            if method is None or not cell.windows:
                 continue
             for info, param in zip(cell.parameters, group["params"], strict=True):
-                why = unit_refusal(method.name, method.unit, param)
-                if why and cell.windows:
+                if why := unit_refusal(method.name, method.unit, param):
                     raise PlanError(f"{info.name!r} {why}.")
 
     def _refuse_lost(self, groups: Groups) -> None:
         """Raise for parameters that FSDP1 has put into a flat one, in place of them."""
         for cell, rows in zip(self._resolved.cells, self._places, strict=True):
-            for info, places in zip(cell.parameters, rows, strict=True):
-                module, attribute = places[0]
+            for info, (module, attribute) in zip(cell.parameters, rows, strict=True):
                 if attribute in module._parameters or not _has_flat(self.model):
                     continue
                 raise PlanError(
@@ -204,12 +193,11 @@ class Exchange:
         """Note which process group has the other parts, for each scope and for all together."""
         known: dict[str, Any] = {}
         scopes: dict[int, dict[str, Any]] = {}
-        tensors: list[torch.Tensor] = []
+        tensors = [param for group in groups for param in group["params"]]
         for cell, group in zip(self._resolved.cells, groups, strict=True):
             for info, param in zip(cell.parameters, group["params"], strict=True):
                 part = flat.get(id(param))
                 known[info.name] = None if part is None else part.group
-                tensors.append(param)
                 if cell.scope is not None:
                     scopes.setdefault(cell.scope, {})[info.name] = known[info.name]
         if not any(group is not None for group in known.values()):

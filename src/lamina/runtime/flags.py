@@ -145,11 +145,20 @@ def refusal(
     missing = list(not_reduced(cells, groups, found, clock))
     inside = [name for name, param in missing if id(param) in found.missed]
     if inside and any(id(param) in found.held for _, param in missing):
-        return _refuse_two(listed(inside))
+        return (
+            f"two DistributedDataParallel wrappers are around {listed(inside)}, and only one of "
+            f"them reduces it: with the other, {_DRIFT}",
+            "Build the plan on the wrapper that is called, or delete the other one first.",
+        )
     if inside:
         return _refuse_late(inside, in_step)
     if missing:
-        return _refuse_unwrapped(listed([name for name, _ in missing]))
+        return (
+            f"the plan trains {listed([name for name, _ in missing])}, which no "
+            "DistributedDataParallel wraps, though one wraps other parameters of the model: "
+            f"{_DRIFT}",
+            "Wrap the whole model, or freeze this part (frozen=True).",
+        )
     starved = [
         info.name
         for cell, group in zip(cells, groups, strict=True)
@@ -157,7 +166,14 @@ def refusal(
         for info, param in zip(cell.parameters, group["params"], strict=True)
         if id(param) in found.starved
     ]
-    return _refuse_starved(listed(starved)) if starved and not in_step else None
+    if in_step or not starved:
+        return None
+    return (
+        f"requires_grad of {listed(starved)} was turned off after DistributedDataParallel wrapped "
+        "the model, whose reducer waits for their gradients and reduces nothing without them.",
+        "Turn it on again and freeze them in the plan (frozen=True), or turn it off before "
+        "wrapping.",
+    )
 
 
 _DRIFT = "nothing averages the gradients, and the processes would drift apart."
@@ -177,31 +193,6 @@ def _refuse_late(names: Sequence[str], in_step: bool) -> tuple[str, str]:
     return cause, (
         "Turn requires_grad on before wrapping, since the plan freezes by itself: unwrap "
         f"(model = model.module), lamina.thaw(model, {pattern!r}), wrap again, then build."
-    )
-
-
-def _refuse_two(names: str) -> tuple[str, str]:
-    return (
-        f"two DistributedDataParallel wrappers are around {names}, and only one of them reduces "
-        f"it: with the other, {_DRIFT}",
-        "Build the plan on the wrapper that is called, or delete the other one first.",
-    )
-
-
-def _refuse_unwrapped(names: str) -> tuple[str, str]:
-    return (
-        f"the plan trains {names}, which no DistributedDataParallel wraps, though one wraps "
-        f"other parameters of the model: {_DRIFT}",
-        "Wrap the whole model, or freeze this part (frozen=True).",
-    )
-
-
-def _refuse_starved(names: str) -> tuple[str, str]:
-    return (
-        f"requires_grad of {names} was turned off after DistributedDataParallel wrapped the model, "
-        "whose reducer waits for their gradients and reduces nothing without them.",
-        "Turn it on again and freeze them in the plan (frozen=True), or turn it off before "
-        "wrapping.",
     )
 
 

@@ -15,9 +15,7 @@ from ..model.parameters import Owned, frozen_by_plan, mark_frozen, set_requires_
 from ..model.reducers import free_gradients, has_zero_gradients
 from ..resolve.resolved import Cell
 from .claims import Claim
-from .flags import MAY_BE_WRAPPED, FlagKeeper, trains_from
-
-Groups = Sequence[dict[str, Any]]
+from .flags import MAY_BE_WRAPPED, FlagKeeper, Groups, trains_from
 
 
 class Freezer:
@@ -77,9 +75,9 @@ class Freezer:
         if changed:
             pairs = zip(groups, active, strict=True)
             self.trained = sum(len(group["params"]) for group, now in pairs if now)
-        if changed and not self._released:
-            self.with_gradient = self.trained
-            self._lock(groups)
+            if not self._released:
+                self.with_gradient = self.trained
+                self._lock(groups)
 
     def settle(self, groups: Groups, clock: int) -> None:
         """Look once more in the first step: the model may have been wrapped since the build.
@@ -197,28 +195,21 @@ class Freezer:
                 yield cell, [name for name, _ in found], [param for _, param in found]
 
     def _drop(self, index: int, group: dict[str, Any]) -> list[str]:
-        cell = self._cells[index]
-        if self._released:
-            for param in group["params"]:
-                self.set_aside(param)
-            return []
-        found = [param for param in group["params"] if param.grad is not None]
-        if not found:
+        # Asked at every step, and mostly all there is to do.
+        if all(param.grad is None for param in group["params"]):
             return []
         others = self._claim.trained_elsewhere()
-        turned: set[int] = set()
-        for param in found:
-            if id(param) in others:
-                self.set_aside(param)
-                continue
-            if param.requires_grad and not has_zero_gradients(param):
-                turned.add(id(param))
-            if cell.by_model:
-                self.set_aside(param)
-            else:
+        turned = []
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            ours = not self._released and id(param) not in others
+            by_hand = param.requires_grad and not has_zero_gradients(param)
+            if ours and by_hand and param.grad is not None:
+                turned.append(name)
+            if ours and not self._cells[index].by_model:
                 param.grad = None
-        pairs = zip(group["param_names"], group["params"], strict=True)
-        return [name for name, param in pairs if id(param) in turned]
+            else:
+                self.set_aside(param)
+        return turned
 
     def _lock(self, groups: Groups) -> None:
         rest: list[str] = []

@@ -49,14 +49,11 @@ class Monitor:
         self._had_report = False
         self._epoch = FirstEpoch(resolved.run.steps_per_epoch)
         self._trainer = LightningTrainer(model)
-        self._clip = ClippedElsewhere()
-        #: whether `measured` is still looking for clipping by somebody else
-        self.watches_norms = self._clip.open
-        self.search = Backoff()  # for parameters that were replaced
+        self.clip = ClippedElsewhere()
         #: whether weights are compared before and after some steps
         self.samples = _has_half(resolved)
-        self._moments = self._moments_to_look()
-        self._due = min(self._moments, default=math.inf)
+        #: the step in which `_look` has something to do
+        self._due: float = 0
         #: the step from which `after_step` has something to do; an ordinary step compares numbers
         self.next_look: float = 0
 
@@ -65,12 +62,11 @@ class Monitor:
         for finding in findings:
             self._warn(finding, str(finding))
 
-    def _tell(self, finding: Finding, about: str = "") -> None:
+    def _tell(self, code: str, what: str, fix: str, about: str = "") -> None:
         """Remember a finding about the run (or a part of it), and give it as a warning."""
-        key = f"{finding.code} {about}"
-        if key not in self.found:
-            self.found[key] = finding
-            self._warn(finding, key)
+        key = f"{code} {about}"
+        finding = self.found.setdefault(key, Finding(code, what, fix))
+        self._warn(finding, key)
 
     def _warn(self, finding: Finding, key: str) -> None:
         if is_first_process():
@@ -86,34 +82,43 @@ class Monitor:
             skipped: how many were left out because of a gradient that was not finite.
             seen: what the reactions have seen.
         """
-        if self._trainer.open:
-            self._compare_with(self._trainer.steps())
+        self._compare_with(self._trainer.steps())
         if self._epoch.open and (length := self._epoch.after_step(clock, skipped)):
             self._compare(length)
         if clock >= self._due:
             self._look(clock, seen)
-        self.next_look = 0 if self._trainer.open or self._epoch.open else self._due
+        self.next_look = 0 if self._epoch.open else self._due
 
     def _look(self, clock: int, seen: Mapping[str, Mapping[str, Any]]) -> None:
         """Tell of a run beyond its end, and of metrics that were never reported."""
         steps = self._resolved.run.steps
+        moments = [math.inf if steps is None else steps + 1]
         if steps is not None and clock > steps:
-            self._tell(_beyond(steps))
+            self._tell(
+                "beyond-the-end",
+                f"the run goes on beyond the {steps} steps it was planned for; schedules hold "
+                "their last values from here on, and nothing thaws or freezes any more.",
+                "Pass build() the length that the run really has: steps=, or epochs= and "
+                "steps_per_epoch= in optimizer steps. To lengthen a run, build with "
+                "resume=optimizer.state_dict() and extend='hold' or 'stretch'.",
+            )
         for key, reaction in self._resolved.reactions:
-            if clock >= self._deadline(reaction) and seen[key]["best"] is None:
-                self._tell(_never_reported(key, reaction, clock), key)
-        self._due = min((each for each in self._moments if each > clock), default=math.inf)
+            moments.append(self._deadline(reaction))
+            if clock >= moments[-1] and seen[key]["best"] is None:
+                self._tell(
+                    "metric-never-reported",
+                    f"{reaction!r} ({key}) has never received {reaction.metric!r} in {clock} "
+                    "steps, so that it does nothing.",
+                    f"After each validation call optimizer.report({reaction.metric}=...), on "
+                    "every process.",
+                    about=key,
+                )
+        self._due = min((each for each in moments if each > clock), default=math.inf)
 
     def loaded(self) -> None:
         """Forget what was counted: the clock is that of a loaded state."""
         self._epoch.forget()
         self.next_look = 0
-
-    def _moments_to_look(self) -> list[float]:
-        steps = self._resolved.run.steps
-        ends: list[float] = [] if steps is None else [steps + 1]
-        deadlines = (self._deadline(reaction) for _, reaction in self._resolved.reactions)
-        return [*ends, *(each for each in deadlines if each < math.inf)]
 
     def _deadline(self, reaction: Reaction) -> float:
         """Return the step by which the metric of a reaction should have come.
@@ -149,13 +154,28 @@ class Monitor:
         """Tell if a trainer takes another number of steps than the run was planned for."""
         planned = self._resolved.run.steps
         if planned is not None and steps is not None and not _alike(steps, planned):
-            self._tell(_other_run(steps, planned))
+            self._tell(
+                "another-length",
+                f"the trainer takes {steps} optimizer steps, but {planned} were planned, so that "
+                f"schedules and windows take {_ratio(planned, steps)} as they should.",
+                "Build in configure_optimizers with steps=self.trainer.estimated_stepping_batches, "
+                "which counts processes and accumulated batches.",
+            )
 
     def _compare(self, length: int) -> None:
         """Tell if an epoch had another length than planned; a few steps may have been left out."""
         planned = self._resolved.run.steps_per_epoch
-        if planned is not None and not _alike(length, planned):
-            self._tell(_other_length(length, planned))
+        if planned is None or _alike(length, planned):
+            return
+        count = count_processes()
+        why = f" Each of the {count} processes has its share of the batches." if count > 1 else ""
+        self._tell(
+            "another-length",
+            f"an epoch had {length} optimizer steps, but {planned} were planned, so that schedules "
+            f"and windows take {_ratio(planned, length)} as they should.{why}",
+            f"Build with steps_per_epoch={length}, the length of the loader that is iterated over "
+            "(len(loader) after accelerator.prepare; the batches divided by the accumulated ones).",
+        )
 
     # --- gradients -----------------------------------------------------------------------------
 
@@ -165,22 +185,36 @@ class Monitor:
         A single one may be a batch that a trainer leaves out.
         """
         if any(active):
-            if self._without_gradient is not None and self._without_gradient == clock - 1:
-                self._tell(_no_gradient(clock))
+            if self._without_gradient == clock - 1:
+                self._tell(
+                    "step-without-gradient",
+                    f"no parameter had a gradient in the steps {clock - 1} and {clock}; nothing "
+                    "was updated.",
+                    "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after "
+                    "it. If both are done, the loss depends on nothing that trains (a detach, "
+                    "torch.no_grad, another copy of the model).",
+                )
             self._without_gradient = clock
 
     def measured(self, norms: Mapping[str, torch.Tensor]) -> None:
         """Look at the norms of a step, which were read on the host already."""
-        limit = self._clip.after_step([float(norm) for norm in norms.values()])
+        limit = self.clip.after_step([float(norm) for norm in norms.values()])
         if limit is not None:
-            self._tell(_clipped_elsewhere(limit))
-        self.watches_norms = self._clip.open
+            self._tell(
+                "clipped-elsewhere",
+                f"the norm of the gradients stops at {limit:g} before the plan clips them: "
+                "something else has clipped them already, so that the plan's limits and norms are "
+                "not those of the loss.",
+                "Clip in one place: remove clip_grad_norm_ from the loop, or the trainer's option "
+                "(Lightning's gradient_clip_val, Transformers' max_grad_norm=0), or clip_norm= "
+                "from the plan.",
+            )
 
     # --- weights of 16 bits --------------------------------------------------------------------
 
     def sample(self, batches: Sequence[Batch], clock: int) -> Sample | None:
         """Return numbers of a 16-bit parameter before the update, at a few steps of the run."""
-        if not self.samples or clock not in _SAMPLED:
+        if clock not in _SAMPLED:
             return None
         found = [
             (param.numel(), batch, index)
@@ -198,8 +232,16 @@ class Monitor:
         lr, share = float(sample.batch.hyper["lr"]), sample.unchanged()
         if lr and share > 0.5 and lr >= 0.5 * self._peak(sample.batch.hyper["name"]):
             name = sample.batch.name_of(sample.index)
+            kind = str(sample.param.dtype).removeprefix("torch.")
             self.samples = False
-            self._tell(_rounds_away(name, sample.param.dtype, share, lr, clock))
+            self._tell(
+                "updates-round-away",
+                f"{share:.0%} of the numbers of {name} ({kind}) that have a gradient did not "
+                f"change in step {clock} (lr {lr:.3g}): the update is less than half the distance "
+                f"to the next {kind}.",
+                "Keep the parameters in float32 (model.float()) and compute in 16 bits with "
+                "torch.autocast, or raise lr.",
+            )
 
     def _peak(self, name: str) -> float:
         """Return about the largest lr of a group in the run."""
@@ -208,35 +250,17 @@ class Monitor:
         return float(np.max(values_at(self._resolved, steps).lr(index)))
 
 
-class Backoff:
-    """Says when to look for what is dear to look for: ever more rarely, while nothing is found."""
-
-    def __init__(self) -> None:
-        self._due = self._wait = 0
-
-    def is_due(self, clock: int) -> bool:
-        """Return whether to look in this step; the next look is then twice as far away."""
-        if clock < self._due:
-            return False
-        self._wait = max(1, 2 * self._wait)
-        self._due = clock + self._wait
-        return True
-
-
 class LightningTrainer:
     """The trainer of a LightningModule, which knows the length of its run once that has begun."""
 
     def __init__(self, model: nn.Module) -> None:
         self._module = weakref.ref(model) if hasattr(model, "_trainer") else None
 
-    @property
-    def open(self) -> bool:
-        """Return whether the trainer is still to be asked."""
-        return self._module is not None
-
     def steps(self) -> int | None:
         """Return the optimizer steps of the whole run, if they are known; ask once."""
-        module, self._module = self._module and self._module(), None
+        if self._module is None:
+            return None
+        module, self._module = self._module(), None
         try:
             steps = float(module._trainer.estimated_stepping_batches)  # type: ignore[union-attr, arg-type]
         except Exception:  # there is no trainer, or it cannot tell
@@ -373,83 +397,5 @@ def _alike(length: int, planned: int) -> bool:
     return abs(length - planned) <= max(1, planned // 10)
 
 
-# --- the findings --------------------------------------------------------------------------------
-
-
-def _beyond(steps: int) -> Finding:
-    return Finding(
-        "beyond-the-end",
-        f"the run goes on beyond the {steps} steps it was planned for; schedules hold their last "
-        "values from here on, and nothing thaws or freezes any more.",
-        "Pass build() the length that the run really has: steps=, or epochs= and steps_per_epoch= "
-        "in optimizer steps. To lengthen a run, build with resume=optimizer.state_dict() and "
-        "extend='hold' or 'stretch'.",
-    )
-
-
-def _other_length(length: int, planned: int) -> Finding:
-    count = count_processes()
-    why = f" Each of the {count} processes has its share of the batches." if count > 1 else ""
-    return Finding(
-        "another-length",
-        f"an epoch had {length} optimizer steps, but {planned} were planned, so that schedules and "
-        f"windows take {_ratio(planned, length)} as they should.{why}",
-        f"Build with steps_per_epoch={length}, the length of the loader that is iterated over "
-        "(len(loader) after accelerator.prepare; the batches divided by the accumulated ones).",
-    )
-
-
-def _other_run(steps: int, planned: int) -> Finding:
-    return Finding(
-        "another-length",
-        f"the trainer takes {steps} optimizer steps, but {planned} were planned, so that schedules "
-        f"and windows take {_ratio(planned, steps)} as they should.",
-        "Build in configure_optimizers with steps=self.trainer.estimated_stepping_batches, which "
-        "counts processes and accumulated batches.",
-    )
-
-
 def _ratio(planned: int, length: int) -> str:
     return f"{planned / length:.3g} times as long"
-
-
-def _never_reported(key: str, reaction: Reaction, clock: int) -> Finding:
-    return Finding(
-        "metric-never-reported",
-        f"{reaction!r} ({key}) has never received {reaction.metric!r} in {clock} steps, so that it "
-        "does nothing.",
-        f"After each validation call optimizer.report({reaction.metric}=...), on every process.",
-    )
-
-
-def _no_gradient(clock: int) -> Finding:
-    return Finding(
-        "step-without-gradient",
-        f"no parameter had a gradient in the steps {clock - 1} and {clock}; nothing was updated.",
-        "Call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it. If "
-        "both are done, the loss depends on nothing that trains (a detach, torch.no_grad, another "
-        "copy of the model).",
-    )
-
-
-def _clipped_elsewhere(limit: float) -> Finding:
-    return Finding(
-        "clipped-elsewhere",
-        f"the norm of the gradients stops at {limit:g} before the plan clips them: something else "
-        "has clipped them already, so that the plan's limits and norms are not those of the loss.",
-        "Clip in one place: remove clip_grad_norm_ from the loop, or the trainer's option "
-        "(Lightning's gradient_clip_val, Transformers' max_grad_norm=0), or clip_norm= from the "
-        "plan.",
-    )
-
-
-def _rounds_away(name: str, dtype: torch.dtype, share: float, lr: float, clock: int) -> Finding:
-    kind = str(dtype).removeprefix("torch.")
-    return Finding(
-        "updates-round-away",
-        f"{share:.0%} of the numbers of {name} ({kind}) that have a gradient did not change in "
-        f"step {clock} (lr {lr:.3g}): the update is less than half the distance to the next "
-        f"{kind}.",
-        "Keep the parameters in float32 (model.float()) and compute in 16 bits with "
-        "torch.autocast, or raise lr.",
-    )

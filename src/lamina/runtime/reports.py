@@ -52,6 +52,7 @@ def observe_all(
 ) -> dict[str, dict[str, Any]]:
     """Return what the reactions have seen after a report at a step; pure."""
     run = resolved.settled_for  # whose patience, as all times
+    end = math.inf if resolved.run.steps is None else resolved.run.steps
     new = {key: dict(value) for key, value in seen.items()}
     for key, reaction in resolved.reactions:
         if isinstance(reaction, (Plateau, OnPlateau)) and reaction.metric in numbers:
@@ -59,9 +60,11 @@ def observe_all(
             new[key] = reaction.observe(seen[key], value, step, run)
     for key, reaction in resolved.reactions:  # after the others, whose changes give hope
         if isinstance(reaction, EarlyStop) and reaction.metric in numbers:
-            opened = _opened(resolved, new, step)
+            begins = _begins(resolved, new)
+            opened = sum(0 < begin <= step for begin in begins)
+            pending = any(begin == math.inf or step < begin < end for begin in begins)
             lowered = any(new[other].get("changes") != seen[other].get("changes") for other in seen)
-            thaw = opened > seen[key]["opened"] or _thaw_pending(resolved, new, step)
+            thaw = opened > seen[key]["opened"] or pending
             value = numbers[reaction.metric]
             new[key] = reaction.observe(seen[key], value, step, run, thaw, lowered)
             new[key]["opened"] = opened
@@ -95,12 +98,3 @@ def _begins(resolved: Resolved, seen: AllSeen) -> list[float]:
     """Return the steps of all thaws, infinite for those that wait for a metric."""
     feedback = Feedback(seen=seen)
     return [begin for cell in resolved.cells for begin, _ in feedback.windows(cell)]
-
-
-def _opened(resolved: Resolved, seen: AllSeen, step: int) -> int:
-    return sum(0 < begin <= step for begin in _begins(resolved, seen))
-
-
-def _thaw_pending(resolved: Resolved, seen: AllSeen, step: int) -> bool:
-    end = math.inf if resolved.run.steps is None else resolved.run.steps
-    return any(begin == math.inf or step < begin < end for begin in _begins(resolved, seen))
