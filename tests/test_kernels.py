@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina.algorithms import ALGORITHMS, Adam, Batch
-from lamina.algorithms.base import times
+from lamina.algorithms import ALGORITHMS
+from lamina.algorithms.adam import Adam
+from lamina.algorithms.base import Batch, times
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch

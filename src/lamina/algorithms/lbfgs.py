@@ -61,24 +61,14 @@ class LBFGS(Method):
         "line_search_fn": None,
     }
     limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
         "max_iter": (1, math.inf),
         "max_eval": (1, math.inf),
-        "tolerance_grad": (0.0, math.inf),
-        "tolerance_change": (0.0, math.inf),
         "history_size": (1, math.inf),
     }
     counts: ClassVar[tuple[str, ...]] = ("max_iter", "max_eval", "history_size")
     unbounded: ClassVar[tuple[str, ...]] = ("tolerance_grad", "tolerance_change")
     options: ClassVar[tuple[str, ...]] = ("line_search_fn",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"line_search_fn": (None, "strong_wolfe")}
-
-    def check(self, hyper: Hyper) -> None:
-        """Check ranges; max_eval may be None."""
-        given = dict(hyper)
-        if given.get("max_eval", 0) is None:
-            del given["max_eval"]
-        super().check(given)
 
 
 @dataclass

@@ -106,10 +106,9 @@ def over(
     try:
         return optimizer(groups, **given)
     except Exception:
-        if plain is None:
-            raise
-        with contextlib.suppress(Exception):
-            return optimizer(plain, **given)
+        if plain is not None:
+            with contextlib.suppress(Exception):
+                return optimizer(plain, **given)
         raise
 
 
