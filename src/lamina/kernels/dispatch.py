@@ -151,10 +151,6 @@ class Split(Kernel):
         choices = [_choose(part, prefer) for _, part in self._parts]
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
-    def refusal(self, batch: Batch) -> str:
-        """Refuse nothing: it is made for one batch."""
-        return ""
-
     def ready(self, batch: Batch) -> bool:
         """Return each part asks its own kernel; sparse gradients are left to the loop."""
         return all(grad.layout is torch.strided for grad in batch.grads)
