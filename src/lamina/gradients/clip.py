@@ -16,7 +16,7 @@ from ..algorithms.base import HALF
 from ..errors import HyperparameterError, LaminaWarning, NonFiniteError, PlanError
 from ..model.patterns import PatternLike
 from .clip_targets import Limits, Parameters, Part, number_of, parts_of
-from .norms import clamped, each_norm, total_norm, values_of
+from .norms import all_finite, clamped, each_norm, total_norm
 
 
 @overload
@@ -179,14 +179,8 @@ def _on_host(norms: list[torch.Tensor]) -> list[float]:
 
 
 def _not_finite(part: Part, fail: bool) -> None:
-    bad = next(
-        (
-            name
-            for name, grad in zip(part.names, part.grads, strict=True)
-            if not bool(torch.isfinite(values_of(_local(grad))).all())
-        ),
-        None,
-    )
+    pairs = zip(part.names, part.grads, strict=True)
+    bad = next((name for name, grad in pairs if not all_finite(_local(grad))), None)
     if bad is not None:
         what = f"the gradient of {bad} is NaN or infinite"
     elif any(map(is_dtensor, part.grads)):
