@@ -12,7 +12,7 @@ from .base import Algorithm, Hyper, State, betas, numbers, root, widen, zeros
 
 def zero_moments(param: torch.Tensor, hyper: Hyper) -> State:
     """Return the state in which `moments` begin."""
-    amsgrad = ["max_exp_avg_sq"] if hyper.get("amsgrad") else []
+    amsgrad = ["max_exp_avg_sq"] if hyper["amsgrad"] else []
     return zeros(param, "exp_avg", "exp_avg_sq", *amsgrad)
 
 

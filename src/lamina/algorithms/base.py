@@ -110,12 +110,12 @@ class Algorithm(Method, ABC):
     #: parameter; what `init` gives is among them
     buffers: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return the state of a parameter that was never updated, without `step`.
+        """Return the state of a parameter that was never updated, without `step`: zeros.
 
         It lacks the entries that begin to exist with the first update that needs them.
         """
+        return zeros(param, *self.buffers)
 
     @abstractmethod
     def update(

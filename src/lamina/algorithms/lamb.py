@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .adam import moments, zero_moments
+from .adam import moments
 from .base import Algorithm, Hyper, State, betas, numbers, trust_ratio, widen
 
 
@@ -47,10 +47,6 @@ class LAMB(Algorithm):
     limits: ClassVar[dict[str, tuple[float, float]]] = {"betas": (0.0, 1.0)}
     options: ClassVar[tuple[str, ...]] = ("maximize",)
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return zeros."""
-        return zero_moments(param, hyper)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper

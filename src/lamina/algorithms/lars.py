@@ -6,17 +6,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .base import (
-    Algorithm,
-    Hyper,
-    State,
-    number,
-    numbers,
-    state_dtype_of,
-    trust_ratio,
-    widen,
-    zeros,
-)
+from .base import Algorithm, Hyper, State, numbers, state_dtype_of, trust_ratio, widen
 
 
 @final
@@ -58,9 +48,7 @@ class LARS(Algorithm):
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros; nothing without a momentum."""
-        if number(hyper["momentum"]) == 0:
-            return {}
-        return zeros(param, "momentum_buffer")
+        return {} if hyper["momentum"] == 0 else super().init(param, hyper)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper

@@ -93,12 +93,11 @@ def _zoom(
             bracket[1 - low] = now
             low = 0 if bracket[0].loss <= bracket[1].loss else 1
             continue
-        done = _flat(now, start)
-        if not done and now.slope * (bracket[1 - low].t - bracket[low].t) >= 0:
+        if _flat(now, start):
+            return now, count + 1
+        if now.slope * (bracket[1 - low].t - bracket[low].t) >= 0:
             bracket[1 - low] = bracket[low]
         bracket[low] = now
-        if done:
-            break
     return bracket[low], count + 1
 
 

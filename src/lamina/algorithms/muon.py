@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, number, numbers, widen, zeros
+from .base import Algorithm, Hyper, State, number, numbers, widen
 
 
 @final
@@ -75,10 +75,6 @@ class Muon(Algorithm):
                 "biases, norms and scalars another optimizer, such as AdamW"
             )
         return ""
-
-    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return zeros."""
-        return zeros(param, "momentum_buffer")
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper

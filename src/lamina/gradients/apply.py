@@ -110,7 +110,8 @@ def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFin
                 f"{made!r} returned NaN or infinite numbers for {bad!r} at step {clock}, "
                 "whose gradient was finite; the weights were not changed. Fix the function."
             )
-    norms = _wide_norms(work.made[-1][1] if work.made else grads)
+    last = work.made[-1][1] if work.made else grads
+    norms = each_norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in last])
     if work.shards is not None:
         names, norms = work.shards.names, work.shards.norms(names, norms, 2.0)
     numbers = [float(norm) for norm in norms]
@@ -131,11 +132,6 @@ def _first_bad(
     bad = [(~torch.isfinite(values_of(grad))).sum() for grad in grads]
     counts = torch.stack(shards.norms(names, bad, 1.0)).tolist()
     return next((name for name, count in zip(shards.names, counts, strict=True) if count), None)
-
-
-def _wide_norms(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads]
-    return each_norm(wide)
 
 
 def nonfinite_error(name: str, step: int, returned: str = "") -> NonFiniteError:

@@ -13,7 +13,7 @@ from torch import nn
 from .._util.sharding import is_flattened, local_part
 from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF
-from ..errors import HyperparameterError, LaminaWarning, NonFiniteError, PlanError
+from ..errors import LaminaWarning, NonFiniteError, PlanError
 from ..model.patterns import PatternLike
 from .clip_targets import Limits, Parameters, Part, number_of, parts_of
 from .norms import all_finite, clamped, each_norm, total_norm
@@ -76,9 +76,7 @@ def clip_grad_norm_(
         >>> clip_grad_norm_(layer, 1.0)
         tensor(5.)
     """
-    p = number_of(norm_type, "norm_type", "a number above 0")
-    if not p > 0:
-        raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
+    p = number_of(norm_type, "norm_type", positive=True)
     parts = parts_of(parameters, max_norm, "max_norm")
     _refuse_flattened(parts)
     norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
@@ -186,7 +184,9 @@ def _not_finite(part: Part, fail: bool) -> None:
     elif any(map(is_dtensor, part.grads)):
         what = "a gradient on another process is NaN or infinite, or the norm overflows"
     else:
-        what = f"the norm of the gradients overflows, the largest is that of {_largest(part)}"
+        norms = _on_host(each_norm(part.grads, math.inf))
+        largest = part.names[norms.index(max(norms))]
+        what = f"the norm of the gradients overflows, the largest is that of {largest}"
     if fail:
         raise NonFiniteError(f"clip_grad_norm_: {what}; no gradient was changed. Skip this step.")
     warnings.warn(
@@ -195,8 +195,3 @@ def _not_finite(part: Part, fail: bool) -> None:
         LaminaWarning,
         stacklevel=4,
     )
-
-
-def _largest(part: Part) -> str:
-    norms = _on_host(each_norm(part.grads, math.inf))
-    return part.names[norms.index(max(norms))]

@@ -39,7 +39,7 @@ class Part:
 def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> list[Part]:
     """Return what to clip, checked before anything is changed."""
     if not isinstance(limit, Mapping):
-        number = _checked(limit, argument)
+        number = number_of(limit, argument)
         pairs = _named(parameters)
         return [Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
     if not isinstance(parameters, nn.Module):
@@ -47,7 +47,7 @@ def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> li
             f"{argument}={limit!r} has patterns, which need names; pass the module, not "
             f"{type(parameters).__name__}."
         )
-    numbers = {pattern: _checked(number, argument) for pattern, number in limit.items()}
+    numbers = {pattern: number_of(number, argument) for pattern, number in limit.items()}
     owned = collect(parameters)
     chosen: dict[str, PatternLike] = {}
     for pattern in numbers:
@@ -66,20 +66,16 @@ def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> li
     return parts
 
 
-def _checked(limit: Any, argument: str) -> float:
-    expected = "a number of at least 0"
-    number = number_of(limit, argument, expected)
-    if not number >= 0:
-        raise HyperparameterError(f"{argument}={limit!r}: expected {expected}.")
-    return number
-
-
-def number_of(value: Any, argument: str, expected: str) -> float:
-    """Return what torch takes for a number too: "inf" and tensors of one element."""
+def number_of(value: Any, argument: str, positive: bool = False) -> float:
+    """Return a number of at least 0, from all that torch takes for one: "inf" and tensors too."""
+    expected = "a number above 0" if positive else "a number of at least 0"
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise HyperparameterError(f"{argument}={value!r}: expected {expected}.") from error
+    if number > 0 or (number == 0 and not positive):
+        return number
+    raise HyperparameterError(f"{argument}={value!r}: expected {expected}.")
 
 
 def _counts(param: torch.Tensor) -> bool:

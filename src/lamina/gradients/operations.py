@@ -51,21 +51,21 @@ class ScopeGradients:
 
     def each_norm(self, p: float) -> list[torch.Tensor]:
         """Return the p-norm of each gradient; they are kept in `norms` too."""
-        own = each_norm(self.grads, p)
-        if self.shards is None:
-            self.norms += own
-            return own
-        names = [info.name for info in self.infos]
-        whole = self.shards.norms(names, own, p)
+        whole = self._norms(p)
         self.norms += whole  # also of what this process has no part of: all must judge alike
-        return self.shards.of(names, whole)
+        return whole if self.shards is None else self.shards.of(self._names(), whole)
 
     def total_norm(self, p: float) -> torch.Tensor:
         """Return the p-norm of all gradients together, as if they were one vector."""
+        return total(self._norms(p), p)
+
+    def _norms(self, p: float) -> list[torch.Tensor]:
+        """Return the p-norms of all gradients of the scope, on every process."""
         own = each_norm(self.grads, p)
-        if self.shards is not None:
-            own = self.shards.norms([info.name for info in self.infos], own, p)
-        return total(own, p)
+        return own if self.shards is None else self.shards.norms(self._names(), own, p)
+
+    def _names(self) -> list[str]:
+        return [info.name for info in self.infos]
 
     def multiply(self, factor: torch.Tensor) -> None:
         """Put one more factor on every gradient."""

@@ -40,9 +40,7 @@ class Kernel(ABC):
 
 def missing(batch: Batch, key: str) -> list[int]:
     """Return the positions whose state `key` does not exist yet; makes room for them."""
-    values = batch.columns.get(key)
-    if values is None:
-        values = batch.columns[key] = [None] * len(batch.params)
+    values = batch.columns.setdefault(key, [None] * len(batch.params))
     return [index for index, value in enumerate(values) if value is None]
 
 

@@ -104,8 +104,8 @@ def _begin_momentum(batch: Batch) -> set[int]:
     """
     if type(batch.algorithm) not in _MAY_REST or not number(batch.hyper["momentum"]):
         return set()
-    fresh = begin_momentum(batch)
-    return set(fresh) if type(batch.algorithm) is SGD else set()
+    fresh = set(begin_momentum(batch))
+    return fresh if type(batch.algorithm) is SGD else set()
 
 
 def _used_state(batch: Batch) -> list[str]:
@@ -244,20 +244,20 @@ def _update_in_two_passes(
 
 def _muon(batch: Batch) -> None:
     """Update matrices by Muon, whose direction is rounded to bfloat16 in any case."""
-    hyper, keys = batch.hyper, ["momentum_buffer"]
+    hyper = batch.hyper
     lr, weight_decay = numbers(hyper, "lr", "weight_decay")
     length = block_length(batch.params[0])
     for index, param in enumerate(batch.params):
-        step = orthogonalized(_muon_direction(batch, keys, index), hyper)
+        step = orthogonalized(_muon_direction(batch, index), hyper)
         ratio = lr_ratio(hyper, param.shape)
         for old, change in in_blocks([param, step], length):
             old.copy_(old.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr * ratio))
 
 
-def _muon_direction(batch: Batch, keys: Sequence[str], index: int) -> torch.Tensor:
+def _muon_direction(batch: Batch, index: int) -> torch.Tensor:
     """Update the momentum of a matrix; return the direction to be orthogonalized."""
     param, grad, step = batch.params[index], batch.grads[index], batch.steps[index]
-    buffer = batch.columns["momentum_buffer"][index]
+    keys, buffer = ["momentum_buffer"], batch.columns["momentum_buffer"][index]
     whole = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False)
     for part, its_grad, its_buffer, out in in_blocks(
         [param, grad, buffer, whole], block_length(param)

@@ -188,8 +188,6 @@ def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
 
 
 def _count(steps: list[torch.Tensor]) -> None:
-    if not steps:
-        return
     if steps[0].is_cpu:
         torch._foreach_add_(steps, _ONE, alpha=1.0)
     else:

@@ -120,7 +120,7 @@ def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) 
     fresh = [] if rests else missing(batch, "momentum_buffer")
     buffers = [] if rests else batch.columns["momentum_buffer"]
     if not fresh:
-        _call_sgd(batch, batch.params, grads, buffers, False, inverse)
+        _call_sgd(batch, (batch.params, grads, buffers), False, inverse)
         return
     batch.has_new_state = True
     for index in fresh:
@@ -128,25 +128,17 @@ def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) 
     rest = sorted(set(range(len(buffers))) - set(fresh))
     for indices, first in ((fresh, True), (rest, False)):
         if indices:  # the flag holds for a whole call, so the two kinds cannot share one
-            params, its_grads, its_buffers = (
-                [values[i] for i in indices] for values in (batch.params, grads, buffers)
-            )
-            _call_sgd(batch, params, its_grads, its_buffers, first, inverse)
+            tensors = [[values[i] for i in indices] for values in (batch.params, grads, buffers)]
+            _call_sgd(batch, tensors, first, inverse)
 
 
 def _call_sgd(
-    batch: Batch,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    buffers: list[torch.Tensor],
-    first: bool,
-    inverse: torch.Tensor | None,
+    batch: Batch, tensors: Sequence[list[torch.Tensor]], first: bool, inverse: torch.Tensor | None
 ) -> None:
+    """Update some parameters of a batch: `tensors` are these, their gradients, their buffers."""
     hyper = batch.hyper
     torch._fused_sgd_(
-        params,
-        grads,
-        buffers,
+        *tensors,
         weight_decay=hyper["weight_decay"],
         momentum=hyper["momentum"],
         lr=_on(batch, hyper["lr"]),

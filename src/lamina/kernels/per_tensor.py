@@ -53,7 +53,7 @@ def _lars_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]
     trust, eps = numbers(batch.hyper, "trust_coefficient", "eps")
     weights, slopes = norms
     damped = (slopes + weight_decay * weights + eps) / max(trust, 1e-30)
-    return _scalars(trust_ratio(weights, slopes, damped).mul_(lr))
+    return trust_ratio(weights, slopes, damped).mul_(lr).unbind()
 
 
 def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
@@ -79,7 +79,7 @@ def _lamb_directions(batch: Batch, grads: Any) -> Any:
     steps = torch.stack(batch.steps).double()  # 1 - beta^t loses digits in float32
     dtype = params[0].dtype
     corrections = (1 - beta1**steps, torch.rsqrt(1 - beta2**steps))
-    first, second = (_scalars(each.to(params[0].device, dtype)) for each in corrections)
+    first, second = (each.to(params[0].device, dtype).unbind() for each in corrections)
 
     roots = torch._foreach_sqrt(squares)
     torch._foreach_mul_(roots, second)
@@ -93,7 +93,7 @@ def _lamb_directions(batch: Batch, grads: Any) -> Any:
 
 def _lamb_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
     weights, lengths = norms
-    return _scalars(trust_ratio(weights, lengths, lengths).mul_(-number(batch.hyper["lr"])))
+    return trust_ratio(weights, lengths, lengths).mul_(-number(batch.hyper["lr"])).unbind()
 
 
 def _lamb_finish(batch: Batch, directions: Any, factors: Any) -> None:
@@ -122,7 +122,7 @@ def _decay(batch: Batch) -> None:
 
 
 def _layer_adaptive_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
-    return torch._foreach_mul(_scalars(norms[0]), _shares(counts, number(batch.hyper["lr"])))
+    return torch._foreach_mul(norms[0].unbind(), _shares(counts, number(batch.hyper["lr"])))
 
 
 def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
@@ -207,10 +207,6 @@ def _moments(batch: Batch, grads: Any) -> tuple[Any, Any]:
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
     return means, squares
-
-
-def _scalars(vector: torch.Tensor) -> Any:
-    return list(vector.unbind())
 
 
 NORM_RULES: dict[type, NormRule] = {
