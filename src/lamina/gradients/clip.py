@@ -116,7 +116,7 @@ def clip_grad_value_(
         tensor([[ 3.0000, -3.5000]])
     """
     for part in parts_of(parameters, clip_value, "clip_value"):
-        for tensor, grad in zip(part.tensors, part.grads, strict=True):
+        for (_, tensor), grad in zip(part.named, part.grads, strict=True):
             if grad.is_sparse:  # the same place may be there twice: add up before clipping
                 tensor.grad = grad = grad.coalesce()
             numbers = _local(grad)
@@ -127,7 +127,7 @@ def clip_grad_value_(
 def _refuse_flattened(parts: list[Part]) -> None:
     """Raise `PlanError` for parts of FSDP1, whose norm would be that of one process."""
     for part in parts:
-        for name, tensor in zip(part.names, part.tensors, strict=True):
+        for name, tensor in part.named:
             if is_flattened(tensor):
                 raise PlanError(
                     f"clip_grad_norm_: of {name}, FSDP1 (FullyShardedDataParallel) gives each "
@@ -177,7 +177,8 @@ def _on_host(norms: list[torch.Tensor]) -> list[float]:
 
 
 def _not_finite(part: Part, fail: bool) -> None:
-    pairs = zip(part.names, part.grads, strict=True)
+    names = [name for name, _ in part.named]
+    pairs = zip(names, part.grads, strict=True)
     bad = next((name for name, grad in pairs if not all_finite(_local(grad))), None)
     if bad is not None:
         what = f"the gradient of {bad} is NaN or infinite"
@@ -185,7 +186,7 @@ def _not_finite(part: Part, fail: bool) -> None:
         what = "a gradient on another process is NaN or infinite, or the norm overflows"
     else:
         norms = _on_host(each_norm(part.grads, math.inf))
-        largest = part.names[norms.index(max(norms))]
+        largest = names[norms.index(max(norms))]
         what = f"the norm of the gradients overflows, the largest is that of {largest}"
     if fail:
         raise NonFiniteError(f"clip_grad_norm_: {what}; no gradient was changed. Skip this step.")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import HyperparameterError, LaminaWarning, PatternError, PlanError
-from ..model.parameters import collect
+from ..model.parameters import Owned, collect
 from ..model.patterns import PatternLike, compile_pattern
 from ..model.suggestions import nothing_matched
 
@@ -24,24 +24,22 @@ Limits = Mapping[PatternLike, float]
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors with gradients that share a limit."""
+    """Tensors with gradients that share a limit, each with a name for messages."""
 
     key: PatternLike
     limit: float
-    tensors: list[torch.Tensor]
-    names: list[str]
+    named: list[tuple[str, torch.Tensor]]
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        return [tensor.grad for _, tensor in self.named if tensor.grad is not None]
 
 
 def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> list[Part]:
     """Return what to clip, checked before anything is changed."""
     if not isinstance(limit, Mapping):
-        number = number_of(limit, argument)
-        pairs = _named(parameters)
-        return [Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
+        number = number_of(limit, argument)  # before the parameters are looked at
+        return [Part("*", number, _named(parameters))]
     if not isinstance(parameters, nn.Module):
         raise PlanError(
             f"{argument}={limit!r} has patterns, which need names; pass the module, not "
@@ -58,11 +56,8 @@ def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> li
         chosen |= dict.fromkeys(hit, pattern)
     parts = []
     for pattern, number in numbers.items():
-        mine = [
-            item for item in owned if chosen.get(item.info.name) is pattern and _counts(item.tensor)
-        ]
-        names = [repr(item.info.name) for item in mine]
-        parts.append(Part(pattern, number, [item.tensor for item in mine], names))
+        mine = [item for item in owned if chosen.get(item.info.name) is pattern]
+        parts.append(Part(pattern, number, _counted(mine)))
     return parts
 
 
@@ -78,15 +73,16 @@ def number_of(value: Any, argument: str, positive: bool = False) -> float:
     raise HyperparameterError(f"{argument}={value!r}: expected {expected}.")
 
 
-def _counts(param: torch.Tensor) -> bool:
-    return param.requires_grad and param.grad is not None
+def _counted(owned: Iterable[Owned]) -> list[tuple[str, torch.Tensor]]:
+    """Return those parameters of a module that are trained and have a gradient."""
+    trained = [item for item in owned if item.tensor.requires_grad]
+    return [(repr(item.info.name), item.tensor) for item in trained if item.tensor.grad is not None]
 
 
 def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors with a gradient, each once, with a name for messages."""
     if isinstance(parameters, nn.Module):
-        owned = collect(parameters)
-        return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]
+        return _counted(collect(parameters))
     if isinstance(parameters, torch.Tensor):
         return [("the tensor", parameters)] if parameters.grad is not None else []
     if isinstance(parameters, Mapping):
