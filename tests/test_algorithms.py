@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from lamina.algorithms import ALGORITHMS, METHODS, Adam
+from lamina.algorithms import ALGORITHMS, METHODS
+from lamina.algorithms.adam import Adam
 from lamina.algorithms.base import check_number
 from lamina.errors import HyperparameterError
 from reference.runner import (
@@ -167,10 +168,14 @@ def test_defaults_are_those_of_torch(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_hyperparameter_has_a_limit_or_is_an_option(name):
+def test_every_hyperparameter_is_a_number_or_an_option(name):
     algorithm = METHODS[name]
-    assert set(algorithm.limits) | set(algorithm.options) == set(algorithm.defaults)
-    assert not set(algorithm.limits) & set(algorithm.options)
+    numeric = algorithm.defaults.keys() - algorithm.options
+    assert set(algorithm.options) <= algorithm.defaults.keys()
+    assert algorithm.limits.keys() <= numeric
+    assert {*algorithm.counts, *algorithm.unbounded} <= numeric
+    for key, default in algorithm.defaults.items():
+        assert (key in numeric) is not (key in algorithm.choices or isinstance(default, bool))
     algorithm.check(algorithm.defaults)
 
 

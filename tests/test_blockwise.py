@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lamina._util import blocks
-from lamina.algorithms import ALGORITHMS, Batch
-from lamina.algorithms.base import HALF
+from lamina.algorithms import ALGORITHMS
+from lamina.algorithms.base import HALF, Batch
 from lamina.gradients.norms import each_norm
 from lamina.kernels import apply, blockwise, choose
 from reference.runner import assert_close, batch_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina.algorithms import ALGORITHMS, Adam, Batch
-from lamina.algorithms.base import times
+from lamina.algorithms import ALGORITHMS
+from lamina.algorithms.adam import Adam
+from lamina.algorithms.base import Batch, times
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
@@ -459,8 +460,8 @@ def test_the_form_for_accelerators(options, monkeypatch):
 def test_a_block_that_is_lost_is_seen(monkeypatch):
     """Canary of the test above."""
     monkeypatch.setattr(per_tensor, "BLOCK", 7)
-    whole = per_tensor._blocks
-    monkeypatch.setattr(per_tensor, "_blocks", lambda tensors: list(whole(tensors))[:-1])
+    whole = per_tensor.in_blocks
+    monkeypatch.setattr(per_tensor, "in_blocks", lambda *given: list(whole(*given))[:-1])
     batches = both("LayerAdaptiveAdam", [torch.randn(5, 6)], [torch.randn(5, 6)], lr=0.1)
     with pytest.raises(AssertionError):
         assert_same(batches, 1e-6)

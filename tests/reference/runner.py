@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lamina.algorithms import ALGORITHMS, Algorithm, Batch
+from lamina.algorithms import ALGORITHMS
+from lamina.algorithms.base import Algorithm, Batch
 from lamina.kernels import apply, step_device
 
 from .table import Row

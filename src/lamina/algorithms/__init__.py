@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adam import Adam, AdamW
-from .base import Algorithm, Batch, Method
+from .base import Algorithm, Method
 from .lamb import LAMB
 from .lars import LARS
 from .layer_adaptive import LayerAdaptiveAdam
@@ -28,20 +28,3 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 #: and those that need all parameters at once
 METHODS: dict[str, Method] = {**ALGORITHMS, "LBFGS": LBFGS()}
-
-__all__ = [
-    "ALGORITHMS",
-    "Adam",
-    "AdamW",
-    "Algorithm",
-    "Batch",
-    "LAMB",
-    "LARS",
-    "LBFGS",
-    "LayerAdaptiveAdam",
-    "METHODS",
-    "Method",
-    "Muon",
-    "RMSprop",
-    "SGD",
-]

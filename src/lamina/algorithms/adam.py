@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, final
 
 import torch
 
 from ..errors import HyperparameterError
-from .base import Algorithm, Hyper, State, number, root, widen
+from .base import Algorithm, Hyper, State, betas, numbers, root, widen, zeros
+
+
+def zero_moments(param: torch.Tensor, hyper: Hyper) -> State:
+    """Return the state in which `moments` begin."""
+    amsgrad = ["max_exp_avg_sq"] if hyper["amsgrad"] else []
+    return zeros(param, "exp_avg", "exp_avg_sq", *amsgrad)
+
+
+def moments(
+    grad: torch.Tensor, state: State, hyper: Hyper
+) -> tuple[torch.Tensor, torch.Tensor, State]:
+    """Return the running means m_t and v_t (amsgrad: the largest v so far), and the new state."""
+    beta1, beta2 = betas(hyper)
+    mean = beta1 * widen(state["exp_avg"]) + (1 - beta1) * grad
+    square = beta2 * widen(state["exp_avg_sq"]) + (1 - beta2) * grad.square()
+    new = {"exp_avg": mean, "exp_avg_sq": square}
+    if hyper.get("amsgrad"):
+        square = torch.maximum(widen(state["max_exp_avg_sq"]), square)
+        new["max_exp_avg_sq"] = square
+    return mean, square, {**state, **{key: new[key].to(state[key].dtype) for key in new}}
 
 
 class AdamRule(Algorithm):
@@ -37,45 +56,33 @@ class AdamRule(Algorithm):
         2019, "Decoupled weight decay regularization", algorithm 2 (AdamW).
     """
 
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "betas": (0.0, 1.0),
-        "eps": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-    }
-    components: ClassVar[dict[str, int]] = {"betas": 2}
+    limits: ClassVar[dict[str, tuple[float, float]]] = {"betas": (0.0, 1.0)}
     options: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "decoupled_weight_decay")
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros."""
-        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(hyper["amsgrad"])
-        return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+        return zero_moments(param, hyper)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of Adam or AdamW."""
-        lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
-        beta1, beta2 = (number(beta) for beta in hyper["betas"])
+        lr, eps, weight_decay = numbers(hyper, "lr", "eps", "weight_decay")
+        beta1, beta2 = betas(hyper)
         decoupled = hyper["decoupled_weight_decay"]
 
         grad = widen(-grad if hyper["maximize"] else grad)
         if weight_decay and not decoupled:
             grad = grad + weight_decay * widen(param)
-        mean = beta1 * widen(state["exp_avg"]) + (1 - beta1) * grad
-        square = beta2 * widen(state["exp_avg_sq"]) + (1 - beta2) * grad.square()
-        new = {"exp_avg": mean, "exp_avg_sq": square}
-        if hyper["amsgrad"]:
-            square = torch.maximum(widen(state["max_exp_avg_sq"]), square)
-            new["max_exp_avg_sq"] = square
+        mean, square, new = moments(grad, state, hyper)
 
         denominator = square.sqrt() / root(1 - beta2**step) + eps
         change = -(lr / (1 - beta1**step)) * mean / denominator
         if weight_decay and decoupled:
             # in this order, and not as lr * weight_decay * param, to round as torch does
             change = ((1 - lr * weight_decay) * widen(param) - widen(param)) + change
-        return change, {**state, **{key: new[key].to(state[key].dtype) for key in new}}
+        return change, new
 
 
 @final

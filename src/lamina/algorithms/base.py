@@ -31,11 +31,10 @@ class Method:
     #: what one update needs to see: "element", "tensor" (its norm), or "vector" (all parameters)
     unit: ClassVar[str] = "element"
     defaults: ClassVar[dict[str, Any]]
-    #: `low <= value < below` of every hyperparameter that is a number, or several
-    limits: ClassVar[dict[str, tuple[float, float]]]
-    #: number of components of the hyperparameters that are not single numbers
-    components: ClassVar[dict[str, int]] = {}
-    #: hyperparameters that choose a variant and cannot be scheduled
+    #: `low <= value < below` of the numbers with another range than the usual one, 0 and above
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
+    #: hyperparameters that choose a variant and cannot be scheduled; all others are numbers, or
+    #: several of them, as the default is
     options: ClassVar[tuple[str, ...]] = ()
     #: the values of those options that are neither True or False
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -49,33 +48,32 @@ class Method:
     def check(self, hyper: Hyper) -> None:
         """Raise `HyperparameterError` if a hyperparameter is unknown or out of its range."""
         for key, value in hyper.items():
-            self.known(key)
-            if key in self.limits:
-                if key in self.unbounded and value == math.inf:
-                    continue
-                for label, number in self._numbers(key, value):
-                    check_number(self.name, label, number, *self.limits[key])
-                if key in self.counts and value != int(value):
-                    raise HyperparameterError(
-                        f"{self.name} was given {key}={value!r}; expected a whole number."
-                    )
-            elif key in self.choices:
+            self._refuse_unknown(key)
+            expected = ""
+            if key in self.choices:
                 if value not in self.choices[key]:
-                    known = ", ".join(map(repr, self.choices[key]))
-                    raise HyperparameterError(
-                        f"{self.name} was given {key}={value!r}; expected one of {known}."
-                        f"{did_you_mean(str(value), map(str, self.choices[key]))}"
-                    )
-            elif isinstance(self.defaults[key], bool) and value not in (True, False):
+                    expected = f"one of {', '.join(map(repr, self.choices[key]))}."
+                    expected += did_you_mean(str(value), map(str, self.choices[key]))
+            elif key in self.options:
+                if value not in (True, False):
+                    expected = "True or False."
+            elif key in self.unbounded and value == math.inf:
+                continue
+            elif value is not None or self.defaults[key] is not None:
+                for label, number in self._numbers(key, value):
+                    check_number(self.name, label, number, *self.limits.get(key, (0.0, math.inf)))
+                if key in self.counts and value != int(value):
+                    expected = "a whole number."
+            if expected:
                 raise HyperparameterError(
-                    f"{self.name} was given {key}={value!r}; expected True or False."
+                    f"{self.name} was given {key}={value!r}; expected {expected}"
                 )
 
     def refusal(self, param: torch.Tensor) -> str:
         """Return why this method cannot train a tensor at all (of its shape, say), or ""."""
         return unit_refusal(self.name, self.unit, param)
 
-    def known(self, key: str) -> None:
+    def _refuse_unknown(self, key: str) -> None:
         """Raise `HyperparameterError` if `key` is not a hyperparameter of this algorithm."""
         if key not in self.defaults:
             raise HyperparameterError(
@@ -85,15 +83,16 @@ class Method:
 
     def _numbers(self, key: str, value: Any) -> list[tuple[str, Any]]:
         """Return the single numbers in a value, each with the name an error shows."""
-        if key not in self.components:
+        default = self.defaults[key]
+        if not isinstance(default, tuple):
             return [(key, value)]
-        count = self.components[key]
+        count = len(default)
         if isinstance(value, torch.Tensor) and value.ndim == 1:
             value = tuple(value)
         if not isinstance(value, (tuple, list)) or len(value) != count:
             raise HyperparameterError(
                 f"{self.name} was given {key}={value!r}; expected {count} numbers, "
-                f"as in {self.defaults[key]!r}."
+                f"as in {default!r}."
             )
         return [(f"{key}[{index}]", number) for index, number in enumerate(value)]
 
@@ -111,12 +110,12 @@ class Algorithm(Method, ABC):
     #: parameter; what `init` gives is among them
     buffers: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return the state of a parameter that was never updated, without `step`.
+        """Return the state of a parameter that was never updated, without `step`: zeros.
 
         It lacks the entries that begin to exist with the first update that needs them.
         """
+        return zeros(param, *self.buffers)
 
     @abstractmethod
     def update(
@@ -199,8 +198,7 @@ def state_dtype_of(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
     wanted = hyper.get("state_dtype")
     if wanted is None or not param.is_floating_point():
         return param.dtype
-    dtype = getattr(torch, wanted)
-    assert isinstance(dtype, torch.dtype)
+    dtype: torch.dtype = getattr(torch, wanted)
     return dtype
 
 
@@ -214,6 +212,22 @@ def number(value: Any) -> float:
     if value.requires_grad and torch.is_grad_enabled():
         return value  # type: ignore[return-value]
     return float(value.item())
+
+
+def numbers(hyper: Hyper, *keys: str) -> tuple[float, ...]:
+    """Return several hyperparameters, each as `number` does."""
+    return tuple(number(hyper[key]) for key in keys)
+
+
+def betas(hyper: Hyper) -> tuple[float, float]:
+    """Return the two decay rates of Adam and its relatives, each as `number` does."""
+    beta1, beta2 = hyper["betas"]
+    return number(beta1), number(beta2)
+
+
+def zeros(param: torch.Tensor, *keys: str) -> State:
+    """Return state of a parameter that begins as zeros."""
+    return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
 
 
 def root(value: float) -> float:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, number, trust_ratio, widen
+from .adam import moments
+from .base import Algorithm, Hyper, State, betas, numbers, trust_ratio, widen
 
 
 @final
@@ -43,36 +44,21 @@ class LAMB(Algorithm):
         "weight_decay": 0.0,
         "maximize": False,
     }
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "betas": (0.0, 1.0),
-        "eps": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-    }
-    components: ClassVar[dict[str, int]] = {"betas": 2}
+    limits: ClassVar[dict[str, tuple[float, float]]] = {"betas": (0.0, 1.0)}
     options: ClassVar[tuple[str, ...]] = ("maximize",)
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return zeros."""
-        return {
-            key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")
-        }
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of LAMB."""
-        lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
-        beta1, beta2 = (number(beta) for beta in hyper["betas"])
+        lr, eps, weight_decay = numbers(hyper, "lr", "eps", "weight_decay")
+        beta1, beta2 = betas(hyper)
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
-        mean = beta1 * widen(state["exp_avg"]) + (1 - beta1) * grad
-        square = beta2 * widen(state["exp_avg_sq"]) + (1 - beta2) * grad.square()
+        mean, square, new = moments(grad, state, hyper)
         root = square.sqrt() / math.sqrt(1 - beta2**step)
         update = mean / (1 - beta1**step) / (root + eps)
         if weight_decay:
             update = update + weight_decay * wide
         weight_norm, norm = (torch.linalg.vector_norm(each) for each in (wide, update))
-        change = -lr * trust_ratio(weight_norm, norm, norm) * update
-        new = {"exp_avg": mean, "exp_avg_sq": square}
-        return change, {**state, **{key: new[key].to(state[key].dtype) for key in new}}
+        return -lr * trust_ratio(weight_norm, norm, norm) * update, new

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, number, state_dtype_of, trust_ratio, widen
+from .base import Algorithm, Hyper, State, numbers, state_dtype_of, trust_ratio, widen
 
 
 @final
@@ -44,30 +43,19 @@ class LARS(Algorithm):
         "eps": 1e-8,
         "maximize": False,
     }
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "momentum": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-        "trust_coefficient": (0.0, math.inf),
-        "eps": (0.0, math.inf),
-    }
     options: ClassVar[tuple[str, ...]] = ("maximize",)
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros; nothing without a momentum."""
-        if number(hyper["momentum"]) == 0:
-            return {}
-        return {"momentum_buffer": torch.zeros_like(param, requires_grad=False)}
+        return {} if hyper["momentum"] == 0 else super().init(param, hyper)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of LARS."""
-        lr, momentum, weight_decay, trust, eps = (
-            number(hyper[key])
-            for key in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
-        )
+        lr, momentum, weight_decay = numbers(hyper, "lr", "momentum", "weight_decay")
+        trust, eps = numbers(hyper, "trust_coefficient", "eps")
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
         weight_norm, grad_norm = (torch.linalg.vector_norm(each) for each in (wide, grad))
         damped = (grad_norm + weight_decay * weight_norm + eps) / max(trust, 1e-30)

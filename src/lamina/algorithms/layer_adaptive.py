@@ -6,8 +6,8 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .adam import Adam
-from .base import Algorithm, Hyper, State, number, widen
+from .adam import Adam, moments, zero_moments
+from .base import Algorithm, Hyper, State, numbers, widen
 
 
 @final
@@ -38,37 +38,29 @@ class LayerAdaptiveAdam(Algorithm):
 
     name: ClassVar[str] = "LayerAdaptiveAdam"
     unit: ClassVar[str] = "tensor"
-    defaults: ClassVar[dict[str, Any]] = dict(Adam.defaults)
-    limits: ClassVar[dict[str, tuple[float, float]]] = dict(Adam.limits)
-    components: ClassVar[dict[str, int]] = {"betas": 2}
-    options: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "decoupled_weight_decay")
-    buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    defaults: ClassVar[dict[str, Any]] = Adam.defaults
+    limits: ClassVar[dict[str, tuple[float, float]]] = Adam.limits
+    options: ClassVar[tuple[str, ...]] = Adam.options
+    buffers: ClassVar[tuple[str, ...]] = Adam.buffers
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros."""
-        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(hyper["amsgrad"])
-        return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+        return zero_moments(param, hyper)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step."""
-        lr, eps, weight_decay = (number(hyper[key]) for key in ("lr", "eps", "weight_decay"))
-        beta1, beta2 = (number(beta) for beta in hyper["betas"])
+        lr, eps, weight_decay = numbers(hyper, "lr", "eps", "weight_decay")
         decoupled = hyper["decoupled_weight_decay"]
 
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
         if weight_decay and not decoupled:
             grad = grad + weight_decay * wide
-        mean = beta1 * widen(state["exp_avg"]) + (1 - beta1) * grad
-        square = beta2 * widen(state["exp_avg_sq"]) + (1 - beta2) * grad.square()
-        new = {"exp_avg": mean, "exp_avg_sq": square}
-        if hyper["amsgrad"]:
-            square = torch.maximum(widen(state["max_exp_avg_sq"]), square)
-            new["max_exp_avg_sq"] = square
+        mean, square, new = moments(grad, state, hyper)
 
         size = lr * (mean.abs() / (square.sqrt() + eps)).sum() / max(mean.numel(), 1)
         change = -size * mean
         if weight_decay and decoupled:
             change = ((1 - lr * weight_decay) * wide - wide) + change  # to round as kernels do
-        return change, {**state, **{key: new[key].to(state[key].dtype) for key in new}}
+        return change, new

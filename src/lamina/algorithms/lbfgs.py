@@ -11,7 +11,7 @@ import torch
 
 from ..errors import MismatchError, PlanError
 from .base import Hyper, Method
-from .line_search import Point, strong_wolfe
+from .line_search import Evaluate, Point, strong_wolfe
 from .vector import Vector
 
 Closure = Callable[[], Any]
@@ -61,24 +61,14 @@ class LBFGS(Method):
         "line_search_fn": None,
     }
     limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
         "max_iter": (1, math.inf),
         "max_eval": (1, math.inf),
-        "tolerance_grad": (0.0, math.inf),
-        "tolerance_change": (0.0, math.inf),
         "history_size": (1, math.inf),
     }
     counts: ClassVar[tuple[str, ...]] = ("max_iter", "max_eval", "history_size")
     unbounded: ClassVar[tuple[str, ...]] = ("tolerance_grad", "tolerance_change")
     options: ClassVar[tuple[str, ...]] = ("line_search_fn",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"line_search_fn": (None, "strong_wolfe")}
-
-    def check(self, hyper: Hyper) -> None:
-        """Check ranges; max_eval may be None."""
-        given = dict(hyper)
-        if given.get("max_eval", 0) is None:
-            del given["max_eval"]
-        super().check(given)
 
 
 @dataclass
@@ -231,7 +221,6 @@ def _iterate(
         slope = float(grad.dot(d))
         if slope > -tolerance_change:
             return
-        at_start = Point(0.0, loss, grad, slope)
         if hyper["line_search_fn"] is None:
             vector.move(t, d)
             if n_iter == max_iter:  # torch too leaves out the evaluation that nobody would use
@@ -239,7 +228,14 @@ def _iterate(
             loss, grad = _evaluate(closure, vector)
             used = 1
         else:
-            point, used = _search(closure, vector, at_start, d, t, max_eval - evals, hyper)
+            point, used = strong_wolfe(
+                _along(closure, vector, d),
+                Point(0.0, loss, grad, slope),
+                t,
+                float(d.abs().max()),
+                tolerance_change=tolerance_change,
+                max_evals=max_eval - evals,
+            )
             memory.t, loss, grad = point.t, point.loss, point.grad
             vector.move(point.t, d)
         evals += used
@@ -275,16 +271,8 @@ def _evaluate(closure: Closure, vector: Vector) -> tuple[float, torch.Tensor]:
     return loss, grad
 
 
-def _search(
-    closure: Closure,
-    vector: Vector,
-    start: Point,
-    d: torch.Tensor,
-    t: float,
-    max_evals: int,
-    hyper: Hyper,
-) -> tuple[Point, int]:
-    """Return a step length by line search; the weights are put back to where it began."""
+def _along(closure: Closure, vector: Vector, d: torch.Tensor) -> Evaluate:
+    """Return a function that looks a step length ahead, and puts the weights back."""
     before = vector.values()
 
     def evaluate(t: float) -> Point:
@@ -293,11 +281,4 @@ def _search(
         vector.put(before)
         return Point(t, loss, grad, float(grad.dot(d)))
 
-    return strong_wolfe(
-        evaluate,
-        start,
-        t,
-        float(d.abs().max()),
-        tolerance_change=hyper["tolerance_change"],
-        max_evals=max_evals,
-    )
+    return evaluate

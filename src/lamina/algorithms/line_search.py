@@ -54,17 +54,15 @@ def strong_wolfe(
     previous, now = start, evaluate(t)
     for count in range(max_evals):
         enough = now.loss <= start.loss + DECREASE * now.t * start.slope
-        if not enough or (count > 1 and now.loss >= previous.loss) or _flat(now, start):
-            break
-        if now.slope >= 0:
-            break
+        good = enough and not (count > 1 and now.loss >= previous.loss)
+        if good and _flat(now, start):
+            return now, count + 1
+        if not good or now.slope >= 0:
+            bracket = [previous, now]
+            return _zoom(evaluate, start, bracket, width, tolerance_change, count, max_evals)
         low, high = now.t + 0.01 * (now.t - previous.t), now.t * 10
         previous, now = now, evaluate(_cubic_minimum(previous, now, low, high))
-    else:
-        return (start if start.loss <= now.loss else now), max_evals + 1
-    if enough and not (count > 1 and now.loss >= previous.loss) and _flat(now, start):
-        return now, count + 1
-    return _zoom(evaluate, start, [previous, now], width, tolerance_change, count, max_evals)
+    return (start if start.loss <= now.loss else now), max_evals + 1
 
 
 def _flat(point: Point, start: Point) -> bool:
@@ -95,12 +93,11 @@ def _zoom(
             bracket[1 - low] = now
             low = 0 if bracket[0].loss <= bracket[1].loss else 1
             continue
-        done = _flat(now, start)
-        if not done and now.slope * (bracket[1 - low].t - bracket[low].t) >= 0:
+        if _flat(now, start):
+            return now, count + 1
+        if now.slope * (bracket[1 - low].t - bracket[low].t) >= 0:
             bracket[1 - low] = bracket[low]
         bracket[low] = now
-        if done:
-            break
     return bracket[low], count + 1
 
 

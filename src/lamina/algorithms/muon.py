@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, number, widen
+from .base import Algorithm, Hyper, State, number, numbers, widen
 
 
 @final
@@ -53,14 +53,9 @@ class Muon(Algorithm):
         "adjust_lr_fn": None,
     }
     limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-        "momentum": (0.0, math.inf),
         "ns_coefficients": (-math.inf, math.inf),
-        "eps": (0.0, math.inf),
         "ns_steps": (1, 100),
     }
-    components: ClassVar[dict[str, int]] = {"ns_coefficients": 3}
     counts: ClassVar[tuple[str, ...]] = ("ns_steps",)
     options: ClassVar[tuple[str, ...]] = ("nesterov", "adjust_lr_fn")
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
@@ -81,17 +76,11 @@ class Muon(Algorithm):
             )
         return ""
 
-    def init(self, param: torch.Tensor, hyper: Hyper) -> State:
-        """Return zeros."""
-        return {"momentum_buffer": torch.zeros_like(param, requires_grad=False)}
-
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of Muon."""
-        lr, weight_decay, momentum = (
-            number(hyper[key]) for key in ("lr", "weight_decay", "momentum")
-        )
+        lr, weight_decay, momentum = numbers(hyper, "lr", "weight_decay", "momentum")
         old = state["momentum_buffer"]
         grad = widen(grad).to(widen(old).dtype)
         # lerp and not the sum above, to round as torch does: bfloat16 follows

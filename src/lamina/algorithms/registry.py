@@ -107,10 +107,9 @@ def hyperparameters(optimizer: type) -> dict[str, Any]:
         return dict(method.defaults)
     refuse_unlike(optimizer)
     known = _settings(optimizer)
-    lr = {"lr": known["lr"]} if "lr" in known else {}
-    rest = {key: value for key, value in known.items() if key not in _IMPLEMENTATION}
-    found = {key: value for key, value in {**lr, **rest}.items() if _is_shown(key, value)}
-    return {key: None if value is REQUIRED else value for key, value in found.items()}
+    shown = [key for key in known if key not in _IMPLEMENTATION and _is_shown(key, known[key])]
+    shown.sort(key=lambda key: key != "lr")
+    return {key: None if known[key] is REQUIRED else known[key] for key in shown}
 
 
 def _is_shown(key: str, value: Any) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, final
 
 import torch
 
-from .base import Algorithm, Hyper, State, number, widen
+from .base import Algorithm, Hyper, State, number, numbers, widen, zeros
 
 
 @final
@@ -46,13 +45,6 @@ class RMSprop(Algorithm):
         "centered": False,
         "maximize": False,
     }
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "alpha": (0.0, math.inf),
-        "eps": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-        "momentum": (0.0, math.inf),
-    }
     options: ClassVar[tuple[str, ...]] = ("centered", "maximize")
     buffers: ClassVar[tuple[str, ...]] = ("square_avg", "momentum_buffer", "grad_avg")
 
@@ -63,15 +55,14 @@ class RMSprop(Algorithm):
             keys.append("momentum_buffer")
         if hyper["centered"]:
             keys.append("grad_avg")
-        return {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+        return zeros(param, *keys)
 
     def update(
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of RMSprop."""
-        lr, alpha, eps, weight_decay, momentum = (
-            number(hyper[key]) for key in ("lr", "alpha", "eps", "weight_decay", "momentum")
-        )
+        lr, weight_decay, momentum = numbers(hyper, "lr", "weight_decay", "momentum")
+        alpha, eps = numbers(hyper, "alpha", "eps")
         grad = widen(-grad if hyper["maximize"] else grad)
         if weight_decay:
             grad = grad + weight_decay * widen(param)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ..errors import HyperparameterError
-from .base import Algorithm, Hyper, State, number, state_dtype_of, widen
+from .base import Algorithm, Hyper, State, number, numbers, state_dtype_of, widen
 
 
 @final
@@ -44,12 +44,7 @@ class SGD(Algorithm):
         "nesterov": False,
         "maximize": False,
     }
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": (0.0, math.inf),
-        "momentum": (0.0, math.inf),
-        "dampening": (-math.inf, math.inf),
-        "weight_decay": (0.0, math.inf),
-    }
+    limits: ClassVar[dict[str, tuple[float, float]]] = {"dampening": (-math.inf, math.inf)}
     options: ClassVar[tuple[str, ...]] = ("nesterov", "maximize")
     sparse: ClassVar[bool] = True
     buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
@@ -72,9 +67,8 @@ class SGD(Algorithm):
         self, param: torch.Tensor, grad: torch.Tensor, state: State, step: int, hyper: Hyper
     ) -> tuple[torch.Tensor, State]:
         """Return one step of SGD."""
-        lr, momentum, dampening, weight_decay = (
-            number(hyper[key]) for key in ("lr", "momentum", "dampening", "weight_decay")
-        )
+        lr, weight_decay = numbers(hyper, "lr", "weight_decay")
+        momentum, dampening = numbers(hyper, "momentum", "dampening")
         direction = widen(-grad if hyper["maximize"] else grad)
         if weight_decay:
             direction = direction + weight_decay * widen(param)

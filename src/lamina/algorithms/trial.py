@@ -106,10 +106,9 @@ def over(
     try:
         return optimizer(groups, **given)
     except Exception:
-        if plain is None:
-            raise
-        with contextlib.suppress(Exception):
-            return optimizer(plain, **given)
+        if plain is not None:
+            with contextlib.suppress(Exception):
+                return optimizer(plain, **given)
         raise
 
 
@@ -162,8 +161,7 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 def first_argument(optimizer: type) -> str:
     """Return the name of what a constructor takes first."""
-    names = list(inspect.signature(optimizer).parameters)
-    return names[0] if names else ""
+    return next(iter(inspect.signature(optimizer).parameters), "")
 
 
 def arguments(optimizer: type) -> dict[str, Any]:

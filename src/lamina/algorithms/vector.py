@@ -40,20 +40,16 @@ class Vector:
         self.parts = [p for p in parts if p.param.grad is not None and p.lr > 0]
         _refuse_misfits(self.parts)
         self.lr = max((part.lr for part in self.parts), default=0.0)
-        self._shares = [part.lr / self.lr for part in self.parts]
-
-    @property
-    def places(self) -> list[int]:
-        """Which parameters are in it."""
-        return [part.place for part in self.parts]
+        #: which parameters are in it
+        self.places = [part.place for part in self.parts]
 
     def scale(self) -> torch.Tensor | None:
         """Return the diagonal D = lr / max lr; None if all learning rates are equal."""
-        if all(share == 1 for share in self._shares):
+        if all(part.lr == self.lr for part in self.parts):
             return None
-        shares = iter(self._shares)
-        flat = (_flat(part.param.detach()) for part in self.parts)
-        return self._cat(torch.full_like(numbers, next(shares)) for numbers in flat)
+        return self._cat(
+            torch.full_like(_flat(part.param.detach()), part.lr / self.lr) for part in self.parts
+        )
 
     def grad(self) -> torch.Tensor:
         """Return the gradient of all parts."""

@@ -68,82 +68,70 @@ def check_finite(batches: Sequence[Batch], clock: int, shards: Shards | None = N
 
     With `shards`, it must be called on every process, also where there is no batch.
     """
-    if shards is not None:
-        name = _bad_anywhere(batches, shards)
-        if name is not None:
-            raise nonfinite_error(name, clock)
+    names, grads = _named(batches)
+    if shards is None and every_finite(grads):
         return
-    if every_finite([grad for batch in batches for grad in batch.grads]):
-        return
-    for batch in batches:
-        for name, grad in zip(batch.names, batch.grads, strict=True):
-            if not all_finite(grad):
-                raise nonfinite_error(name, clock)
+    name = _first_bad(names, grads, shards)
+    if name is not None:
+        raise nonfinite_error(name, clock)
+
+
+def _named(batches: Sequence[Batch]) -> tuple[list[str], list[torch.Tensor]]:
+    """Return the names of all parameters, and their gradients as they were given."""
+    names = [name for batch in batches for name in batch.names]
+    return names, [grad for batch in batches for grad in batch.grads]
 
 
 def _is_any_bad(batches: Sequence[Batch], work: ScopeGradients) -> bool:
     """Return whether a gradient is not finite, on any process that has parts of them."""
     if work.shards is not None:
-        return _bad_anywhere(batches, work.shards) is not None
+        return _first_bad(*_named(batches), work.shards) is not None
     return not every_finite(work.grads)
 
 
 def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFiniteError:
-    """Return the error for norms that are not finite; names what was the first not to be."""
-    if work.shards is not None:
-        return _cause_anywhere(batches, work.shards, clock)
-    names = [name for batch in batches for name in batch.names]
-    grads = [grad for batch in batches for grad in batch.grads]
-    bad = _first_bad(grads)
+    """Return the error for norms that are not finite; names what was the first not to be.
+
+    Where each process has parts of the gradients, all find the same. No function of the user's ran
+    then, as those see whole tensors only.
+    """
+    names, grads = _named(batches)
+    bad = _first_bad(names, grads, work.shards)
     if bad is not None:
-        given_back = [made for made, its in work.made if its[bad] is grads[bad]]
+        given_back = [
+            made for made, its in work.made if its[names.index(bad)] is grads[names.index(bad)]
+        ]
         after = f" that {given_back[0]!r} returned" if given_back else ""  # it may have changed it
-        return nonfinite_error(names[bad], clock, after)
+        return nonfinite_error(bad, clock, after)
     for made, its in work.made:
-        bad = _first_bad(its)
+        bad = _first_bad(names, its)
         if bad is not None:
             return NonFiniteError(
-                f"{made!r} returned NaN or infinite numbers for {names[bad]!r} at step {clock}, "
+                f"{made!r} returned NaN or infinite numbers for {bad!r} at step {clock}, "
                 "whose gradient was finite; the weights were not changed. Fix the function."
             )
-    norms = [float(norm) for norm in _wide_norms(work.made[-1][1] if work.made else grads)]
-    return _overflow(names[norms.index(max(norms))], clock)
-
-
-def _cause_anywhere(batches: Sequence[Batch], shards: Shards, clock: int) -> NonFiniteError:
-    """Find the cause where each process has parts of the gradients; all find the same."""
-    name = _bad_anywhere(batches, shards)
-    if name is not None:
-        return nonfinite_error(name, clock)
-    names = [name for batch in batches for name in batch.names]
-    parts = _wide_norms([grad for batch in batches for grad in batch.grads])
-    norms = [float(norm) for norm in shards.norms(names, parts, 2.0)]
-    return _overflow(shards.names[norms.index(max(norms))], clock)
-
-
-def _bad_anywhere(batches: Sequence[Batch], shards: Shards) -> str | None:
-    """Return the first parameter whose gradient is not finite on some process, or None."""
-    names = [name for batch in batches for name in batch.names]
-    grads = [grad for batch in batches for grad in batch.grads]
-    bad = [(~torch.isfinite(values_of(grad))).sum() for grad in grads]
-    counts = torch.stack(shards.norms(names, bad, 1.0)).tolist()
-    return next((name for name, count in zip(shards.names, counts, strict=True) if count), None)
-
-
-def _wide_norms(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads]
-    return each_norm(wide)
-
-
-def _overflow(largest: str, clock: int) -> NonFiniteError:
+    last = work.made[-1][1] if work.made else grads
+    norms = each_norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in last])
+    if work.shards is not None:
+        names, norms = work.shards.names, work.shards.norms(names, norms, 2.0)
+    numbers = [float(norm) for norm in norms]
+    largest = names[numbers.index(max(numbers))]
     return NonFiniteError(
         f"every gradient is finite at step {clock}, but their norm overflows, most of all that of "
         f"{largest!r}; the weights were not changed. {_ADVICE}"
     )
 
 
-def _first_bad(grads: Sequence[torch.Tensor]) -> int | None:
-    return next((index for index, grad in enumerate(grads) if not all_finite(grad)), None)
+def _first_bad(
+    names: Sequence[str], grads: Sequence[torch.Tensor], shards: Shards | None = None
+) -> str | None:
+    """Return the first parameter whose gradient is not finite, on some process; or None."""
+    if shards is None:
+        pairs = zip(names, grads, strict=True)
+        return next((name for name, grad in pairs if not all_finite(grad)), None)
+    bad = [(~torch.isfinite(values_of(grad))).sum() for grad in grads]
+    counts = torch.stack(shards.norms(names, bad, 1.0)).tolist()
+    return next((name for name, count in zip(shards.names, counts, strict=True) if count), None)
 
 
 def nonfinite_error(name: str, step: int, returned: str = "") -> NonFiniteError:

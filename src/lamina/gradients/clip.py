@@ -13,10 +13,10 @@ from torch import nn
 from .._util.sharding import is_flattened, local_part
 from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF
-from ..errors import HyperparameterError, LaminaWarning, NonFiniteError, PlanError
+from ..errors import LaminaWarning, NonFiniteError, PlanError
 from ..model.patterns import PatternLike
 from .clip_targets import Limits, Parameters, Part, number_of, parts_of
-from .norms import clamped, each_norm, total_norm, values_of
+from .norms import all_finite, clamped, each_norm, total_norm
 
 
 @overload
@@ -76,9 +76,7 @@ def clip_grad_norm_(
         >>> clip_grad_norm_(layer, 1.0)
         tensor(5.)
     """
-    p = number_of(norm_type, "norm_type", "a number above 0")
-    if not p > 0:
-        raise HyperparameterError(f"norm_type={norm_type!r}: expected a number above 0.")
+    p = number_of(norm_type, "norm_type", positive=True)
     parts = parts_of(parameters, max_norm, "max_norm")
     _refuse_flattened(parts)
     norms = [total_norm(part.grads, p) if part.grads else torch.tensor(0.0) for part in parts]
@@ -118,7 +116,7 @@ def clip_grad_value_(
         tensor([[ 3.0000, -3.5000]])
     """
     for part in parts_of(parameters, clip_value, "clip_value"):
-        for tensor, grad in zip(part.tensors, part.grads, strict=True):
+        for (_, tensor), grad in zip(part.named, part.grads, strict=True):
             if grad.is_sparse:  # the same place may be there twice: add up before clipping
                 tensor.grad = grad = grad.coalesce()
             numbers = _local(grad)
@@ -129,7 +127,7 @@ def clip_grad_value_(
 def _refuse_flattened(parts: list[Part]) -> None:
     """Raise `PlanError` for parts of FSDP1, whose norm would be that of one process."""
     for part in parts:
-        for name, tensor in zip(part.names, part.tensors, strict=True):
+        for name, tensor in part.named:
             if is_flattened(tensor):
                 raise PlanError(
                     f"clip_grad_norm_: of {name}, FSDP1 (FullyShardedDataParallel) gives each "
@@ -179,20 +177,17 @@ def _on_host(norms: list[torch.Tensor]) -> list[float]:
 
 
 def _not_finite(part: Part, fail: bool) -> None:
-    bad = next(
-        (
-            name
-            for name, grad in zip(part.names, part.grads, strict=True)
-            if not bool(torch.isfinite(values_of(_local(grad))).all())
-        ),
-        None,
-    )
+    names = [name for name, _ in part.named]
+    pairs = zip(names, part.grads, strict=True)
+    bad = next((name for name, grad in pairs if not all_finite(_local(grad))), None)
     if bad is not None:
         what = f"the gradient of {bad} is NaN or infinite"
     elif any(map(is_dtensor, part.grads)):
         what = "a gradient on another process is NaN or infinite, or the norm overflows"
     else:
-        what = f"the norm of the gradients overflows, the largest is that of {_largest(part)}"
+        norms = _on_host(each_norm(part.grads, math.inf))
+        largest = names[norms.index(max(norms))]
+        what = f"the norm of the gradients overflows, the largest is that of {largest}"
     if fail:
         raise NonFiniteError(f"clip_grad_norm_: {what}; no gradient was changed. Skip this step.")
     warnings.warn(
@@ -201,8 +196,3 @@ def _not_finite(part: Part, fail: bool) -> None:
         LaminaWarning,
         stacklevel=4,
     )
-
-
-def _largest(part: Part) -> str:
-    norms = _on_host(each_norm(part.grads, math.inf))
-    return part.names[norms.index(max(norms))]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import HyperparameterError, LaminaWarning, PatternError, PlanError
-from ..model.parameters import collect
+from ..model.parameters import Owned, collect
 from ..model.patterns import PatternLike, compile_pattern
 from ..model.suggestions import nothing_matched
 
@@ -24,30 +24,28 @@ Limits = Mapping[PatternLike, float]
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors with gradients that share a limit."""
+    """Tensors with gradients that share a limit, each with a name for messages."""
 
     key: PatternLike
     limit: float
-    tensors: list[torch.Tensor]
-    names: list[str]
+    named: list[tuple[str, torch.Tensor]]
 
     @property
     def grads(self) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        return [tensor.grad for _, tensor in self.named if tensor.grad is not None]
 
 
 def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> list[Part]:
     """Return what to clip, checked before anything is changed."""
     if not isinstance(limit, Mapping):
-        number = _checked(limit, argument)
-        pairs = _named(parameters)
-        return [Part("*", number, [tensor for _, tensor in pairs], [name for name, _ in pairs])]
+        number = number_of(limit, argument)  # before the parameters are looked at
+        return [Part("*", number, _named(parameters))]
     if not isinstance(parameters, nn.Module):
         raise PlanError(
             f"{argument}={limit!r} has patterns, which need names; pass the module, not "
             f"{type(parameters).__name__}."
         )
-    numbers = {pattern: _checked(number, argument) for pattern, number in limit.items()}
+    numbers = {pattern: number_of(number, argument) for pattern, number in limit.items()}
     owned = collect(parameters)
     chosen: dict[str, PatternLike] = {}
     for pattern in numbers:
@@ -58,39 +56,33 @@ def parts_of(parameters: Parameters, limit: float | Limits, argument: str) -> li
         chosen |= dict.fromkeys(hit, pattern)
     parts = []
     for pattern, number in numbers.items():
-        mine = [
-            item for item in owned if chosen.get(item.info.name) is pattern and _counts(item.tensor)
-        ]
-        names = [repr(item.info.name) for item in mine]
-        parts.append(Part(pattern, number, [item.tensor for item in mine], names))
+        mine = [item for item in owned if chosen.get(item.info.name) is pattern]
+        parts.append(Part(pattern, number, _counted(mine)))
     return parts
 
 
-def _checked(limit: Any, argument: str) -> float:
-    expected = "a number of at least 0"
-    number = number_of(limit, argument, expected)
-    if not number >= 0:
-        raise HyperparameterError(f"{argument}={limit!r}: expected {expected}.")
-    return number
-
-
-def number_of(value: Any, argument: str, expected: str) -> float:
-    """Return what torch takes for a number too: "inf" and tensors of one element."""
+def number_of(value: Any, argument: str, positive: bool = False) -> float:
+    """Return a number of at least 0, from all that torch takes for one: "inf" and tensors too."""
+    expected = "a number above 0" if positive else "a number of at least 0"
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise HyperparameterError(f"{argument}={value!r}: expected {expected}.") from error
+    if number > 0 or (number == 0 and not positive):
+        return number
+    raise HyperparameterError(f"{argument}={value!r}: expected {expected}.")
 
 
-def _counts(param: torch.Tensor) -> bool:
-    return param.requires_grad and param.grad is not None
+def _counted(owned: Iterable[Owned]) -> list[tuple[str, torch.Tensor]]:
+    """Return those parameters of a module that are trained and have a gradient."""
+    trained = [item for item in owned if item.tensor.requires_grad]
+    return [(repr(item.info.name), item.tensor) for item in trained if item.tensor.grad is not None]
 
 
 def _named(parameters: Parameters) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors with a gradient, each once, with a name for messages."""
     if isinstance(parameters, nn.Module):
-        owned = collect(parameters)
-        return [(repr(item.info.name), item.tensor) for item in owned if _counts(item.tensor)]
+        return _counted(collect(parameters))
     if isinstance(parameters, torch.Tensor):
         return [("the tensor", parameters)] if parameters.grad is not None else []
     if isinstance(parameters, Mapping):

@@ -104,10 +104,9 @@ def _largest(grad: Any) -> torch.Tensor:
         return _most(grad)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    places = grad.placements
-    if any(place.is_partial() for place in places):
-        places = [Replicate() if place.is_partial() else place for place in places]
-        grad = grad.redistribute(placements=places)
+    # of a gradient that is still to be summed; any other stays as it is, and nothing is sent
+    places = [Replicate() if place.is_partial() else place for place in grad.placements]
+    grad = grad.redistribute(placements=places)
     parts = [place if place.is_replicate() else Shard(0) for place in places]
     each = DTensor.from_local(_most(grad.to_local()).reshape(1), grad.device_mesh, parts)
     most: torch.Tensor = each.full_tensor().max()

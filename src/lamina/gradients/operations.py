@@ -51,21 +51,21 @@ class ScopeGradients:
 
     def each_norm(self, p: float) -> list[torch.Tensor]:
         """Return the p-norm of each gradient; they are kept in `norms` too."""
-        own = each_norm(self.grads, p)
-        if self.shards is None:
-            self.norms += own
-            return own
-        names = [info.name for info in self.infos]
-        whole = self.shards.norms(names, own, p)
+        whole = self._norms(p)
         self.norms += whole  # also of what this process has no part of: all must judge alike
-        return self.shards.of(names, whole)
+        return whole if self.shards is None else self.shards.of(self._names(), whole)
 
     def total_norm(self, p: float) -> torch.Tensor:
         """Return the p-norm of all gradients together, as if they were one vector."""
+        return total(self._norms(p), p)
+
+    def _norms(self, p: float) -> list[torch.Tensor]:
+        """Return the p-norms of all gradients of the scope, on every process."""
         own = each_norm(self.grads, p)
-        if self.shards is not None:
-            own = self.shards.norms([info.name for info in self.infos], own, p)
-        return total(own, p)
+        return own if self.shards is None else self.shards.norms(self._names(), own, p)
+
+    def _names(self) -> list[str]:
+        return [info.name for info in self.infos]
 
     def multiply(self, factor: torch.Tensor) -> None:
         """Put one more factor on every gradient."""
@@ -77,19 +77,20 @@ class Operation(Expression, ABC):
 
     `measures` says whether it computes norms, which tell of a gradient that is not finite; `whole`
     whether it must see whole tensors, where a norm of parts does not do; `each` whether it treats
-    each parameter by itself.
+    each parameter by itself; `positive` whether the amount must be above 0.
     """
 
     measures: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     each: ClassVar[bool] = False
+    positive: ClassVar[bool] = True
     amount: Amount
 
     @abstractmethod
     def run(self, work: ScopeGradients, amount: float) -> None:
         """Change the gradients of a scope; `amount` is the number at this step."""
 
-    def check(self, low_open: bool = True) -> None:
+    def __post_init__(self) -> None:
         """Raise `PlanError` unless the amount is a positive number or a value schedule."""
         amount = python_number(self.amount)
         object.__setattr__(self, "amount", amount)
@@ -100,16 +101,28 @@ class Operation(Expression, ABC):
                     "value: give it a start."
                 )
             return
-        ok = is_number(amount)
-        if not ok or not 0 <= amount < math.inf or (low_open and amount == 0):
-            limit = "above 0" if low_open else "of at least 0"
+        usable = is_number(amount) and 0 <= amount < math.inf
+        if not usable or (self.positive and amount == 0):
+            limit = "above 0" if self.positive else "of at least 0"
             raise PlanError(
                 f"{self.source_name} was given {amount!r}; expected a finite number {limit}."
             )
 
-    def check_order(self, p: Any) -> None:
-        """Raise `PlanError` unless `p` is the order of a norm."""
-        p = python_number(p)
+
+_DOUBLE = (torch.float64, torch.complex128)
+
+
+@dataclass(frozen=True, repr=False)
+class _ByNorm(Operation):
+    """An operation that measures p-norms."""
+
+    measures: ClassVar[bool] = True
+    amount: Amount
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        p = python_number(self.p)
         object.__setattr__(self, "p", p)
         if not is_number(p) or not p > 0:
             raise PlanError(
@@ -118,11 +131,8 @@ class Operation(Expression, ABC):
             )
 
 
-_DOUBLE = (torch.float64, torch.complex128)
-
-
 @dataclass(frozen=True, repr=False)
-class ClipNorm(Operation):
+class ClipNorm(_ByNorm):
     """Bring the norm of all gradients of the scope together down to a threshold.
 
     Formula: `g * min(1, amount / (norm + 1e-6))`, with the p-norm over all numbers of the scope.
@@ -140,13 +150,6 @@ class ClipNorm(Operation):
     """
 
     source_name: ClassVar[str] = "clip_norm"
-    measures: ClassVar[bool] = True
-    amount: Amount
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        self.check()
-        self.check_order(self.p)
 
     def run(self, work: ScopeGradients, amount: float) -> None:
         norm = work.total_norm(self.p)
@@ -170,15 +173,12 @@ class ClipValue(Operation):
     source_name: ClassVar[str] = "clip_value"
     amount: Amount
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def run(self, work: ScopeGradients, amount: float) -> None:
         work.grads = [_on_values(g, lambda x: clamped(x, amount)) for g in work.settle()]
 
 
 @dataclass(frozen=True, repr=False)
-class ClipParamNorm(Operation):
+class ClipParamNorm(_ByNorm):
     """Bring the norm of each parameter's gradient down to a threshold, one by one.
 
     Formula: `g * min(1, amount / (norm(g) + 1e-6))` for each parameter.
@@ -189,14 +189,7 @@ class ClipParamNorm(Operation):
     """
 
     source_name: ClassVar[str] = "clip_param_norm"
-    measures: ClassVar[bool] = True
     each: ClassVar[bool] = True
-    amount: Amount
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        self.check()
-        self.check_order(self.p)
 
     def run(self, work: ScopeGradients, amount: float) -> None:
         work.settle()
@@ -232,7 +225,7 @@ class AGC(Operation):
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         object.__setattr__(self, "eps", python_number(self.eps))
         check_amount("agc", "eps", self.eps)
 
@@ -257,10 +250,8 @@ class ScaleGradients(Operation):
     """
 
     source_name: ClassVar[str] = "scale_gradients"
+    positive: ClassVar[bool] = False
     amount: Amount
-
-    def __post_init__(self) -> None:
-        self.check(low_open=False)
 
     def run(self, work: ScopeGradients, amount: float) -> None:
         if not work.grads:  # they are on other processes, but the norm of all is scaled here too
@@ -361,9 +352,6 @@ agc = AGC
 scale_gradients = ScaleGradients
 #: constructors by the name under which plans call them
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "agc": agc,
-    "clip_norm": clip_norm,
-    "clip_param_norm": clip_param_norm,
-    "clip_value": clip_value,
-    "scale_gradients": scale_gradients,
+    operation.source_name: operation
+    for operation in (AGC, ClipNorm, ClipParamNorm, ClipValue, ScaleGradients)
 }

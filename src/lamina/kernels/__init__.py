@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Kernel
 from .differentiable import differentiate
 from .dispatch import KERNELS, apply, assign, carry_out, choose, step_device
 
 __all__ = [
     "KERNELS",
-    "Kernel",
     "apply",
     "assign",
     "carry_out",

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from .._util.blocks import PLAIN
 from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch, state_dtype_of, times
 
-_DEVICES = ("cpu", "cuda", "xpu")
+DEVICES = ("cpu", "cuda", "xpu")
 
 
 class Kernel(ABC):
@@ -21,16 +22,16 @@ class Kernel(ABC):
     #: what `kernels.choose` says of it
     about: ClassVar[str]
 
-    @abstractmethod
     def refusal(self, batch: Batch) -> str:
         """Return why this kernel cannot update these tensors exactly, or "" if it can.
 
         Looks at what stays from step to step: the algorithm, parameters, state and steps.
         """
+        return ""
 
-    @abstractmethod
     def ready(self, batch: Batch) -> bool:
         """Return whether the gradients of this step suit too; cheap, as every step asks."""
+        return True
 
     @abstractmethod
     def run(self, batches: Sequence[Batch]) -> None:
@@ -39,10 +40,20 @@ class Kernel(ABC):
 
 def missing(batch: Batch, key: str) -> list[int]:
     """Return the positions whose state `key` does not exist yet; makes room for them."""
-    values = batch.columns.get(key)
-    if values is None:
-        values = batch.columns[key] = [None] * len(batch.params)
+    values = batch.columns.setdefault(key, [None] * len(batch.params))
     return [index for index, value in enumerate(values) if value is None]
+
+
+def begin_momentum(batch: Batch) -> list[int]:
+    """Give each parameter without a momentum buffer one of zeros; return their positions."""
+    fresh = missing(batch, "momentum_buffer")
+    for index in fresh:
+        param = batch.params[index]
+        dtype = state_dtype_of(param, batch.hyper)
+        zeros = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        batch.columns["momentum_buffer"][index] = zeros
+        batch.has_new_state = True
+    return fresh
 
 
 def tensor_refusal(batch: Batch, index: int) -> str:
@@ -50,9 +61,9 @@ def tensor_refusal(batch: Batch, index: int) -> str:
     param = batch.params[index]
     if not param.is_floating_point():
         return f"is {short(param.dtype)}"
-    if param.device.type not in _DEVICES:
+    if param.device.type not in DEVICES:
         return f"is on {param.device.type}"
-    if type(param) not in (torch.Tensor, torch.nn.Parameter) and not is_dtensor(param):
+    if type(param) not in PLAIN and not is_dtensor(param):
         return f"is a {type(param).__name__}"
     wanted = state_dtype_of(param, batch.hyper)
     if wanted is not param.dtype:

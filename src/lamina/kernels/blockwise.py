@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 
 from .._util.blocks import PLAIN, block_length, in_blocks
 from ..algorithms.adam import AdamRule
-from ..algorithms.base import HALF, Batch, number, state_dtype_of, times
+from ..algorithms.base import HALF, Batch, number, numbers, times
 from ..algorithms.lars import LARS
 from ..algorithms.muon import Muon, lr_ratio, orthogonalized
 from ..algorithms.rmsprop import RMSprop
 from ..algorithms.sgd import SGD
 from . import per_tensor
-from .base import Kernel, missing, short
+from .base import DEVICES, Kernel, begin_momentum, short
 from .foreach import FORMS
 from .fused import OPERATORS, step_refusal
 
-_DEVICES = ("cpu", "cuda", "xpu")
 _DTYPES = (*HALF, torch.float32)
 #: algorithms whose buffer exists only while they have a momentum
 _MAY_REST = (SGD, RMSprop, LARS)
@@ -81,7 +80,7 @@ def _refusal(batch: Batch, index: int) -> str:
     param = batch.params[index]
     if param.dtype not in HALF:
         return f"is {short(param.dtype)}, which needs no wider copy"
-    if param.device.type not in _DEVICES:
+    if param.device.type not in DEVICES:
         return f"is on {param.device.type}"
     if type(param) not in PLAIN:
         return f"is a {type(param).__name__}"
@@ -105,14 +104,8 @@ def _begin_momentum(batch: Batch) -> set[int]:
     """
     if type(batch.algorithm) not in _MAY_REST or not number(batch.hyper["momentum"]):
         return set()
-    fresh = missing(batch, "momentum_buffer")
-    for index in fresh:
-        param = batch.params[index]
-        dtype = state_dtype_of(param, batch.hyper)
-        zeros = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        batch.columns["momentum_buffer"][index] = zeros
-        batch.has_new_state = True
-    return set(fresh) if type(batch.algorithm) is SGD else set()
+    fresh = set(begin_momentum(batch))
+    return fresh if type(batch.algorithm) is SGD else set()
 
 
 def _used_state(batch: Batch) -> list[str]:
@@ -153,15 +146,12 @@ def _update(batch: Batch, keys: Sequence[str], pieces: Iterable[Piece]) -> None:
     """Update pieces by the form of their rule for float32."""
     for portion in _portions(pieces):
         wide = _widened(batch, keys, portion)
-        _form(batch.algorithm)(wide)
+        rule = type(batch.algorithm)
+        if rule in OPERATORS:
+            OPERATORS[rule](wide, wide.grads, None)
+        else:
+            FORMS[rule](wide, wide.grads)
         _round_into(portion, keys, wide)
-
-
-def _form(algorithm: Any) -> Callable[[Batch], None]:
-    operator = OPERATORS.get(type(algorithm))
-    if operator is not None:
-        return lambda wide: operator(wide, wide.grads, None)
-    return lambda wide: FORMS[type(algorithm)](wide, wide.grads)
 
 
 def _widened(
@@ -254,20 +244,20 @@ def _update_in_two_passes(
 
 def _muon(batch: Batch) -> None:
     """Update matrices by Muon, whose direction is rounded to bfloat16 in any case."""
-    hyper, keys = batch.hyper, ["momentum_buffer"]
-    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
+    hyper = batch.hyper
+    lr, weight_decay = numbers(hyper, "lr", "weight_decay")
     length = block_length(batch.params[0])
     for index, param in enumerate(batch.params):
-        step = orthogonalized(_muon_direction(batch, keys, index), hyper)
+        step = orthogonalized(_muon_direction(batch, index), hyper)
         ratio = lr_ratio(hyper, param.shape)
         for old, change in in_blocks([param, step], length):
             old.copy_(old.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr * ratio))
 
 
-def _muon_direction(batch: Batch, keys: Sequence[str], index: int) -> torch.Tensor:
+def _muon_direction(batch: Batch, index: int) -> torch.Tensor:
     """Update the momentum of a matrix; return the direction to be orthogonalized."""
     param, grad, step = batch.params[index], batch.grads[index], batch.steps[index]
-    buffer = batch.columns["momentum_buffer"][index]
+    keys, buffer = ["momentum_buffer"], batch.columns["momentum_buffer"][index]
     whole = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False)
     for part, its_grad, its_buffer, out in in_blocks(
         [param, grad, buffer, whole], block_length(param)

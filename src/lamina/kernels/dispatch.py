@@ -151,10 +151,6 @@ class Split(Kernel):
         choices = [_choose(part, prefer) for _, part in self._parts]
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
-    def refusal(self, batch: Batch) -> str:
-        """Refuse nothing: it is made for one batch."""
-        return ""
-
     def ready(self, batch: Batch) -> bool:
         """Return each part asks its own kernel; sparse gradients are left to the loop."""
         return all(grad.layout is torch.strided for grad in batch.grads)
@@ -192,8 +188,6 @@ def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
 
 
 def _count(steps: list[torch.Tensor]) -> None:
-    if not steps:
-        return
     if steps[0].is_cpu:
         torch._foreach_add_(steps, _ONE, alpha=1.0)
     else:

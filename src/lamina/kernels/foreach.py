@@ -8,14 +8,14 @@ from typing import Any, ClassVar, final
 import torch
 
 from .._util.tensors import is_dtensor
-from ..algorithms.base import HALF, Batch, number, state_dtype_of
+from ..algorithms.base import HALF, Batch, numbers
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
 from ..algorithms.layer_adaptive import LayerAdaptiveAdam
 from ..algorithms.muon import Muon
 from ..algorithms.rmsprop import RMSprop
-from . import per_tensor
-from .base import Kernel, missing, scaled, short, tensor_refusal
+from .base import Kernel, begin_momentum, scaled, short, tensor_refusal
+from .per_tensor import NORM_RULES, layer_adaptive, muon
 
 
 @final
@@ -56,9 +56,8 @@ class Foreach(Kernel):
 
 def _rmsprop(batch: Batch, grads: Any) -> None:
     hyper, columns, params = batch.hyper, batch.columns, batch.params
-    lr, alpha, eps, weight_decay, momentum = (
-        number(hyper[key]) for key in ("lr", "alpha", "eps", "weight_decay", "momentum")
-    )
+    lr, weight_decay, momentum = numbers(hyper, "lr", "weight_decay", "momentum")
+    alpha, eps = numbers(hyper, "alpha", "eps")
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
 
@@ -77,11 +76,7 @@ def _rmsprop(batch: Batch, grads: Any) -> None:
     if not momentum:
         torch._foreach_addcdiv_(params, grads, roots, value=-lr)
         return
-    for index in missing(batch, "momentum_buffer"):
-        dtype = state_dtype_of(params[index], hyper)
-        zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
-        columns["momentum_buffer"][index] = zeros
-        batch.has_new_state = True
+    begin_momentum(batch)
     buffers = columns["momentum_buffer"]
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_addcdiv_(buffers, grads, roots)
@@ -90,8 +85,8 @@ def _rmsprop(batch: Batch, grads: Any) -> None:
 
 FORMS: dict[type, Callable[[Batch, Any], None]] = {
     RMSprop: _rmsprop,
-    LARS: per_tensor.lars,
-    LAMB: per_tensor.lamb,
-    LayerAdaptiveAdam: per_tensor.layer_adaptive,
-    Muon: per_tensor.muon,
+    LARS: NORM_RULES[LARS].update,
+    LAMB: NORM_RULES[LAMB].update,
+    LayerAdaptiveAdam: layer_adaptive,
+    Muon: muon,
 }

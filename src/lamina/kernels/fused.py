@@ -10,7 +10,7 @@ import torch
 from .._util.blocks import is_dense
 from .._util.tensors import is_dtensor
 from ..algorithms.adam import Adam, AdamW
-from ..algorithms.base import HALF, Batch, number
+from ..algorithms.base import HALF, Batch, betas
 from ..algorithms.sgd import SGD
 from .base import Kernel, missing, scaled, short, tensor_refusal
 
@@ -95,9 +95,7 @@ def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
 def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
     hyper, columns = batch.hyper, batch.columns
     operator = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
-    beta1, beta2 = hyper["betas"]
-    if isinstance(beta1, torch.Tensor) or isinstance(beta2, torch.Tensor):
-        beta1, beta2 = number(beta1), number(beta2)
+    beta1, beta2 = betas(hyper)
     operator(
         batch.params,
         grads,
@@ -118,15 +116,11 @@ def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None)
 
 
 def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
-    hyper = batch.hyper
-    momentum = hyper["momentum"]
-    if momentum == 0:
-        _call_sgd(batch, batch.params, grads, [], momentum, False, inverse)
-        return
-    fresh = missing(batch, "momentum_buffer")
-    buffers = batch.columns["momentum_buffer"]
+    rests = batch.hyper["momentum"] == 0
+    fresh = [] if rests else missing(batch, "momentum_buffer")
+    buffers = [] if rests else batch.columns["momentum_buffer"]
     if not fresh:
-        _call_sgd(batch, batch.params, grads, buffers, momentum, False, inverse)
+        _call_sgd(batch, (batch.params, grads, buffers), False, inverse)
         return
     batch.has_new_state = True
     for index in fresh:
@@ -134,31 +128,22 @@ def _sgd(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) 
     rest = sorted(set(range(len(buffers))) - set(fresh))
     for indices, first in ((fresh, True), (rest, False)):
         if indices:  # the flag holds for a whole call, so the two kinds cannot share one
-            params, its_grads, its_buffers = (
-                [values[i] for i in indices] for values in (batch.params, grads, buffers)
-            )
-            _call_sgd(batch, params, its_grads, its_buffers, momentum, first, inverse)
+            tensors = [[values[i] for i in indices] for values in (batch.params, grads, buffers)]
+            _call_sgd(batch, tensors, first, inverse)
 
 
 def _call_sgd(
-    batch: Batch,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    buffers: list[torch.Tensor],
-    momentum: float,
-    first: bool,
-    inverse: torch.Tensor | None,
+    batch: Batch, tensors: Sequence[list[torch.Tensor]], first: bool, inverse: torch.Tensor | None
 ) -> None:
+    """Update some parameters of a batch: `tensors` are these, their gradients, their buffers."""
     hyper = batch.hyper
     torch._fused_sgd_(
-        params,
-        grads,
-        buffers,
+        *tensors,
         weight_decay=hyper["weight_decay"],
-        momentum=momentum,
+        momentum=hyper["momentum"],
         lr=_on(batch, hyper["lr"]),
         dampening=hyper["dampening"],
-        nesterov=bool(hyper["nesterov"]) and momentum != 0,
+        nesterov=bool(hyper["nesterov"] and hyper["momentum"]),
         maximize=bool(hyper["maximize"]),
         is_first_step=first,
         grad_scale=inverse,

@@ -10,18 +10,17 @@ is not the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import repeat
-from operator import eq, le, methodcaller
+from operator import le, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 
+from .._util.blocks import PLAIN
 from .._util.numbers import is_number
 from .._util.tensors import has_elements, have_addresses, overlaps_itself
 from .base import short
 
 Entry = dict[str, Any]
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _held = methodcaller("nbytes")
 #: parameters that an error names
 _SHOWN = 5
@@ -70,7 +69,7 @@ def plainly_fit(
         and list(map(torch.Tensor.size, grads)) == sizes
         and len(set(map(torch.Tensor.get_device, every))) == 1
         and all(map(torch.Tensor.is_contiguous, every))
-        and all(map(eq, map(torch.Tensor.numel, steps), repeat(1)))
+        and set(map(torch.Tensor.numel, steps)) <= {1}
         and have_addresses(every)
         and have_addresses(steps)
         and _are_stored(every)
@@ -78,7 +77,7 @@ def plainly_fit(
 
 
 def _are_plain(values: Iterable[Any]) -> bool:
-    return all(type(value) in _PLAIN and value.layout is torch.strided for value in values)
+    return all(type(value) in PLAIN and value.layout is torch.strided for value in values)
 
 
 def _are_stored(tensors: Sequence[torch.Tensor]) -> bool:

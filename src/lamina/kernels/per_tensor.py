@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..algorithms.base import Batch, number, state_dtype_of, trust_ratio
+from .._util.blocks import in_blocks
+from ..algorithms.base import Batch, betas, number, numbers, trust_ratio
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
 from ..algorithms.layer_adaptive import LayerAdaptiveAdam
 from ..algorithms.muon import lr_ratio, orthogonalized
-from .base import missing
+from .base import begin_momentum
 
 #: elements that all passes of a rule find in the cache: a few arrays of a megabyte
 BLOCK = 262_144
@@ -47,33 +48,22 @@ class NormRule(NamedTuple):
         self.finish(batch, work, self.factors(batch, self.norms(batch, work), counts))
 
 
-def lars(batch: Batch, grads: Any) -> None:
-    """Return one step of LARS."""
-    NORM_RULES[LARS].update(batch, grads)
-
-
 def _lars_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
-    hyper = batch.hyper
-    lr, weight_decay, trust, eps = (
-        number(hyper[key]) for key in ("lr", "weight_decay", "trust_coefficient", "eps")
-    )
+    lr, weight_decay = numbers(batch.hyper, "lr", "weight_decay")
+    trust, eps = numbers(batch.hyper, "trust_coefficient", "eps")
     weights, slopes = norms
     damped = (slopes + weight_decay * weights + eps) / max(trust, 1e-30)
-    return _scalars(trust_ratio(weights, slopes, damped).mul_(lr))
+    return trust_ratio(weights, slopes, damped).mul_(lr).unbind()
 
 
 def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
-    hyper, params = batch.hyper, batch.params
-    weight_decay, momentum = number(hyper["weight_decay"]), number(hyper["momentum"])
+    params = batch.params
+    weight_decay, momentum = numbers(batch.hyper, "weight_decay", "momentum")
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
     changes: Any = torch._foreach_mul(grads, factors)
     if momentum:
-        for index in missing(batch, "momentum_buffer"):
-            dtype = state_dtype_of(params[index], hyper)
-            zeros = torch.zeros_like(params[index], dtype=dtype, requires_grad=False)
-            batch.columns["momentum_buffer"][index] = zeros
-            batch.has_new_state = True
+        begin_momentum(batch)
         buffers = batch.columns["momentum_buffer"]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, changes)
@@ -81,20 +71,15 @@ def _lars_finish(batch: Batch, grads: Any, factors: Any) -> None:
     torch._foreach_sub_(params, changes)
 
 
-def lamb(batch: Batch, grads: Any) -> None:
-    """Return one step of LAMB."""
-    NORM_RULES[LAMB].update(batch, grads)
-
-
 def _lamb_directions(batch: Batch, grads: Any) -> Any:
     hyper, params = batch.hyper, batch.params
-    eps, weight_decay = number(hyper["eps"]), number(hyper["weight_decay"])
-    beta1, beta2 = (number(beta) for beta in hyper["betas"])
-    means, squares = _moments(batch, grads, beta1, beta2)
+    eps, weight_decay = numbers(hyper, "eps", "weight_decay")
+    beta1, beta2 = betas(hyper)
+    means, squares = _moments(batch, grads)
     steps = torch.stack(batch.steps).double()  # 1 - beta^t loses digits in float32
     dtype = params[0].dtype
     corrections = (1 - beta1**steps, torch.rsqrt(1 - beta2**steps))
-    first, second = (_scalars(each.to(params[0].device, dtype)) for each in corrections)
+    first, second = (each.to(params[0].device, dtype).unbind() for each in corrections)
 
     roots = torch._foreach_sqrt(squares)
     torch._foreach_mul_(roots, second)
@@ -108,7 +93,7 @@ def _lamb_directions(batch: Batch, grads: Any) -> Any:
 
 def _lamb_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
     weights, lengths = norms
-    return _scalars(trust_ratio(weights, lengths, lengths).mul_(-number(batch.hyper["lr"])))
+    return trust_ratio(weights, lengths, lengths).mul_(-number(batch.hyper["lr"])).unbind()
 
 
 def _lamb_finish(batch: Batch, directions: Any, factors: Any) -> None:
@@ -131,13 +116,13 @@ def layer_adaptive(batch: Batch, grads: Any) -> None:
 
 
 def _decay(batch: Batch) -> None:
-    lr, weight_decay = number(batch.hyper["lr"]), number(batch.hyper["weight_decay"])
+    lr, weight_decay = numbers(batch.hyper, "lr", "weight_decay")
     if weight_decay and batch.hyper["decoupled_weight_decay"]:
         torch._foreach_mul_(batch.params, 1 - lr * weight_decay)
 
 
 def _layer_adaptive_factors(batch: Batch, norms: list[torch.Tensor], counts: Sequence[int]) -> Any:
-    return torch._foreach_mul(_scalars(norms[0]), _shares(counts, number(batch.hyper["lr"])))
+    return torch._foreach_mul(norms[0].unbind(), _shares(counts, number(batch.hyper["lr"])))
 
 
 def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
@@ -160,10 +145,9 @@ def _steadiness(batch: Batch, grads: Any) -> Any:
     """Return the quotients m / (sqrt(v) + eps), the moments updated first."""
     hyper = batch.hyper
     weight_decay = number(hyper["weight_decay"])
-    beta1, beta2 = (number(beta) for beta in hyper["betas"])
     if weight_decay and not hyper["decoupled_weight_decay"]:
         grads = torch._foreach_add(grads, batch.params, alpha=weight_decay)
-    means, squares = _moments(batch, grads, beta1, beta2)
+    means, squares = _moments(batch, grads)
     if hyper["amsgrad"]:
         largest = batch.columns["max_exp_avg_sq"]
         torch._foreach_maximum_(largest, squares)
@@ -178,12 +162,12 @@ def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
     hyper, columns = batch.hyper, batch.columns
     coupled = 0.0 if hyper["decoupled_weight_decay"] else number(hyper["weight_decay"])
     eps = number(hyper["eps"])
-    beta1, beta2 = (number(beta) for beta in hyper["betas"])
+    beta1, beta2 = betas(hyper)
     keys = ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(hyper["amsgrad"]))
     totals = []
     for whole in zip(batch.params, grads, *(columns[key] for key in keys), strict=True):
         total = 0.0
-        for param, grad, mean, square, *largest in _blocks(whole):
+        for param, grad, mean, square, *largest in in_blocks(whole, BLOCK):
             if coupled:
                 grad = grad.add(param, alpha=coupled)
             mean.mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -196,17 +180,10 @@ def _steadiness_in_blocks(batch: Batch, grads: Any) -> list[float]:
     return totals
 
 
-def _blocks(tensors: Sequence[torch.Tensor]) -> Any:
-    """Yield the same elements of all tensors, a block at a time."""
-    if tensors[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
-        return [tensors]
-    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
-
-
 def muon(batch: Batch, grads: Any) -> None:
     """Return one step of Muon, rounded as torch's: bfloat16 in the middle makes it matter."""
     hyper, params = batch.hyper, batch.params
-    lr, weight_decay = number(hyper["lr"]), number(hyper["weight_decay"])
+    lr, weight_decay = numbers(hyper, "lr", "weight_decay")
     directions = muon_directions(batch, grads)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     for param, direction in zip(params, directions, strict=True):
@@ -221,18 +198,15 @@ def muon_directions(batch: Batch, grads: Any) -> Any:
     return torch._foreach_lerp(grads, buffers, momentum) if batch.hyper["nesterov"] else buffers
 
 
-def _moments(batch: Batch, grads: Any, beta1: float, beta2: float) -> tuple[Any, Any]:
+def _moments(batch: Batch, grads: Any) -> tuple[Any, Any]:
     """Return the two running means of Adam, updated in place."""
+    beta1, beta2 = betas(batch.hyper)
     means, squares = batch.columns["exp_avg"], batch.columns["exp_avg_sq"]
     torch._foreach_mul_(means, beta1)
     torch._foreach_add_(means, grads, alpha=1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
     return means, squares
-
-
-def _scalars(vector: torch.Tensor) -> Any:
-    return list(vector.unbind())
 
 
 NORM_RULES: dict[type, NormRule] = {

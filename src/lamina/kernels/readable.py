@@ -19,14 +19,6 @@ class Readable(Kernel):
     name: ClassVar[str] = "readable"
     about: ClassVar[str] = "the update rule as written, one tensor at a time"
 
-    def refusal(self, batch: Batch) -> str:
-        """Refuse nothing."""
-        return ""
-
-    def ready(self, batch: Batch) -> bool:
-        """Accept any gradient."""
-        return True
-
     def run(self, batches: Sequence[Batch]) -> None:
         """Return the rule for each tensor; its result is written into the live tensors."""
         for batch in batches:

@@ -40,7 +40,8 @@ def belongs(entry: Entry, cell: Cell) -> bool:
     if cell.algorithm is not None:
         keys = {key for key, value in (entry.values or {}).items() if value is not None}
         known = {*cell.algorithm.buffers, "step"}
-        return keys <= known and cell.algorithm.limits.keys() <= entry.group.keys()
+        numbers = cell.algorithm.defaults.keys() - cell.algorithm.options
+        return keys <= known and numbers <= entry.group.keys()
     method = method_of(cell.optimizer)
     if method is None:  # what its constructor puts into the groups, where that is known
         made = trial_of(cell.optimizer).made or {"lr": None}
