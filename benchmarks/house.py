@@ -71,7 +71,7 @@ QUESTIONS: Mapping[str, Sequence[str]] = {
         "set_requires_grad",
         "FlagKeeper.keeps",
     ),
-    "Where is the lr of a step computed?": ("Values._lr", "Setting.value _product"),
+    "Where is the lr of a step computed?": ("Values._lr", "Setting.value product"),
     "Where is a gradient clipped to a norm?": (
         "operate",
         "ClipNorm.run",

@@ -17,6 +17,7 @@ from ..schedules.base import Floats
 from ..schedules.duration import Run
 from .cascade import Draft
 from .resolved import NEVER, Cell, Scope, Setting, Trigger, Windows
+from .timeline import product
 
 #: how often dynamo compiles a function anew, where torch does not say
 _RECOMPILE_LIMIT = 8
@@ -316,7 +317,7 @@ def _largest_lr(cell: Cell, steps: Floats) -> float:
     """Return the largest lr of a group at some steps."""
     setting = dict(cell.hyper)["lr"]
     assert isinstance(setting, Setting)  # the forms refuse several values of lr
-    lr = setting.value(lambda curve: curve.at(steps))
+    lr = product(setting, lambda curve: curve.at(steps))
     if cell.schedule is not None:
         lr = lr * cell.schedule.at(steps)
     return float(np.max(lr))

@@ -27,7 +27,7 @@ from ..schedules.duration import Run
 from .cascade import Draft, cascade
 from .findings import find
 from .resolved import Cell, Resolved, Scope, Setting, Trigger, each_part
-from .timeline import judged_values
+from .timeline import judged_values, product
 
 #: a schedule over an unknown run is judged on this many steps
 _HORIZON = 1000
@@ -182,7 +182,7 @@ class _Binder:
         if not setting.curves:
             return setting.scale, setting.scale
         steps = self.steps(setting.curves)
-        values = setting.value(lambda curve: curve.at(steps))
+        values = product(setting, lambda curve: curve.at(steps))
         return float(values.min()), float(values.max())
 
     def judge_all(self, curves: tuple[Schedule, ...], where: str) -> None:

@@ -51,7 +51,7 @@ class Feedback:
 NO_FEEDBACK = Feedback()
 
 
-def _product(setting: Setting, curve: Callable[[Schedule], Any]) -> Any:
+def product(setting: Setting, curve: Callable[[Schedule], Any]) -> Any:
     """Return the scale times what `curve` makes of each schedule."""
     value = setting.scale
     for schedule in setting.curves:
@@ -62,7 +62,7 @@ def _product(setting: Setting, curve: Callable[[Schedule], Any]) -> Any:
 def _given(cell: Cell, curve: Callable[[Schedule], Any]) -> dict[str, Any]:
     values = dict(cell.constants)
     for key, setting in cell.moving:
-        values[key] = each_part(setting, lambda part: _product(part, curve))
+        values[key] = each_part(setting, lambda part: product(part, curve))
     return values
 
 
@@ -133,7 +133,7 @@ class Values:
     def operations(self, scope: int) -> list[tuple[Operation, Any]]:
         """Return the gradient operations of a scope with their numbers."""
         listed = self._resolved.scopes[scope].operations
-        return [(operation, _product(amount, self._curve)) for operation, amount in listed]
+        return [(operation, product(amount, self._curve)) for operation, amount in listed]
 
     def _lr(self, cell: Cell, lr: Any) -> Any:
         if cell.schedule is not None:
