@@ -48,7 +48,20 @@ class Constant(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Linear(Shape):
+class Between(Shape):
+    """What several schedules share: the numbers at both ends."""
+
+    start: float | None = None
+    to: float = 0.0
+    length: TimeLike | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, start=self.start, to=self.to)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Between):
     """A straight line: `linear(0.04, 0.4)` is a value, `linear(to=0.1)` a factor from 1.
 
     Formula: `start + (to - start) * t / length`.
@@ -65,32 +78,16 @@ class Linear(Shape):
         0.5
     """
 
-    start: float | None = None
-    to: float = 0.0
-    length: TimeLike | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, start=self.start, to=self.to)
-        super().__post_init__()
-
     def shape(self, t: Floats, length: float) -> Floats:
         return self._first_value + (self.to - self._first_value) * progress(t, length)
 
 
 @dataclass(frozen=True, repr=False)
-class Fall(Shape):
+class Fall(Between):
     """What several schedules share: from `start` to `to` along a falling curve.
 
     Formula: `to + (start - to) * fall(t / length)`.
     """
-
-    start: float | None = None
-    to: float = 0.0
-    length: TimeLike | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, start=self.start, to=self.to)
-        super().__post_init__()
 
     def shape(self, t: Floats, length: float) -> Floats:
         return self.to + (self._first_value - self.to) * self.fall(progress(t, length))
