@@ -15,7 +15,7 @@ from ..schedules import Schedule
 from ..schedules import duration as time
 from .operators import ByDepth, Times, TopDown
 from .reactions import EarlyStop
-from .toml import read, write
+from .toml import policy, read, write
 from .validate import NAMES, check_settings
 
 if TYPE_CHECKING:
@@ -174,12 +174,7 @@ class Plan:
 
     def __repr__(self) -> str:
         parts = [optimizer_name(self.optimizer), *_pairs(self.settings)]
-        if self.nonfinite != "raise":
-            parts.append(f"nonfinite={self.nonfinite!r}")
-        if self.nonfinite_check != "all":
-            parts.append(f"nonfinite_check={self.nonfinite_check!r}")
-        if self.stop is not None:
-            parts.append(f"stop={self.stop!r}")
+        parts += [f"{key}={value!r}" for key, value in policy(self).items()]
         if self.rules:
             parts.append(f"rules=[{', '.join(map(repr, self.rules))}]")
         return f"Plan({', '.join(parts)})"
@@ -190,8 +185,7 @@ class Plan:
         return self._compared() == other._compared()
 
     def _compared(self) -> tuple[Any, ...]:
-        policy = (self.nonfinite, self.nonfinite_check, self.stop)
-        return (self.optimizer, dict(self.settings), self.rules, *policy)
+        return (self.optimizer, dict(self.settings), self.rules, policy(self))
 
     def __hash__(self) -> int:
         return hash((self.optimizer, self.rules, self.nonfinite))

@@ -88,6 +88,13 @@ def better(value: float, best: float | None, mode: str, threshold: float) -> boo
     return value < best - margin if mode == "min" else value > best + margin
 
 
+def counted(seen: Seen, improved: bool, value: float, step: int) -> dict[str, Any]:
+    """Return what was seen with one more report: a new best, or one more that was not."""
+    if improved:
+        return {**seen, "best": value, "bad": 0, "since": step}
+    return {**seen, "bad": seen["bad"] + 1}
+
+
 def waited(patience: TimeLike, seen: Seen, step: int, run: Run) -> float:
     """Count how much patience is used up: reports, or time, since the best."""
     if isinstance(patience, int):
@@ -148,11 +155,8 @@ class Plateau(Reaction):
 
     def observe(self, seen: Seen, value: float, step: int, run: Run) -> dict[str, Any]:
         """Return what it has seen after a report at a step."""
-        new = dict(seen)
-        if better(value, seen["best"], self.mode, self.threshold):
-            new.update(best=value, bad=0, since=step)
-        else:
-            new["bad"] = seen["bad"] + 1
+        improved = better(value, seen["best"], self.mode, self.threshold)
+        new = counted(seen, improved, value, step)
         if seen["cooldown"] > 0:
             new.update(cooldown=seen["cooldown"] - 1, bad=0, since=step)
         if waited(self.patience, new, step, run) > 0:
@@ -206,16 +210,13 @@ class EarlyStop(Reaction):
         `thaw`: a part has just thawed or will; `lowered`: a plateau has just lowered lr; `waited`
         remembers that a reduction had its chance since the best.
         """
-        new = dict(seen)
-        best = seen["best"]
         worst = math.inf if self.mode == "min" else -math.inf
-        reference = worst if best is None else best
+        reference = worst if seen["best"] is None else seen["best"]
         gain = reference - value if self.mode == "min" else value - reference
         improved = gain > self.min_delta
+        new = counted(seen, improved, value, step)
         if improved:
-            new.update(best=value, bad=0, since=step, waited=False)
-        else:
-            new["bad"] = seen["bad"] + 1
+            new["waited"] = False
         if thaw or (lowered and not new["waited"]):
             new.update(bad=0, since=step, waited=new["waited"] or lowered)
         new["stop"] = seen["stop"] or waited(self.patience, new, step, run) >= 0
@@ -256,11 +257,8 @@ class OnPlateau(Reaction):
         """Return what it has seen after a report at a step."""
         if seen["opened"] is not None:
             return dict(seen)
-        new = dict(seen)
-        if better(value, seen["best"], self.mode, self.threshold):
-            new.update(best=value, bad=0, since=step)
-        else:
-            new["bad"] = seen["bad"] + 1
+        improved = better(value, seen["best"], self.mode, self.threshold)
+        new = counted(seen, improved, value, step)
         if waited(self.patience, new, step, run) > 0:
             new["opened"] = step + 1
         return new

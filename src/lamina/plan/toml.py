@@ -27,12 +27,14 @@ _BETWEEN_PARTS = re.compile(r"[ \t\"']+")
 _CAUSED_BY_TEXT = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
+#: what holds for a whole plan rather than for its parameters, and its defaults
+_POLICY = {"nonfinite": "raise", "nonfinite_check": "all", "stop": None}
+
 #: makes a plan of its rules and its settings, or a rule of its pattern and its settings
-MakePlan = Callable[..., Any]
-MakeRule = Callable[..., Any]
+Make = Callable[..., Any]
 
 
-def read(source: str | os.PathLike[str], make_plan: MakePlan, make_rule: MakeRule) -> Any:
+def read(source: str | os.PathLike[str], make_plan: Make, make_rule: Make) -> Any:
     """Read a plan from a TOML file, or from TOML text (a string with a newline or '=')."""
     if isinstance(source, str) and ("\n" in source or "=" in source):
         return _plan(source, "plan text", make_plan, make_rule)
@@ -50,7 +52,7 @@ def read(source: str | os.PathLike[str], make_plan: MakePlan, make_rule: MakeRul
     return _plan(text, str(path), make_plan, make_rule)
 
 
-def _plan(text: str, where: str, make_plan: MakePlan, make_rule: MakeRule) -> Any:
+def _plan(text: str, where: str, make_plan: Make, make_rule: Make) -> Any:
     if len(text) > _LARGEST:
         raise PlanError(
             f"{where}: a plan has at most {_LARGEST:,} characters; this is longer, and not read."
@@ -92,7 +94,7 @@ def _misspelled(key: str, table: dict[str, Any]) -> str:
     return f" Is {close[0]!r} a misspelling of it?" if close else ""
 
 
-def _rule(table: dict[str, Any], index: int, make_rule: MakeRule) -> Any:
+def _rule(table: dict[str, Any], index: int, make_rule: Make) -> Any:
     if not isinstance(table.get("match"), str):
         hint = "" if "match" in table else _misspelled("match", table)
         raise PlanError(f"rule {index}: 'match' is missing or not a text pattern.{hint}")
@@ -104,16 +106,17 @@ def _rule(table: dict[str, Any], index: int, make_rule: MakeRule) -> Any:
         raise type(error)(f"rule {index}: {error}") from error
 
 
+def policy(plan: Any) -> dict[str, Any]:
+    """Return what a plan says of itself as a whole, without what is the default anyway."""
+    given = {key: getattr(plan, key) for key in _POLICY}
+    return {key: value for key, value in given.items() if value != _POLICY[key]}
+
+
 def write(plan: Any) -> str:
     """Write a plan as TOML text that `read` turns back into an equal plan."""
     table: dict[str, Any] = {"optimizer": _registered(plan.optimizer, "plan")}
     table |= {key: _value(value, f"plan, {key}") for key, value in plan.settings}
-    if plan.nonfinite != "raise":
-        table["nonfinite"] = plan.nonfinite
-    if plan.nonfinite_check != "all":
-        table["nonfinite_check"] = plan.nonfinite_check
-    if plan.stop is not None:
-        table["stop"] = to_source(plan.stop, quote=False)
+    table |= {key: _value(value, f"plan, {key}") for key, value in policy(plan).items()}
     rules = []
     for rule in plan.rules:
         if not isinstance(rule.match, str):

@@ -19,24 +19,12 @@ from ..gradients.operations import OPERATIONS, Apply, Operation
 from ..model.suggestions import written_as
 from ..schedules import SCHEDULES, Schedule, cosine, from_function
 from ..schedules import duration as time
-from .operators import (
-    Times,
-    TopDown,
-    by_depth,
-    times,
-    top_down,
-)
+from .operators import Times, TopDown, by_depth, times, top_down
 from .reactions import REACTIONS, EarlyStop, OnPlateau, Plateau, Reaction
 
 #: every name that an expression in a plan may call
 NAMES: Mapping[str, Callable[..., Any]] = ChainMap(
-    {
-        "times": times,
-        "by_depth": by_depth,
-        "top_down": top_down,
-        **REACTIONS,
-        **OPERATIONS,
-    },
+    {"times": times, "by_depth": by_depth, "top_down": top_down, **REACTIONS, **OPERATIONS},
     SCHEDULES,  # looked up live: users register schedules of their own
 )
 
@@ -47,7 +35,6 @@ CONTROLS = (
     *("clip_norm", "gradients", "hold", "frozen_state"),
 )
 WINDOW = ("frozen", "thaw", "freeze")
-FROZEN_STATE = ("keep", "drop")
 
 
 _BEYOND_FLOATS = 10**308
@@ -152,7 +139,7 @@ def _is_word(text: str) -> bool:
 
 
 def _frozen_state(value: Any, place: str) -> str:
-    if not isinstance(value, str) or value not in FROZEN_STATE:
+    if not isinstance(value, str) or value not in ("keep", "drop"):
         raise PlanError(f"{place}={value!r}: expected 'keep' or 'drop'.")
     return value
 

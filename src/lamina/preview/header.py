@@ -84,14 +84,15 @@ def _resumed(preview: Shown, resumed: Resumed) -> str:
 
 
 def _groups(preview: Shown, said: dict[str, str]) -> list[str]:
-    rows = preview.rows
-    training = sum(row.parameters for row in rows if row.first is not None)
-    total = sum(row.parameters for row in rows)
-    return [
-        *([said["optimizer"]] if "optimizer" in said else []),
-        f"{len(rows)} group{'s' if len(rows) != 1 else ''}",
-        f"{training:,} of {total:,} parameters train",
-    ]
+    many = len(preview.rows)
+    groups = [f"{many} group{'s' if many != 1 else ''}", training(preview)]
+    return [said["optimizer"], *groups] if "optimizer" in said else groups
+
+
+def training(preview: Shown) -> str:
+    """Return how many of the parameters ever train, in words."""
+    trained = sum(row.parameters for row in preview.rows if row.first is not None)
+    return f"{trained:,} of {sum(row.parameters for row in preview.rows):,} parameters train"
 
 
 def _freezing(preview: Shown) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import TimeUnitError, require
 from .curves import Course, colours, courses
-from .header import facts
+from .header import facts, training
 from .rows import epochs
 from .shown import Shown
 
@@ -135,12 +135,8 @@ def _title(ax: Axes, preview: Shown) -> None:
     optimizers = said.get("optimizer") or " and ".join(
         dict.fromkeys(row.optimizer for row in preview.rows)
     )
-    training = sum(row.parameters for row in preview.rows if row.first is not None)
-    total = sum(row.parameters for row in preview.rows)
-    detail = (
-        f"{optimizers}  ·  {preview.run.steps:,} steps  ·  {len(preview.rows)} groups  ·  "
-        f"{training:,} of {total:,} parameters train"
-    )
+    size = f"{preview.run.steps:,} steps  ·  {len(preview.rows)} groups"
+    detail = f"{optimizers}  ·  {size}  ·  {training(preview)}"
     above = 26 if preview.run.steps_per_epoch else 10
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     ax.annotate(

@@ -191,6 +191,5 @@ def preview_of(
     resolved = resumed.resolved if resumed else settle(run)
     tensors = {item.info.name: item.tensor for item in owned}
     flags = flags_of(model, resolved.cells, tensors, resumed.clock if resumed else 0)
-    if resumed is None:
-        return Preview(resolved, flags=flags)
-    return Preview(resolved, resumed.feedback, flags=flags, resumed=resumed)
+    feedback = resumed.feedback if resumed else NO_FEEDBACK
+    return Preview(resolved, feedback, flags=flags, resumed=resumed)

@@ -96,16 +96,12 @@ def windows(preview: Shown, cell: Cell) -> list[tuple[int, int | None]]:
 
 def _joints(cell: Cell, spans: Iterable[tuple[int, int | None]]) -> set[int]:
     """Return the steps at which a cell thaws or freezes, or one of its schedules enters a phase."""
-    parts = [
-        part
-        for _, given in cell.hyper
-        for part in (given if isinstance(given, tuple) else (given,))
-    ]
-    curves = [curve for part in parts for curve in part.curves]
-    if cell.schedule is not None:
-        curves.append(cell.schedule)
+    curves = set() if cell.schedule is None else {cell.schedule}
+    for _, given in cell.hyper:
+        for part in given if isinstance(given, tuple) else (given,):
+            curves.update(part.curves)
     found = {step for pair in spans for step in pair if step is not None}
     if cell.rewarm is not None:
         for begin in tuple(found):
             found |= boundaries(cell.rewarm, begin)
-    return found.union(*(boundaries(curve, 0) for curve in set(curves)))
+    return found.union(*(boundaries(curve, 0) for curve in curves))

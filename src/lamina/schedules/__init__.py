@@ -31,20 +31,28 @@ piecewise = Piecewise
 warm_restarts = WarmRestarts
 warmup = Warmup
 
-for _own in (
-    *(constant, cosine, cyclic, exponential, inverse_sqrt, linear, multi_step, noam, one_cycle),
-    *(
-        one_cycle_momentum,
-        one_minus_sqrt,
-        polynomial,
-        repeat,
-        step_decay,
-        piecewise,
-        warm_restarts,
-        warmup,
-    ),
-):
-    register_schedule(_own.source_name, _own)
+# Registering a class also names it, in what it prints and in its errors.
+_OWN: dict[str, type[Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "cyclic": cyclic,
+    "exponential": exponential,
+    "inverse_sqrt": inverse_sqrt,
+    "linear": linear,
+    "multi_step": multi_step,
+    "noam": noam,
+    "one_cycle": one_cycle,
+    "one_cycle_momentum": one_cycle_momentum,
+    "one_minus_sqrt": one_minus_sqrt,
+    "piecewise": piecewise,
+    "polynomial": polynomial,
+    "repeat": repeat,
+    "step_decay": step_decay,
+    "warm_restarts": warm_restarts,
+    "warmup": warmup,
+}
+for _name, _class in _OWN.items():
+    register_schedule(_name, _class)
 SCHEDULES["wsd"] = wsd
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
@@ -36,7 +36,6 @@ class Repeat(Schedule):
         0.5
     """
 
-    source_name: ClassVar[str] = "repeat"
     schedule: Schedule
     times: int | None = None
     period: TimeLike | None = None

@@ -43,7 +43,6 @@ class Cyclic(Shape):
         Smith, Cyclical Learning Rates for Training Neural Networks (2017).
     """
 
-    source_name: ClassVar[str] = "cyclic"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("up", "down")
     up: TimeLike
@@ -104,7 +103,6 @@ class WarmRestarts(Shape):
         Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
-    source_name: ClassVar[str] = "warm_restarts"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("first",)
     first: TimeLike | None = None
@@ -162,8 +160,7 @@ class WarmRestarts(Shape):
         return self._height(cycle, share)
 
     def _height(self, cycle: Floats, share: Floats) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return self.to + (start - self.to) * self.decay**cycle * half_wave(share)
+        return self.to + (self._first_value - self.to) * self.decay**cycle * half_wave(share)
 
     def end(self, length: float) -> float:
         if length == 0:

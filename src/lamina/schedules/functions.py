@@ -24,7 +24,6 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {}
 class Computed(Shape):
     """A schedule whose formula is a Python function of the step."""
 
-    source_name: ClassVar[str] = "computed"
     needs_length: ClassVar[bool] = False
     f: Callable[[Any], Any]
     length: TimeLike | None = None
@@ -92,7 +91,6 @@ def _takes_arrays(f: Callable[[Any], Any]) -> bool:
 class Registered(Computed):
     """A function of the step with a name, under which TOML can hold it."""
 
-    source_name: ClassVar[str] = "registered"
     name: str = field(default="", kw_only=True)
 
     def source_text(self, quote: bool) -> str:

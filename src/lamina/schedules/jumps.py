@@ -35,7 +35,6 @@ class StepDecay(Jumping):
         0.1
     """
 
-    source_name: ClassVar[str] = "step_decay"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("every",)
     every: TimeLike
@@ -49,10 +48,9 @@ class StepDecay(Jumping):
         check_positive(self, every=self.every)
 
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
         period = self.span("every")
         # A period of p/q steps changes at ceil(n * p / q), all in whole numbers below 2**53.
-        return start * self.gamma ** np.floor(t * period.denominator / period.numerator)
+        return self._first_value * self.gamma ** np.floor(t * period.denominator / period.numerator)
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +70,6 @@ class MultiStep(Jumping):
         0.25
     """
 
-    source_name: ClassVar[str] = "multi_step"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("milestones",)
     milestones: Many[TimeLike]
@@ -95,10 +92,9 @@ class MultiStep(Jumping):
         return tuple(sorted(whole(item, run, start) for item in self.milestones))
 
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
         places = self.settle(Run(), Fraction(0)) if self.exact is None else self.exact
         passed = np.searchsorted([float(place) for place in places], t, side="right")
-        return start * self.gamma ** passed.astype(np.float64)
+        return self._first_value * self.gamma ** passed.astype(np.float64)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +114,6 @@ class Piecewise(Jumping):
         0.75
     """
 
-    source_name: ClassVar[str] = "piecewise"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("points",)
     points: Many[tuple[TimeLike, float]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -52,7 +51,6 @@ class OneCycle(Shape):
         Smith and Topin, Super-Convergence (2018).
     """
 
-    source_name: ClassVar[str] = "one_cycle"
     pct_start: float = 0.3
     div_factor: float = 25.0
     final_div_factor: float = 1e4
@@ -92,7 +90,6 @@ class OneCycleMomentum(Shape):
         Smith and Topin, Super-Convergence (2018).
     """
 
-    source_name: ClassVar[str] = "one_cycle_momentum"
     low: float = 0.85
     high: float = 0.95
     pct_start: float = 0.3

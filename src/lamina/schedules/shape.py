@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from ..errors import ScheduleError
 from . import duration as time
 from .base import FACTOR, VALUE, Floats, Schedule, steps_text
 from .duration import Run
-
-_S = TypeVar("_S", bound="Shape")
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,6 +56,12 @@ class Shape(Schedule):
     def kind(self) -> str:
         return FACTOR if getattr(self, "start", None) is None else VALUE
 
+    @property
+    def _first_value(self) -> float:
+        """The field `start`, or 1 for a factor."""
+        start: float | None = getattr(self, "start", None)
+        return 1.0 if start is None else start
+
     def duration(self, run: Run) -> Fraction | None:
         length = getattr(self, "length", None)
         return None if length is None else time.parse(length).in_steps(run)
@@ -96,7 +100,9 @@ class Shape(Schedule):
                     "unknown; pass steps= (or epochs= with steps_per_epoch=), or give it length=."
                 )
             return bound
-        return _with_length(bound, math.ceil(end) - math.ceil(start))
+        # As a dict: `Shape` itself has no field of that name, only its subclasses have.
+        changed: dict[str, Any] = {"length": math.ceil(end) - math.ceil(start)}
+        return replace(bound, **changed)
 
     def at(self, steps: Floats) -> Floats:
         length = getattr(self, "length", None)
@@ -117,15 +123,8 @@ class Shape(Schedule):
         return float(self.shape(np.array([length]), length)[0])
 
 
-def _with_length(shape: _S, length: int) -> _S:
-    changed: dict[str, Any] = {"length": length}
-    return replace(shape, **changed)
-
-
 class Jumping(Shape):
     """A shape made of jumps: its left limit at the end is the value of the last step."""
-
-    source_name: ClassVar[str] = "jumping"
 
     def end(self, length: float) -> float:
         return float(self.shape(np.array([max(math.ceil(length) - 1.0, 0.0)]), length)[0])

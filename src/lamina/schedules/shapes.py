@@ -29,7 +29,6 @@ class Constant(Shape):
         0.5
     """
 
-    source_name: ClassVar[str] = "constant"
     needs_length: ClassVar[bool] = False
     value: float = 1.0
     length: TimeLike | None = None
@@ -49,7 +48,20 @@ class Constant(Shape):
 
 
 @dataclass(frozen=True, repr=False)
-class Linear(Shape):
+class Between(Shape):
+    """What several schedules share: the numbers at both ends."""
+
+    start: float | None = None
+    to: float = 0.0
+    length: TimeLike | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, start=self.start, to=self.to)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Between):
     """A straight line: `linear(0.04, 0.4)` is a value, `linear(to=0.1)` a factor from 1.
 
     Formula: `start + (to - start) * t / length`.
@@ -66,39 +78,19 @@ class Linear(Shape):
         0.5
     """
 
-    source_name: ClassVar[str] = "linear"
-    start: float | None = None
-    to: float = 0.0
-    length: TimeLike | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, start=self.start, to=self.to)
-        super().__post_init__()
-
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return start + (self.to - start) * progress(t, length)
+        return self._first_value + (self.to - self._first_value) * progress(t, length)
 
 
 @dataclass(frozen=True, repr=False)
-class Fall(Shape):
+class Fall(Between):
     """What several schedules share: from `start` to `to` along a falling curve.
 
     Formula: `to + (start - to) * fall(t / length)`.
     """
 
-    source_name: ClassVar[str] = "fall"
-    start: float | None = None
-    to: float = 0.0
-    length: TimeLike | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, start=self.start, to=self.to)
-        super().__post_init__()
-
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return self.to + (start - self.to) * self.fall(progress(t, length))
+        return self.to + (self._first_value - self.to) * self.fall(progress(t, length))
 
     @abstractmethod
     def fall(self, share: Floats) -> Floats:
@@ -126,8 +118,6 @@ class Cosine(Fall):
         Loshchilov and Hutter, SGDR (2017), equation 5.
     """
 
-    source_name: ClassVar[str] = "cosine"
-
     def fall(self, share: Floats) -> Floats:
         return half_wave(share)
 
@@ -154,8 +144,6 @@ class OneMinusSqrt(Fall):
         (2024), equation 1.
     """
 
-    source_name: ClassVar[str] = "one_minus_sqrt"
-
     def fall(self, share: Floats) -> Floats:
         return 1.0 - np.sqrt(share)
 
@@ -179,7 +167,6 @@ class Polynomial(Shape):
         0.25
     """
 
-    source_name: ClassVar[str] = "polynomial"
     power: float = 1.0
     start: float | None = None
     to: float = 0.0
@@ -191,8 +178,7 @@ class Polynomial(Shape):
         super().__post_init__()
 
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return self.to + (start - self.to) * (1.0 - progress(t, length)) ** self.power
+        return self.to + (self._first_value - self.to) * (1.0 - progress(t, length)) ** self.power
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,7 +198,6 @@ class Exponential(Shape):
         0.5
     """
 
-    source_name: ClassVar[str] = "exponential"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("every",)
     gamma: float
@@ -226,5 +211,4 @@ class Exponential(Shape):
         check_positive(self, every=self.every)
 
     def shape(self, t: Floats, length: float) -> Floats:
-        start = 1.0 if self.start is None else self.start
-        return start * self.gamma ** (t / float(self.span("every")))
+        return self._first_value * self.gamma ** (t / float(self.span("every")))

@@ -28,7 +28,6 @@ class Warmup(Shape):
         0.5
     """
 
-    source_name: ClassVar[str] = "warmup"
     length: TimeLike
     start: float = 0.0
 
@@ -65,7 +64,6 @@ class InverseSqrt(Shape):
         Vaswani et al., Attention Is All You Need (2017), section 5.3, scaled to a peak of 1.
     """
 
-    source_name: ClassVar[str] = "inverse_sqrt"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("warmup", "timescale")
     warmup: TimeLike
@@ -104,7 +102,6 @@ class Noam(Shape):
         Vaswani et al., Attention Is All You Need (2017), equation 3.
     """
 
-    source_name: ClassVar[str] = "noam"
     needs_length: ClassVar[bool] = False
     spans: ClassVar[tuple[str, ...]] = ("warmup",)
     d_model: int
