@@ -95,7 +95,9 @@ def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
 def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None) -> None:
     hyper, columns = batch.hyper, batch.columns
     operator = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
-    beta1, beta2 = betas(hyper)
+    beta1, beta2 = hyper["betas"]
+    if isinstance(beta1, torch.Tensor) or isinstance(beta2, torch.Tensor):
+        beta1, beta2 = betas(hyper)
     operator(
         batch.params,
         grads,

@@ -240,7 +240,9 @@ class Optimizer(Engine):
             self._skip(error)
             return
         self._apply(batches)
-        written_by_guest = self._guests.own_writes(self._run_state.published)
+        written_by_guest = ""
+        if self._guests.present:
+            written_by_guest = self._guests.own_writes(self._run_state.published)
         self._advance()
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
