@@ -13,11 +13,12 @@ import torch
 from .._util.grammar import Expression
 from .._util.numbers import check_amount, is_number, python_number
 from .._util.sharding import Shards, whole_of
-from ..algorithms.base import times, widen
+from ..algorithms.base import Batch, times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
 from ..schedules import Schedule
-from .norms import clamped, each_norm, total, values_of
+from .nonfinite import is_any_bad, nonfinite_cause
+from .norms import clamped, each_norm, finite, total, values_of
 
 Amount = float | Schedule
 Grads = list[torch.Tensor]
@@ -355,3 +356,45 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.source_name: operation
     for operation in (AGC, ClipNorm, ClipParamNorm, ClipValue, ScaleGradients)
 }
+
+
+def operate(
+    batches: Sequence[Batch],
+    steps: Sequence[tuple[Operation, float]],
+    infos: Mapping[str, ParamInfo],
+    clock: int,
+    every: bool = False,
+    shards: Shards | None = None,
+) -> torch.Tensor | None:
+    """Run a scope's operations over its batches, which then hold the changed gradients.
+
+    With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
+    called on every process, also where there is no batch.
+
+    Returns:
+        The norm of the scope before its first `clip_norm`, or None.
+
+    Raises:
+        NonFiniteError: if a norm shows that a gradient is not finite; nothing was changed.
+    """
+    work = ScopeGradients(
+        [grad for batch in batches for grad in batch.grads],
+        [param for batch in batches for param in batch.params],
+        [infos[name] for batch in batches for name in batch.names],
+        shards,
+    )
+    for operation, amount in steps:
+        operation.run(work, amount)
+    bad = bool(work.norms) and not finite(work.norms)
+    # A norm has read all of them, but for what a function of the user's made of them since.
+    if every and not bad and (not work.norms or work.made):
+        bad = is_any_bad(batches, work.grads, shards)
+    if bad:
+        raise nonfinite_cause(batches, work.made, clock, shards)
+    taken = 0
+    for batch in batches:
+        count = len(batch.grads)
+        batch.grads = work.grads[taken : taken + count]
+        batch.scale = work.scale
+        taken += count
+    return work.norm

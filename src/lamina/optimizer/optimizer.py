@@ -21,7 +21,8 @@ from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import NonFiniteError, OwnershipError, PlanError
-from ..gradients.apply import check_finite, operate
+from ..gradients.nonfinite import check_finite
+from ..gradients.operations import operate
 from ..guests.guests import GUEST, Guests
 from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, observe, walk

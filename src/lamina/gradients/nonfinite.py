@@ -1,66 +1,23 @@
-"""Running the gradient operations of each scope, and meeting gradients that are not finite."""
+"""Gradients that are not finite: which are looked at, and which of them is named."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .._util.sharding import Shards
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
-from ..model.parameters import ParamInfo
-from .norms import all_finite, each_norm, every_finite, finite, values_of
-from .operations import Operation, ScopeGradients
+from .norms import all_finite, each_norm, every_finite, values_of
 
-#: the operations of a scope with their numbers at this step
-Steps = Sequence[tuple[Operation, float]]
+Grads = list[torch.Tensor]
+#: what functions of the user's own returned, each with the operation that called it
+Made = Sequence[tuple[object, Grads]]
 _ADVICE = (
     "Look at the loss of this batch; lower the lr or lengthen the warmup; under float16 use "
     "torch.amp.GradScaler; or skip such steps with Plan(nonfinite='skip')."
 )
-
-
-def operate(
-    batches: Sequence[Batch],
-    steps: Steps,
-    infos: Mapping[str, ParamInfo],
-    clock: int,
-    every: bool = False,
-    shards: Shards | None = None,
-) -> torch.Tensor | None:
-    """Run a scope's operations over its batches, which then hold the changed gradients.
-
-    With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
-    called on every process, also where there is no batch.
-
-    Returns:
-        The norm of the scope before its first `clip_norm`, or None.
-
-    Raises:
-        NonFiniteError: if a norm shows that a gradient is not finite; nothing was changed.
-    """
-    work = ScopeGradients(
-        [grad for batch in batches for grad in batch.grads],
-        [param for batch in batches for param in batch.params],
-        [infos[name] for batch in batches for name in batch.names],
-        shards,
-    )
-    for operation, amount in steps:
-        operation.run(work, amount)
-    bad = bool(work.norms) and not finite(work.norms)
-    # A norm has read all of them, but for what a function of the user's made of them since.
-    if every and not bad and (not work.norms or work.made):
-        bad = _is_any_bad(batches, work)
-    if bad:
-        raise _cause(batches, work, clock)
-    taken = 0
-    for batch in batches:
-        count = len(batch.grads)
-        batch.grads = work.grads[taken : taken + count]
-        batch.scale = work.scale
-        taken += count
-    return work.norm
 
 
 def check_finite(batches: Sequence[Batch], clock: int, shards: Shards | None = None) -> None:
@@ -82,38 +39,40 @@ def _named(batches: Sequence[Batch]) -> tuple[list[str], list[torch.Tensor]]:
     return names, [grad for batch in batches for grad in batch.grads]
 
 
-def _is_any_bad(batches: Sequence[Batch], work: ScopeGradients) -> bool:
+def is_any_bad(batches: Sequence[Batch], grads: Grads, shards: Shards | None) -> bool:
     """Return whether a gradient is not finite, on any process that has parts of them."""
-    if work.shards is not None:
-        return _first_bad(*_named(batches), work.shards) is not None
-    return not every_finite(work.grads)
+    if shards is not None:
+        return _first_bad(*_named(batches), shards) is not None
+    return not every_finite(grads)
 
 
-def _cause(batches: Sequence[Batch], work: ScopeGradients, clock: int) -> NonFiniteError:
+def nonfinite_cause(
+    batches: Sequence[Batch], made: Made, clock: int, shards: Shards | None
+) -> NonFiniteError:
     """Return the error for norms that are not finite; names what was the first not to be.
 
     Where each process has parts of the gradients, all find the same. No function of the user's ran
     then, as those see whole tensors only.
     """
     names, grads = _named(batches)
-    bad = _first_bad(names, grads, work.shards)
+    bad = _first_bad(names, grads, shards)
     if bad is not None:
         given_back = [
-            made for made, its in work.made if its[names.index(bad)] is grads[names.index(bad)]
+            made for operation, its in made if its[names.index(bad)] is grads[names.index(bad)]
         ]
         after = f" that {given_back[0]!r} returned" if given_back else ""  # it may have changed it
         return nonfinite_error(bad, clock, after)
-    for made, its in work.made:
+    for operation, its in made:
         bad = _first_bad(names, its)
         if bad is not None:
             return NonFiniteError(
-                f"{made!r} returned NaN or infinite numbers for {bad!r} at step {clock}, "
+                f"{operation!r} returned NaN or infinite numbers for {bad!r} at step {clock}, "
                 "whose gradient was finite; the weights were not changed. Fix the function."
             )
-    last = work.made[-1][1] if work.made else grads
+    last = made[-1][1] if made else grads
     norms = each_norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in last])
-    if work.shards is not None:
-        names, norms = work.shards.names, work.shards.norms(names, norms, 2.0)
+    if shards is not None:
+        names, norms = shards.names, shards.norms(names, norms, 2.0)
     numbers = [float(norm) for norm in norms]
     largest = names[numbers.index(max(numbers))]
     return NonFiniteError(
