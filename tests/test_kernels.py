@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamina._util.blocks import in_blocks
 from lamina.algorithms import ALGORITHMS
 from lamina.algorithms.adam import Adam
 from lamina.algorithms.base import Batch, times
@@ -460,7 +461,7 @@ def test_the_form_for_accelerators(options, monkeypatch):
 def test_a_block_that_is_lost_is_seen(monkeypatch):
     """Canary of the test above."""
     monkeypatch.setattr(per_tensor, "BLOCK", 7)
-    whole = per_tensor.in_blocks
+    whole = in_blocks
     monkeypatch.setattr(per_tensor, "in_blocks", lambda *given: list(whole(*given))[:-1])
     batches = both("LayerAdaptiveAdam", [torch.randn(5, 6)], [torch.randn(5, 6)], lr=0.1)
     with pytest.raises(AssertionError):
