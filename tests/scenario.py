@@ -181,9 +181,7 @@ def plain(folder: Path, cut: int | None = None) -> Outcome:
         if state is not None:
             model.load_state_dict(state["model"])
             saved = state["optimizer"]
-        optimizer = PLAN.build(
-            model, steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH, resume=saved
-        )
+        optimizer = PLAN.build(model, steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH, resume=saved)
         try:
             for epoch in range(position // STEPS_PER_EPOCH, EPOCHS):
                 for index, batch in enumerate(train_loader()):
@@ -268,7 +266,6 @@ def transformers_trainer(folder: Path, cut: int | None = None) -> Outcome:
 def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
     """The Trainer of Lightning, which divides a loss by `accumulate` in the last step too."""
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from lamina.integrations.lightning import PlanCallback
 
@@ -412,7 +409,7 @@ def differences(one: Outcome, other: Outcome) -> Iterator[tuple[str, float]]:
     """Yield the largest difference of each weight, over its largest value."""
     assert one.weights.keys() == other.weights.keys()
     for name, value in one.weights.items():
-        gap = (value - other.weights[name]).abs().max() / value.abs().max()
+        gap = (value - other.weights[name]).abs().max() / value.abs().max().clamp(min=1e-30)
         yield name, float(gap)
 
 

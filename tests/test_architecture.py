@@ -34,6 +34,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "integrations",
     "training",
     "cli",
     "__init__",

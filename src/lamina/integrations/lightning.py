@@ -20,6 +20,7 @@ from ..plan.plan import Plan
 from .common import MetricFeed, as_plan, batches_in, clips, rates, refuse_jumps, tell
 
 _pytorch = require("lightning.pytorch", "lightning", "lamina.integrations.lightning")
+_Callback: Any = _pytorch.Callback
 
 _EXTEND = (
     "Give PlanCallback(plan, extend='hold') to keep its schedules and, past their end, their last "
@@ -27,7 +28,7 @@ _EXTEND = (
 )
 
 
-class PlanCallback(_pytorch.Callback):  # type: ignore[misc]  # its types are not read
+class PlanCallback(_Callback):  # type: ignore[misc]
     """Train with a plan in `trainer.fit(module)`.
 
     The callback stands in for the module's `configure_optimizers`, and takes the length of the run

@@ -11,15 +11,15 @@ import os
 from typing import Any
 
 import torch
-import transformers
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import LaminaError, PlanError
+from ..errors import LaminaError, PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from .common import MetricFeed, as_plan, clips, rates, refuse_jumps, tell
+
+_transformers = require("transformers", "hf", "lamina.integrations.transformers")
+_Callback: Any = _transformers.TrainerCallback
 
 #: arguments of the Trainer that a plan decides instead
 _DECIDED = (
@@ -34,7 +34,7 @@ _EXTEND = (
 
 
 def use_plan(
-    trainer: transformers.Trainer,
+    trainer: Any,
     plan: Plan | str | os.PathLike[str],
     *,
     audit: bool = False,
@@ -45,11 +45,11 @@ def use_plan(
     The optimizer is built when the Trainer makes its own, with the length that the Trainer
     computes. Metrics of each evaluation are reported under the Trainer's names (`eval_loss`);
     early stopping ends the training; the lr of each group is logged as `lr/<group>`, and as
-    `learning_rate` the largest of them. Where the plan clips, the Trainer's `max_grad_norm` is set to 0, so that
-    gradients are not clipped twice; where it does not, the Trainer clips as before.
+    `learning_rate` the largest of them. Where the plan clips, the Trainer's `max_grad_norm` is set
+    to 0, so that gradients are not clipped twice; where it does not, the Trainer clips as before.
 
     Args:
-        trainer: a `Trainer`, or one of a class derived from it, before `train()`.
+        trainer: a `transformers.Trainer`, or one of a class derived from it, before `train()`.
         plan: a plan, or the path of its TOML file.
         audit: prove at every step that nothing moved what is frozen, as in `Plan.build`.
         extend: how a run resumed with another length goes on: `"hold"` or `"stretch"`, as in
@@ -83,7 +83,7 @@ def use_plan(
     # First, so that what it adds to the logs reaches every other callback.
     trainer.callback_handler.callbacks.insert(0, driver)
     if args.max_grad_norm and clips(plan):
-        transformers.utils.logging.get_logger("lamina").warning(
+        _transformers.utils.logging.get_logger("lamina").warning(
             f"max_grad_norm was {args.max_grad_norm:g} and is now 0: the plan clips gradients."
         )
         args.max_grad_norm = 0.0
@@ -91,11 +91,11 @@ def use_plan(
 
 def _check(trainer: Any) -> None:
     """Refuse what cannot train with a plan, before anything is changed."""
-    if not isinstance(trainer, transformers.Trainer):
+    if not isinstance(trainer, _transformers.Trainer):
         raise PlanError(f"use_plan expects a transformers.Trainer, not {type(trainer).__name__}.")
     if not hasattr(trainer, "set_initial_training_values"):
         raise LaminaError(
-            f"transformers {transformers.__version__} does not tell the length of a run; use_plan "
+            f"transformers {_transformers.__version__} does not tell the length of a run; use_plan "
             "needs 4.50 or newer."
         )
     if any(isinstance(each, _Driver) for each in trainer.callback_handler.callbacks):
@@ -117,14 +117,14 @@ def _check(trainer: Any) -> None:
         )
 
 
-def _unused_arguments(args: TrainingArguments) -> list[str]:
+def _unused_arguments(args: Any) -> list[str]:
     """Return those arguments that differ from their default and that the plan decides."""
     defaults = {field.name: field.default for field in dataclasses.fields(type(args))}
     named = [name for name in _DECIDED if name in defaults and hasattr(args, name)]
     return [f"{name}={_plain(getattr(args, name))!r}" for name in named if _is_set(args, name)]
 
 
-def _is_set(args: TrainingArguments, name: str) -> bool:
+def _is_set(args: Any, name: str) -> bool:
     (field,) = (each for each in dataclasses.fields(type(args)) if each.name == name)
     value = getattr(args, name)
     if not value and not field.default:  # None, 0, {} and False all say "not set"
@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # the member of an enum
 
 
-class _Driver(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that are read
+class _Driver(_Callback):  # type: ignore[misc]
     """What stands in the Trainer for a plan: its two factories, and its events."""
 
     def __init__(self, trainer: Any, plan: Plan, audit: bool, extend: str | None) -> None:
@@ -157,7 +157,9 @@ class _Driver(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self._checkpoint = os.fspath(resume_from_checkpoint)
         elif resume_from_checkpoint:
-            self._checkpoint = get_last_checkpoint(self._trainer.args.output_dir)
+            self._checkpoint = _transformers.trainer_utils.get_last_checkpoint(
+                self._trainer.args.output_dir
+            )
         try:
             return self._train(resume_from_checkpoint, *args, **keywords)
         finally:
@@ -210,15 +212,14 @@ class _Driver(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         """Return a scheduler that changes nothing, from which the Trainer reads the lr."""
         assert self._optimizer is not None
         trainer = self._trainer
-        trainer.lr_scheduler = self._optimizer.scheduler_view()
+        scheduler = self._optimizer.scheduler_view()
+        trainer.lr_scheduler = scheduler
         trainer._created_lr_scheduler = True  # so that the next `train()` asks for a new one
-        return trainer.lr_scheduler
+        return scheduler
 
     # --- events --------------------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check what was loaded, and that the metrics which the plan waits for will come."""
         assert self._optimizer is not None
         if self._extend is None:
@@ -233,12 +234,12 @@ class _Driver(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
 
     def on_evaluate(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        args: Any,
+        state: Any,
+        control: Any,
         metrics: dict[str, float] | None = None,
         **_: Any,
-    ) -> TrainerControl:
+    ) -> Any:
         """Report the metrics, and end the training if the plan says so."""
         if self._metrics is not None and self._optimizer is not None:
             self._metrics.report(metrics or {})
@@ -246,18 +247,16 @@ class _Driver(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
                 control.should_training_stop = True
         return control
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise if the last evaluation had not what the plan waits for."""
         if self._metrics is not None:
             self._metrics.check("the Trainer's evaluation")
 
     def on_log(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        args: Any,
+        state: Any,
+        control: Any,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
