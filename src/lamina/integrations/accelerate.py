@@ -6,7 +6,7 @@ Source of its behaviour: `accelerate/accelerator.py`, version 1.15.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,18 +63,7 @@ def prepare(
         ... )  # doctest: +SKIP
     """
     plan = as_plan(plan)
-    kind = accelerator.distributed_type.value
-    if kind in _REFUSED:
-        raise PlanError(
-            f"{kind} makes optimizers of its own from what it is given; a plan does not work "
-            "with it. Use DDP, or FSDP2 (fsdp_version=2)."
-        )
-    if loaders and not accelerator.gradient_state.sync_with_dataloader:
-        raise PlanError(
-            "with sync_with_dataloader=False, gradients are accumulated over the end of an epoch, "
-            "and epochs have no whole number of steps. Leave it at True, or give steps= and "
-            "prepare the loaders yourself."
-        )
+    _check(accelerator, loaders)
     ready = [accelerator.prepare(loader) for loader in loaders]
     optimizer = plan.build(
         model,
@@ -88,3 +77,19 @@ def prepare(
     )
     model, wrapped = accelerator.prepare(model, optimizer)
     return (model, wrapped, *ready)
+
+
+def _check(accelerator: Any, loaders: Sequence[Any]) -> None:
+    """Refuse what cannot train with a plan, before anything is prepared."""
+    kind = accelerator.distributed_type.value
+    if kind in _REFUSED:
+        raise PlanError(
+            f"{kind} makes optimizers of its own from what it is given; a plan does not work "
+            "with it. Use DDP, or FSDP2 (fsdp_version=2)."
+        )
+    if loaders and not accelerator.gradient_state.sync_with_dataloader:
+        raise PlanError(
+            "with sync_with_dataloader=False, gradients are accumulated over the end of an epoch, "
+            "and epochs have no whole number of steps. Leave it at True, or give steps= and "
+            "prepare the loaders yourself."
+        )
