@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import scenario
 import torch
+
+import scenario
 from processes import join_group, leave_group, run_processes
 
 #: what the order in which gradients are summed may change
