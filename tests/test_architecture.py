@@ -34,6 +34,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "recipes",
     "integrations",
     "training",
     "cli",
