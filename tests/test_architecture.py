@@ -34,6 +34,8 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "recipes",
+    "integrations",
     "training",
     "cli",
     "__init__",

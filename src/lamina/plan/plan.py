@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..model.patterns import PatternLike, compile_pattern
 from ..schedules import Schedule
 from ..schedules import duration as time
+from .from_optimizer import read_optimizer
 from .operators import ByDepth, Times, TopDown
 from .reactions import EarlyStop
 from .toml import policy, read, write
@@ -21,6 +22,7 @@ from .validate import NAMES, check_settings
 if TYPE_CHECKING:
     import os
 
+    import torch
     from torch import nn
 
     from ..optimizer.optimizer import Optimizer
@@ -194,6 +196,37 @@ class Plan:
     def from_toml(cls, source: str | os.PathLike[str]) -> Plan:
         """Read a plan from a TOML file (a path) or from TOML text (a string with a newline)."""
         plan: Plan = read(source, cls, Rule)
+        return plan
+
+    @classmethod
+    def from_optimizer(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None
+    ) -> Plan:
+        """Read the groups of an existing optimizer, and a known scheduler, into a plan.
+
+        The plan gives every parameter what the groups give it, in the shortest patterns that were
+        found. torch's optimizers become lamina's of the same name; others stay what they are. What
+        the optimizer leaves out although it could train becomes `frozen=True`.
+
+        Args:
+            model: the model that the optimizer was built for.
+            optimizer: the optimizer, with its groups.
+            scheduler: StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR,
+                CosineAnnealingLR, or a LambdaLR of Transformers; read as it was made. For others
+                the plan has no schedule, and a warning says so.
+
+        Returns:
+            The plan; `plan.to_toml()` is its text.
+
+        Raises:
+            PlanError: if the optimizer updates what is no parameter of the model.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 2)
+            >>> Plan.from_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            Plan(SGD, lr=0.1)
+        """
+        plan: Plan = read_optimizer(model, optimizer, scheduler, cls, Rule)
         return plan
 
     def to_toml(self) -> str:
