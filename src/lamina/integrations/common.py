@@ -14,7 +14,7 @@ from ..errors import PlanError, StateError, did_you_mean
 from ..gradients.operations import AGC, ClipNorm, ClipParamNorm, ClipValue
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
-from ..state import LoadReport
+from ..state.report import LoadReport
 
 _CLIPS = (ClipNorm, ClipValue, ClipParamNorm, AGC)
 
