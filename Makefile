@@ -15,6 +15,10 @@ OLDEST        ?= .venv-oldest
 CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops optimizer gradients \
 	state state_torch guests preview report_plot training loaders devices cli cli_arguments)
 
+# One process for each core, each of which computes on one.
+PARALLEL := --numprocesses=auto --dist=worksteal
+test test-oldest soak coverage: export OMP_NUM_THREADS = 1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest check coverage bench soak dist format clean
@@ -27,10 +31,10 @@ demo: $(VENV)/.demo  ## install, then train an example task: lamina run
 	@$(BIN)/lamina run $(ARGS)
 
 test: check  ## every gate: lint, format, types, tests (ARGS="-k name" picks tests)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-oldest: $(OLDEST)/.dev  ## the core tests with the oldest Python, torch, NumPy and extras
-	@$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
+	@$(OLDEST)/bin/python -m pytest $(PARALLEL) $(CORE) $(ARGS)
 
 check: $(VENV)/.dev  ## lint, format and types only
 	@$(BIN)/ruff check
@@ -44,7 +48,7 @@ soak: $(VENV)/.dev  ## the slow tests, those that download, and more examples of
 	@$(BIN)/python -m pytest -m "slow or network or hypothesis" --hypothesis-profile=full $(ARGS) || { code=$$?; test $$code -eq 5 && echo "no slow tests yet"; }
 
 coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
-	@$(BIN)/python -m pytest --cov=lamina --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) --cov=lamina --cov-report=term:skip-covered $(ARGS)
 
 # The wheel is installed without extras, as a user has it, and the README's first program run with it.
 dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean environment
@@ -105,5 +109,5 @@ $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
 		-c constraints-oldest.txt torch hatchling editables setuptools
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install --no-cache-dir --no-compile \
 		--no-build-isolation -c constraints-oldest.txt -e '.[demo]' \
-		pytest hypothesis lion-pytorch prodigyopt schedulefree
+		pytest pytest-xdist hypothesis lion-pytorch prodigyopt schedulefree
 	@touch $@

@@ -74,7 +74,11 @@ def test_an_archive_inside_an_archive(tmp_path):
         extract(file, "p/inner.tar.gz!q/tekst", out)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", tar_bytes({"m": b"x" * 9999})[:-20]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no archive", tar_bytes({"m": b"x" * 9999})[:-20]],
+    ids=["empty", "text", "cut off"],  # the bytes of an archive tell the time
+)
 def test_a_damaged_archive_is_named(tmp_path, content):
     (tmp_path / "bad").write_bytes(content)
     with pytest.raises(TaskError, match=r"archive bad cannot be read.*fetch it anew"):

@@ -118,6 +118,7 @@ def printable(text: str) -> str:
 OLDEST = {
     "accelerate": "1.1",
     "filelock": "3.13",
+    "lightning": "2.6",
     "matplotlib": "3.10",
     "rich": "13.7",
     "transformers": "4.46",

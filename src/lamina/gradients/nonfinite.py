@@ -58,7 +58,7 @@ def nonfinite_cause(
     bad = _first_bad(names, grads, shards)
     if bad is not None:
         given_back = [
-            made for operation, its in made if its[names.index(bad)] is grads[names.index(bad)]
+            operation for operation, its in made if its[names.index(bad)] is grads[names.index(bad)]
         ]
         after = f" that {given_back[0]!r} returned" if given_back else ""  # it may have changed it
         return nonfinite_error(bad, clock, after)

@@ -108,7 +108,9 @@ class Engine(torch.optim.Optimizer):
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
         kept = [self._kept_batch(*row) for row in rows]
-        self._refuse_misfits(row for row, batch in zip(rows, kept, strict=True) if batch is None)
+        changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
+        if changed:
+            self._refuse_misfits(changed)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)
