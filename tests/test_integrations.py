@@ -371,6 +371,30 @@ def test_a_longer_run_in_lightning(extend, tmp_path):
     assert rows[0]["lr/default"] == own.param_groups[0]["lr"]
 
 
+class Around(pl.LightningModule):
+    """A module with its model in an attribute, as most are."""
+
+    def __init__(self, extra: bool = False) -> None:
+        super().__init__()
+        self.model = make_model()
+        if extra:
+            self.extra = torch.nn.Linear(2, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.model(**batch)["loss"]
+
+
+def test_a_plan_for_the_model_inside_the_module():
+    plan = lm.Plan(lm.SGD, lr=0.5, rules=[lm.Rule("bert.embeddings.*", frozen=True)])
+    trained = Around()
+    fit(trained, PlanCallback(plan, submodule="model"), loaders=[train_loader()])
+    assert_same(trained.model, loop(plan))
+    with pytest.raises(lm.PlanError, match=r"'model': extra.weight, extra.bias would train too"):
+        fit(Around(extra=True), PlanCallback(plan, submodule="model"), loaders=[train_loader()])
+    with pytest.raises(lm.PlanError, match=r"'modle'.*has no such part.*'model'"):
+        fit(Around(), PlanCallback(plan, submodule="modle"), loaders=[train_loader()])
+
+
 class Manual(Module):
     """Manual optimization: the module calls the optimizer itself."""
 

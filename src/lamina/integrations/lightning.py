@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PlanError, StateError, require
+from .._util.text import listed
+from ..errors import PlanError, StateError, did_you_mean, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from .common import MetricFeed, as_plan, batches_in, clips, rates, refuse_jumps, tell
@@ -38,6 +39,9 @@ class PlanCallback(_Callback):  # type: ignore[misc]
 
     Args:
         plan: a plan, or the path of its TOML file.
+        submodule: the name of the part of the module whose parameters the plan names, such as
+            `"model"` for a plan that was written for the model in `self.model`; nothing else of the
+            module may train then.
         steps: the length of the run in optimizer steps, for modules with manual optimization,
             whose steps the trainer cannot foretell.
         audit: prove at every step that nothing moved what is frozen, as in `Plan.build`.
@@ -57,6 +61,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         self,
         plan: Plan | str | os.PathLike[str],
         *,
+        submodule: str | None = None,
         steps: int | None = None,
         audit: bool = False,
         extend: str | None = None,
@@ -64,6 +69,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         if extend not in (None, "hold", "stretch"):
             raise PlanError(f"extend={extend!r}: expected None, 'hold' or 'stretch'.")
         self._plan = as_plan(plan)
+        self._submodule = submodule
         self._steps, self._audit, self._extend = steps, audit, extend
         self._module: Any = None
         self._optimizer: Optimizer | None = None
@@ -141,7 +147,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         module = self._module
         steps, per_epoch = self._length(module)
         self._optimizer = self._plan.build(
-            module,
+            _part(module, self._submodule),
             steps=steps,
             steps_per_epoch=per_epoch,
             audit=self._audit,
@@ -229,6 +235,30 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(rates(self.optimizer), step=trainer.global_step - 1)
+
+
+def _part(module: nn.Module, name: str | None) -> nn.Module:
+    """Return the part of a module that a plan is about; nothing outside of it may train."""
+    if name is None:
+        return module
+    parts = dict(module.named_modules())
+    if name not in parts:
+        raise PlanError(
+            f"submodule={name!r}: {type(module).__name__} has no such part."
+            f"{did_you_mean(name, parts)}"
+        )
+    inside = {id(param) for param in parts[name].parameters()}
+    others = [
+        other
+        for other, param in module.named_parameters()
+        if param.requires_grad and id(param) not in inside
+    ]
+    if others:
+        raise PlanError(
+            f"submodule={name!r}: {listed(others)} would train too and is not in it. Freeze it "
+            "(requires_grad_(False)), or leave submodule= out and write patterns for the whole."
+        )
+    return parts[name]
 
 
 def _resume_loaders(loop: Any) -> None:
