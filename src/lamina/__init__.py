@@ -6,7 +6,7 @@ from __future__ import annotations
 from ._util import startup as _startup  # before anything that takes time  # noqa: F401
 
 # isort: on
-from . import checkpoint, optim
+from . import checkpoint, optim, recipes
 from .checkpoint.distributed import load_distributed, read_distributed
 from .errors import (
     FrozenMovedError,
@@ -148,6 +148,7 @@ __all__ = [
     "plateau",
     "polynomial",
     "read_distributed",
+    "recipes",
     "register_optimizer",
     "register_schedule",
     "repeat",
