@@ -9,6 +9,7 @@ after some steps and goes on from what it saved, in new objects.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -478,6 +479,44 @@ def fabric_loop(folder: Path, cut: int | None = None) -> Outcome:
         return outcome
 
 
+def lamina_run(folder: Path, cut: int | None = None) -> Outcome:
+    """The engine behind `lamina run`, which reports its validation as `val_loss`."""
+    from types import ModuleType
+
+    from lamina.training.engine import prepare_run
+
+    left = (cut * ACCUMULATE - cut // STEPS_PER_EPOCH) if cut else -1
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal left
+        if left == 0:
+            left = -1
+            raise Cut
+        left -= model.training
+        return model(**batch)["loss"]
+
+    task: Any = ModuleType("scenario_task")
+    task.__file__ = __file__
+    task.model, task.loss = make_model, loss
+    task.data = lambda: {"train": train_loader(), "validation": eval_loader()}
+    task.metrics = lambda model, batch: {"loss": model(**batch)["loss"].expand(8)}
+    task.PLAN = PLAN.to_toml().replace("eval_loss", "val_loss")
+    settings = {"epochs": EPOCHS, "accumulate": ACCUMULATE, "cpu": True, "out": folder / "run"}
+    if cut:
+        with contextlib.suppress(Cut), prepare_run(task, save_every="1 steps", **settings) as first:
+            first.train()
+        settings = {"resume": folder / "run", "cpu": True}
+    with prepare_run(task, **settings) as session:
+        session.train()
+    outcome = Outcome()
+    outcome.weights = weights(session.model)
+    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["kind"] == "step":
+            outcome.rates[row["step"]] = {f"lr/{name}": lr for name, lr in row["lr"].items()}
+    return outcome
+
+
 def differences(one: Outcome, other: Outcome) -> Iterator[tuple[str, float]]:
     """Yield the largest difference of each weight, over its largest value.
 
@@ -495,6 +534,7 @@ DRIVERS = {
     "lightning": lightning_trainer,
     "accelerate": accelerate_loop,
     "fabric": fabric_loop,
+    "lamina run": lamina_run,
 }
 
 #: those that train on several processes

@@ -241,7 +241,7 @@ def _part(module: nn.Module, name: str | None) -> nn.Module:
     """Return the part of a module that a plan is about; nothing outside of it may train."""
     if name is None:
         return module
-    parts = dict(module.named_modules())
+    parts: dict[str, nn.Module] = dict(module.named_modules())
     if name not in parts:
         raise PlanError(
             f"submodule={name!r}: {type(module).__name__} has no such part."
