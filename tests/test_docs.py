@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: the optimizers that have an example as the optimizer of a plan or a rule
 OWN = (lm.SGD, lm.RMSprop, lm.AdamW, lm.LBFGS, lm.Muon, lm.LARS, lm.LAMB, lm.LayerAdaptiveAdam)
-TRAINERS = ("transformers", "lightning.pytorch", "lightning.fabric", "accelerate")
+TRAINERS = ("peft", "transformers", "lightning.pytorch", "lightning.fabric", "accelerate")
 LONGEST = 5.0  # seconds of processor time for one block
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
@@ -89,6 +89,7 @@ def run(code, page, line):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=r"lightning\.")  # about workers, and of itself
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's own
         exec(compile(tree, str(page), "exec"), namespace())
     return time.process_time() - began
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._util.sharding import flat_parts, lasting_parameters, shard_origins
 from .._util.tensors import overlapping, relation
 from ..errors import PlanError
+from .adapters import has_adapters, is_adapter, names_in_base
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -29,7 +31,8 @@ class ParamInfo:
 
     `names` are all names of a tied parameter, `name` the first; `types` the class names of the
     owning modules and their base classes; `depth` and `rank` what the rule at hand captured with
-    `{depth}` (rank 0 is the lowest layer).
+    `{depth}` (rank 0 is the lowest layer). `adapted` says that PEFT has frozen it under adapters:
+    it thaws only by `frozen=False`, not by a `thaw` that was written for its layer.
     """
 
     name: str
@@ -40,6 +43,12 @@ class ParamInfo:
     requires_grad: bool
     depth: int | None = None
     rank: int | None = None
+    adapted: bool = False
+
+    @cached_property
+    def matched_names(self) -> tuple[str, ...]:
+        """The names that patterns look at: all of them, and those in the base model under PEFT."""
+        return tuple(known for name in self.names for known in names_in_base(name))
 
     @property
     def ndim(self) -> int:
@@ -131,6 +140,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     for raw, (_, _, tensor) in places.items():
         by_identity.setdefault(id(tensor), []).append(raw)
     flat = flat_parts(model, [tensor for _, _, tensor in places.values()])
+    adapters = has_adapters(places)
     found = []
     for raws in by_identity.values():
         tensor = places[raws[0]][2]
@@ -144,6 +154,8 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
             types=frozenset(base.__name__ for owner, _ in owners for base in type(owner).__mro__),
             requires_grad=tensor.requires_grad or frozen_by_plan(tensor, owners),
         )
+        if adapters and not info.requires_grad and not any(map(is_adapter, raws)):
+            info = replace(info, adapted=True)
         found.append(Owned(info, tensor, owners))
     if not found:
         raise PlanError(f"the model {type(model).__name__} has no parameters.")

@@ -64,7 +64,7 @@ def _of_names(text: str, is_regex: bool, captures: int) -> Pattern:
     """Return the pattern of a glob or a regular expression over whole parameter names."""
 
     def matches(info: ParamInfo) -> bool:
-        return any(_matched(text, is_regex, name) for name in info.names)
+        return any(_matched(text, is_regex, name) for name in info.matched_names)
 
     if not captures:
         return Pattern(matches)
@@ -210,7 +210,7 @@ def _matched(text: str, is_regex: bool, name: str) -> regex.Match[str] | None:
 def _depths(text: str, is_regex: bool, info: ParamInfo) -> frozenset[int]:
     """Return the layer numbers that a pattern captures from the names of a parameter."""
     found = set()
-    for name in info.names:
+    for name in info.matched_names:
         match = _matched(text, is_regex, name)
         captured = match["depth"] if match else None
         if captured is None:

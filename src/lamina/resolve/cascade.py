@@ -148,7 +148,8 @@ def _apply(
             result = _operate(earlier, value, info, below_top, f"{where}, {key}")
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
-    if any(key in settings for key in WINDOW):
+    # A thaw that was written for a layer means its adapters: what PEFT froze stays as it is.
+    if any(key in settings for key in WINDOW) and ("frozen" in settings or not info.adapted):
         if moves_window(settings, info):
             draft.credit(index, "window", None)
             draft.by_model = False

@@ -204,7 +204,12 @@ def _thaw_after_end(drafts: Sequence[Draft], run: Run) -> Iterator[Finding]:
 
 def _frozen_by_model(drafts: Sequence[Draft]) -> Iterator[Finding]:
     # Where a rule has spoken of the window too, the freezing is what the plan wants.
-    names = [draft.info.name for draft in drafts if draft.by_model and draft.info.differentiable]
+    # So it is where PEFT has frozen the base model, which everybody knows who asked it for that.
+    names = [
+        draft.info.name
+        for draft in drafts
+        if draft.by_model and draft.info.differentiable and not draft.info.adapted
+    ]
     if names:
         yield Finding(
             "frozen-by-model",
