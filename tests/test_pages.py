@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import lamina as lm
+from lamina.schedules import SCHEDULES
+
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 PITFALLS = (ROOT / "docs" / "pitfalls.md").read_text()
@@ -38,3 +41,30 @@ def test_the_tests_of_the_pitfalls_are_there():
         "tests/test_tries.py"
     ]
     assert unknown_tests("| a | b | c | `test_gone` |") == ["test_gone"]
+
+
+def listed_schedules(page):
+    """The names in the table of schedules."""
+    table = page[page.index("| | |") : page.index("`print(lm.cosine")]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_the_page_of_schedules_lists_them_all():
+    page = (ROOT / "docs" / "schedules.md").read_text()
+    assert listed_schedules(page) == set(SCHEDULES)
+    renamed = page.replace("`multi_step`", "`multi_steps`")
+    assert "multi_steps" in listed_schedules(renamed) - set(SCHEDULES)
+
+
+def unknown_names(page):
+    """Names such as `lm.cosine` that lamina does not have."""
+    return sorted({name for name in re.findall(r"\blm\.(\w+)", page) if not hasattr(lm, name)})
+
+
+def test_names_in_the_pages_are_there():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    assert {page.name: unknown_names(page.read_text()) for page in pages} == {
+        page.name: [] for page in pages
+    }
+    assert unknown_names("lm.cosine and lm.cosines") == ["cosines"]

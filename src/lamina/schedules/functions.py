@@ -30,7 +30,9 @@ class Computed(Shape):
 
     def __post_init__(self) -> None:
         if not callable(self.f):
-            raise ScheduleError(f"function was given {self.f!r}; expected a function of the step.")
+            raise ScheduleError(
+                f"from_function was given {self.f!r}; expected a function of the step."
+            )
         super().__post_init__()
 
     @property

@@ -81,7 +81,7 @@ class MultiStep(Jumping):
         check_numbers(self, gamma=self.gamma, start=self.start)
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Many):
             raise ScheduleError(
-                f"multi_steps was given milestones={self.milestones!r}; expected a list of times."
+                f"multi_step was given milestones={self.milestones!r}; expected a list of times."
             )
         texts = tuple(time.parse(milestone).text for milestone in self.milestones)
         object.__setattr__(self, "milestones", texts)
