@@ -7,6 +7,7 @@ Source of the Trainer's behaviour: `transformers/trainer.py`, version 5.23. `cre
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..errors import LaminaError, PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from .common import MetricFeed, as_plan, clips, rates, refuse_jumps, tell
+
+log = logging.getLogger("lamina")
 
 _transformers = require("transformers", "hf", "lamina.integrations.transformers")
 _Callback: Any = _transformers.TrainerCallback
@@ -83,9 +86,7 @@ def use_plan(
     # First, so that what it adds to the logs reaches every other callback.
     trainer.callback_handler.callbacks.insert(0, driver)
     if args.max_grad_norm and clips(plan):
-        _transformers.utils.logging.get_logger("lamina").warning(
-            f"max_grad_norm was {args.max_grad_norm:g} and is now 0: the plan clips gradients."
-        )
+        log.warning("max_grad_norm was %g and is now 0: the plan clips.", args.max_grad_norm)
         args.max_grad_norm = 0.0
 
 
@@ -100,7 +101,7 @@ def _check(trainer: Any) -> None:
         )
     if any(isinstance(each, _Driver) for each in trainer.callback_handler.callbacks):
         raise PlanError("this trainer has a plan already; make a new trainer for another one.")
-    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+    if trainer.optimizer is not None or getattr(trainer, "optimizer_cls_and_kwargs", None):
         raise PlanError(
             "this trainer was given an optimizer of its own (optimizers= or "
             "optimizer_cls_and_kwargs=), and a plan makes its own. Leave that argument out."
