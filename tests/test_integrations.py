@@ -421,7 +421,8 @@ def test_manual_optimization_needs_the_length():
 def test_what_lightning_refuses():
     clipping = PlanCallback(lm.Plan(lm.SGD, lr=0.1, clip_norm=1.0))
     with pytest.raises(lm.PlanError, match=r"gradient_clip_val=1.0.*both|both.*gradient_clip_val"):
-        fit(module(), clipping, gradient_clip_val=1.0)
+        fit(refused := module(), clipping, gradient_clip_val=1.0)
+    assert "configure_optimizers" not in vars(refused)
     with pytest.raises(lm.PlanError, match="two PlanCallbacks"):
         fit(module(), PlanCallback(CONSTANT), PlanCallback(CONSTANT))
     waiting = lm.Plan(lm.SGD, lr=0.1, stop=lm.early_stop("loss"))

@@ -138,6 +138,13 @@ class PlanCallback(_Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module its `configure_optimizers` back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give it back after a failure too, where Lightning calls no `teardown`."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._module is not None:
             vars(self._module).pop("configure_optimizers", None)
             self._module = None

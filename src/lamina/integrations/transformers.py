@@ -96,8 +96,8 @@ def _check(trainer: Any) -> None:
         raise PlanError(f"use_plan expects a transformers.Trainer, not {type(trainer).__name__}.")
     if not hasattr(trainer, "set_initial_training_values"):
         raise LaminaError(
-            f"transformers {_transformers.__version__} does not tell the length of a run; use_plan "
-            "needs 4.50 or newer."
+            f"the Trainer of transformers {_transformers.__version__} does not tell the length of "
+            "a run. Update it with: pip install --upgrade transformers"
         )
     if any(isinstance(each, _Driver) for each in trainer.callback_handler.callbacks):
         raise PlanError("this trainer has a plan already; make a new trainer for another one.")

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from .._util.notices import warn
-from .._util.text import listed
 from ..algorithms.registry import OPTIMIZERS, hyperparameters, optimizer_name
 from ..errors import PlanError
-from ..model.parameters import ParamInfo, collect
+from ..model.parameters import Owned, ParamInfo, collect
 from ..model.patterns import compile_pattern
 from .from_scheduler import read_scheduler
 
@@ -45,10 +44,10 @@ def read_optimizer(
             f"expected an optimizer with parameter groups, not {type(optimizer).__name__}."
         )
     kind = _class_of(optimizer)
-    infos = {item.info.name: item.info for item in collect(model)}
-    groups = _groups_by_name(model, optimizer)
+    owned = collect(model)
+    infos = {item.info.name: item.info for item in owned}
+    groups = _groups_by_name(owned, optimizer)
     trained = frozenset(groups)
-    lost: list[str] = []
     settings = {name: _settings(kind, groups[name], scheduler is not None) for name in groups}
     keys = dict.fromkeys(key for each in settings.values() for key in each)
     cover = Cover(infos, free=frozenset(infos) - trained)
@@ -69,11 +68,10 @@ def read_optimizer(
     if scheduler is not None:
         schedule, problem = read_scheduler(scheduler, optimizer)
         if problem:
-            lost.append(problem)
+            name = optimizer_name(kind)
+            warn(f"the plan read from {name} has no schedule; it leaves out {problem}.")
         else:
             plan["schedule"] = schedule
-    if lost:
-        warn(f"the plan read from {optimizer_name(kind)} leaves out {listed(lost)}")
     made = [make_rule(match, **values) for match, values in rules.items()]
     return make_plan(kind, rules=made, **plan)
 
@@ -86,9 +84,9 @@ def _class_of(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
 
 
 def _groups_by_name(
-    model: nn.Module, optimizer: torch.optim.Optimizer
+    owned: Iterable[Owned], optimizer: torch.optim.Optimizer
 ) -> dict[str, Mapping[str, Any]]:
-    names = {id(item.tensor): item.info.name for item in collect(model)}
+    names = {id(item.tensor): item.info.name for item in owned}
     found: dict[str, Mapping[str, Any]] = {}
     strange = 0
     for group in optimizer.param_groups:
