@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 
 import training_task
 from lamina import LaminaError, checkpoint
@@ -55,7 +56,10 @@ def torchrun(monkeypatch):
 
 def accelerator(processes, device="cpu", precision="no"):
     return SimpleNamespace(
-        num_processes=processes, device=torch.device(device), mixed_precision=precision
+        num_processes=processes,
+        device=torch.device(device),
+        mixed_precision=precision,
+        distributed_type=DistributedType.NO,
     )
 
 
@@ -65,7 +69,7 @@ def test_a_process_that_would_train_alone_is_refused(torchrun, monkeypatch, devi
     monkeypatch.setattr(devices, "_accelerator", lambda *_: alone)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(LaminaError, match=r"2 processes were launched \(WORLD_SIZE=2\).*torchrun"):
-        devices.begin(Settings(), cpu=False)
+        devices.begin(Settings(), 1, cpu=False)
     assert torchrun == [alone]
 
 
@@ -73,8 +77,10 @@ def test_without_accelerators_the_processes_are_told_to_use_the_cpu(torchrun, mo
     asked = []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(devices, "_accelerator", lambda _, cpu: asked.append(cpu) or accelerator(2))
-    assert devices.begin(Settings(), cpu=False).num_processes == 2
+    monkeypatch.setattr(
+        devices, "_accelerator", lambda *given: asked.append(given[2]) or accelerator(2)
+    )
+    assert devices.begin(Settings(), 1, cpu=False).num_processes == 2
     assert asked == [True]
     assert torchrun == []
 
@@ -84,7 +90,7 @@ def test_more_processes_than_gpus_are_refused_before_they_meet(torchrun, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(devices, "_accelerator", lambda *_: pytest.fail("began"))
     with pytest.raises(LaminaError, match=r"has 1 GPU.*--nproc-per-node=1"):
-        devices.begin(Settings(), cpu=False)
+        devices.begin(Settings(), 1, cpu=False)
 
 
 @pytest.mark.parametrize("cpu", [False, True])

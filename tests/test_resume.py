@@ -275,7 +275,9 @@ def test_what_the_plan_stops_by_says_what_is_best(out):
 def test_save_every(out, every, steps, monkeypatch):
     seen = []
     write = checkpoint.save
-    monkeypatch.setattr("lamina.training.saver.save", lambda *a: (seen.append(a[1]), write(*a))[1])
+    monkeypatch.setattr(
+        "lamina.training.saver.save", lambda *a, **k: (seen.append(a[1]), write(*a, **k))[1]
+    )
     fit(training_task, out=out, cpu=True, save_every=every, keep=3)
     best = weights(out)["best"]["step"]  # each best is saved as well
     assert set(seen) - {best} <= steps
@@ -375,8 +377,12 @@ def rewritten(stopped, **changes):
         ({"format": 99}, "has format 99, and this version of lamina reads up to 1"),
         ({"task": "other"}, "of the task 'other', but 'variant' was given"),
         (
-            {"processes": 2, "random": [dict.fromkeys(("start", "before", "after"))] * 2},
-            r"2 process\(es\) trained .* now there are 1.*nproc-per-node=2",
+            {
+                "processes": 2,
+                "random": [dict.fromkeys(("start", "before", "after"))] * 2,
+                "data": {"batches": 7, "examples_in_a_batch": 8, "examples": 49},
+            },
+            "had 7 steps per epoch .* has 4 now",
         ),
         (
             {"model": {"head.weight": torch.zeros(3)}},

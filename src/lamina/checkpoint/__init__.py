@@ -2,6 +2,7 @@
 
     step-00000123-0123456789abcdef.pt     the state after step 123
     best-00000100-fedcba9876543210.pt     the best so far: another name of the same bytes
+    step-00000123-0123456789abcdef.shards its tensors, where processes share them (see `sharded`)
 
 The name ends in the first 16 digits of the content's SHA-256, as torch.hub names its files, so that
 a file needs no manifest to be checked, and a name never stands for two contents. A file appears
@@ -34,6 +35,14 @@ from ..files.atomic import (
     wrap_write_errors,
 )
 from ..files.plain import check_given, told_deep
+from .sharded import (
+    are_whole,
+    missing,
+    name_shards,
+    remove_orphans,
+    remove_pending,
+    with_shards,
+)
 
 #: where a run keeps its checkpoints
 FOLDER = "checkpoints"
@@ -53,13 +62,16 @@ class Found:
     damaged: tuple[Path, ...] = ()
 
 
-def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) -> Path:
+def save(
+    folder: str | os.PathLike[str], step: int, content: Mapping[str, Any], *, sharded: bool = False
+) -> Path:
     """Write a checkpoint, durable when this returns.
 
     Args:
         folder: where; it is made if its parent exists.
         step: optimizer steps taken, for the name.
         content: plain values, tensors, and dicts, lists and tuples of them.
+        sharded: whether `write_shards` has written tensors beside it, whose checksums it holds.
 
     Returns:
         The path of the file.
@@ -85,7 +97,12 @@ def save(folder: str | os.PathLike[str], step: int, content: Mapping[str, Any]) 
     def named(digest: str) -> str:
         return f"step-{step:08d}-{digest[:16]}.pt"
 
-    with told_deep("content"), atomic(home / "saving", named) as file:
+    def placed(digest: str) -> str:
+        if sharded:  # first, so that no file is there without its shards
+            name_shards(home / named(digest))
+        return named(digest)
+
+    with told_deep("content"), atomic(home / "saving", placed) as file:
         torch.save({"format": FORMAT, **content}, cast("IO[bytes]", file))
     return home / named(file.sha256.hexdigest())
 
@@ -102,7 +119,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: the checkpoint is damaged: its content does not have the checksum in its "
             "name. Use another one, or copy it again from where it came from."
         )
-    return _opened(path)
+    content = _opened(path)
+    if not are_whole(path, content):
+        raise missing(path, content)
+    return with_shards(path, content)
 
 
 def _opened(path: Path) -> dict[str, Any]:
@@ -138,11 +158,16 @@ def is_whole(path: Path) -> bool | None:
 
 
 def _is_usable(path: Path) -> bool:
-    """Return whether a checkpoint is a file that can be read and is whole."""
+    """Return whether a checkpoint is a file that can be read and is whole, without its shards."""
     try:
         return path.is_file() and bool(is_whole(path))
     except (OSError, StateError):
         return False
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether a checkpoint is whole, and its shards too."""
+    return _is_usable(path) and are_whole(path, _opened(path))
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
@@ -181,7 +206,10 @@ def newest(folder: str | os.PathLike[str]) -> Found:
                 continue  # the best is another name of it
             if _is_usable(path):
                 try:
-                    return Found(path, _opened(path), tuple(damaged))
+                    content = _opened(path)
+                    if are_whole(path, content):
+                        return Found(path, with_shards(path, content), tuple(damaged))
+                    damaged.append(path)
                 except StateError:
                     if os.path.lexists(path):
                         raise
@@ -229,6 +257,7 @@ def mark_best(path: str | os.PathLike[str]) -> None:
         for other in path.parent.glob("best-*.pt"):
             if _NAME.fullmatch(other.name) and other != target and not other.is_dir():
                 other.unlink(missing_ok=True)
+        remove_orphans(path.parent)
 
 
 def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[str]) -> None:
@@ -248,6 +277,7 @@ def prune(folder: str | os.PathLike[str], keep: int, newest: str | os.PathLike[s
         files.sort(key=lambda path: (path.name == last.name, step_of(path), _changed(path)))
         for old in files[:-keep]:
             old.unlink(missing_ok=True)
+        remove_orphans(home)
 
 
 def tidy(folder: Path, damaged: Sequence[Path]) -> None:
@@ -256,7 +286,9 @@ def tidy(folder: Path, damaged: Sequence[Path]) -> None:
         for path in damaged:
             for name in {path.name, path.name.replace("step-", "best-", 1)}:
                 each = path.with_name(name)
-                if os.path.lexists(each) and not _is_usable(each):
+                if os.path.lexists(each) and not _is_complete(each):
                     each.rename(each.with_name(f"{each.name}.damaged"))
+        remove_orphans(folder)
+        remove_pending(folder)
         for name in ("saving", "best-*"):
             remove_leftovers(folder / name)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._util.sharding import is_distributed
 from ..errors import StateError
 from ..model.parameters import clean_names, collect
 from ..optimizer.optimizer import Optimizer
@@ -106,51 +102,18 @@ def _read(
 ) -> dict[str, Any]:
     """Read a state dict from a folder; its tensors are sharded like the parameters."""
     # Imported here: it costs a second, and only those who save this way need it.
-    from torch.distributed.checkpoint.state_dict_loader import load
+    from ..files.distributed_folder import FolderReader
+    from ..files.distributed_tree import as_state_dict, read_tree, reading
 
-    from ..files.distributed_folder import FolderReader, PlainPlanner
-
-    with _reading(folder):
+    with reading(folder):
         reader = FolderReader(folder)
         paths = _paths(reader.metadata.planner_data, folder, key)
-        reader.check(paths)
-        flat: dict[str, Any] = {}
         saved = dict.fromkeys(path[2] for path in paths.values() if _of_state(path))
         owners = _owners([*saved], named, renamed)
-        for name, path in paths.items():
-            owner = owners.get(path[2]) if _of_state(path) else None
-            flat[name] = _room(reader.metadata.state_dict_metadata[name], owner)
-        with warnings.catch_warnings():
-            if not is_distributed():  # torch warns that it takes this for a single process
-                warnings.simplefilter("ignore", UserWarning)
-            planner = PlainPlanner(folder)
-            load(flat, storage_reader=reader, planner=planner, no_dist=not is_distributed())
-        nested: dict[Hashable, Any] = {}
-        for name, path in sorted(paths.items(), key=lambda item: _order(item[1])):
-            _put(nested, path[1:], flat[name])
-        return _numbered(nested)
-
-
-@contextmanager
-def _reading(folder: str) -> Iterator[None]:
-    """Turn whatever a damaged folder brings about into a `StateError` that names it."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except StateError:
-        raise
-    except (Exception, CheckpointException) as error:  # damage raises whatever it looks like
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):  # no Exception; it holds those of all processes
-            cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, StateError) or not isinstance(cause, Exception):
-            raise cause from None
-        lines = str(cause).splitlines() or [""]
-        raise StateError(
-            f"{folder}: cannot be read ({type(cause).__name__}: {lines[0]}); use another "
-            "checkpoint."
-        ) from error
+        tree = read_tree(
+            reader, paths, lambda path: owners.get(path[2]) if _of_state(path) else None
+        )
+        return as_state_dict(tree[key])
 
 
 def _paths(places: Mapping[str, Path], folder: str, key: str) -> dict[str, Path]:
@@ -180,26 +143,6 @@ def _owners(
     return {name: named[target] for name, target in now.items() if target and target in named}
 
 
-def _numbered(nested: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """Return the form of `optimizer.state_dict()`: numbers for the parameters, names in the groups.
-
-    What a folder has no entry for was not lost on the way: it was saved so.
-    """
-    left = dict(nested.get("state", {}))
-    state: dict[Any, Any] = {}
-    groups = []
-    count = 0
-    for group in nested["param_groups"]:
-        keys = group["params"]
-        numbers = list(range(count, count + len(keys)))
-        count += len(keys)
-        names = {"param_names": keys} if all(isinstance(key, str) for key in keys) else {}
-        groups.append({**group, **names, "params": numbers})
-        pairs = zip(numbers, map(str, keys), strict=True)
-        state |= {number: left.pop(key) for number, key in pairs if key in left}
-    return {"state": state | left, "param_groups": groups}
-
-
 def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     return {
         name: param
@@ -207,35 +150,3 @@ def _by_name(optimizer: Optimizer) -> dict[str, torch.Tensor]:
         for info, param in zip(cell.parameters, group["params"], strict=True)
         for name in info.names
     }
-
-
-def _room(saved: Any, param: torch.Tensor | None) -> torch.Tensor | None:
-    """Allocate a tensor for a saved one, sharded like its parameter; None for others."""
-    size = getattr(saved, "size", None)
-    if size is None:
-        return None
-    dtype = saved.properties.dtype
-    if param is not None and tuple(param.shape) == tuple(size):
-        return torch.empty_like(param, dtype=dtype, requires_grad=False)
-    return torch.empty(size, dtype=dtype)
-
-
-def _order(path: tuple[Any, ...]) -> list[tuple[int, Any]]:
-    """Return places in lists by their number."""
-    return [(0, part) if isinstance(part, int) else (1, str(part)) for part in path]
-
-
-def _put(nested: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Set what lies at a path of keys and of places in lists, which come in order."""
-    for part, following in pairwise(path):
-        new: Any = [] if isinstance(following, int) else {}
-        if isinstance(part, int) and part == len(nested):
-            nested.append(new)
-        elif not isinstance(part, int):
-            nested.setdefault(part, new)
-        nested = nested[part]
-    last = path[-1]
-    if isinstance(last, int):
-        nested.append(value)
-    else:
-        nested[last] = value

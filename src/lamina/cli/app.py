@@ -127,6 +127,9 @@ def run(
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints kept, beside the best; 2.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
+    fsdp: Annotated[
+        bool | None, typer.Option(help="Shard the model over the processes (FSDP2).")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
 ) -> None:
     """Announce the plan, train TASK by it, and show the result."""
@@ -142,6 +145,7 @@ def run(
             mixed_precision=mixed_precision,
             save_every=save_every,
             keep=keep,
+            fsdp=fsdp,
             cpu=cpu,
             out=out,
             resume=resume,

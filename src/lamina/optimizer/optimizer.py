@@ -35,6 +35,7 @@ from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback, values_at
+from ..runtime.agreement import Agreement
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim
 from ..runtime.exchange import BeforeForward, Exchange
@@ -82,6 +83,7 @@ class Optimizer(Engine):
     _ties: TieWatch
     _gradient_tracker: GradientTracker
     _monitor: Monitor
+    _agreement: Agreement
     _contradictions: Contradictions
 
     def __init__(
@@ -101,6 +103,8 @@ class Optimizer(Engine):
         resolve_for = partial(resolve_owned, plan, owned, seen=observe(model, owned))
         resumed = resume_from(resolve_for, run, resume, extend, renamed)
         resolved = resumed.resolved if resumed else resolve_for(run)
+        self._agreement = Agreement(resolved, resumed.clock if resumed else 0)
+        self._agreement.check()
         by_name = {item.info.name: item for item in owned}
         self._resolved = resolved
         self._infos = {item.info.name: item.info for item in owned}
@@ -529,6 +533,7 @@ class Optimizer(Engine):
         """Take the model as wrappers have left it, in the first step and where gradients miss."""
         adopted = is_distributed() and self._follow_model()
         if is_distributed():
+            self._agreement.check()
             self._exchange.settle(self.param_groups)
         # Where gradients miss for another reason, as in models that choose a part of themselves,
         # the search for wrappers would cost more than the step.

@@ -8,14 +8,16 @@ in the group is compared with the number that was launched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .._util.sharding import is_distributed
-from ..errors import LaminaError
+from ..errors import LaminaError, shortened
 from .settings import Settings
+from .sharding import check_supported, fsdp_plugin, let_shard
 
 #: what launchers set: the variable with the number of processes, and those with the number of this
 #: one, of which one must be set too
@@ -25,6 +27,9 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_RANK",)),
     ("MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_RANK",)),
 )
+
+#: how gloo words it that another process is gone; NCCL raises errors of a kind of their own
+_BROKEN = ("third_party/gloo", "gloo::", "Connection closed by peer", "Connection reset by peer")
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
@@ -65,13 +70,14 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     return all(environment.get(rank, "0") == "0" for rank in ranks)
 
 
-def begin(settings: Settings, cpu: bool) -> Any:
+def begin(settings: Settings, accumulate: int, cpu: bool) -> Any:
     """Return Accelerate's accelerator, with every seed set and all processes in one group.
 
     On a machine without accelerators several processes train on the CPU, over gloo.
 
     Args:
         settings: those of the run.
+        accumulate: batches of this process in an optimizer step.
         cpu: train on the CPU even if there is an accelerator.
 
     Raises:
@@ -84,8 +90,10 @@ def begin(settings: Settings, cpu: bool) -> Any:
         cpu = True  # otherwise Accelerate looks for no backend
     if not cpu:
         _check_enough_devices(processes)
-    accelerator = _accelerator(settings, cpu)
+    sharded = settings.fsdp and processes > 1
+    accelerator = _accelerator(settings, accumulate, cpu, sharded)
     try:
+        check_supported(accelerator)
         _check_precision(accelerator)
         _check_together(processes, said_by, accelerator)
     except LaminaError:
@@ -93,6 +101,36 @@ def begin(settings: Settings, cpu: bool) -> Any:
         raise
     set_seed(settings.seed)
     return accelerator
+
+
+@contextmanager
+def naming_lost_processes(accelerator: Any) -> Iterator[None]:
+    """Say what a broken connection means: that another process ended, or hangs.
+
+    Whoever launched the processes ends the others too; without it, each ends when it next waits for
+    the one that is gone, and at the latest when the backend's time limit is over.
+
+    Args:
+        accelerator: that of the run.
+
+    Raises:
+        LaminaError: in the place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, torch.distributed.DistError) or any(
+            sign in text for sign in _BROKEN
+        )
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise LaminaError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, "
+            f"which ended or does not answer ({shortened(text.splitlines()[0])}). Its own message, "
+            "if it could leave one, says why. The run goes on from its newest checkpoint with "
+            "--resume, with any number of processes."
+        ) from error
 
 
 def end(accelerator: Any) -> None:
@@ -108,17 +146,19 @@ def _forget() -> None:
     GradientState._reset_state()
 
 
-def _accelerator(settings: Settings, cpu: bool) -> Any:
+def _accelerator(settings: Settings, accumulate: int, cpu: bool, sharded: bool) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
+    plugin = fsdp_plugin() if sharded else None
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=settings.mixed_precision,
             # As a plugin: a plain number would give way to the launcher's environment.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
             dataloader_config=DataLoaderConfiguration(data_seed=settings.seed),
+            fsdp_plugin=None if cpu else plugin,
         )
     except ValueError as error:
         _forget()  # or the next run in this process would find half of this one's settings
@@ -126,6 +166,9 @@ def _accelerator(settings: Settings, cpu: bool) -> Any:
             f"mixed_precision={settings.mixed_precision!r}, cpu={cpu}: this device cannot train so "
             f"({error}). Choose another precision or 'no', or correct what is named there."
         ) from error
+    if plugin is not None:
+        let_shard(accelerator, plugin)
+    return accelerator
 
 
 def _check_enough_devices(processes: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from .._util.notices import warn
 from ..errors import LaminaError, require
 from ..plan.plan import Plan
+from ..runtime.agreement import compare, describe_plan
 from ..schedules.duration import TimeLike
 from .devices import begin, end, is_first
 from .folder_lock import FolderLock
@@ -20,7 +21,7 @@ from .loaders import has_own_order
 from .ready import Resumption
 from .records import Listener
 from .result import Result
-from .resume import find, resumed_plan
+from .resume import deal, find, resumed_plan
 from .run_folder import check_free, read_about
 from .session import Session
 from .settings import Settings
@@ -37,6 +38,7 @@ def prepare_run(
     mixed_precision: str | None = None,
     save_every: TimeLike | None = None,
     keep: int | None = None,
+    fsdp: bool | None = None,
     cpu: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -54,6 +56,7 @@ def prepare_run(
         save_every: the time from one checkpoint to the next, such as "500 steps"; by default an
             epoch.
         keep: how many checkpoints to keep, beside the best; by default 2.
+        fsdp: shard the model over the processes (FSDP2), instead of a copy in each (DDP).
         cpu: train on the CPU even if there is an accelerator.
         out: the folder of the run; by default a new one under `runs`.
         resume: the folder of a run to go on with, from its newest checkpoint that is whole; plan
@@ -64,29 +67,39 @@ def prepare_run(
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
-    require("accelerate", "train", "Training")
-    require("matplotlib", "train", "Training (the picture of the plan)")
-    require("filelock", "train", "Training (one process at a time in a run)")
+    _require_extras()
     task = load_task(task)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
-    asked |= {"mixed_precision": mixed_precision, "save_every": save_every, "keep": keep}
+    asked |= {
+        "mixed_precision": mixed_precision,
+        "save_every": save_every,
+        "keep": keep,
+        "fsdp": fsdp,
+    }
     folder = None if out is None else Path(out)
     with ExitStack() as undo:
         start = None if resume is None else _resumption(Path(resume), folder, task, undo)
         if start is None:
             settings, chosen, place = _begin(task, plan, asked, folder, extend)
         else:
-            settings = start.settings(**asked)
+            settings, chosen, place = start.settings(**asked), *resumed_plan(start, task, plan)
             extend = start.way(settings) if extend is None else extend
-            chosen, place = resumed_plan(start, task, plan)
-        accelerator = begin(settings, cpu)
+        dealing = deal(settings, start)
+        accelerator = begin(settings, dealing.accumulate, cpu)
         undo.callback(end, accelerator)
+        check_alike(accelerator, chosen, settings, start)
         data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
         made = (task, settings, accelerator, task.model(), chosen, data)
         with error_location(place):
-            session = Session(*made, folder, start, extend)
+            session = Session(*made, dealing, folder, start, extend)
         session.undo = undo.pop_all()
     return session
+
+
+def _require_extras() -> None:
+    require("accelerate", "train", "Training")
+    require("matplotlib", "train", "Training (the picture of the plan)")
+    require("filelock", "train", "Training (one process at a time in a run)")
 
 
 def _data(task: Task, seed: int, asked: int | None) -> Data:
@@ -129,6 +142,26 @@ def _resumption(home: Path, out: Path | None, task: Task, undo: ExitStack) -> Re
     if is_first():
         undo.callback(FolderLock(home).release)
     return find(home, task)
+
+
+def check_alike(accelerator: Any, plan: Plan, settings: Settings, start: Resumption | None) -> None:
+    """Raise on every process if they were given different things, before one waits for another.
+
+    Args:
+        accelerator: that of the run.
+        plan: as this process has it.
+        settings: as this process has them.
+        start: where the run goes on.
+    """
+    from accelerate.utils import gather_object
+
+    checkpoint = "" if start is None else start.path.name
+    mine = {"checkpoint": checkpoint, "settings": str(settings), **describe_plan(plan)}
+    every = gather_object([mine])
+    rank = int(accelerator.process_index)
+    others = [other for other, theirs in enumerate(every) if theirs != mine]
+    if others:
+        compare(mine, every[others[0]], rank, others[0], LaminaError)
 
 
 def fit(

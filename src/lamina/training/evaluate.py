@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,36 +11,69 @@ from torch import nn
 
 from ..errors import TaskError, did_you_mean
 from .ready import ReadyRun
+from .sharding import is_sharded
+from .task import Task
 
 
 def evaluate(session: ReadyRun, model: nn.Module) -> tuple[dict[str, float], int]:
     """Return the average of every metric, and the number of examples.
 
     The model is measured without its wrapper for many processes, whose forward would wait for the
-    others: they may have fewer batches.
+    others: they may have fewer batches. A sharded model waits in any case, so there a process with
+    fewer batches measures its last one again, and does not count it.
     """
-    task, bare = session.task, session.accelerator.unwrap_model(model)
+    bare = session.accelerator.unwrap_model(model)
     bare.eval()
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     with torch.no_grad():
-        for batch in session.validation_loader:
-            rows = task.metrics(bare, batch)
-            for name, values in rows.items():
-                sums[name] += float(values.detach().cpu().double().sum())
-                counts[name] += values.numel()
-            size = batch_size(batch)
-            if "loss" not in rows:
-                if size is None:
-                    raise TaskError(
-                        f"{task.place}: the held-out loss cannot be averaged, because a batch of "
-                        f"type {type(batch).__name__} does not say how many examples it holds; "
-                        "let metrics(model, batch) give 'loss' with one number per example."
-                    )
-                sums["loss"] += float(task.loss(bare, batch).detach().double()) * size
-                counts["loss"] += size
-            counts[""] += next(iter(rows.values())).numel() if size is None else size
+        for batch, is_counted in _batches(session):
+            if is_counted:
+                _measure(session.task, bare, batch, sums, counts)
+            else:
+                _measure(session.task, bare, batch, defaultdict(float), defaultdict(int))
     return _averages(sums, counts)
+
+
+def _measure(
+    task: Task, model: nn.Module, batch: Any, sums: dict[str, float], counts: dict[str, int]
+) -> None:
+    """Add what one batch gives to the sums, and how many numbers that are to the counts."""
+    rows = task.metrics(model, batch)
+    for name, values in rows.items():
+        sums[name] += float(values.detach().cpu().double().sum())
+        counts[name] += values.numel()
+    size = batch_size(batch)
+    if "loss" not in rows:
+        if size is None:
+            raise TaskError(
+                f"{task.place}: the held-out loss cannot be averaged, because a batch of "
+                f"type {type(batch).__name__} does not say how many examples it holds; "
+                "let metrics(model, batch) give 'loss' with one number per example."
+            )
+        sums["loss"] += float(task.loss(model, batch).detach().double()) * size
+        counts["loss"] += size
+    counts[""] += next(iter(rows.values())).numel() if size is None else size
+
+
+def _batches(session: ReadyRun) -> Iterator[tuple[Any, bool]]:
+    """Return this process' batches, and whether each counts; equally many if it is sharded."""
+    if not is_sharded(session.accelerator):
+        for batch in session.validation_loader:
+            yield batch, True
+        return
+    from accelerate.utils import gather_object, send_to_device
+
+    batches, last = iter(session.validation_loader), None
+    while True:
+        batch = next(batches, None)
+        # Asked before each batch: in the middle of one the processes wait for each other's weights.
+        if not any(gather_object([batch is not None])):
+            return
+        last = batch if batch is not None else last
+        if last is None:
+            last = send_to_device(next(iter(session.data.validation)), session.accelerator.device)
+        yield last, batch is not None
 
 
 def check_watched(session: ReadyRun) -> None:

@@ -50,7 +50,7 @@ class Loop:
         self.position = session.begins
         # A step whose numbers are still on the device: reading them at once would wait for it.
         self._pending: tuple[StepRecord, list[torch.Tensor], dict[str, torch.Tensor]] | None = None
-        self._accumulate = session.settings.accumulate
+        self._accumulate = session.dealing.accumulate
         self._began = time.perf_counter()
         self._trains = self.optimizer.active
         self._buffered = any(True for _ in self.model.buffers())

@@ -10,6 +10,7 @@ asked for; and the one after its step.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,9 +80,10 @@ class Randomness:
         torch.set_rng_state(state["torch"])
         if self._device is not None and "device" in state:
             self._device.set_rng_state(state["device"])
+        saved = {_place(key): value for key, value in state["generators"].items()}
         for key, own in self._generators().items():
-            if key in state["generators"]:
-                own.set_state(state["generators"][key])
+            if key in saved:
+                own.set_state(saved[key])
 
     def check(self, state: State) -> None:
         """Raise `StateError` unless a state can be set; every source stays as it is."""
@@ -104,9 +106,14 @@ class Randomness:
             for place, part in parts:
                 generator = getattr(part, "generator", None)
                 if isinstance(generator, torch.Generator):
-                    found[place] = generator
+                    found[_place(place)] = generator
                 for name in ("sampler", "batch_sampler", "dataset"):
                     inner = getattr(part, name, None)
                     if inner is not None and len(parts) < 20:
                         parts.append((f"{place}.{name}", inner))
         return found
+
+
+def _place(path: str) -> str:
+    """Return the place of a part, without the wrappers that deal batches to several processes."""
+    return re.sub(r"(\.batch_sampler)+", ".batch_sampler", path)

@@ -14,6 +14,8 @@ from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from ..state.extend import WAYS
+from ..state.schema import is_count, short
+from .dealing import Dealing
 from .position import Position, Randomness
 from .records import Validation
 from .run_folder import ABOUT, plan_text
@@ -52,6 +54,19 @@ class Resumption:
             Settings.resumed(self.snapshot.settings, **asked)  # what is asked for may be at fault
             raise StateError(f"{self.folder / ABOUT}: {error} Correct it there.") from error
 
+    @property
+    def batches_in_a_step(self) -> int:
+        """Of all processes together; checkpoints of earlier versions do not say it."""
+        snapshot = self.snapshot
+        made = snapshot.processes * Settings.resumed(snapshot.settings).accumulate
+        saved = snapshot.data.get("batches_in_a_step", made)
+        if not is_count(saved) or not saved:
+            raise StateError(
+                f"{self.path}: the checkpoint says that a step has {short(saved)} batches; it was "
+                "changed by hand. Use another."
+            )
+        return int(saved)
+
     def way(self, settings: Settings) -> str | None:
         """Return the saved choice of `extend`, if the run keeps the length it was made for."""
         way = self.about.get("extend")
@@ -68,6 +83,7 @@ class ReadyRun:
     model: nn.Module
     plan: Plan
     data: Data
+    dealing: Dealing
     out: Path | None
     start: Resumption | None = None
     extend: str | None = None
@@ -103,14 +119,21 @@ class ReadyRun:
 
     def progress(self, position: Position) -> int:
         """Return steps that were taken or skipped up to a position."""
-        of_epoch = -(-position.batches // self.settings.accumulate)
+        of_epoch = -(-position.batches // self.dealing.accumulate)
         return position.epoch * (self.optimizer.resolved.run.steps_per_epoch or 0) + of_epoch
+
+    @property
+    def batches_in_a_step(self) -> int:
+        """Of all processes together, as the task cuts them."""
+        processes = int(self.accelerator.num_processes)
+        return self.dealing.accumulate * processes // self.dealing.parts
 
     def data_form(self) -> dict[str, Any]:
         """Return what the training data must be alike in to go on in the middle of it."""
         loader, data = self.data.train, self.data.train.dataset
         return {
             "batches": len(self.train_loader),
+            "batches_in_a_step": self.batches_in_a_step,
             "examples_in_a_batch": loader.batch_size,
             "examples": len(data) if hasattr(data, "__len__") else None,
         }

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..errors import StateError, TaskError, shortened
 from ..plan.plan import Plan
+from .dealing import Dealing
+from .devices import launched
 from .load import choose_plan
-from .position import Position
+from .position import Position, State
 from .ready import ReadyRun, Resumption
 from .run_folder import ABOUT, PENDING, PLAN, PLAN_AS_PYTHON, plan_text, read_about
+from .settings import Settings
 from .snapshot import Snapshot, check_model
 from .task import Task
 
@@ -128,15 +132,16 @@ def _pending(found: Resumption) -> tuple[str, str]:
 
 def check_fits(found: Resumption, session: ReadyRun) -> None:
     """Raise `StateError` for what would not go on as it began."""
-    snapshot, processes = found.snapshot, session.accelerator.num_processes
-    if snapshot.processes != processes:
-        raise StateError(
-            f"{found.path}: {snapshot.processes} process(es) trained when the checkpoint was "
-            f"saved, and now there are {processes}; the data would be dealt out otherwise. Resume "
-            f"with {snapshot.processes}, such as torchrun --nproc-per-node={snapshot.processes}."
-        )
-    for name, now in session.data_form().items():
-        then = snapshot.data.get(name)
+    snapshot = found.snapshot
+    saved = snapshot.data | {"batches_in_a_step": found.batches_in_a_step}
+    now_there = session.data_form()
+    if snapshot.processes != session.accelerator.num_processes:
+        # Each process has another number of batches, and all have the same number of steps.
+        before = _dealt_before(found)
+        saved["steps_per_epoch"] = -(-saved.pop("batches", 0) // before.accumulate)
+        now_there["steps_per_epoch"] = -(-now_there.pop("batches") // session.dealing.accumulate)
+    for name, now in now_there.items():
+        then = saved.get(name)
         if now != then:
             raise StateError(
                 f"{found.path}: the training data had {then} {name.replace('_', ' ')} when the "
@@ -149,7 +154,7 @@ def check_fits(found: Resumption, session: ReadyRun) -> None:
 def _check_unfinished(found: Resumption, session: ReadyRun) -> None:
     """Raise if nothing is left to do; a run killed after its last save is not finished yet."""
     snapshot, run = found.snapshot, session.optimizer.resolved.run
-    done, total = session.progress(snapshot.position(0)), run.steps or 0
+    done, total = session.progress(_position(found, session)), run.steps or 0
     closed = found.about.get("status") == "finished" or total != snapshot.steps
     if done > total or (done == total and snapshot.validated and closed):
         raise StateError(
@@ -172,7 +177,7 @@ def restore(found: Resumption, session: ReadyRun) -> Position:
             f"{found.path}: the checkpoint is of a run {_with(snapshot.scaler)} fp16, and this one "
             f"is {_with(scaler)}; resume on the kind of device that it began on."
         )
-    position = snapshot.position(session.accelerator.process_index)
+    position = _position(found, session)
     for state in (position.start, position.before, position.after):
         if state is not None:
             session.randomness.check(state)
@@ -186,6 +191,48 @@ def restore(found: Resumption, session: ReadyRun) -> Position:
     if scaler is not None:
         scaler.load_state_dict(snapshot.scaler)
     return position
+
+
+def deal(settings: Settings, found: Resumption | None) -> Dealing:
+    """Return how the batches of a step are dealt to the processes that were launched."""
+    if found is None:
+        return Dealing(settings.accumulate)
+    return Dealing.of(found.batches_in_a_step, launched()[0])
+
+
+def _dealt_before(found: Resumption) -> Dealing:
+    return Dealing.of(found.batches_in_a_step, found.snapshot.processes)
+
+
+def _position(found: Resumption, session: ReadyRun) -> Position:
+    """Return where this process stands: after the same steps, by its own number of batches.
+
+    With another number of processes, those that were not there draw from sources of their own, but
+    in the order of data that the first has; the number of batches before this one is another too.
+    """
+    snapshot, process = found.snapshot, int(session.accelerator.process_index)
+    if snapshot.processes == session.accelerator.num_processes:
+        return snapshot.position(process)
+    steps = -(-snapshot.batches // _dealt_before(found).accumulate)
+    batches = min(steps * session.dealing.accumulate, len(session.train_loader))
+    first = snapshot.position(0)
+    own = snapshot.position(process) if process < snapshot.processes else _newcomer(session, first)
+    return replace(own, batches=batches, before=None)
+
+
+def _newcomer(session: ReadyRun, first: Position) -> Position:
+    """Return the position of the first process with random states that no other process has."""
+    from accelerate.utils import set_seed
+
+    now = session.randomness.now()
+    set_seed((session.settings.seed + session.optimizer.clock) % 2**32, device_specific=True)
+    fresh = session.randomness.now()
+    session.randomness.set(now)
+
+    def own(state: State | None) -> State | None:
+        return None if state is None else {**fresh, "generators": state["generators"]}
+
+    return replace(first, start=own(first.start), after=own(first.after))
 
 
 def _with(scaler: Any) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import FOLDER, mark_best, prune, save
+from ..checkpoint.sharded import SHARDS, begin_shards, write_shards
 from ..schedules.duration import parse
 from .loop import Loop
 from .ready import ReadyRun
 from .recorder import Recorder
 from .run_folder import plan_text, versions
+from .sharding import is_sharded
 from .snapshot import Snapshot
 
 
@@ -65,12 +67,28 @@ class Saver:
         position = loop.position = loop.position.settled(loop.randomness)
         own = {"start": position.start, "before": position.before, "after": position.after}
         states = gather_object([own])
+        shards = self._write_shards() if is_sharded(session.accelerator) else {}
         if self._recorder is not None:
             folder = self._recorder.path.parent / FOLDER
-            content = vars(self._snapshot(loop, states, self._recorder.sync()))
-            self.newest = save(folder, session.optimizer.clock, content)
+            content = vars(self._snapshot(loop, states, self._recorder.sync(), bool(shards)))
+            if shards:
+                content[SHARDS] = shards
+            self.newest = save(folder, session.optimizer.clock, content, sharded=bool(shards))
             prune(folder, session.settings.keep, self.newest)
         self._saved = self._now(loop)
+
+    def _write_shards(self) -> dict[str, str]:
+        """Write this process' part of model and state; returns the checksums of all parts."""
+        from accelerate.utils import broadcast_object_list, gather_object
+
+        home = [""]  # of which only the main process knows
+        if self._recorder is not None:
+            path = self._recorder.path.parent.resolve() / FOLDER
+            begin_shards(path)
+            home = [str(path)]
+        broadcast_object_list(home)
+        session = self._session
+        return write_shards(Path(home[0]), session.model, session.optimizer, gather_object)
 
     def _improved(self) -> bool:
         """Return whether the last validation is the best so far; NaN never is."""
@@ -86,7 +104,7 @@ class Saver:
         self.best = {"metric": self._watched, "value": value, "step": self._session.optimizer.clock}
         return True
 
-    def _snapshot(self, loop: Loop, states: list[Any], recorded: int) -> Snapshot:
+    def _snapshot(self, loop: Loop, states: list[Any], recorded: int, sharded: bool) -> Snapshot:
         session, position = self._session, loop.position
         scaler = session.accelerator.scaler
         precision = session.accelerator.mixed_precision  # also where the launcher chose it
@@ -110,6 +128,6 @@ class Saver:
             random=states,
             scaler=None if scaler is None else scaler.state_dict(),
             versions=versions(),
-            model=session.model.state_dict(),
-            optimizer=session.optimizer.state_dict(),
+            model={} if sharded else session.model.state_dict(),
+            optimizer={} if sharded else session.optimizer.state_dict(),
         )

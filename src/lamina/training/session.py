@@ -14,6 +14,7 @@ from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
+from .devices import naming_lost_processes
 from .evaluate import check_watched
 from .folder_lock import FolderLock
 from .interrupts import graceful_interrupt, signal_of
@@ -27,6 +28,7 @@ from .result import Result
 from .resume import check_fits, restore
 from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
 from .saver import Saver
+from .sharding import choose_blocks
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Session(ReadyRun):
 
     def __post_init__(self) -> None:
         accelerator, seed = self.accelerator, self.settings.seed
+        self.dealing.cut(self.data.train)
         self.train_loader = training_loader(accelerator, self.data.train)
         self.validation_loader = validation_loader(accelerator, self.data.validation, seed)
         self.randomness = Randomness(accelerator.device, self.train_loader, self.validation_loader)
@@ -44,7 +47,7 @@ class Session(ReadyRun):
         run = run_of(
             epochs=self.settings.epochs,
             steps_per_epoch=batches(self.task, self.train_loader),
-            accumulate=self.settings.accumulate,
+            accumulate=self.dealing.accumulate,
         )
         saved = None if self.start is None else self.start.snapshot.optimizer
         self.preview = preview_of(self.plan, model, run, saved, self.extend)
@@ -59,7 +62,14 @@ class Session(ReadyRun):
 
         Args:
             listeners: told of every step, event and validation, on the main process.
+
+        Raises:
+            LaminaError: if another process of the run is gone, or a file cannot be written.
         """
+        with naming_lost_processes(self.accelerator):
+            return self._train(listeners)
+
+    def _train(self, listeners: Sequence[Listener]) -> Result:
         began = time.perf_counter() - self.earlier
         if self.start is not None:  # no process may still read what this one tidies
             self.accelerator.wait_for_everyone()
@@ -113,6 +123,8 @@ class Session(ReadyRun):
         folder = RunFolder(start.folder)
         passed = [path.name for path in start.damaged]
         changed = str(self.optimizer.last_load).splitlines()[1:]
+        if snapshot.processes != self.accelerator.num_processes:
+            changed.append(self._dealt_anew(snapshot.processes))
         if unread:
             changed.append(f"{METRICS}: {unread} damaged line{'s' * (unread > 1)} passed over")
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
@@ -128,6 +140,13 @@ class Session(ReadyRun):
         for values in lr:
             confirmer.note(values)
         return folder, confirmer
+
+    def _dealt_anew(self, before: int) -> str:
+        now, dealing = self.accelerator.num_processes, self.dealing
+        each = f"{dealing.accumulate} batch{'es' * (dealing.accumulate > 1)} of each in a step"
+        if dealing.parts > 1:
+            each += f", 1/{dealing.parts} of the size"
+        return f"processes: {before} before, {now} now; {each}, so that it has the same examples"
 
     def _run(self, loop: Loop, saver: Saver) -> Signals | None:
         """Train, and save what came of it if that was interrupted.
@@ -157,6 +176,7 @@ class Session(ReadyRun):
     def _loop(self, heard: Sequence[Listener], pressed: Callable[[], object], saver: Saver) -> Loop:
         from accelerate.utils import set_seed
 
+        choose_blocks(self.accelerator, self.model)
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
         # Processes must draw different dropout masks, now that all have the same model.
         set_seed(self.settings.seed, device_specific=True)

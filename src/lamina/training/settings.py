@@ -17,12 +17,15 @@ PRECISIONS = ("no", "fp16", "bf16")
 #: with another one of these a run would not go on as it began
 EXACT = ("seed", "accumulate", "mixed_precision")
 #: what may differ when a run goes on
-FREE = ("epochs", "save_every", "keep")
+FREE = ("epochs", "save_every", "keep", "fsdp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked; `mixed_precision` is None for whatever `accelerate launch` was told."""
+    """Checked; `mixed_precision` is None for whatever `accelerate launch` was told.
+
+    `fsdp` shards the model over the processes, if there are several.
+    """
 
     epochs: float = 1
     seed: int = 0
@@ -30,6 +33,7 @@ class Settings:
     mixed_precision: str | None = None
     save_every: TimeLike = "1 epochs"
     keep: int = 2
+    fsdp: bool = False
 
     @classmethod
     def of(cls, task: Task, **given: Any) -> Settings:
@@ -75,6 +79,8 @@ class Settings:
                 f"save_every={self.save_every!r}: expected a time above 0, such as '500 steps', "
                 "'1 epochs' or '10%'."
             )
+        if not isinstance(self.fsdp, bool):
+            raise LaminaError(f"fsdp={self.fsdp!r}: expected True or False.")
         if not isinstance(self.keep, int) or self.keep < 1:
             raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
 
