@@ -53,30 +53,24 @@ def prepare_run(
         seed: of the weights, dropout and, unless its loader has a generator, the order of the data.
         accumulate: batches per optimizer step.
         mixed_precision: "no", "fp16" or "bf16"; by default as `accelerate launch` says, else no.
-        save_every: the time from one checkpoint to the next, such as "500 steps"; by default an
-            epoch.
+        save_every: the time between checkpoints, such as "500 steps"; by default an epoch.
         keep: how many checkpoints to keep, beside the best; by default 2.
         fsdp: shard the model over the processes (FSDP2), instead of a copy in each (DDP).
         cpu: train on the CPU even if there is an accelerator.
         out: the folder of the run; by default a new one under `runs`.
         resume: the folder of a run to go on with, from its newest checkpoint that is whole; plan
             and settings are those of the run, except for what is given.
-        extend: how a resumed run goes on if `epochs` is another number: "hold" keeps its schedules
-            and, past their end, their last values; "stretch" fits them to the new length.
+        extend: for a resumed run of other `epochs`: "hold" keeps its schedules, then their last
+            values; "stretch" fits them to the new length.
 
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
     _require_extras()
-    task = load_task(task)
+    task, folder = load_task(task), None if out is None else Path(out)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
-    asked |= {
-        "mixed_precision": mixed_precision,
-        "save_every": save_every,
-        "keep": keep,
-        "fsdp": fsdp,
-    }
-    folder = None if out is None else Path(out)
+    asked |= {"mixed_precision": mixed_precision, "save_every": save_every}
+    asked |= {"keep": keep, "fsdp": fsdp}
     with ExitStack() as undo:
         start = None if resume is None else _resumption(Path(resume), folder, task, undo)
         if start is None:
