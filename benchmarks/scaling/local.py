@@ -33,7 +33,7 @@ LIMIT = 3600
 Plans = dict[str, Callable[[], lm.Plan]]
 _SCHEDULE = lm.warmup("10%") >> lm.cosine(to=0.05)
 _NO_DECAY = lm.Rule("*.bias | *norm*", weight_decay=0.0)
-_LAYERS = lm.Rule("layers.{depth}.*", lr=lm.by_depth(0.999), thaw=lm.top_down(every=1))
+_LAYERS = lm.Rule("layers.{depth}.*", lr=lm.by_depth(0.999))
 PLANS: Plans = {
     "2 groups": lambda: lm.Plan(
         lm.AdamW, lr=1e-3, schedule=_SCHEDULE, clip_norm=1.0, rules=[_NO_DECAY]

@@ -13,6 +13,8 @@ Tables = dict[str, list[str]]
 RANKS = (1, 2, 8, 64, 1_000, 10_000)
 #: tensors, clip scopes, groups and numbers of the models that are computed
 SIZES = ((101, 3, 8, 22_600_000), (1_000, 10, 100, 10**9), (100_000, 1_000, 10_000, 10**12))
+#: tensors for which the times are computed from those that were measured
+LARGEST = 100_000
 TIMES = ("resolve", "preview", "build", "step", "state_dict", "load")
 _MICRO = 1e6
 
@@ -27,30 +29,43 @@ def local(costs: Sequence[Cost]) -> Tables:
     """Return what one process pays: for each tensor, and by which power of their number."""
     head = ["groups", "tensors", *(f"{name}, µs" for name in TIMES), "step / torch's", "memory, kB"]
     head += ["file, B", "torch's file, B"]
-    rows = [
-        [
-            cost.plan,
-            f"{cost.tensors:,}",
-            *(f"{_MICRO * getattr(cost, name) / cost.tensors:.3g}" for name in TIMES),
-            f"{cost.step / cost.torch_step:.2f}",
-            f"{cost.memory / cost.tensors / 1000:.1f}",
-            f"{cost.saved / cost.tensors:.0f}",
-            f"{cost.torch_saved / cost.tensors:.0f}",
-        ]
-        for cost in costs
-    ]
-    powers = []
+    rows, powers = [], []
     for plan in dict.fromkeys(cost.plan for cost in costs):
         its = [cost for cost in costs if cost.plan == plan]
         sizes = [cost.tensors for cost in its]
-        grown = [exponent(sizes, [getattr(cost, name) for cost in its]) for name in TIMES]
-        powers.append([plan, f"{min(sizes):,} to {max(sizes):,}", *(f"{p:.2f}" for p in grown)])
+        grown = {name: exponent(sizes, [getattr(cost, name) for cost in its]) for name in TIMES}
+        rows += [*map(_measured, its), _computed(its[-1], grown)]
+        powers.append(
+            [plan, f"{sizes[0]:,} to {sizes[-1]:,}", *(f"{p:.2f}" for p in grown.values())]
+        )
     return {
-        "Measured: one process, for each tensor": table(head, rows),
-        "Measured: the power of the number of tensors": table(
+        "Measured in one process: for each tensor": table(head, rows),
+        "Measured in one process: the power of the number of tensors": table(
             ["groups", "tensors", *TIMES], powers
         ),
     }
+
+
+def _measured(cost: Cost) -> list[Any]:
+    return [
+        cost.plan,
+        f"{cost.tensors:,}",
+        *(f"{_MICRO * getattr(cost, name) / cost.tensors:.3g}" for name in TIMES),
+        f"{cost.step / cost.torch_step:.2f}",
+        f"{cost.memory / cost.tensors / 1000:.1f}",
+        f"{cost.saved / cost.tensors:.0f}",
+        f"{cost.torch_saved / cost.tensors:.0f}",
+    ]
+
+
+def _computed(last: Cost, grown: dict[str, float]) -> list[Any]:
+    """Return a row for a size that was not measured: the last one, with the powers found."""
+    ratio = LARGEST / last.tensors
+    times = (
+        _MICRO * getattr(last, name) / last.tensors * ratio ** (power - 1)
+        for name, power in grown.items()
+    )
+    return [last.plan, f"{LARGEST:,} (computed)", *(f"{time:.3g}" for time in times), *[""] * 4]
 
 
 def _sent(traffic: Traffic | None) -> str:
@@ -78,7 +93,7 @@ def collectives(rows: Sequence[tuple[Counted, Counted]]) -> Tables:
 
 def traffic() -> Tables:
     """Return by formula what each process sends in a step, for more processes than fit here."""
-    head = ["tensors, scopes, groups", "what", "collectives", *(f"{n:,} ranks" for n in RANKS)]
+    head = ["tensors, scopes, groups", "what", "collectives", *(f"n = {n:,}" for n in RANKS)]
     rows: list[list[Any]] = []
     for tensors, scopes, groups, numbers in SIZES:
         name = f"{tensors:,}, {scopes:,}, {groups:,}"
