@@ -42,6 +42,8 @@ SHARDED = {
         lm.AdamW, lr=0.01, rules=[lm.Rule("*.dense.weight", optimizer=lm.Muon, lr=0.02)]
     ),
     "LayerAdaptiveAdam": lm.Plan(lm.LayerAdaptiveAdam, lr=0.05, weight_decay=0.1),
+    "LAMB": lm.Plan(lm.LAMB, lr=0.05, weight_decay=0.1),
+    "LARS": lm.Plan(lm.LARS, lr=0.5, momentum=0.9, weight_decay=0.1),
 }
 #: under FSDP1, each over parts, equals itself on one process
 PARTS = {

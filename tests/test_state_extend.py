@@ -183,7 +183,7 @@ def test_epochs_of_another_length_are_another_run():
     [
         ({"extend": "hold"}, lm.PlanError, "give its state, resume=state"),
         ({"extend": "strech"}, lm.PlanError, "Did you mean 'stretch'"),
-        ({"extend": 3}, lm.PlanError, "expected 'hold' or 'stretch'"),
+        ({"extend": 3}, lm.PlanError, "expected None, 'hold' or 'stretch'"),
         ({"resume": {"a": 1}}, lm.StateError, "not an optimizer state"),
     ],
 )

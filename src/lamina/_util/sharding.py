@@ -34,6 +34,28 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def wholes_of(scalars: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return scalars in full, of which each process may know a share; others as they are.
+
+    Those that are laid out alike travel together: `whole_of` each would be a collective, and a wait
+    for the slowest process, for every one of them.
+    """
+    found = list(scalars)
+    alike: dict[Any, list[int]] = {}
+    for index, scalar in enumerate(found):
+        if is_dtensor(scalar):
+            each: Any = scalar
+            alike.setdefault((each.device_mesh, each.placements, each.dtype), []).append(index)
+    for (mesh, placements, _), indices in alike.items():
+        from torch.distributed.tensor import DTensor
+
+        shares = torch.stack([local_part(found[index]) for index in indices])
+        together: Any = DTensor.from_local(shares, mesh, placements, run_check=False)
+        for index, whole in zip(indices, together.full_tensor().unbind(), strict=True):
+            found[index] = whole
+    return found
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether FSDP, or tensor parallelism, has cut up this parameter."""
     return is_dtensor(tensor) or is_flattened(tensor)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.sharding import wholes_of
 from .adam import moments
 from .base import Algorithm, Hyper, State, betas, numbers, trust_ratio, widen
 
@@ -60,5 +61,5 @@ class LAMB(Algorithm):
         update = mean / (1 - beta1**step) / (root + eps)
         if weight_decay:
             update = update + weight_decay * wide
-        weight_norm, norm = (torch.linalg.vector_norm(each) for each in (wide, update))
+        weight_norm, norm = wholes_of([torch.linalg.vector_norm(each) for each in (wide, update)])
         return -lr * trust_ratio(weight_norm, norm, norm) * update, new

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.sharding import wholes_of
 from .base import Algorithm, Hyper, State, numbers, state_dtype_of, trust_ratio, widen
 
 
@@ -57,7 +58,9 @@ class LARS(Algorithm):
         lr, momentum, weight_decay = numbers(hyper, "lr", "momentum", "weight_decay")
         trust, eps = numbers(hyper, "trust_coefficient", "eps")
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
-        weight_norm, grad_norm = (torch.linalg.vector_norm(each) for each in (wide, grad))
+        weight_norm, grad_norm = wholes_of(
+            [torch.linalg.vector_norm(each) for each in (wide, grad)]
+        )
         damped = (grad_norm + weight_decay * weight_norm + eps) / max(trust, 1e-30)
         ratio = trust_ratio(weight_norm, grad_norm, damped)
         if weight_decay:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.sharding import whole_of
 from .adam import Adam, moments, zero_moments
 from .base import Algorithm, Hyper, State, numbers, widen
 
@@ -59,7 +60,9 @@ class LayerAdaptiveAdam(Algorithm):
             grad = grad + weight_decay * wide
         mean, square, new = moments(grad, state, hyper)
 
-        size = lr * (mean.abs() / (square.sqrt() + eps)).sum() / max(mean.numel(), 1)
+        # In full: with a sum still to be reduced, the product would gather the mean.
+        total = whole_of((mean.abs() / (square.sqrt() + eps)).sum())
+        size = lr * total / max(mean.numel(), 1)
         change = -size * mean
         if weight_decay and decoupled:
             change = ((1 - lr * weight_decay) * wide - wide) + change  # to round as kernels do

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from .._util.sharding import laid_out_as, whole_of
+from .._util.tensors import is_dtensor
 from .base import Algorithm, Hyper, State, number, numbers, widen
 
 
@@ -93,7 +95,12 @@ class Muon(Algorithm):
 
 
 def orthogonalized(direction: torch.Tensor, hyper: Hyper) -> torch.Tensor:
-    """Return the result of the Newton-Schulz iteration, in bfloat16, in the shape of the tensor."""
+    """Return the result of the Newton-Schulz iteration, in bfloat16, in the shape of the tensor.
+
+    A sharded tensor is gathered once, as otherwise every product of the iteration would gather it.
+    """
+    if is_dtensor(direction):
+        return laid_out_as(orthogonalized(whole_of(direction.bfloat16()), hyper), direction)
     a, b, c = (number(each) for each in hyper["ns_coefficients"])
     shape, matrix = direction.shape, direction.flatten(1)
     tall = matrix.size(0) > matrix.size(1)

@@ -9,7 +9,7 @@ import torch
 from .._util.sharding import Shards
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
-from .norms import all_finite, each_norm, every_finite, values_of
+from .norms import bad_counts, each_norm, every_finite, values_of
 
 Grads = list[torch.Tensor]
 #: what functions of the user's own returned, each with the operation that called it
@@ -86,8 +86,8 @@ def _first_bad(
 ) -> str | None:
     """Return the first parameter whose gradient is not finite, on some process; or None."""
     if shards is None:
-        pairs = zip(names, grads, strict=True)
-        return next((name for name, grad in pairs if not all_finite(grad)), None)
+        pairs = zip(names, bad_counts(grads), strict=True)
+        return next((name for name, count in pairs if count), None)
     bad = [(~torch.isfinite(values_of(grad))).sum() for grad in grads]
     counts = torch.stack(shards.norms(names, bad, 1.0)).tolist()
     return next((name for name, count in zip(shards.names, counts, strict=True) if count), None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._util.blocks import block_length, in_blocks
-from .._util.sharding import whole_of
+from .._util.sharding import local_part, wholes_of
 from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, widen
 
@@ -20,29 +20,38 @@ def values_of(grad: torch.Tensor) -> torch.Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
+def bad_counts(grads: Sequence[torch.Tensor]) -> list[int]:
+    """Return how many numbers of each gradient are not finite; of sharded ones, of the whole."""
+    return list(map(int, wholes_of([(~torch.isfinite(values_of(g))).sum() for g in grads])))
+
+
 def all_finite(grad: torch.Tensor) -> bool:
     """Return whether a gradient is finite; of a sharded one, on all processes alike."""
-    return not int(whole_of((~torch.isfinite(values_of(grad))).sum()))
+    return not any(bad_counts([grad]))
 
 
 def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
     """Return the p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole.
 
-    Norms of 16-bit floats are float32: they easily pass 65504, and have more digits.
+    Of sharded tensors laid out alike, all norms are put together by one collective. Norms of 16-bit
+    floats are float32: they easily pass 65504, and have more digits.
     """
     dense = [values_of(each) if each.is_sparse else each for each in tensors]
     groups: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
     norms: list[torch.Tensor] = [torch.empty(0)] * len(dense)
+    largest = []
     for index, tensor in enumerate(dense):
         if p == math.inf and (is_dtensor(tensor) or not tensor.numel()):
-            norms[index] = _largest(tensor)  # torch has no largest number of an empty tensor
+            largest.append(index)  # torch has no largest number of an empty tensor
         else:
             groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
     for (_, dtype, _), indices in groups.items():
         norms_of = _norms_of_half if dtype in HALF else torch._foreach_norm
         found: Any = norms_of([dense[i] for i in indices], p)
-        for index, norm in zip(indices, found, strict=True):
-            norms[index] = norm if type(norm) is torch.Tensor else whole_of(norm)
+        for index, norm in zip(indices, wholes_of(found), strict=True):
+            norms[index] = norm
+    for index, norm in zip(largest, _largest([dense[i] for i in largest]), strict=True):
+        norms[index] = norm
     return norms
 
 
@@ -85,7 +94,7 @@ def every_finite(grads: Sequence[torch.Tensor]) -> bool:
 
     A norm that is finite proves it. One that is not may have overflowed, which a second look tells.
     """
-    return not grads or finite(each_norm(grads)) or all(map(all_finite, grads))
+    return not grads or finite(each_norm(grads)) or not any(bad_counts(grads))
 
 
 def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -98,19 +107,40 @@ def clamped(numbers: torch.Tensor, limit: float, out: torch.Tensor | None = None
     return torch.clamp(numbers, -limit, limit, out=out)
 
 
-def _largest(grad: Any) -> torch.Tensor:
-    """Return the largest |x|, 0 if there is none; the shard of a process may be empty."""
-    if not is_dtensor(grad):
-        return _most(grad)
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+def _largest(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the largest |x| of each, 0 if there is none; the shard of a process may be empty."""
+    found = list(map(_most, map(local_part, map(_summed, grads))))
+    alike: dict[Any, list[int]] = {}
+    for index, grad in enumerate(grads):
+        if is_dtensor(grad):
+            each: Any = grad
+            alike.setdefault((each.device_mesh, each.placements, found[index].dtype), []).append(
+                index
+            )
+    for (mesh, placements, _), indices in alike.items():
+        from torch.distributed.tensor import DTensor, Shard
 
-    # of a gradient that is still to be summed; any other stays as it is, and nothing is sent
-    places = [Replicate() if place.is_partial() else place for place in grad.placements]
-    grad = grad.redistribute(placements=places)
-    parts = [place if place.is_replicate() else Shard(0) for place in places]
-    each = DTensor.from_local(_most(grad.to_local()).reshape(1), grad.device_mesh, parts)
-    most: torch.Tensor = each.full_tensor().max()
-    return most
+        parts = [Shard(0) if place.is_shard() else place for place in map(_place, placements)]
+        rows = torch.stack([found[index] for index in indices]).reshape(1, -1)
+        every: Any = DTensor.from_local(rows, mesh, parts, run_check=False)
+        for index, most in zip(indices, every.full_tensor().amax(0).unbind(), strict=True):
+            found[index] = most
+    return found
+
+
+def _summed(grad: torch.Tensor) -> torch.Tensor:
+    """Return a gradient of which each process has a summand as a whole; others as they are."""
+    if not is_dtensor(grad):
+        return grad
+    shared: Any = grad
+    summed: torch.Tensor = shared.redistribute(placements=list(map(_place, shared.placements)))
+    return summed
+
+
+def _place(place: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate() if place.is_partial() else place
 
 
 def _most(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,12 @@ import torch
 
 from .._util.grammar import Expression
 from .._util.numbers import check_amount, is_number, python_number
-from .._util.sharding import Shards, whole_of
-from ..algorithms.base import Batch, times, widen
+from .._util.sharding import Shards, wholes_of
+from ..algorithms.base import times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
 from ..schedules import Schedule
-from .nonfinite import is_any_bad, nonfinite_cause
-from .norms import clamped, each_norm, finite, total, values_of
+from .norms import clamped, each_norm, total, values_of
 
 Amount = float | Schedule
 Grads = list[torch.Tensor]
@@ -32,12 +31,15 @@ class ScopeGradients:
     that were computed anyway, which tell whether everything is finite; `made` what functions of
     the user's own returned, to name the one that returned something else. `shards` is there where
     the gradients are parts of those of all processes: of FSDP1, whose tensors do not tell.
+    `first` are the norms that the first operation asks for, where they were measured for all scopes
+    at once.
     """
 
     grads: Grads
     params: Sequence[torch.Tensor]
     infos: Sequence[ParamInfo]
     shards: Shards | None = None
+    first: list[torch.Tensor] | None = None
     scale: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     norms: list[torch.Tensor] = field(default_factory=list)
@@ -62,6 +64,9 @@ class ScopeGradients:
 
     def _norms(self, p: float) -> list[torch.Tensor]:
         """Return the p-norms of all gradients of the scope, on every process."""
+        if self.first is not None:
+            own, self.first = self.first, None
+            return own
         own = each_norm(self.grads, p)
         return own if self.shards is None else self.shards.norms(self._names(), own, p)
 
@@ -231,13 +236,14 @@ class AGC(Operation):
         check_amount("agc", "eps", self.eps)
 
     def run(self, work: ScopeGradients, amount: float) -> None:
-        clipped = []
+        clipped, sums = [], []
         for grad, param in zip(work.settle(), work.params, strict=True):
             dense = grad.to_dense() if grad.is_sparse else grad
             norm, weight = _unit_norm(dense), _unit_norm(param).clamp(min=self.eps)
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
             clipped.append(times(dense, factor))
-            work.norms.append(whole_of(norm.sum()))
+            sums.append(norm.sum())
+        work.norms += wholes_of(sums)
         work.grads = clipped
 
 
@@ -356,45 +362,3 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.source_name: operation
     for operation in (AGC, ClipNorm, ClipParamNorm, ClipValue, ScaleGradients)
 }
-
-
-def operate(
-    batches: Sequence[Batch],
-    steps: Sequence[tuple[Operation, float]],
-    infos: Mapping[str, ParamInfo],
-    clock: int,
-    every: bool = False,
-    shards: Shards | None = None,
-) -> torch.Tensor | None:
-    """Run a scope's operations over its batches, which then hold the changed gradients.
-
-    With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
-    called on every process, also where there is no batch.
-
-    Returns:
-        The norm of the scope before its first `clip_norm`, or None.
-
-    Raises:
-        NonFiniteError: if a norm shows that a gradient is not finite; nothing was changed.
-    """
-    work = ScopeGradients(
-        [grad for batch in batches for grad in batch.grads],
-        [param for batch in batches for param in batch.params],
-        [infos[name] for batch in batches for name in batch.names],
-        shards,
-    )
-    for operation, amount in steps:
-        operation.run(work, amount)
-    bad = bool(work.norms) and not finite(work.norms)
-    # A norm has read all of them, but for what a function of the user's made of them since.
-    if every and not bad and (not work.norms or work.made):
-        bad = is_any_bad(batches, work.grads, shards)
-    if bad:
-        raise nonfinite_cause(batches, work.made, clock, shards)
-    taken = 0
-    for batch in batches:
-        count = len(batch.grads)
-        batch.grads = work.grads[taken : taken + count]
-        batch.scale = work.scale
-        taken += count
-    return work.norm

@@ -18,6 +18,7 @@ from .._util.text import listed
 from ..errors import PlanError, StateError, did_you_mean, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..state.extend import check_extend
 from .common import MetricFeed, as_plan, batches_in, clips, rates, refuse_jumps, tell
 
 _pytorch = require("lightning.pytorch", "lightning", "lamina.integrations.lightning")
@@ -66,8 +67,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         audit: bool = False,
         extend: str | None = None,
     ) -> None:
-        if extend not in (None, "hold", "stretch"):
-            raise PlanError(f"extend={extend!r}: expected None, 'hold' or 'stretch'.")
+        check_extend(extend)
         self._plan = as_plan(plan)
         self._submodule = submodule
         self._steps, self._audit, self._extend = steps, audit, extend

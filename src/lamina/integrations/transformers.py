@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import LaminaError, PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..state.extend import check_extend
 from .common import MetricFeed, as_plan, clips, rates, refuse_jumps, tell
 
 log = logging.getLogger("lamina")
@@ -67,8 +68,7 @@ def use_plan(
         >>> trainer.train()  # doctest: +SKIP
     """
     plan = as_plan(plan)
-    if extend not in (None, "hold", "stretch"):
-        raise PlanError(f"extend={extend!r}: expected None, 'hold' or 'stretch'.")
+    check_extend(extend)
     _check(trainer)
     args = trainer.args
     unused = _unused_arguments(args)

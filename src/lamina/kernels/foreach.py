@@ -34,8 +34,8 @@ class Foreach(Kernel):
             reason = tensor_refusal(batch, index)
             if not reason and param.dtype in HALF:
                 reason = f"is {short(param.dtype)}, which foreach rounds after every operation"
-            if not reason and algorithm.unit == "tensor" and is_dtensor(param):
-                reason = "is a DTensor, whose norm is that of all its shards"
+            if not reason and type(algorithm) is Muon and is_dtensor(param):
+                reason = "is a DTensor, which this rule needs as a whole"
             if reason:
                 return f"{batch.name_of(index)} {reason}"
         return ""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .._util.blocks import in_blocks
+from .._util.sharding import wholes_of
+from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch, betas, number, numbers, trust_ratio
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
@@ -37,9 +39,13 @@ class NormRule(NamedTuple):
     finish: Callable[[Batch, Any, Any], None]
 
     def norms(self, batch: Batch, work: Any) -> list[torch.Tensor]:
-        """Return the norms that are needed, each as one vector over the tensors."""
+        """Return the norms that are needed, each as one vector over the tensors.
+
+        Of sharded tensors they are those of the whole, and all come with one collective.
+        """
         measured = self.measured(batch, work)
-        return [torch.stack(torch._foreach_norm(tensors, self.order)) for tensors in measured]
+        found = [norm for each in measured for norm in torch._foreach_norm(each, self.order)]
+        return list(torch.stack(wholes_of(found)).split([len(each) for each in measured]))
 
     def update(self, batch: Batch, grads: Any) -> None:
         """Update whole tensors."""
@@ -128,13 +134,16 @@ def _layer_adaptive_factors(batch: Batch, norms: list[torch.Tensor], counts: Seq
 def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
     _decay(batch)
     means = batch.columns["exp_avg"]
+    if is_dtensor(batch.params[0]):  # whose parts cannot be expanded to the shape of the whole
+        torch._foreach_add_(batch.params, torch._foreach_mul(means, factors))
+        return
     wide = [factor.expand_as(mean) for factor, mean in zip(factors, means, strict=True)]
     torch._foreach_addcmul_(batch.params, means, wide)
 
 
 def _reads_freely(param: torch.Tensor) -> bool:
-    """Return whether reading a number on the host waits for no device."""
-    return param.is_cpu
+    """Return whether reading a number on the host waits for no device, and for no process."""
+    return param.is_cpu and not is_dtensor(param)
 
 
 def _shares(counts: Sequence[int], lr: float) -> Any:

@@ -235,7 +235,9 @@ def needs(model: nn.Module, owned: Iterable[Owned]) -> list[tuple[nn.Module, fro
     for _, module, below in parts:
         for child in module.children():
             for inside in child.modules() if id(child) not in found else ():
-                bare[id(inside)] = bare.get(id(inside), frozenset()) | below
+                # Most have one user, whose set they share: a copy for each would be quadratic.
+                known = bare.get(id(inside), below)
+                bare[id(inside)] = below if known is below else known | below
     found |= bare
     return [
         (module, found[id(module)])

@@ -21,8 +21,8 @@ from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import NonFiniteError, OwnershipError, PlanError
+from ..gradients.apply import first_norms, operate
 from ..gradients.nonfinite import check_finite
-from ..gradients.operations import operate
 from ..guests.guests import GUEST, Guests
 from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, observe, walk
@@ -310,9 +310,11 @@ class Optimizer(Engine):
             check_finite(without_scope, self.clock, shards)
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
+        first = first_norms(members, run.operations) if is_distributed() else {}
         for scope, its in members.items():
             parts = self._exchange.shards_by_scope.get(scope)
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every, parts)
+            steps = run.operations[scope]
+            norm = operate(its, steps, self._infos, self.clock, every, parts, first.get(scope))
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms

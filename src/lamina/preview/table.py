@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -35,9 +37,9 @@ class Column:
     rank: int = 0
     left: bool = False
 
-    @property
+    @cached_property
     def width(self) -> int:
-        """How wide it must be for its longest cell."""
+        """How wide it must be for its longest cell; every line of the table asks for it."""
         return max(len(cell) for cell in (*self.title, *self.cells))
 
 
@@ -163,7 +165,8 @@ def _limits(rows: Sequence[Row]) -> dict[str, str]:
     limits = {row.scope: row.gradients.removeprefix(short) for row in rows if row.scope}
     if "plan" in limits:  # what no rule took out of it; it is said last
         limits["plan"] = limits.pop("plan")
-    alike = [scope for scope in limits if list(limits.values()).count(limits[scope]) > 1]
+    uses = Counter(limits.values())
+    alike = [scope for scope, limit in limits.items() if uses[limit] > 1]
     for place, scope in enumerate(alike):
         limits[scope] += f" ({chr(ord('a') + place % 26)})"
     return limits

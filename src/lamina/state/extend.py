@@ -77,7 +77,8 @@ def resume_from(
         StateError: if the run is further than its new length, or if that differs, values depend on
             it, and extend is None.
     """
-    _check_way(extend, renamed, state_dict is not None)
+    check_extend(extend)
+    _check_resumed(extend, renamed, state_dict is not None)
     if state_dict is None:
         return None
     saved = read(state_dict)
@@ -130,16 +131,20 @@ def settled(
     return stretched, before
 
 
-def _check_way(extend: Any, renamed: Any, resumed: bool) -> None:
-    """Raise `PlanError` unless `extend` is one of the words, and there is a state to resume."""
+def check_extend(extend: Any) -> None:
+    """Raise `PlanError` unless `extend` is None or one of the words for a run of another length."""
+    if extend is not None and extend not in WAYS:
+        near = did_you_mean(extend, WAYS) if isinstance(extend, str) else ""
+        raise PlanError(f"extend={extend!r}: expected None, 'hold' or 'stretch'.{near}")
+
+
+def _check_resumed(extend: str | None, renamed: Any, resumed: bool) -> None:
+    """Raise `PlanError` for what says how a saved run goes on, where none does."""
     if renamed is not None and not resumed:
         raise PlanError(
             f"renamed={dict(renamed)!r} says what the names in a saved state are now; give the "
             "state, resume=state."
         )
-    if extend is not None and extend not in WAYS:
-        near = did_you_mean(extend, WAYS) if isinstance(extend, str) else ""
-        raise PlanError(f"extend={extend!r}: expected 'hold' or 'stretch'.{near}")
     if extend is not None and not resumed:
         raise PlanError(
             f"extend={extend!r} says how a saved run goes on; give its state, resume=state."
