@@ -306,7 +306,10 @@ class FirstEpoch:
         Then a GradScaler has left out the missing ones, or batches are accumulated by hand.
         """
         loader = state.active_dataloader
-        batches = len(loader) if hasattr(loader, "__len__") else 0
+        try:
+            batches = len(loader)
+        except TypeError:  # over an IterableDataset, also where the loader has a `__len__`
+            batches = 0
         enough = math.ceil(batches / state.num_steps) >= self._planned
         return None if taken < self._planned and enough else taken
 
