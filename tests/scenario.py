@@ -357,6 +357,36 @@ def force_fsdp(accelerator: Any, plugin: dict[str, Any]) -> None:
         state["distributed_type"] = DistributedType.FSDP
 
 
+def lightning_strategy(sharded: str) -> Any:
+    """Return DDP or FSDP2 over `WORLD` processes, which the tests have started."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    environment = LightningEnvironment()
+    if sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=WORLD,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=sharded == "SHARDED",
+            process_group_backend="gloo",
+        )
+        strategy.cluster_environment = environment
+        return strategy
+    return DDPStrategy(cluster_environment=environment, process_group_backend="gloo")
+
+
+def shard_layers(module: Any) -> None:
+    """Shard a module of Lightning by FSDP2, once."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(module, FSDPModule):
+        return
+    mesh = module.device_mesh["data_parallel"]
+    for layer in module.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
 def lightning_trainer(
     folder: Path, cut: int | None = None, resumed: bool = False, sharded: str = ""
 ) -> Outcome:
@@ -372,14 +402,8 @@ def lightning_trainer(
 
     class Module(Classifier, pl.LightningModule):
         def configure_model(self) -> None:
-            from torch.distributed.fsdp import FSDPModule, fully_shard
-
-            if not sharded or isinstance(self, FSDPModule):
-                return
-            mesh = self.device_mesh["data_parallel"]
-            for layer in self.bert.encoder.layer:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self, mesh=mesh)
+            if sharded:
+                shard_layers(self)
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return self(**batch)["loss"] * ACCUMULATE / batches_in_step(batch_idx)
@@ -396,22 +420,6 @@ def lightning_trainer(
                 trainer.save_checkpoint(folder / "lightning.ckpt")
                 raise Cut
 
-    def strategy() -> Any:
-        from lightning.pytorch.plugins.environments import LightningEnvironment
-        from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-        environment = LightningEnvironment()
-        if sharded:
-            strategy = ModelParallelStrategy(
-                data_parallel_size=WORLD,
-                tensor_parallel_size=1,
-                save_distributed_checkpoint=sharded == "SHARDED",
-                process_group_backend="gloo",
-            )
-            strategy.cluster_environment = environment
-            return strategy
-        return DDPStrategy(cluster_environment=environment, process_group_backend="gloo")
-
     def make() -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         callback = PlanCallback(PLAN)
@@ -420,7 +428,7 @@ def lightning_trainer(
             accumulate_grad_batches=ACCUMULATE,
             accelerator="cpu",
             devices=WORLD,
-            strategy=strategy() if WORLD > 1 else "auto",
+            strategy=lightning_strategy(sharded) if WORLD > 1 else "auto",
             use_distributed_sampler=False,  # it would shuffle
             logger=False,
             enable_checkpointing=False,

@@ -16,7 +16,7 @@ import processes  # noqa: F401  (its fork server has imported torch and lamina a
 import scenario
 
 #: in `make test`; the others are in `make soak`
-QUICK = ("plain", "transformers")
+QUICK = ("transformers",)
 
 
 class Killed(Exception):
