@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 import lamina as lm
 from lamina.integrations.lightning import PlanCallback
-from lamina.integrations.lightning_checks import check_strategy
+from lamina.integrations.lightning_checks import check_callbacks, check_strategy
 from scenario import eval_loader, train_loader
 from test_integrations import (
     CONSTANT,
@@ -85,6 +85,7 @@ def test_a_time_limit_needs_a_plan_without_a_length():
     assert callback.optimizer.clock > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_16_bits_on_the_cpu(precision):
     # Lightning takes bfloat16 for "16-mixed" on the CPU, and says so.
@@ -93,6 +94,7 @@ def test_16_bits_on_the_cpu(precision):
     assert torch.isfinite(trainer.callback_metrics["eval_loss"])
 
 
+@pytest.mark.filterwarnings("ignore:.*barebones")
 def test_barebones_logs_nothing():
     bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"))
     _, callback = fitted(
@@ -101,6 +103,7 @@ def test_barebones_logs_nothing():
     assert callback.optimizer.clock == 14
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_beside_other_callbacks_and_resumed_from_the_best(tmp_path):
     saved = callbacks.ModelCheckpoint(tmp_path, monitor="eval_loss", save_last=True)
     logger = Logger()
@@ -149,7 +152,7 @@ def test_a_second_fit_of_another_length_says_how_it_goes_on(extend):
     assert callback.optimizer.clock == 14
 
 
-class Tested(Module):
+class WithTest(Module):
     """With a test as well."""
 
     def test_step(self, batch, batch_idx):
@@ -157,7 +160,7 @@ class Tested(Module):
 
 
 def test_validating_and_testing_by_hand_is_no_report():
-    callback, trained = PlanCallback(PLATEAU), module(Tested)
+    callback, trained = PlanCallback(PLATEAU), module(WithTest)
     trainer = pl.Trainer(callbacks=[callback], max_epochs=2, **QUIET)
     trainer.validate(trained, eval_loader(), verbose=False)
     trainer.fit(trained, train_loader(), eval_loader())
@@ -202,7 +205,6 @@ class Unfreezing(callbacks.BaseFinetuning):
         (Unfreezing(), r"Unfreezing freezes and thaws by itself.*thaw="),
         (callbacks.StochasticWeightAveraging(1e-2), "StochasticWeightAveraging puts a schedule"),
         (callbacks.LearningRateFinder(), "LearningRateFinder writes learning rates"),
-        (callbacks.BatchSizeFinder(), "BatchSizeFinder changes the length"),
         (callbacks.GradientAccumulationScheduler({0: 2, 1: 4}), r"how many steps.*steps=\.\.\."),
     ],
 )
@@ -213,6 +215,11 @@ def test_callbacks_that_do_what_the_plan_does_are_refused(other, words):
         fit(trained, PlanCallback(CONSTANT), other)
     assert all(torch.equal(param, before[name]) for name, param in trained.named_parameters())
     assert "configure_optimizers" not in vars(trained)
+
+
+def test_a_search_for_the_batch_size_is_refused():
+    with pytest.raises(lm.PlanError, match="BatchSizeFinder changes the length"):
+        check_callbacks([callbacks.BatchSizeFinder()], known_length=True)
 
 
 def test_accumulation_that_changes_takes_a_length_by_hand():

@@ -1,4 +1,4 @@
-"""TRL's trainers with a plan. TRL is no part of the test environment: `pip install trl` to run it."""
+"""TRL's trainers with a plan. The test environment has no TRL: `pip install trl` to run them."""
 
 from __future__ import annotations
 

@@ -262,7 +262,11 @@ class LightningTrainer:
             return None
         module, self._module = self._module(), None
         try:
-            steps = float(module._trainer.estimated_stepping_batches)  # type: ignore[union-attr, arg-type]
+            trainer: Any = module._trainer  # type: ignore[union-attr]
+            kinds = [type(callback).__name__ for callback in getattr(trainer, "callbacks", ())]
+            if "GradientAccumulationScheduler" in kinds:  # Lightning's estimate leaves it out
+                return None
+            steps = float(trainer.estimated_stepping_batches)
         except Exception:  # there is no trainer, or it cannot tell
             return None
         return int(steps) if 0 < steps < math.inf else None
