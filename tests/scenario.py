@@ -279,6 +279,8 @@ def transformers_trainer(
     class Stop(transformers.TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == cut:
+                if WORLD > 1:  # no process goes on before all of the checkpoint is written
+                    torch.distributed.barrier()
                 raise Cut
 
     def make() -> transformers.Trainer:

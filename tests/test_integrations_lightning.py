@@ -156,7 +156,9 @@ class WithTest(Module):
     """With a test as well."""
 
     def test_step(self, batch, batch_idx):
-        self.log("test_loss", self(**batch)["loss"])
+        loss = self(**batch)["loss"]
+        assert torch.isfinite(loss)
+        self.log("test_loss", loss)
 
 
 def test_validating_and_testing_by_hand_is_no_report():
