@@ -86,7 +86,9 @@ def test_a_time_limit_needs_a_plan_without_a_length():
 
 
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow), "16-mixed"]
+)
 def test_16_bits_on_the_cpu(precision):
     # Lightning takes bfloat16 for "16-mixed" on the CPU, and says so.
     trainer, callback = fitted(PLATEAU, precision=precision)

@@ -76,6 +76,7 @@ def test_a_run_that_the_plan_had_ended_trains_no_step_more(tmp_path):
     assert_same(second.model, first.model)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     plan = lm.Plan(lm.AdamW, lr=0.05, feedback=lm.plateau("eval_loss", patience=0))
