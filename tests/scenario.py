@@ -3,7 +3,8 @@
 A small BERT with the parameter names of MiniLM; rates by layer, warmup and cosine, layers thawed
 from the top down, gradients clipped for each part, a plateau on the validation loss, gradients
 accumulated over two batches with a last step of one. Each driver trains the whole run, or stops
-after some steps and goes on from what it saved, in new objects.
+after some steps and goes on from what it saved, in new objects; with `resumed`, another process
+has stopped, and it only goes on.
 """
 
 from __future__ import annotations
@@ -187,10 +188,13 @@ def applied(optimizer: lm.Optimizer) -> dict[str, float]:
     return {f"lr/{name}": float(hyper["lr"]) for name, hyper in optimizer.applied.items()}
 
 
-def plain(folder: Path, cut: int | None = None) -> Outcome:
+def plain(folder: Path, cut: int | None = None, resumed: bool = False) -> Outcome:
     """A loop of one's own."""
     outcome = Outcome()
     position, state = 0, None
+    if resumed:
+        position, cut = cut or 0, None
+        state = torch.load(folder / "plain.pt", weights_only=True)
     while True:
         model = make_model()
         saved = None
@@ -264,8 +268,10 @@ def fsdp2(folder: Path, cut: int | None = None) -> Outcome:
     return distributed(folder, sharded=True)
 
 
-def transformers_trainer(folder: Path, cut: int | None = None) -> Outcome:
-    """The Trainer of Transformers."""
+def transformers_trainer(
+    folder: Path, cut: int | None = None, resumed: bool = False, sharded: str = ""
+) -> Outcome:
+    """The Trainer of Transformers; sharded by FSDP2, it saves `sharded` of the state dicts."""
     import transformers
 
     from lamina.integrations.transformers import use_plan
@@ -273,6 +279,8 @@ def transformers_trainer(folder: Path, cut: int | None = None) -> Outcome:
     class Stop(transformers.TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == cut:
+                if WORLD > 1:  # no process goes on before all of the checkpoint is written
+                    torch.distributed.barrier()
                 raise Cut
 
     def make() -> transformers.Trainer:
@@ -291,19 +299,31 @@ def transformers_trainer(folder: Path, cut: int | None = None) -> Outcome:
             log_level="error",
             use_cpu=True,
             disable_tqdm=True,
+            fsdp=bool(sharded) or None,
+            fsdp_config={
+                "version": 2,
+                "transformer_layer_cls_to_wrap": ["BertLayer"],
+                "state_dict_type": f"{sharded}_STATE_DICT",
+            }
+            if sharded
+            else None,
         )
         trainer = transformers.Trainer(
             make_model(), arguments, train_dataset=train_data(), eval_dataset=eval_data()
         )
+        if sharded:
+            force_fsdp(trainer.accelerator, arguments.fsdp_plugin_args)
+            trainer.is_fsdp_enabled = True
         use_plan(trainer, PLAN)
         return trainer
 
     trainer = make()
     if cut:
-        trainer.add_callback(Stop())
-        with contextlib.suppress(Cut):
-            trainer.train()
-        trainer = make()
+        if not resumed:
+            trainer.add_callback(Stop())
+            with contextlib.suppress(Cut):
+                trainer.train()
+            trainer = make()
         trainer.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{cut}"))
     else:
         trainer.train()
@@ -317,8 +337,65 @@ def transformers_trainer(folder: Path, cut: int | None = None) -> Outcome:
     return outcome
 
 
-def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
-    """The Trainer of Lightning, which divides a loss by `accumulate` in the last step too."""
+def transformers_sharded(folder: Path, cut: int | None = None) -> Outcome:
+    """The same with FSDP2, and checkpoints of which each process writes a part."""
+    return transformers_trainer(folder, cut, sharded="SHARDED")
+
+
+def transformers_gathered(folder: Path, cut: int | None = None) -> Outcome:
+    """The same with FSDP2, and checkpoints in one file."""
+    return transformers_trainer(folder, cut, sharded="FULL")
+
+
+def force_fsdp(accelerator: Any, plugin: dict[str, Any]) -> None:
+    """Make Accelerate use FSDP, which it offers on accelerators only."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+    # Each `AcceleratorState()` copies what the shared state says, so that both must say it.
+    for state in (accelerator.state.__dict__, PartialState._shared_state):
+        state["distributed_type"] = DistributedType.FSDP
+
+
+def lightning_strategy(sharded: str) -> Any:
+    """Return DDP or FSDP2 over `WORLD` processes, which the tests have started."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    environment = LightningEnvironment()
+    if sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=WORLD,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=sharded == "SHARDED",
+            process_group_backend="gloo",
+        )
+        strategy.cluster_environment = environment
+        return strategy
+    return DDPStrategy(cluster_environment=environment, process_group_backend="gloo")
+
+
+def shard_layers(module: Any) -> None:
+    """Shard a module of Lightning by FSDP2, once."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(module, FSDPModule):
+        return
+    mesh = module.device_mesh["data_parallel"]
+    for layer in module.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def lightning_trainer(
+    folder: Path, cut: int | None = None, resumed: bool = False, sharded: str = ""
+) -> Outcome:
+    """The Trainer of Lightning, which divides a loss by `accumulate` in the last step too.
+
+    Sharded by FSDP2, its checkpoints are a folder (`sharded="SHARDED"`) or one file.
+    """
     import lightning.pytorch as pl
 
     from lamina.integrations.lightning import PlanCallback
@@ -326,6 +403,10 @@ def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
     outcome = Outcome()
 
     class Module(Classifier, pl.LightningModule):
+        def configure_model(self) -> None:
+            if sharded:
+                shard_layers(self)
+
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return self(**batch)["loss"] * ACCUMULATE / batches_in_step(batch_idx)
 
@@ -341,13 +422,6 @@ def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
                 trainer.save_checkpoint(folder / "lightning.ckpt")
                 raise Cut
 
-    def strategy() -> Any:
-        from lightning.pytorch.plugins.environments import LightningEnvironment
-        from lightning.pytorch.strategies import DDPStrategy
-
-        environment = LightningEnvironment()
-        return DDPStrategy(cluster_environment=environment, process_group_backend="gloo")
-
     def make() -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         callback = PlanCallback(PLAN)
@@ -356,7 +430,7 @@ def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
             accumulate_grad_batches=ACCUMULATE,
             accelerator="cpu",
             devices=WORLD,
-            strategy=strategy() if WORLD > 1 else "auto",
+            strategy=lightning_strategy(sharded) if WORLD > 1 else "auto",
             use_distributed_sampler=False,  # it would shuffle
             logger=False,
             enable_checkpointing=False,
@@ -373,31 +447,44 @@ def lightning_trainer(folder: Path, cut: int | None = None) -> Outcome:
     trainer, module, plan = make()
     resume = None
     if cut:
-        with contextlib.suppress(Cut):
-            trainer.fit(module, loader(), eval_loader())
-        trainer, module, plan = make()
+        if not resumed:
+            with contextlib.suppress(Cut):
+                trainer.fit(module, loader(), eval_loader())
+            trainer, module, plan = make()
         resume = folder / "lightning.ckpt"
     trainer.fit(module, loader(), eval_loader(), ckpt_path=resume)
     outcome.weights = weights(module)
     return outcome
 
 
-def accelerate_loop(folder: Path, cut: int | None = None, sharded: bool = False) -> Outcome:
+def lightning_sharded(folder: Path, cut: int | None = None) -> Outcome:
+    """The same with FSDP2, and checkpoints of which each process writes a part."""
+    return lightning_trainer(folder, cut, sharded="SHARDED")
+
+
+def lightning_gathered(folder: Path, cut: int | None = None) -> Outcome:
+    """The same with FSDP2, and checkpoints in one file."""
+    return lightning_trainer(folder, cut, sharded="FULL")
+
+
+def accelerate_loop(
+    folder: Path, cut: int | None = None, resumed: bool = False, sharded: bool = False
+) -> Outcome:
     """A loop with Accelerate, which divides a loss by `accumulate` in the last step too."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin, skip_first_batches
+    from accelerate import Accelerator, skip_first_batches
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
 
     from lamina.integrations.accelerate import prepare
 
     outcome = Outcome()
     position = 0
+    if resumed:
+        position, cut = cut or 0, None
     while True:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE, cpu=True)
-        if sharded:  # which it offers without being forced on accelerators only
-            accelerator.state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        if sharded:
+            force_fsdp(accelerator, {"fsdp_version": 2})
         model, optimizer, loader = prepare(
             accelerator, PLAN, make_model(), train_loader(), epochs=EPOCHS
         )
@@ -433,7 +520,7 @@ def accelerate_sharded(folder: Path, cut: int | None = None) -> Outcome:
     return accelerate_loop(folder, cut, sharded=True)
 
 
-def fabric_loop(folder: Path, cut: int | None = None) -> Outcome:
+def fabric_loop(folder: Path, cut: int | None = None, resumed: bool = False) -> Outcome:
     """A loop with Lightning's Fabric."""
     from lightning.fabric import Fabric
 
@@ -441,6 +528,9 @@ def fabric_loop(folder: Path, cut: int | None = None) -> Outcome:
 
     outcome = Outcome()
     position, saved = 0, None
+    if resumed:
+        position, cut = cut or 0, None
+        saved = Fabric(accelerator="cpu", devices=1).load(folder / "fabric.pt")
     while True:
         fabric = Fabric(accelerator="cpu", devices=1)
         start = make_model()
@@ -479,13 +569,13 @@ def fabric_loop(folder: Path, cut: int | None = None) -> Outcome:
         return outcome
 
 
-def lamina_run(folder: Path, cut: int | None = None) -> Outcome:
+def lamina_run(folder: Path, cut: int | None = None, resumed: bool = False) -> Outcome:
     """The engine behind `lamina run`, which reports its validation as `val_loss`."""
     from types import ModuleType
 
     from lamina.training.engine import prepare_run
 
-    left = (cut * ACCUMULATE - cut // STEPS_PER_EPOCH) if cut else -1
+    left = (cut * ACCUMULATE - cut // STEPS_PER_EPOCH) if cut and not resumed else -1
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         nonlocal left
@@ -503,8 +593,10 @@ def lamina_run(folder: Path, cut: int | None = None) -> Outcome:
     task.PLAN = PLAN.to_toml().replace("eval_loss", "val_loss")
     settings = {"epochs": EPOCHS, "accumulate": ACCUMULATE, "cpu": True, "out": folder / "run"}
     if cut:
-        with contextlib.suppress(Cut), prepare_run(task, save_every="1 steps", **settings) as first:
-            first.train()
+        if not resumed:
+            first = prepare_run(task, save_every="1 steps", **settings)
+            with contextlib.suppress(Cut), first as session:
+                session.train()
         settings = {"resume": folder / "run", "cpu": True}
     with prepare_run(task, **settings) as session:
         session.train()
@@ -542,7 +634,11 @@ PARALLEL = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "transformers": transformers_trainer,
+    "transformers fsdp2": transformers_sharded,
+    "transformers fsdp2 gathered": transformers_gathered,
     "lightning": lightning_trainer,
+    "lightning fsdp2": lightning_sharded,
+    "lightning fsdp2 gathered": lightning_gathered,
     "accelerate": accelerate_loop,
     "accelerate fsdp2": accelerate_sharded,
 }

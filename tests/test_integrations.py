@@ -124,9 +124,9 @@ def test_the_trainer_does_not_clip_where_the_plan_does(settings, tmp_path):
     plan = lm.Plan(lm.SGD, lr=0.5, **settings)
     trainer = trainer_of(tmp_path, max_grad_norm=0.001)
     use_plan(trainer, plan)
-    assert trainer.args.max_grad_norm == 0
     trainer.train()
     assert_same(trainer.model, loop(plan))
+    assert trainer.args.max_grad_norm == 0.001  # another trainer may be made from them
 
 
 def test_arguments_that_the_plan_decides_are_named(tmp_path):

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._util.text import listed
-from ..errors import PlanError, StateError, did_you_mean, require
+from ..checkpoint.distributed import load_distributed
+from ..errors import PlanError, StateError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from ..state.extend import check_extend
 from .common import MetricFeed, as_plan, batches_in, clips, rates, refuse_jumps, tell
+from .lightning_checks import (
+    check_callbacks,
+    check_strategy,
+    refuse_several_optimizers,
+    trained_part,
+)
 
 _pytorch = require("lightning.pytorch", "lightning", "lamina.integrations.lightning")
 _Callback: Any = _pytorch.Callback
@@ -50,8 +57,10 @@ class PlanCallback(_Callback):  # type: ignore[misc]
             `Plan.build`. Without it, that is an error if values depend on the length.
 
     Raises:
-        PlanError: when training begins, if the plan and the trainer both clip, or never validates
-            though the plan waits for a metric.
+        PlanError: when training begins, if the plan and the trainer both clip, another callback
+            schedules, freezes or changes the length of the run, the module wants several
+            optimizers, or the strategy is not supported; after the first epoch, if a metric that
+            the plan waits for was not logged.
 
     Example:
         >>> callback = PlanCallback(lm.Plan("AdamW", lr=2e-5))  # doctest: +SKIP
@@ -72,6 +81,10 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         self._submodule = submodule
         self._steps, self._audit, self._extend = steps, audit, extend
         self._module: Any = None
+        self._replaced: Any = None
+        self._trained: weakref.ref[nn.Module] | None = None
+        self._built: tuple[int | None, int | None] = (None, None)
+        self._length_checked = False
         self._optimizer: Optimizer | None = None
         self._metrics: MetricFeed | None = None
         # Lightning keeps all metrics in one place, where those of the last epoch stay.
@@ -110,16 +123,19 @@ class PlanCallback(_Callback):  # type: ignore[misc]
                 f"both the Trainer (gradient_clip_val={trainer.gradient_clip_val}) and the plan "
                 "clip gradients. Leave gradient_clip_val out."
             )
-        if type(trainer.strategy).__name__.startswith("DeepSpeed"):
-            raise PlanError(
-                "DeepSpeed makes optimizers of its own from what it is given; a plan does not "
-                "work with it. Use the strategy 'ddp', or ModelParallelStrategy for FSDP2."
-            )
+        check_strategy(trainer.strategy)
+        check_callbacks(trainer.callbacks, known_length=self._steps is not None)
         others = [c for c in trainer.callbacks if isinstance(c, PlanCallback) and c is not self]
         if others:
             raise PlanError("this trainer has two PlanCallbacks; one plan trains a module.")
+        trained = self._trained() if self._trained else None
+        if trainer.ckpt_path is None and trainer.global_step and trained is not pl_module:
+            raise PlanError(
+                f"this trainer has taken {trainer.global_step} steps already, and would give "
+                f"{type(pl_module).__name__} the rest of its run. Make a new Trainer for it."
+            )
         if trainer.ckpt_path is None and self._optimizer is not None:
-            self._optimizer.release()  # of an earlier fit; this one begins from the weights
+            self._optimizer.release()  # of an earlier fit: the model is built on once more
         self._supply(pl_module)
 
     def _supply(self, module: Any) -> None:
@@ -133,12 +149,13 @@ class PlanCallback(_Callback):  # type: ignore[misc]
                 f"{type(module).__name__}.configure_optimizers is not used: PlanCallback builds "
                 "the optimizer from its plan."
             )
-        self._module = module
+        self._module, self._replaced = module, None if ours else there
         module.configure_optimizers = self._configure
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the module its `configure_optimizers` back."""
+        """Give the module its `configure_optimizers` back, and end the reports of metrics."""
         self._give_back()
+        self._metrics = None  # a validation by hand afterwards is no part of the run
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give it back after a failure too, where Lightning calls no `teardown`."""
@@ -147,20 +164,27 @@ class PlanCallback(_Callback):  # type: ignore[misc]
     def _give_back(self) -> None:
         if self._module is not None:
             vars(self._module).pop("configure_optimizers", None)
+            vars(self._module.trainer.strategy).pop("load_checkpoint", None)
             self._module = None
 
     def _configure(self) -> dict[str, Any]:
         """Build the optimizer: Lightning calls this once the module is wrapped."""
-        module = self._module
-        steps, per_epoch = self._length(module)
+        module, trainer = self._module, self._module.trainer
+        if not module.automatic_optimization:
+            refuse_several_optimizers(module, self._replaced)
+        self._built = steps, per_epoch = self._length(module)
+        resume = self._saved_state(trainer)
         self._optimizer = self._plan.build(
-            _part(module, self._submodule),
+            trained_part(module, self._submodule),
             steps=steps,
             steps_per_epoch=per_epoch,
             audit=self._audit,
-            resume=self._saved_state(module.trainer),
-            extend=self._extend if module.trainer.ckpt_path else None,
+            resume=resume,
+            extend=self._extend if resume else None,
         )
+        self._trained = weakref.ref(module)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._load_sharded(trainer.strategy)
         scheduler = self._optimizer.scheduler_view()  # for those that read the lr from one
         return {
             "optimizer": self._optimizer,
@@ -172,7 +196,9 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         trainer = module.trainer
         if not module.automatic_optimization:
             return self._steps, None
-        steps = trainer.estimated_stepping_batches  # reads the loader, so it comes first
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()  # with max_steps, nothing else has asked for the length
+        steps = trainer.estimated_stepping_batches
         batches = trainer.num_training_batches
         per_epoch = None
         if math.isfinite(batches):
@@ -181,11 +207,41 @@ class PlanCallback(_Callback):  # type: ignore[misc]
             return self._steps, per_epoch
         return (int(steps) if math.isfinite(steps) and steps >= 0 else None), per_epoch
 
+    def _load_sharded(self, strategy: Any) -> None:
+        """Make the strategy load all of the optimizer's state, also of what is frozen for now.
+
+        ModelParallelStrategy leaves the state to torch, which reads only into tensors that exist
+        and leaves out what is frozen. Undone in `_give_back`.
+        """
+        load, optimizer = strategy.load_checkpoint, self.optimizer
+
+        def load_checkpoint(path: str | os.PathLike[str], *args: Any, **keywords: Any) -> Any:
+            if self._extend is not None:
+                raise StateError(
+                    f"extend={self._extend!r} does not work with {type(strategy).__name__}, which "
+                    "loads after the optimizer was built. Resume with the same length."
+                )
+            if not os.path.isdir(path):
+                with optimizer.receiving():
+                    return load(path, *args, **keywords)
+            optimizers, strategy.optimizers = strategy.optimizers, []
+            try:
+                content = load(path, *args, **keywords)
+            finally:
+                strategy.optimizers = optimizers
+            load_distributed(optimizer, path, key="optimizer_0")
+            return content
+
+        strategy.load_checkpoint = load_checkpoint
+
     def _saved_state(self, trainer: Any) -> dict[str, Any] | None:
         """Return the state to go on from, if only the build can settle another length of the run.
 
-        Otherwise Lightning loads it, as it loads what is sharded over processes.
+        Otherwise Lightning loads it, as it loads what is sharded over processes. A second `fit` of
+        a trainer goes on where the first ended, with the state of that.
         """
+        if trainer.ckpt_path is None and trainer.global_step and self._optimizer is not None:
+            return self._optimizer.state_dict()
         if self._extend is None or trainer.ckpt_path is None:
             return None
         try:
@@ -206,6 +262,23 @@ class PlanCallback(_Callback):  # type: ignore[misc]
             refuse_jumps(self.optimizer.last_load, _EXTEND)
         _resume_loaders(trainer.fit_loop)
         self._metrics = MetricFeed(self.optimizer)
+        self._length_checked = False
+        if self.optimizer.should_stop:
+            trainer.should_stop = True
+            tell("the plan had ended this run already, so that no step is trained.")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raise if the length of the run has changed since the optimizer was built."""
+        if self._length_checked:
+            return
+        self._length_checked = True
+        now = self._length(pl_module)
+        if now != self._built:
+            raise PlanError(
+                f"the optimizer was built for {self._built[0]} steps ({self._built[1]} an epoch), "
+                f"and now the run has {now[0]} ({now[1]}): the schedules would not fit. Do not "
+                "change max_epochs, max_steps, accumulate_grad_batches or the loader in a callback."
+            )
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember which metrics are there already: these are of the training."""
@@ -239,33 +312,11 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         if clock == self._logged:  # this batch was only accumulated
             return
         self._logged = clock
+        if not trainer.log_every_n_steps:  # as in barebones=True
+            return
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(rates(self.optimizer), step=trainer.global_step - 1)
-
-
-def _part(module: nn.Module, name: str | None) -> nn.Module:
-    """Return the part of a module that a plan is about; nothing outside of it may train."""
-    if name is None:
-        return module
-    parts: dict[str, nn.Module] = dict(module.named_modules())
-    if name not in parts:
-        raise PlanError(
-            f"submodule={name!r}: {type(module).__name__} has no such part."
-            f"{did_you_mean(name, parts)}"
-        )
-    inside = {id(param) for param in parts[name].parameters()}
-    others = [
-        other
-        for other, param in module.named_parameters()
-        if param.requires_grad and id(param) not in inside
-    ]
-    if others:
-        raise PlanError(
-            f"submodule={name!r}: {listed(others)} would train too and is not in it. Freeze it "
-            "(requires_grad_(False)), or leave submodule= out and write patterns for the whole."
-        )
-    return parts[name]
 
 
 def _resume_loaders(loop: Any) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..checkpoint.distributed import load_distributed
 from ..errors import LaminaError, PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
@@ -31,6 +33,8 @@ _DECIDED = (
     *("warmup_steps", "warmup_ratio", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "adafactor"),
 )
+#: optimizers for which the Trainer does another backward pass
+_IN_BACKWARD = ("lomo", "adalomo")
 _EXTEND = (
     "Give use_plan(trainer, plan, extend='hold') to keep its schedules and, past their end, their "
     "last values, or extend='stretch' to fit them to the new length."
@@ -49,8 +53,9 @@ def use_plan(
     The optimizer is built when the Trainer makes its own, with the length that the Trainer
     computes. Metrics of each evaluation are reported under the Trainer's names (`eval_loss`);
     early stopping ends the training; the lr of each group is logged as `lr/<group>`, and as
-    `learning_rate` the largest of them. Where the plan clips, the Trainer's `max_grad_norm` is set
-    to 0, so that gradients are not clipped twice; where it does not, the Trainer clips as before.
+    `learning_rate` the largest of them. Where the plan clips, the Trainer's `max_grad_norm` is 0
+    during `train()`, so that gradients are not clipped twice; where it does not, the Trainer clips
+    as before.
 
     Args:
         trainer: a `transformers.Trainer`, or one of a class derived from it, before `train()`.
@@ -60,8 +65,9 @@ def use_plan(
             `Plan.build`. Without it, that is an error if values depend on the length.
 
     Raises:
-        PlanError: if the trainer has an optimizer or a plan already, trains through DeepSpeed, or
-            never evaluates though the plan waits for a metric; nothing was changed.
+        PlanError: if the trainer has an optimizer or a plan already, or trains through DeepSpeed
+            or LOMO; nothing was changed. In `train()`, before the first step: if the trainer never
+            evaluates though the plan waits for a metric, or a callback changes `max_steps`.
 
     Example:
         >>> use_plan(trainer, lm.Plan("AdamW", lr=2e-5, clip_norm=1.0))  # doctest: +SKIP
@@ -70,24 +76,19 @@ def use_plan(
     plan = as_plan(plan)
     check_extend(extend)
     _check(trainer)
-    args = trainer.args
-    unused = _unused_arguments(args)
-    if unused:
-        tell(
-            f"the plan decides what {', '.join(unused)} of the TrainingArguments would have: "
-            "these are not used."
-        )
     driver = _Driver(trainer, plan, audit, extend)
+    driver.tell_unused()
     # An instance's own functions, not a subclass: the trainer may be of any class.
     trainer.create_optimizer = driver.create_optimizer
     trainer.create_scheduler = driver.create_scheduler
     trainer.set_initial_training_values = driver.note_length
+    trainer.get_batch_samples = driver.get_batch_samples
+    trainer._load_optimizer_and_scheduler = driver.load_state
     trainer.train = driver.train
     # First, so that what it adds to the logs reaches every other callback.
     trainer.callback_handler.callbacks.insert(0, driver)
-    if args.max_grad_norm and clips(plan):
-        log.warning("max_grad_norm was %g and is now 0: the plan clips.", args.max_grad_norm)
-        args.max_grad_norm = 0.0
+    if trainer.args.max_grad_norm and clips(plan):
+        log.warning("max_grad_norm=%g is not used: the plan clips.", trainer.args.max_grad_norm)
 
 
 def _check(trainer: Any) -> None:
@@ -115,6 +116,12 @@ def _check(trainer: Any) -> None:
         raise PlanError(
             "DeepSpeed makes optimizers of its own from what it is given; a plan does not work "
             "with it. Use DDP, or FSDP2 (fsdp_version: 2)."
+        )
+    if _plain(trainer.args.optim) in _IN_BACKWARD:
+        raise PlanError(
+            f"optim={_plain(trainer.args.optim)!r} makes the Trainer update the weights in its "
+            "backward pass, where a plan has no say. Leave optim= out; the plan names the "
+            "optimizer."
         )
 
 
@@ -145,8 +152,13 @@ class _Driver(_Callback):  # type: ignore[misc]
         self._plan, self._audit, self._extend = plan, audit, extend
         self._train = trainer.train
         self._compute_length = trainer.set_initial_training_values
+        self._get_batches = trainer.get_batch_samples
+        self._load_state = trainer._load_optimizer_and_scheduler
+        self._told: set[str] = set()
         self._checkpoint: str | None = None
-        self._steps, self._steps_per_epoch = 0, 0
+        self._length_checked = False
+        self._steps = 0
+        self._steps_per_epoch: int | None = None
         self._optimizer: Optimizer | None = None
         self._metrics: MetricFeed | None = None
 
@@ -161,15 +173,22 @@ class _Driver(_Callback):  # type: ignore[misc]
             self._checkpoint = _transformers.trainer_utils.get_last_checkpoint(
                 self._trainer.args.output_dir
             )
+        arguments = self._trainer.args
+        limit = arguments.max_grad_norm
+        if clips(self._plan):
+            arguments.max_grad_norm = 0.0
         try:
             return self._train(resume_from_checkpoint, *args, **keywords)
         finally:
+            arguments.max_grad_norm = limit  # another trainer may be made from these arguments
             self._metrics = None  # an evaluation by hand afterwards is no part of the run
 
     def note_length(self, *args: Any, **keywords: Any) -> Any:
         """Remember what the Trainer found: optimizer steps in an epoch and in the run."""
         values = self._compute_length(*args, **keywords)
-        self._steps_per_epoch, self._steps = values[1], values[-1]
+        self._steps = values[-1]
+        # Of a loader without a length, the Trainer calls the whole run an epoch.
+        self._steps_per_epoch = None if values[0] == sys.maxsize else values[1]
         return values
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -218,11 +237,49 @@ class _Driver(_Callback):  # type: ignore[misc]
         trainer._created_lr_scheduler = True  # so that the next `train()` asks for a new one
         return scheduler
 
+    def load_state(self, checkpoint: str | None) -> None:
+        """Load all of the state: with FSDP2, torch would leave out what is frozen for now."""
+        assert self._optimizer is not None
+        if checkpoint is None or not getattr(self._trainer.accelerator.state, "is_fsdp2", False):
+            self._load_state(checkpoint)
+            return
+        sharded = os.path.join(checkpoint, "optimizer_0")  # so Accelerate names the folder
+        if os.path.isdir(sharded):
+            load_distributed(self._optimizer, sharded)
+        else:
+            with self._optimizer.receiving():
+                self._load_state(checkpoint)
+
+    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
+        """Give no batches to a run that the plan had ended before it was saved.
+
+        The Trainer asks whether to stop only after a step.
+        """
+        if self._ended:
+            return [], None
+        return self._get_batches(*args, **keywords)
+
+    @property
+    def _ended(self) -> bool:
+        return self._metrics is None and self._optimizer is not None and self._optimizer.should_stop
+
+    def tell_unused(self) -> None:
+        """Warn of arguments that the plan decides: once of each, however often it is asked."""
+        unused = [text for text in _unused_arguments(self._trainer.args) if text not in self._told]
+        self._told.update(unused)
+        if unused:
+            tell(
+                f"the plan decides what {', '.join(unused)} of the TrainingArguments would have: "
+                "these are not used."
+            )
+
     # --- events --------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check what was loaded, and that the metrics which the plan waits for will come."""
         assert self._optimizer is not None
+        self.tell_unused()  # a search over hyperparameters sets them in `train()`
+        self._length_checked = False
         if self._extend is None:
             refuse_jumps(self._optimizer.last_load, _EXTEND)
         metrics = MetricFeed(self._optimizer)
@@ -232,6 +289,28 @@ class _Driver(_Callback):  # type: ignore[misc]
                 "(eval_strategy='no'). Set eval_strategy='epoch', and give an eval_dataset."
             )
         self._metrics = metrics
+        if self._missed_evaluation(args, state):
+            self._trainer.evaluate()
+        if self._optimizer.should_stop:
+            self._metrics = None
+            control.should_training_stop = True
+            tell("the plan had ended this run when it was saved, so that no step is trained.")
+
+    def _missed_evaluation(self, args: Any, state: Any) -> bool:
+        """Return whether the run was saved at the end of an epoch, before its evaluation.
+
+        The Trainer goes on with the next epoch then, and the plan would miss these metrics.
+        """
+        assert self._metrics is not None
+        step = state.global_step
+        if not self._metrics.watched or _plain(args.eval_strategy) != "epoch":
+            return False
+        if not self._checkpoint or not self._steps_per_epoch or step % self._steps_per_epoch:
+            return False
+        if state.epoch < args.eval_delay:
+            return False
+        done = [row for row in state.log_history if row.get("step") == step]
+        return not any(name.startswith("eval_") for row in done for name in row)
 
     def on_evaluate(
         self,
@@ -249,7 +328,15 @@ class _Driver(_Callback):  # type: ignore[misc]
         return control
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise if the last evaluation had not what the plan waits for."""
+        """Raise if the last evaluation had not what the plan waits for, or the length changed."""
+        if not self._length_checked and state.max_steps != self._steps:
+            raise PlanError(
+                f"the run had {self._steps} steps when the optimizer was built, and a callback has "
+                f"made them {state.max_steps}: the schedules would not fit. Set max_steps= or "
+                "num_train_epochs= of the TrainingArguments; a callback can end a run with "
+                "control.should_training_stop."
+            )
+        self._length_checked = True
         if self._metrics is not None:
             self._metrics.check("the Trainer's evaluation")
 

@@ -262,7 +262,11 @@ class LightningTrainer:
             return None
         module, self._module = self._module(), None
         try:
-            steps = float(module._trainer.estimated_stepping_batches)  # type: ignore[union-attr, arg-type]
+            trainer: Any = module._trainer  # type: ignore[union-attr]
+            kinds = [type(callback).__name__ for callback in getattr(trainer, "callbacks", ())]
+            if "GradientAccumulationScheduler" in kinds:  # Lightning's estimate leaves it out
+                return None
+            steps = float(trainer.estimated_stepping_batches)
         except Exception:  # there is no trainer, or it cannot tell
             return None
         return int(steps) if 0 < steps < math.inf else None
@@ -306,7 +310,10 @@ class FirstEpoch:
         Then a GradScaler has left out the missing ones, or batches are accumulated by hand.
         """
         loader = state.active_dataloader
-        batches = len(loader) if hasattr(loader, "__len__") else 0
+        try:
+            batches = len(loader)
+        except TypeError:  # over an IterableDataset, also where the loader has a `__len__`
+            batches = 0
         enough = math.ceil(batches / state.num_steps) >= self._planned
         return None if taken < self._planned and enough else taken
 
