@@ -109,10 +109,14 @@ def _span_text(begin: int, end: float) -> str:
 
 
 def _cannot_train(drafts: Sequence[Draft]) -> Iterator[Finding]:
-    """Find the parameters whose dtype has no gradients."""
+    """Find the parameters whose dtype has no gradients.
+
+    A quantized base under PEFT's adapters is meant to rest, unless a rule asks for it by name.
+    """
     found: dict[str, list[str]] = {}
     for draft in drafts:
-        if not draft.info.differentiable:
+        meant = draft.info.adapted and draft.by_model
+        if not draft.info.differentiable and not meant:
             found.setdefault(draft.info.dtype, []).append(draft.info.name)
     for dtype, names in found.items():
         yield Finding(
