@@ -10,7 +10,13 @@ import numpy as np
 
 from .._util.text import listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
-from ..model.finding import Finding, moving_statistics, split_ties, stray_findings
+from ..model.finding import (
+    Finding,
+    merged_adapters,
+    moving_statistics,
+    split_ties,
+    stray_findings,
+)
 from ..model.parameters import Observed
 from ..plan.plan import Plan
 from ..schedules.base import Floats
@@ -63,6 +69,7 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
         *stray_findings(seen),
+        *merged_adapters(seen.merged),
         *split_ties(seen),
     )
 
