@@ -289,7 +289,7 @@ def test_merge_and_unload_before_the_build():
     assert all(".embeddings." in name for name in still)
 
 
-@pytest.mark.filterwarnings("ignore:requires-grad-o")  # one for each group of the plan
+@pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")  # the others that a step gives
 def test_another_adapter_in_the_middle_of_a_run():
     """What PEFT switches off stands still, with a warning; what it switches on was frozen."""
     model = adapted("second")
@@ -304,7 +304,7 @@ def test_another_adapter_in_the_middle_of_a_run():
     assert not any(".second." in name for name in moved(before, model))
 
 
-@pytest.mark.filterwarnings("ignore:requires-grad-o")  # one for each group of the plan
+@pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")  # the others that a step gives
 def test_two_adapters_in_turn_when_the_plan_says_so():
     model = adapted("second")
     plan = lm.Plan(

@@ -16,7 +16,7 @@ __all__ = ["backward", "bert"]  # other tests train this model too
 FOREIGN = ("timm", "fastai", "muon")
 
 
-def same(case: Case) -> None:
+def assert_same(case: Case) -> None:
     found = compare(case)
     assert found.difference <= case.tolerance
     assert found.moved > 1e-3
@@ -30,7 +30,7 @@ def same(case: Case) -> None:
     "case", [case for case in CASES if case.module not in FOREIGN], ids=lambda c: c.original
 )
 def test_the_weights_are_those_of_the_original(case):
-    same(case)
+    assert_same(case)
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_the_weights_are_those_of_the_original(case):
 )
 def test_the_weights_are_those_of_packages_from_elsewhere(case):
     pytest.importorskip(case.module)
-    same(case)
+    assert_same(case)
 
 
 def test_another_rate_is_another_outcome():
