@@ -21,7 +21,6 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from ..errors import PlanError, ScheduleError
 from ..schedules import (
-    OneCycleMomentum,
     Schedule,
     Shape,
     constant,
@@ -31,6 +30,7 @@ from ..schedules import (
     linear,
     multi_step,
     one_cycle,
+    one_cycle_momentum,
     polynomial,
     step_decay,
     warm_restarts,
@@ -235,7 +235,7 @@ def _one_cycle(scheduler: Any, group: Group, index: int) -> Settings:
     found: Settings = {"lr": peak, "schedule": course}
     if scheduler.cycle_momentum:
         low, high = float(group["base_momentum"]), float(group["max_momentum"])
-        found |= _moving_momentum(group, OneCycleMomentum(low=low, high=high, **shape))
+        found |= _moving_momentum(group, one_cycle_momentum(low=low, high=high, **shape))
     return found
 
 
@@ -285,7 +285,7 @@ def _chain(scheduler: Any, group: Group, index: int) -> Settings:
     for part in scheduler._schedulers:
         name = _name(part)
         # torch's others write what they alone give, so that the last of them wins.
-        if name not in _MULTIPLIES or getattr(part, "eta_min", 0.0):
+        if name not in _MULTIPLIES or getattr(part, "eta_min", None):
             raise InexpressibleError(f"the ChainedScheduler with {name}, which does not multiply")
     parts = [_factor(scheduler, part, group, index) for part in scheduler._schedulers]
     return {"schedule": reduce(operator.mul, parts)}
