@@ -226,6 +226,6 @@ def _check_counts(groups: Groups, places: Sequence[Sequence[Any]]) -> None:
             raise MismatchError(
                 f"the group {group.get('name', '')!r} was built with {len(rows)} parameters and "
                 f"has {len(group['params'])} now: something has put other tensors into it. ZeRO of "
-                "DeepSpeed does that (stages 1 to 3), and a plan cannot work with it: use stage 0, "
+                "DeepSpeed does that from stage 1 on, and a plan cannot work with it: use stage 0, "
                 "DDP or FSDP2."
             )
