@@ -139,6 +139,262 @@ def test_adapters_alone_are_saved_and_the_run_goes_on(tmp_path):
     assert not moved(whole, model)
 
 
+METHODS = {
+    "dora": lambda: lora(use_dora=True),
+    "adalora": lambda: config(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=8),
+    "ia3": lambda: config(peft.IA3Config, feedforward_modules=[]),
+    "loha": lambda: config(peft.LoHaConfig, r=2),
+    "lokr": lambda: config(peft.LoKrConfig, r=2),
+    "oft": lambda: config(peft.OFTConfig, oft_block_size=4),
+    "boft": lambda: config(peft.BOFTConfig, boft_block_size=4),
+    "vera": lambda: config(peft.VeraConfig, r=2),
+    "hra": lambda: config(peft.HRAConfig, r=2),
+    "embeddings": lambda: lora(target_modules=["query", "word_embeddings"]),
+    "tokens": lambda: lora(trainable_token_indices={"word_embeddings": [1, 2]}),
+    "biases": lambda: lora(bias="lora_only"),
+}
+
+
+def config(kind, **settings):
+    given = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], **settings}
+    torch.manual_seed(0)
+    return peft.get_peft_model(test_recipes.bert(), kind(**given))
+
+
+def lora(**settings):
+    return config(peft.LoraConfig, r=2, **settings)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of kernels that are not installed
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_what_peft_lets_train(method):
+    """Layers, embeddings (frozen by the plan) and head: each by the rule for the base model."""
+    model = METHODS[method]()
+    before = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lm.LaminaWarning)
+        plan = lm.Plan.from_toml(
+            PLAN.to_toml().split('[[rules]]\nmatch = "bert.encoder.layer.0.')[0]
+        )
+        optimizer = train(model, plan)
+    able = {name for name, p in before.named_parameters() if p.requires_grad}
+    assert moved(before, model) == {name for name in able if ".embeddings." not in name}
+    rates = {
+        info.name: lm.values_at(optimizer.resolved, 7).lr(index)
+        for index, cell in enumerate(optimizer.resolved.cells)
+        for info in cell.parameters
+    }
+    for name in able:
+        if ".embeddings." not in name:
+            layer = name.partition(".layer.")[2][:1]
+            assert rates[name] == (1e-2 * 0.5 ** (2 - int(layer)) if layer else 1e-3), name
+
+
+PROMPTS = {
+    "prompt": (peft.PromptTuningConfig, {}),
+    "prefix": (peft.PrefixTuningConfig, {}),
+    "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 8}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")  # the others that a step gives
+@pytest.mark.parametrize("method", PROMPTS)
+def test_trained_prompts(method):
+    kind, settings = PROMPTS[method]
+    given = kind(task_type="SEQ_CLS", num_virtual_tokens=2, **settings)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(test_recipes.bert(), given)
+    before = copy.deepcopy(model)
+    # A rate for layers that never train is told, since a prompt has no layers.
+    with pytest.warns(lm.LaminaWarning, match="lr-never-trains: rule 'bert.encoder.layer"):
+        train(model, PLAN)
+    able = {name for name, p in before.named_parameters() if p.requires_grad}
+    assert moved(before, model) == able
+    assert any(name.startswith("prompt_encoder.") for name in able)
+
+
+def test_a_base_model_of_ones_own_is_no_prompt():
+    model = torch.nn.ModuleDict({"base_model": torch.nn.Linear(2, 2)})
+    with pytest.raises(lm.PatternError, match="matches none"):
+        lm.Plan("SGD", lr=0.1, rules=[lm.Rule("weight", lr=1.0)]).preview(model, steps=2)
+
+
+@pytest.mark.parametrize(
+    "adapter", ["query", "layer", "0", "bert", "lora_A", "weight", "modules_to_save"]
+)
+def test_adapters_named_like_parts_of_the_model(adapter):
+    torch.manual_seed(0)
+    given = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    settings = peft.LoraConfig(r=2, **given)
+    model = peft.get_peft_model(test_recipes.bert(), settings, adapter_name=adapter)
+    before = copy.deepcopy(model)
+    optimizer = train(model, PLAN)
+    assert moved(before, model) == {n for n, p in before.named_parameters() if p.requires_grad}
+    layers = {
+        (info.name.partition(".layer.")[2][0], cell.windows)
+        for cell in optimizer.resolved.cells
+        for info in cell.parameters
+        if ".lora_" in info.name and ".layer." in info.name
+    }
+    assert layers == {("0", ((6, None),)), ("1", ((4, None),)), ("2", ((2, None),))}
+
+
+def steps(model, optimizer, count=3):
+    for step in range(count):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+SIMPLE = lm.Plan(lm.AdamW, lr=1e-2, rules=[lm.Rule("*.lora_B.*", lr=lm.times(2))])
+
+
+def test_merging_in_the_middle_is_told():
+    model = adapted()
+    optimizer = SIMPLE.build(model, steps=9)
+    steps(model, optimizer)
+    model.merge_adapter()
+    with pytest.warns(lm.LaminaWarning, match="adapters-merged: .*query"):
+        steps(model, optimizer)
+    model.unmerge_adapter()
+    before = copy.deepcopy(model)
+    steps(model, optimizer)
+    assert any("lora_A" in name for name in moved(before, model))
+
+
+def test_a_plan_on_merged_adapters_is_told():
+    model = adapted()
+    model.merge_adapter()
+    with pytest.warns(lm.LaminaWarning, match="adapters-merged"):
+        optimizer = SIMPLE.build(model, steps=9)
+    assert "adapters-merged" in {finding.code for finding in optimizer.findings}
+
+
+def test_merge_and_unload_in_the_middle_is_told():
+    model = adapted()
+    optimizer = SIMPLE.build(model, steps=9)
+    steps(model, optimizer)
+    model.merge_and_unload()
+    with pytest.warns(lm.LaminaWarning, match="adapters-removed: .*merge_and_unload"):
+        steps(model, optimizer)
+
+
+def test_merge_and_unload_before_the_build():
+    model = adapted().merge_and_unload()
+    model.requires_grad_(True)
+    before = copy.deepcopy(model)
+    train(model, PLAN)
+    still = {name for name, _ in before.named_parameters()} - moved(before, model)
+    assert still
+    assert all(".embeddings." in name for name in still)
+
+
+@pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")  # the others that a step gives
+def test_another_adapter_in_the_middle_of_a_run():
+    """What PEFT switches off stands still, with a warning; what it switches on was frozen."""
+    model = adapted("second")
+    with pytest.warns(lm.LaminaWarning, match="frozen-by-model: .*second"):
+        optimizer = SIMPLE.build(model, steps=9)
+    steps(model, optimizer)
+    model.set_adapter("second")
+    before = copy.deepcopy(model)
+    with pytest.warns(lm.LaminaWarning, match="requires-grad-o"):
+        steps(model, optimizer)
+    assert not any(".default." in name and "lora" in name for name in moved(before, model))
+    assert not any(".second." in name for name in moved(before, model))
+
+
+@pytest.mark.filterwarnings("ignore::lamina.LaminaWarning")  # the others that a step gives
+def test_two_adapters_in_turn_when_the_plan_says_so():
+    model = adapted("second")
+    plan = lm.Plan(
+        lm.AdamW,
+        lr=1e-2,
+        rules=[lm.Rule("*.lora_?.second.*", lr=1e-3, frozen=False)],
+    )
+    optimizer = plan.build(model, steps=9)
+    model.set_adapter("default")
+    before = copy.deepcopy(model)
+    with pytest.warns(lm.LaminaWarning, match="requires-grad-off"):
+        steps(model, optimizer)
+    assert not any(".second." in name for name in moved(before, model))
+    model.set_adapter("second")
+    before = copy.deepcopy(model)
+    with pytest.warns(lm.LaminaWarning, match="requires-grad-off"):
+        steps(model, optimizer)
+    second = {name for name in moved(before, model) if ".second." in name}
+    assert {name.split(".")[-3] for name in second} == {"lora_A", "lora_B"}
+
+
+def quantized_by_torchao(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model.bert.encoder, quantization.Int8WeightOnlyConfig())
+
+
+def quantized_by_bitsandbytes(model, kind="Linear8bitLt"):
+    layers = pytest.importorskip("bitsandbytes").nn
+    for layer in model.bert.encoder.layer:
+        for name in ("query", "value"):
+            old = getattr(layer.attention.self, name)
+            new = getattr(layers, kind)(old.in_features, old.out_features)
+            if kind == "Linear8bitLt":
+                new = layers.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False)
+            new.load_state_dict(old.state_dict())
+            setattr(layer.attention.self, name, new.to("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what these packages say while they are imported
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        quantized_by_torchao,
+        quantized_by_bitsandbytes,
+        lambda model: quantized_by_bitsandbytes(model, "Linear4bit"),
+    ],
+    ids=["torchao int8", "bitsandbytes int8", "bitsandbytes 4 bit"],
+)
+def test_quantized_bases(quantize):
+    """The adapters train as over any base, the base stays, and the run resumes in the middle."""
+
+    def make():
+        model = test_recipes.bert()
+        quantize(model)
+        model.requires_grad_(False)
+        torch.manual_seed(0)
+        given = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, **given))
+
+    model, again = make(), make()
+    able = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = {name: model.get_parameter(name).detach().clone() for name in able}
+    quantized = {id(p) for p in model.parameters() if not p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lm.LaminaWarning)
+        optimizer = PLAN.build(model, steps=8)
+        steps(model, optimizer, 5)
+        for name in able:
+            again.get_parameter(name).data.copy_(model.get_parameter(name))
+        other = PLAN.build(again, steps=8, resume=optimizer.state_dict(), strict=True)
+        steps(model, optimizer)
+        steps(again, other)
+    assert quantized == {id(p) for p in model.parameters() if not p.requires_grad}
+    for name in able:
+        assert not torch.equal(before[name], model.get_parameter(name)), name
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what these packages say while they are imported
+def test_a_quantized_base_that_a_rule_wants_to_train():
+    model = test_recipes.bert()
+    quantized_by_bitsandbytes(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query", "value"]))
+    plan = lm.Plan("AdamW", lr=1e-3, rules=[lm.Rule("*.base_layer.*", frozen=False)])
+    with pytest.warns(lm.LaminaWarning, match="cannot-train: .*base_layer.weight"):
+        plan.build(model, steps=2)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -53,8 +53,10 @@ def layer_decay(
     layers: int,
     decay: float = 0.75,
     embeddings: str | None = None,
+    top: str | None = None,
     gap: int = 1,
     weight_decay: float = 0.05,
+    undecayed: str = _SMALL,
     **settings: Any,
 ) -> Plan:
     """Return AdamW with a learning rate that falls from the head down, layer by layer.
@@ -62,15 +64,21 @@ def layer_decay(
     Formula: layer i of n (from 0) has `lr * decay ** (n - 1 - i + gap)`, the embeddings have
     `lr * decay ** (n + gap)`, everything else `lr`. Norms and biases have no weight decay.
 
+    timm's `param_groups_layer_decay` gives the last norm the rate of the top layer, and leaves out
+    the decay of what the model's `no_weight_decay()` lists; BEiT and ELECTRA give that norm the
+    rate of the head. Both are said by `top` and `undecayed`.
+
     Args:
         match: the layers, with their number captured: `"encoder.layer.{depth}.*"`.
         lr: the learning rate of the head.
         layers: how many layers there are, n.
         decay: the factor from a layer to the next lower one.
         embeddings: a pattern for what lies below the layers; None if there is nothing.
+        top: a pattern for what has the rate of the top layer beside it; None if there is nothing.
         gap: how many factors lie between the head and the top layer: 1 in BEiT and timm, 2 in
             ELECTRA.
-        weight_decay: of all matrices.
+        weight_decay: of what is decayed.
+        undecayed: a pattern for what is not.
         **settings: other settings of the plan, such as `schedule=` or `clip_norm=`.
 
     Example:
@@ -87,7 +95,9 @@ def layer_decay(
     rules = [Rule(match, lr=by_depth(decay)), Rule(match, lr=times(decay**gap))]
     if embeddings is not None:
         rules.append(Rule(embeddings, lr=times(decay ** (layers + gap))))
-    rules.append(Rule(_SMALL, weight_decay=0.0))
+    if top is not None:
+        rules.append(Rule(top, lr=times(decay**gap)))
+    rules.append(Rule(undecayed, weight_decay=0.0))
     return Plan(AdamW, lr=lr, weight_decay=weight_decay, rules=rules, **settings)
 
 
@@ -105,6 +115,9 @@ def ulmfit(
 
     Formula: each layer has the learning rate of the one above it divided by `factor`, and thaws
     one interval after it; the head trains from the start.
+
+    fastai's `freeze_to` empties the state of all parameters at each thaw, those that train already
+    included; a plan keeps it. `optimizer.restart_state("*")` at each thaw does what fastai does.
 
     Args:
         match: the layers, with their number captured: `"encoder.layer.{depth}.*"`.

@@ -71,9 +71,13 @@ def _span(tensor: torch.Tensor) -> tuple[tuple[str, int], int, int] | None:
         return None
     if tensor.numel() == 0 or is_lazy(tensor):
         return None
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a wrapper, such as torchao's quantized weights, has none of its own
+        return None
     low = int(tensor.storage_offset()) * tensor.element_size()
     high = low + _extent(tensor) * tensor.element_size()
-    return (str(tensor.device), tensor.untyped_storage().data_ptr()), low, high
+    return (str(tensor.device), address), low, high
 
 
 def _extent(tensor: torch.Tensor) -> int:

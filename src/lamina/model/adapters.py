@@ -2,7 +2,8 @@
 
 Source: `peft/tuners`, version 0.21: `base_model.model.` before every name, `base_layer` inside a
 layer with adapters, `modules_to_save.<adapter>` and `original_module` for whole modules, and the
-name of the adapter behind each of its matrices, as in `lora_A.<adapter>`.
+name of the adapter behind each of its matrices, as in `lora_A.<adapter>`. Methods that train a
+prompt put `base_model.` before the names of the base, and have a `prompt_encoder.<adapter>` beside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+
+from torch import nn
 
 _PREFIX = "base_model.model."
 _IN_LAYERS = ("base_layer", "original_module")
@@ -22,7 +25,23 @@ _MATRIX = re.compile(
 
 def has_adapters(names: Iterable[str]) -> bool:
     """Return whether some of these names are those of PEFT's adapters."""
-    return any(is_adapter(name) for name in names)
+    names = list(names)
+    return any(is_adapter(name) for name in names) or bool(prefix_of(names))
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """Return what is before the names of a base under a trained prompt, or ""."""
+    first = {name.partition(".")[0] for name in names}
+    return "base_model." if {"base_model", "prompt_encoder"} <= first else ""
+
+
+def merged_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the layers whose adapters are merged into the base, which gives them no gradient."""
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if getattr(module, "merged_adapters", None) and hasattr(module, "unmerge")
+    )
 
 
 def is_adapter(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .._util.text import listed
@@ -61,6 +61,28 @@ def stray_findings(seen: Observed) -> Iterator[Finding]:
             f"requires_grad={value}, which does nothing on a module.",
             f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
         )
+
+
+def merged_adapters(layers: Sequence[str]) -> Iterator[Finding]:
+    """Find adapters that PEFT has merged into the base, and that get no gradient there."""
+    if layers:
+        yield Finding(
+            "adapters-merged",
+            f"the adapters of {listed(layers)} are merged into the base: they get no gradient.",
+            "Call model.unmerge_adapter() before training goes on. To train the merged model "
+            "itself, use merge_and_unload() and build the plan on what it returns.",
+        )
+
+
+def adapters_removed(names: Sequence[str]) -> Finding:
+    """Return the finding on adapters that were taken out of the model after the build."""
+    return Finding(
+        "adapters-removed",
+        f"{listed(names)} is not in the model any more (merge_and_unload, delete_adapter?): what "
+        "its updates were for is merged or gone.",
+        "Merge adapters after the training. To train the merged model, thaw it and build the plan "
+        "on it; it is a new optimizer.",
+    )
 
 
 def split_ties(seen: Observed) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._util.sharding import flat_parts, lasting_parameters, shard_origins
 from .._util.tensors import overlapping, relation
 from ..errors import PlanError
-from .adapters import has_adapters, is_adapter, names_in_base
+from .adapters import has_adapters, is_adapter, merged_layers, names_in_base, prefix_of
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -32,7 +32,8 @@ class ParamInfo:
     `names` are all names of a tied parameter, `name` the first; `types` the class names of the
     owning modules and their base classes; `depth` and `rank` what the rule at hand captured with
     `{depth}` (rank 0 is the lowest layer). `adapted` says that PEFT has frozen it under adapters:
-    it thaws only by `frozen=False`, not by a `thaw` that was written for its layer.
+    it thaws only by `frozen=False`, not by a `thaw` that was written for its layer; `prefix` is
+    what PEFT has put before the names of the base under a trained prompt.
     """
 
     name: str
@@ -44,11 +45,14 @@ class ParamInfo:
     depth: int | None = None
     rank: int | None = None
     adapted: bool = False
+    prefix: str = ""
 
     @cached_property
     def matched_names(self) -> tuple[str, ...]:
         """The names that patterns look at: all of them, and those in the base model under PEFT."""
-        return tuple(known for name in self.names for known in names_in_base(name))
+        short = (name.removeprefix(self.prefix) for name in self.names)
+        every = dict.fromkeys((*self.names, *short))
+        return tuple(known for name in every for known in names_in_base(name))
 
     @property
     def ndim(self) -> int:
@@ -85,7 +89,8 @@ class Observed:
     modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them;
     `split` the names that were one tensor until FSDP2 put them into different shard groups;
     `statistics` the modules that update running statistics in training mode, each with the names of
-    the parameters that must be frozen for it to count as frozen.
+    the parameters that must be frozen for it to count as frozen; `merged` the layers whose
+    adapters are merged into the base.
     """
 
     compiled: bool = False
@@ -93,6 +98,7 @@ class Observed:
     stray: tuple[tuple[str, bool], ...] = ()
     split: tuple[tuple[str, ...], ...] = ()
     statistics: tuple[tuple[str, frozenset[str]], ...] = ()
+    merged: tuple[str, ...] = ()
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -140,7 +146,7 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
     for raw, (_, _, tensor) in places.items():
         by_identity.setdefault(id(tensor), []).append(raw)
     flat = flat_parts(model, [tensor for _, _, tensor in places.values()])
-    adapters = has_adapters(places)
+    adapters, prefix = has_adapters(cleaned.values()), prefix_of(cleaned.values())
     found = []
     for raws in by_identity.values():
         tensor = places[raws[0]][2]
@@ -156,6 +162,8 @@ def collect(model: nn.Module) -> tuple[Owned, ...]:
         )
         if adapters and not info.requires_grad and not any(map(is_adapter, raws)):
             info = replace(info, adapted=True)
+        if prefix:
+            info = replace(info, prefix=prefix)
         found.append(Owned(info, tensor, owners))
     if not found:
         raise PlanError(f"the model {type(model).__name__} has no parameters.")
@@ -268,7 +276,8 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     )
     segments = () if hooked else tuple(reentrant)
     split = _split_by_sharding(model, owned)
-    return Observed(compiled, segments, tuple(stray), split, _moving_statistics(model, owned))
+    statistics = _moving_statistics(model, owned)
+    return Observed(compiled, segments, tuple(stray), split, statistics, merged_layers(model))
 
 
 def _moving_statistics(

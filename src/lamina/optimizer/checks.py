@@ -11,7 +11,8 @@ from torch import nn
 from .._util.sharding import is_flattened
 from .._util.text import listed
 from ..algorithms.registry import is_whole_vector
-from ..model.finding import Finding, moving_statistics
+from ..model.adapters import is_adapter, merged_layers
+from ..model.finding import Finding, adapters_removed, merged_adapters, moving_statistics
 from ..model.parameters import (
     Owned,
     ParamInfo,
@@ -92,6 +93,9 @@ def untrained(
 ) -> list[Finding]:
     """Find parameters that took the place of others after the build, and so do not train.
 
+    What was removed may be left out on purpose; adapters of PEFT are not, since what they were
+    merged into does not train.
+
     Args:
         resolved: what the plan meant when it was built.
         groups: the optimizer's parameter groups.
@@ -106,7 +110,13 @@ def untrained(
         *_exchanged(rows, by_name(owned), there),
         *_unknown(resolved, [item for item in owned if item.tensor.requires_grad], updated),
     )
-    return [each for each in found if each.code in ("parameter-replaced", "parameter-added")]
+    told = [each for each in found if each.code in ("parameter-replaced", "parameter-added")]
+    present = {name for item in owned for name in item.info.names}
+    trained = [info for cell, info, _ in rows if cell.windows]
+    gone = [info.name for info in trained if not present.intersection(info.names)]
+    if adapters := [name for name in gone if is_adapter(name)]:
+        told.append(adapters_removed(adapters))
+    return [*told, *merged_adapters(merged_layers(model))]
 
 
 def _rows(resolved: Resolved, groups: Groups) -> Iterator[tuple[Cell, ParamInfo, torch.Tensor]]:

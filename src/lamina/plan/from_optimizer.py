@@ -9,20 +9,26 @@ import torch
 from torch import nn
 
 from .._util.notices import warn
-from ..algorithms.registry import OPTIMIZERS, hyperparameters, optimizer_name
+from ..algorithms.registry import OPTIMIZERS, hyperparameters, method_of, optimizer_name
+from ..algorithms.trial import trial_of
 from ..errors import PlanError
 from ..model.parameters import Owned, ParamInfo, collect
-from ..model.patterns import compile_pattern
-from .from_scheduler import read_scheduler
+from .cover import Cover, Names
+from .from_lambda import InexpressibleError
+from .from_scheduler import inner_optimizer, lr_now, read_scheduler
 
-Names = frozenset[str]
-#: settings of groups that say how a step is computed, not what it gives
-_HOW = {"foreach", "fused", "capturable", "differentiable"}
+Settings = dict[str, Any]
+#: what groups hold beside hyperparameters: how a step is computed, and notes of others
+_NOTES = {
+    *("params", "name", "param_names", "foreach", "fused", "capturable", "differentiable"),
+    *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"),  # torch's schedulers
+}
+_MISSING = object()
 
 
 def read_optimizer(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     scheduler: Any,
     make_plan: Callable[..., Any],
     make_rule: Callable[..., Any],
@@ -31,71 +37,192 @@ def read_optimizer(
 
     Args:
         model: the model whose parameters the optimizer updates.
-        optimizer: an optimizer with parameter groups.
+        optimizer: an optimizer with parameter groups, or a wrapper that holds one.
         scheduler: a scheduler of it, of a known kind; None for constant learning rates.
         make_plan: the class Plan.
         make_rule: the class Rule.
 
     Raises:
-        PlanError: if the optimizer updates what is no parameter of the model, or is no optimizer.
+        PlanError: if the optimizer updates what is no parameter of the model, is none, or carries
+            out a plan already; or if the scheduler belongs to another.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise PlanError(
-            f"expected an optimizer with parameter groups, not {type(optimizer).__name__}."
-        )
+    optimizer, scheduler = _checked(optimizer, make_plan), _unwrapped_scheduler(scheduler)
     kind = _class_of(optimizer)
     owned = collect(model)
     infos = {item.info.name: item.info for item in owned}
-    groups = _groups_by_name(owned, optimizer)
-    trained = frozenset(groups)
-    settings = {name: _settings(kind, groups[name], scheduler is not None) for name in groups}
-    keys = dict.fromkeys(key for each in settings.values() for key in each)
+    groups, problems = _settings_of_groups(kind, optimizer, scheduler)
+    settings, twice = _by_name(owned, optimizer, groups)
+    if twice:
+        problems.append(f"the second update in each step of {_listed(twice)}, given twice")
+    trained = frozenset(settings)
     cover = Cover(infos, free=frozenset(infos) - trained)
-    plan: dict[str, Any] = {}
-    rules: dict[str, dict[str, Any]] = {}
-    for key in keys:
-        by_value = _by_value({name: settings[name][key] for name in groups})
-        common = max(by_value, key=lambda value: len(by_value[value]))
-        plan[key] = common
-        for value, names in by_value.items():
-            if value != common:
-                rules.setdefault(cover.pattern(names), {})[key] = value
+    plan, rules = _common_and_rules(settings, cover)
+    changed = {key for _, values in rules for key in values}
     defaults = hyperparameters(kind)
-    plan = {k: v for k, v in plan.items() if k == "lr" or k in _changed(rules) or v != defaults[k]}
+    plan = {
+        k: v for k, v in plan.items() if k in ("lr", *changed) or not _is_default(defaults, k, v)
+    }
     resting = frozenset(n for n, info in infos.items() if n not in trained and info.requires_grad)
     if resting:
-        rules[Cover(infos, free=_frozen(infos)).pattern(resting)] = {"frozen": True}
-    if scheduler is not None:
-        schedule, problem = read_scheduler(scheduler, optimizer)
-        if problem:
-            name = optimizer_name(kind)
-            warn(f"the plan read from {name} has no schedule; it leaves out {problem}.")
-        else:
-            plan["schedule"] = schedule
-    made = [make_rule(match, **values) for match, values in rules.items()]
+        selecting = Cover(infos, free=_frozen(infos)).patterns(resting)
+        rules += [(match, {"frozen": True}) for match in selecting]
+    if problems:
+        warn(f"the plan read from {optimizer_name(kind)} leaves out {'; '.join(problems)}.")
+    made = [make_rule(match, **values) for match, values in rules]
     return make_plan(kind, rules=made, **plan)
+
+
+# --- what was given --------------------------------------------------------------------------
+
+
+def _checked(optimizer: Any, make_plan: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside of wrappers, if a plan can be read from it."""
+    inner = inner_optimizer(optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise PlanError(
+            f"expected an optimizer with parameter groups, not {type(optimizer).__name__}."
+        )
+    if isinstance(getattr(inner, "plan", None), make_plan):
+        raise PlanError("the optimizer carries out a plan already: take its optimizer.plan.")
+    return inner
+
+
+def _unwrapped_scheduler(scheduler: Any) -> Any:
+    """Return the scheduler inside of Accelerate's wrapper."""
+    inner = getattr(scheduler, "__dict__", {}).get("scheduler")
+    return scheduler if inner is None else inner
 
 
 def _class_of(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
     """Return the class for a plan: lamina's own in the place of torch's of the same name."""
     kind = type(optimizer)
     own = OPTIMIZERS.get(kind.__name__)
-    return own if own is not None and kind.__module__.startswith("torch.optim") else kind
+    is_torchs = getattr(torch.optim, kind.__name__, None) is kind
+    return own if own is not None and is_torchs else kind
 
 
-def _groups_by_name(
-    owned: Iterable[Owned], optimizer: torch.optim.Optimizer
-) -> dict[str, Mapping[str, Any]]:
+# --- the settings of each group --------------------------------------------------------------
+
+
+def _settings_of_groups(
+    kind: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, scheduler: Any
+) -> tuple[list[Settings], list[str]]:
+    """Return the settings of each group, and what they leave out."""
+    problems: list[str] = []
+    found = [_hyperparameters(kind, optimizer, group) for group in optimizer.param_groups]
+    unread = sorted({key for each in found for key in each if each[key] is _MISSING})
+    if unread:
+        problems.append(f"{', '.join(unread)}, which it keeps where they cannot be read")
+    found = [{k: v for k, v in each.items() if v is not _MISSING} for each in found]
+    strange = {key for g in optimizer.param_groups for key in g} - _NOTES - _read(kind)
+    if "lr_scale" in strange:
+        problems += _scale_rates(found, optimizer, scheduler)
+        strange.remove("lr_scale")
+    if strange:
+        problems.append(f"{', '.join(sorted(strange))} in its groups, which its step does not read")
+    problems += _schedule_rates(found, optimizer, scheduler)
+    return found, problems
+
+
+def _hyperparameters(
+    kind: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> Settings:
+    """Return the hyperparameters of a group; those that a class keeps in itself are for all."""
+    found: Settings = {}
+    own = method_of(kind) is not None
+    made = {"state_dtype": None} if own else trial_of(kind).made or {}
+    for key in sorted(_read(kind) - _NOTES, key=lambda key: key != "lr"):
+        value = group.get(key, getattr(optimizer, key, _MISSING))
+        if key not in group and (callable(value) or key not in hyperparameters(kind)):
+            value = _MISSING
+        found[key] = _plain(value)
+    shown = hyperparameters(kind)
+    return {
+        key: value
+        for key, value in found.items()
+        if key in shown or (value is not _MISSING and not _is_default(made, key, value))
+    }
+
+
+def _read(kind: type[torch.optim.Optimizer]) -> set[str]:
+    """Return the keys of groups that a class knows, or reads in a step."""
+    known = set(hyperparameters(kind))
+    if method_of(kind) is not None:
+        return known | {"state_dtype"}
+    trial = trial_of(kind)
+    return known | {*(trial.made or ()), *(trial.read or ())}
+
+
+def _scale_rates(
+    found: list[Settings], optimizer: torch.optim.Optimizer, scheduler: Any
+) -> list[str]:
+    """Multiply rates by timm's `lr_scale`, which its schedulers read and its optimizers do not."""
+    if type(scheduler).__module__.startswith("timm."):
+        for settings, group in zip(found, optimizer.param_groups, strict=True):
+            settings["lr"] = float(group.get("initial_lr", group["lr"])) * group.get(
+                "lr_scale", 1.0
+            )
+        return []
+    return [
+        "lr_scale in its groups, which no step reads: timm's schedulers multiply the lr by it, so "
+        "give the plan the scheduler too"
+    ]
+
+
+def _schedule_rates(
+    found: list[Settings], optimizer: torch.optim.Optimizer, scheduler: Any
+) -> list[str]:
+    """Add the schedule to the settings of each group; return what could not be."""
+    groups = optimizer.param_groups
+    if scheduler is None:
+        moved = [g for g in groups if _plain(g["lr"]) != _plain(g.get("initial_lr", g["lr"]))]
+        return ["the scheduler that has moved its lr, and was not given"] if moved else []
+    try:
+        read = read_scheduler(scheduler, optimizer)
+    except InexpressibleError as error:
+        for settings, group in zip(found, groups, strict=True):
+            if "lr_scale" not in group:
+                settings["lr"] = _plain(group.get("initial_lr", group["lr"]))
+        return [f"the schedule: {error}"]
+    by_hand = []
+    for settings, course, group in zip(found, read, groups, strict=True):
+        now = lr_now(course, scheduler)
+        if now is not None and abs(now - float(group["lr"])) > 1e-6 * max(now, 1e-12):
+            by_hand.append(f"lr={float(group['lr']):g} instead of {now:g}")
+        settings |= course
+    if by_hand:
+        return [f"what its groups hold beside the schedule now: {', '.join(by_hand[:3])}"]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value
+
+
+# --- the settings of each parameter ----------------------------------------------------------
+
+
+def _by_name(
+    owned: Iterable[Owned], optimizer: torch.optim.Optimizer, settings: list[Settings]
+) -> tuple[dict[str, Settings], list[str]]:
+    """Return the settings of each parameter by its name, and the names that come twice."""
     names = {id(item.tensor): item.info.name for item in owned}
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Settings] = {}
+    twice: list[str] = []
     strange = 0
-    for group in optimizer.param_groups:
+    for group, its in zip(optimizer.param_groups, settings, strict=True):
         for param in group["params"]:
             name = names.get(id(param))
             if name is None:
                 strange += 1
-            elif name not in found:  # torch takes the same tensor twice with a warning
-                found[name] = group
+            elif name in found:  # torch takes the same tensor twice with a warning
+                twice.append(name)
+            else:
+                found[name] = its
     if strange:
         raise PlanError(
             f"the optimizer updates {strange} tensors that are no parameters of this model. Give "
@@ -104,118 +231,47 @@ def _groups_by_name(
         )
     if not found:
         raise PlanError("the optimizer has no parameter of this model.")
-    return found
+    return found, twice
 
 
-def _settings(
-    kind: type[torch.optim.Optimizer], group: Mapping[str, Any], scheduled: bool
-) -> dict[str, Any]:
-    """Return the hyperparameters of a group; of a scheduled lr its value before the schedule."""
-    known = hyperparameters(kind)
-    found = {key: group[key] for key in known if key in group and key not in _HOW}
-    if scheduled and "initial_lr" in group:
-        found["lr"] = group["initial_lr"]
-    return {key: _plain(value) for key, value in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    return value
+def _common_and_rules(
+    settings: Mapping[str, Settings], cover: Cover
+) -> tuple[Settings, list[tuple[str, Settings]]]:
+    """Return the commonest value of each setting, and rules for the parameters with others."""
+    plan: Settings = {}
+    rules: dict[str, Settings] = {}
+    for key in dict.fromkeys(key for each in settings.values() for key in each):
+        by_value = _by_value({name: each[key] for name, each in settings.items() if key in each})
+        plan[key] = common = max(by_value, key=lambda value: len(by_value[value]))
+        for value, names in by_value.items():
+            if value != common:
+                for pattern in cover.patterns(names):
+                    rules.setdefault(pattern, {})[key] = value
+    return plan, list(rules.items())
 
 
 def _by_value(values: Mapping[str, Any]) -> dict[Any, Names]:
     found: dict[Any, set[str]] = {}
     for name, value in values.items():
-        found.setdefault(value, set()).add(name)
+        try:
+            found.setdefault(value, set()).add(name)
+        except TypeError as error:
+            raise PlanError(
+                f"the group of {name!r} holds a {type(value).__name__} among its settings, which "
+                "a plan cannot hold as text."
+            ) from error
     return {value: frozenset(names) for value, names in found.items()}
 
 
-def _changed(rules: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    return {key for values in rules.values() for key in values}
+def _is_default(defaults: Mapping[str, Any], key: str, value: Any) -> bool:
+    default = defaults.get(key, _MISSING)
+    return default is not _MISSING and type(default) is not object and _plain(default) == value
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _frozen(infos: Mapping[str, ParamInfo]) -> Names:
     return frozenset(name for name, info in infos.items() if not info.requires_grad)
-
-
-class Cover:
-    """Finds short patterns that select given parameters of a model and no others.
-
-    Args:
-        infos: the parameters of the model, by name.
-        free: those that a pattern may select or not, since nothing trains them.
-    """
-
-    def __init__(self, infos: Mapping[str, ParamInfo], free: Names) -> None:
-        self._infos = infos
-        self._free = free
-        self._all = frozenset(infos)
-        self._atoms = _atoms(infos)
-
-    def pattern(self, names: Names) -> str:
-        """Return the shortest pattern found for these parameters."""
-        free = self._free - names
-        direct = self._union(names, names | free)
-        others = self._all - names
-        inverse = f"!({self._union(others - free, others)})" if others - free else "*"
-        found = inverse if 2 * len(inverse) < len(direct) else direct
-        # What the pattern language makes of a name is the judge; odd names are taken one by one.
-        if not self._is_exact(found, names):
-            found = " | ".join(sorted(names))
-        return found
-
-    def _union(self, wanted: Names, allowed: Names) -> str:
-        """Return a pattern that selects all that is wanted, and nothing that is not allowed."""
-        fits = {text: its for text, its in self._atoms.items() if its <= allowed}
-        for size in _SIZES & self._atoms.keys():
-            for text, its in self._atoms.items():
-                both = its & self._atoms[size]
-                if text not in _SIZES and both and both <= allowed:
-                    fits[f"{text} & {size}"] = both
-        chosen: list[str] = []
-        missing = set(wanted)
-        while missing:
-            # The most of what is missing for each part; then the shortest.
-            best = max(fits, key=lambda text: (len(fits[text] & missing), -len(text), text))
-            chosen.append(best)
-            missing -= fits[best]
-        for text in list(chosen):  # what later choices have made needless
-            rest = [other for other in chosen if other != text]
-            if wanted <= frozenset[str]().union(*(fits[other] for other in rest)):
-                chosen = rest
-        return " | ".join(chosen)
-
-    def _is_exact(self, text: str, names: Names) -> bool:
-        pattern = compile_pattern(text)
-        found = {name for name, info in self._infos.items() if pattern.matches(info)}
-        return names <= found <= names | self._free
-
-
-#: properties that divide matrices from norms and biases
-_SIZES = {"ndim<2", "ndim>=2"}
-
-
-def _atoms(infos: Mapping[str, ParamInfo]) -> dict[str, Names]:
-    """Return simple patterns, each with the parameters that it selects."""
-    found: dict[str, set[str]] = {"*": set(infos)}
-    for name, info in infos.items():
-        for text in _atoms_of(name, info):
-            found.setdefault(text, set()).add(name)
-    return {text: frozenset(names) for text, names in found.items()}
-
-
-def _atoms_of(name: str, info: ParamInfo) -> Iterable[str]:
-    yield name
-    yield "ndim<2" if info.ndim < 2 else "ndim>=2"
-    parts = name.split(".")
-    for size in range(1, len(parts)):
-        yield ".".join(parts[:size]) + ".*"
-        yield "*." + ".".join(parts[size:])
-    for part in parts[1:-1]:
-        yield f"*.{part}.*"
-    for kind in info.types:
-        if kind != "Module":
-            yield f"type:{kind}"

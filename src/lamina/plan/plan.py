@@ -210,16 +210,17 @@ class Plan:
 
         Args:
             model: the model that the optimizer was built for.
-            optimizer: the optimizer, with its groups.
-            scheduler: StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR,
-                CosineAnnealingLR, or a LambdaLR of Transformers; read as it was made. For others
-                the plan has no schedule, and a warning says so.
+            optimizer: the optimizer, with its groups, or a wrapper of it.
+            scheduler: a scheduler of torch, lamina or Transformers, read as it was made and as
+                stepped once for each optimizer step. Where no schedule can express it, the plan
+                has none, and a warning says so, as of all else that is left out.
 
         Returns:
             The plan; `plan.to_toml()` is its text.
 
         Raises:
-            PlanError: if the optimizer updates what is no parameter of the model.
+            PlanError: if the optimizer updates what is no parameter of the model, or carries out
+                a plan already; or if the scheduler belongs to another optimizer.
 
         Example:
             >>> model = torch.nn.Linear(2, 2)

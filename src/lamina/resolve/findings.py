@@ -10,7 +10,13 @@ import numpy as np
 
 from .._util.text import listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
-from ..model.finding import Finding, moving_statistics, split_ties, stray_findings
+from ..model.finding import (
+    Finding,
+    merged_adapters,
+    moving_statistics,
+    split_ties,
+    stray_findings,
+)
 from ..model.parameters import Observed
 from ..plan.plan import Plan
 from ..schedules.base import Floats
@@ -63,6 +69,7 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
         *stray_findings(seen),
+        *merged_adapters(seen.merged),
         *split_ties(seen),
     )
 
@@ -109,10 +116,14 @@ def _span_text(begin: int, end: float) -> str:
 
 
 def _cannot_train(drafts: Sequence[Draft]) -> Iterator[Finding]:
-    """Find the parameters whose dtype has no gradients."""
+    """Find the parameters whose dtype has no gradients.
+
+    A quantized base under PEFT's adapters is meant to rest, unless a rule asks for it by name.
+    """
     found: dict[str, list[str]] = {}
     for draft in drafts:
-        if not draft.info.differentiable:
+        meant = draft.info.adapted and draft.by_model
+        if not draft.info.differentiable and not meant:
             found.setdefault(draft.info.dtype, []).append(draft.info.name)
     for dtype, names in found.items():
         yield Finding(

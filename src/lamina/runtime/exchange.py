@@ -20,7 +20,7 @@ from .._util.sharding import (
 )
 from .._util.tensors import is_dtensor
 from ..algorithms.registry import method_of, optimizer_name
-from ..errors import PlanError
+from ..errors import MismatchError, PlanError
 from ..guests.build import works_on_parts
 from ..model.parameters import Owned
 from ..resolve.resolved import Cell, Resolved
@@ -89,7 +89,11 @@ class Exchange:
 
         Returns:
             Whether there were any.
+
+        Raises:
+            MismatchError: if something else has put other tensors into a group, or taken some out.
         """
+        _check_counts(groups, self._places)
         lasting = lasting_parameters(self.model)
         found = False
         for group, rows in zip(groups, self._places, strict=True):
@@ -213,3 +217,15 @@ def _is_flat(param: torch.Tensor) -> bool:
 
 def _has_flat(model: nn.Module) -> bool:
     return any("_flat_param" in module._parameters for module in model.modules())
+
+
+def _check_counts(groups: Groups, places: Sequence[Sequence[Any]]) -> None:
+    """Raise `MismatchError` for a group that has not as many tensors as it was built with."""
+    for group, rows in zip(groups, places, strict=True):
+        if len(group["params"]) != len(rows):
+            raise MismatchError(
+                f"the group {group.get('name', '')!r} was built with {len(rows)} parameters and "
+                f"has {len(group['params'])} now: something has put other tensors into it. ZeRO of "
+                "DeepSpeed does that from stage 1 on, and a plan cannot work with it: use stage 0, "
+                "DDP or FSDP2."
+            )
