@@ -468,7 +468,7 @@ def lightning_gathered(folder: Path, cut: int | None = None) -> Outcome:
 
 
 def accelerate_loop(
-    folder: Path, cut: int | None = None, resumed: bool = False, sharded: bool = False
+    folder: Path, cut: int | None = None, resumed: bool = False, sharded: str = ""
 ) -> Outcome:
     """A loop with Accelerate, which divides a loss by `accumulate` in the last step too."""
     from accelerate import Accelerator, skip_first_batches
@@ -484,7 +484,7 @@ def accelerate_loop(
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE, cpu=True)
         if sharded:
-            force_fsdp(accelerator, {"fsdp_version": 2})
+            force_fsdp(accelerator, {"fsdp_version": 2, "state_dict_type": f"{sharded}_STATE_DICT"})
         model, optimizer, loader = prepare(
             accelerator, PLAN, make_model(), train_loader(), epochs=EPOCHS
         )
@@ -517,7 +517,12 @@ def accelerate_loop(
 
 def accelerate_sharded(folder: Path, cut: int | None = None) -> Outcome:
     """The same with FSDP2."""
-    return accelerate_loop(folder, cut, sharded=True)
+    return accelerate_loop(folder, cut, sharded="SHARDED")
+
+
+def accelerate_gathered(folder: Path, cut: int | None = None) -> Outcome:
+    """The same with FSDP2, and checkpoints in one file."""
+    return accelerate_loop(folder, cut, sharded="FULL")
 
 
 def fabric_loop(folder: Path, cut: int | None = None, resumed: bool = False) -> Outcome:
@@ -641,4 +646,5 @@ PARALLEL = {
     "lightning fsdp2 gathered": lightning_gathered,
     "accelerate": accelerate_loop,
     "accelerate fsdp2": accelerate_sharded,
+    "accelerate fsdp2 gathered": accelerate_gathered,
 }

@@ -27,7 +27,7 @@ SLOW = [
     for cut in (None, scenario.CUT)
     if (driver, world, cut) not in QUICK
     # The loops of one's own have no checkpoints; those with shards are tried in test_sharded.py.
-    if cut is None or driver not in ("ddp", "fsdp2", "accelerate fsdp2")
+    if cut is None or driver not in ("ddp", "fsdp2")
 ]
 
 

@@ -424,7 +424,10 @@ def test_a_state_that_is_not_lamina_s_is_refused_and_the_folder_left_alone(stopp
         ({"out": "elsewhere"}, "out='elsewhere' and resume="),
         ({"epochs": 1}, r"at step 9, and this one is to end after 7 steps; give it more"),
         ({"epochs": 1.5}, r"planned for 14 steps.*this one has 11.*--extend"),
-        ({"extend": "hole"}, r"extend='hole': expected None, 'hold' or 'stretch'.*Did you mean 'hold'"),
+        (
+            {"extend": "hole"},
+            r"extend='hole': expected None, 'hold' or 'stretch'.*Did you mean 'hold'",
+        ),
     ],
 )
 def test_settings_that_contradict_the_run(stopped, settings, message):

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.distributed import load_distributed
 from ..errors import PlanError, require
+from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from .common import as_plan, batches_in
 
@@ -76,7 +78,46 @@ def prepare(
         extend=extend,
     )
     model, wrapped = accelerator.prepare(model, optimizer)
+    if getattr(accelerator.state, "is_fsdp2", False):
+        _load_all_of(accelerator, optimizer, len(accelerator._optimizers) - 1)
     return (model, wrapped, *ready)
+
+
+def _load_all_of(accelerator: Any, optimizer: Optimizer, index: int) -> None:
+    """Let `load_state` load all of a sharded state: torch would leave out what is frozen for now.
+
+    A state in one file finds room for all; one in a folder of shards is loaded by name, and is kept
+    from Accelerate meanwhile.
+
+    Args:
+        accelerator: its `load_state` is replaced, on this object.
+        optimizer: that of the plan.
+        index: its place among the optimizers of the accelerator, by which folders are named.
+    """
+    load, optimizers = accelerator.load_state, accelerator._optimizers
+
+    def in_shards() -> bool:
+        kind = accelerator.state.fsdp_plugin.state_dict_type
+        # Of an optimizer before others Accelerate would take the folder of the next.
+        return getattr(kind, "name", "") == "SHARDED_STATE_DICT" and index == len(optimizers) - 1
+
+    def load_state(*args: Any, **keywords: Any) -> None:
+        own = optimizers.pop() if in_shards() else None
+        try:
+            with optimizer.receiving():
+                load(*args, **keywords)
+        finally:
+            if own is not None:
+                optimizers.append(own)
+
+    def load_shards(models: list[nn.Module], folder: str) -> None:
+        shards = os.path.join(folder, f"optimizer_{index}")
+        if os.path.isdir(shards):
+            load_distributed(optimizer, shards)
+
+    accelerator.load_state = load_state
+    # Accelerate calls it when it has loaded what is sharded, with the folder that it found.
+    accelerator.register_load_state_pre_hook(load_shards)
 
 
 def _check(accelerator: Any, loaders: Sequence[Any]) -> None:
