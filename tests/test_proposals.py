@@ -407,6 +407,8 @@ OTHER_FINDINGS = {
     "tie-across-shards": "test_sharded.py",
     "recompile-limit": "test_live_checks.py",
     "reentrant-behind-frozen": "test_live_checks.py",
+    "adapters-merged": "test_peft.py",
+    "adapters-removed": "test_peft.py",
     "beyond-the-end": "test_monitor.py",
     "another-length": "test_monitor.py",
     "metric-never-reported": "test_monitor.py",

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +36,10 @@ class Pinned(Protocol):
 
 def pip_download(package: Pinned, folder: Path) -> Path:
     """Download the pinned file below `folder` and return its path."""
-    if importlib.util.find_spec("pip") is None:
+    with warnings.catch_warnings():  # Setuptools warns if distutils was imported before
+        warnings.simplefilter("ignore")
+        has_pip = importlib.util.find_spec("pip") is not None
+    if not has_pip:
         raise TaskError(
             f"{package.what} ({package.pin}) was not fetched, because this Python "
             f"({sys.executable}) has no pip. Install it with: python -m ensurepip --upgrade"
