@@ -1,0 +1,77 @@
+"""A range test as a picture: loss over learning rate."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LaminaError, require
+from ..files.atomic import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .found import FoundLR
+
+_INK, _FAINT, _GRID, _CURVE, _MARK = "#24292f", "#6e7781", "#e4e7eb", "#0969da", "#bc4c00"
+_KINDS = (".png", ".svg", ".pdf")
+
+
+def plot(found: FoundLR, path: str | os.PathLike[str] | None) -> Figure:
+    """Draw a range test; see `FoundLR.plot`."""
+    target = None if path is None else Path(path)
+    if target is not None and target.suffix not in _KINDS:
+        raise LaminaError(
+            f"{target}: the picture cannot be written as {target.suffix or 'a file without suffix'}"
+            f"; expected one of {', '.join(_KINDS)}."
+        )
+    require("matplotlib", "plot", "FoundLR.plot()")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    for number, curve in enumerate(found.curves):
+        label = "loss, smoothed" if number == 0 else None
+        axes.plot(curve.lr, curve.loss, ".", color=_FAINT, alpha=0.35, markersize=3)
+        axes.plot(curve.lr, curve.smooth, color=_CURVE, alpha=0.8, linewidth=1.6, label=label)
+    if found.suggestion is not None and found.interval is not None:
+        axes.axvspan(*found.interval, color=_MARK, alpha=0.15, linewidth=0, label="of the repeats")
+        label = f"suggestion {found.suggestion:.2g}"
+        axes.axvline(found.suggestion, color=_MARK, linewidth=1.6, label=label)
+    now = found.now[found.reference]
+    axes.axvline(now, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=f"now {now:.2g}")
+    axes.set_xscale("log")
+    axes.set_ylim(*_range(found))
+    axes.set_xlabel(f"learning rate of {found.reference}", color=_INK, parse_math=False)
+    axes.set_ylabel("loss of a batch", color=_INK)
+    title = "Learning-rate range test" + (": no suggestion" if found.suggestion is None else "")
+    axes.set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold")
+    axes.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=_FAINT, length=0)
+    for spine in axes.spines.values():
+        spine.set_color(_GRID)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+    if target is not None:
+        _write(figure, target)
+    return figure
+
+
+def _range(found: FoundLR) -> tuple[float, float]:
+    """Return what of the loss is shown: the fall, and the beginning of the explosion."""
+    starts = [curve.loss[0] for curve in found.curves if curve.loss] or [0.0]
+    bottoms = [min(curve.smooth) for curve in found.curves if curve.loss] or [0.0]
+    top, bottom = max(starts), min(bottoms)
+    margin = (top - bottom) or abs(top) or 1.0
+    return bottom - 0.15 * margin, top + 0.5 * margin
+
+
+def _write(figure: Figure, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=160, format=path.suffix[1:])
+    with atomic(path) as file:
+        file.write(drawn.getvalue())
