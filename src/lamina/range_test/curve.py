@@ -16,15 +16,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-#: a fall must be so many standard errors deep: over the minimum of a smoothed curve of pure noise,
-#: which is one of about a dozen independent values, that happens once in some thousand curves
-CLEAR = 4.0
+#: a fall must be so many standard errors deep; of curves of pure noise, which have a minimum too,
+#: one in eight at most passes (a test holds that), and every repeat has to
+CLEAR = 3.0
 #: the share of the fall at which the suggestion stands
 HALF = 0.5
 #: the suggestion stays below the lr of the smallest loss by this factor
-BELOW_MINIMUM = 10.0
+BELOW_MINIMUM = 3.0
 #: a fall of less than this share of the loss is rounding, not learning
 _ROUNDING = 1e-5
+#: differences of losses count as noise up to so many times their usual size
+_CUT = 5.0
 
 
 class Reading(NamedTuple):
@@ -65,12 +67,12 @@ class Curve:
     def read(self) -> Reading:
         """Return the suggestion of this curve.
 
-            lr = min(first lr with s(lr) <= start - fall / 2,  argmin(s) / 10)
+            lr = min(first lr with s(lr) <= start - fall / 2,  argmin(s) / 3)
 
         with `s` the smoothed loss, `start` the mean loss of the first tenth of the sweep and
-        `fall = start - min(s)`. The first is where a curve falls most steeply, found by a level
-        instead of by a derivative, which noise would move about. The second is a margin: a sweep
-        runs past the largest stable lr before that shows in the loss.
+        `fall = start - min(s)`. The first is about where a curve falls most steeply, found by a
+        level instead of by a derivative, which noise would move about. The second is a margin: a
+        sweep runs past the largest stable lr before that shows in the loss.
         """
         if len(self.loss) < max(5, self.planned // 10):
             return _nothing("the loss explodes at the first learning rates; lower `low`")
@@ -93,14 +95,17 @@ def smoothed(loss: Floats, width: float) -> Floats:
 def noise_of(loss: Floats) -> float:
     """Return the standard deviation of a loss around its trend.
 
-        sigma = median(abs(loss[i + 1] - loss[i])) * 1.4826 / sqrt(2)
+        sigma = sqrt(mean(d ** 2) / 2),  d = loss[i + 1] - loss[i], cut off at 5 scales,
+        scale = median(abs(d)) * 1.4826
 
-    Differences of neighbours do not see a slow trend (von Neumann 1941), and their median does not
-    see single leaps.
+    Differences of neighbours do not see a slow trend (von Neumann 1941), and cut off, single leaps
+    do not count for more than the tails of noise do.
     """
     if len(loss) < 2:
         return 0.0
-    return float(np.median(np.abs(np.diff(loss)))) * 1.4826 / math.sqrt(2)
+    steps = np.abs(np.diff(loss))
+    scale = 1.4826 * float(np.median(steps))
+    return float(np.sqrt((np.minimum(steps, _CUT * scale) ** 2).mean() / 2))
 
 
 def has_exploded(loss: Sequence[float]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,66 +44,35 @@ def find_lr(
 ) -> FoundLR:
     """Find a learning rate by a range test that keeps the ratios between groups.
 
-    A copy of model and optimizer takes one step at each of `steps` learning rates,
-
-        lr_i = low * (high / low) ** (i / (steps - 1)),
-
-    until the loss explodes; that is done `repeats` times from the same state, with other batches
-    and seeds. `lr_i` is that of the group with the highest lr; the others keep their ratio to it.
-    With `s` the smoothed loss, each repeat suggests
-
-        min(first lr with s(lr) <= start - fall / 2,  argmin(s) / 10),  fall = start - min(s),
-
-    and the suggestion is the median of the repeats. There is none, and `reason` says why, if a loss
-    does not fall by more than its noise, still falls at `high`, explodes at once, or if the repeats
-    disagree by more than a factor of 10.
-
-    Model, optimizer and scaler are only read, and the states of Python's, NumPy's, torch's and the
-    loader's random sources are put back, also if the test fails or is interrupted. A copy of the
-    model and its optimizer must fit into memory.
+    A copy of model and optimizer takes one step at each of `steps` learning rates, from `low` to
+    `high` in equal factors, until the loss explodes; again for each repeat, with other batches and
+    another seed. `FoundLR` says how the losses give a suggestion. Nothing that is given changes,
+    and the random sources are put back, also if the test fails or is interrupted.
 
     Args:
-        model: the model, before it is wrapped for several processes.
-        optimizer: an optimizer built by `Plan.build`, or any other optimizer of torch.
-        loss: `loss(model, batch)`, which gives the mean loss of a batch with the model it is given.
+        model: the model, before it is wrapped for several processes; a copy must fit into memory.
+        optimizer: one built by `Plan.build`, or any other `torch.optim.Optimizer`.
+        loss: `loss(model, batch)`, the mean loss of a batch with the model that it is given.
         batches: a `DataLoader`, a list, or what else can be iterated several times.
-        low: the lowest learning rate.
+        low: the lowest learning rate, of the group that has the highest one.
         high: the highest learning rate.
         steps: how many learning rates are tried, at least 20.
         repeats: how often, at least 3.
-        rule: of a plan, the group or pattern whose lr alone is swept; of another optimizer, the
-            name or number of a group. All by default.
-        at: of a plan, the step at whose values schedules, thaw windows and clipping are held. By
-            default the step of the rest of the run at which the lr, summed over all parameters that
-            train, is largest. Of another optimizer it is left out: its groups are taken as they
-            are, with the `initial_lr` that a scheduler left there.
+        rule: the group whose lr alone is swept: of a plan a name or pattern, else a name or number.
+        at: of a plan, the step at whose values schedules, windows and clipping are held. By default
+            that of the rest of the run at which the lr, summed over what trains, is largest.
         accumulate: batches for each step.
         scaler: a `torch.amp.GradScaler`.
         seed: of the first repeat; the others count on from it.
 
     Returns:
-        The suggestion, its interval, and the curves.
+        The suggestion, its interval and the curves; its docstring has an example.
 
     Raises:
         PlanError: for arguments that do not fit, or a model that cannot be copied.
-
-    References:
-        Smith, Cyclical learning rates for training neural networks, WACV 2017, section 3.3, for the
-        test; fastai, `lr_find`, for the exponential sweep and a tenth of the lr of the minimum.
-
-    Example:
-        >>> import torch, lamina as lm
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Linear(8, 1)
-        >>> inputs = [torch.randn(32, 8) for _ in range(20)]
-        >>> optimizer = lm.Plan("SGD", lr=0.01).build(model)
-        >>> def loss(model, x):
-        ...     return (model(x) - x.sum(1, keepdim=True)).square().mean()
-        >>> found = lm.find_lr(model, optimizer, loss, inputs)
-        >>> 0.005 < found.suggestion < 0.5
-        True
     """
-    _check_numbers(low, high, steps, repeats, accumulate, seed)
+    least = {"steps": (steps, _FEWEST_STEPS), "repeats": (repeats, 3)}
+    _check_numbers(low, high, {**least, "accumulate": (accumulate, 1), "seed": (seed, 0)})
     _check_objects(model, loss, batches)
     target = _target(optimizer, rule, at)
     _check_parameters(model, optimizer)
@@ -164,15 +133,12 @@ def _target(optimizer: Any, rule: str | int | None, at: int | None) -> Target:
     return TorchTarget(optimizer, rule)
 
 
-def _check_numbers(
-    low: float, high: float, steps: int, repeats: int, accumulate: int, seed: int
-) -> None:
+def _check_numbers(low: float, high: float, least: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `PlanError` for a range or a number that cannot be, given with the least it may be."""
     if not (is_number(low) and is_number(high) and 0 < low < high < math.inf):
         raise PlanError(
             f"find_lr: low={low!r}, high={high!r}: expected learning rates above 0, low below high."
         )
-    least = {"steps": (steps, _FEWEST_STEPS), "repeats": (repeats, 3)}
-    least |= {"accumulate": (accumulate, 1), "seed": (seed, 0)}
     for name, (value, fewest) in least.items():
         if not is_whole(value) or value < fewest:
             raise PlanError(

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import LaminaError, require
 from ..files.atomic import atomic
+from .curve import Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .found import FoundLR
 
 _INK, _FAINT, _GRID, _CURVE, _MARK = "#24292f", "#6e7781", "#e4e7eb", "#0969da", "#bc4c00"
 _KINDS = (".png", ".svg", ".pdf")
 
 
-def plot(found: FoundLR, path: str | os.PathLike[str] | None) -> Figure:
+class Shown(Protocol):
+    """What is drawn of a range test."""
+
+    @property
+    def curves(self) -> Sequence[Curve]: ...
+    @property
+    def suggestion(self) -> float | None: ...
+    @property
+    def interval(self) -> tuple[float, float] | None: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def now(self) -> Mapping[str, float]: ...
+
+
+def plot(found: Shown, path: str | os.PathLike[str] | None) -> Figure:
     """Draw a range test; see `FoundLR.plot`."""
     target = None if path is None else Path(path)
     if target is not None and target.suffix not in _KINDS:
@@ -61,7 +76,7 @@ def plot(found: FoundLR, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def _range(found: FoundLR) -> tuple[float, float]:
+def _range(found: Shown) -> tuple[float, float]:
     """Return what of the loss is shown: the fall, and the beginning of the explosion."""
     starts = [curve.loss[0] for curve in found.curves if curve.loss] or [0.0]
     bottoms = [min(curve.smooth) for curve in found.curves if curve.loss] or [0.0]

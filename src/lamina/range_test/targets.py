@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._util.numbers import is_whole
+from .._util.numbers import is_number, is_whole
 from .._util.text import quoted
 from ..errors import PlanError, did_you_mean
 from ..optim.engine import Engine
@@ -117,7 +117,10 @@ class PlanTarget(Target):
 
     def written(self, factor: float) -> str:
         """Return the rule that a plan needs."""
-        pattern = "*" if self.rule is None else self.rule
+        plan, pattern = self.optimizer.plan, "*" if self.rule is None else self.rule
+        lr = dict(plan.settings).get("lr")
+        if not plan.rules and is_number(lr):
+            return f"give the plan lr={lr * factor:.2g}"
         return f"add the last rule lm.Rule({pattern!r}, lr=lm.times({factor:.2g}))"
 
 
@@ -143,6 +146,8 @@ class TorchTarget(Target):
             lr = group.get("initial_lr", group.get("lr"))
             if lr and any(param.requires_grad for param in group["params"]):
                 self.lr[index] = float(lr)
+        if len(set(self.names)) < len(self.names):
+            self.names = [f"{name} ({index})" for index, name in enumerate(self.names)]
         if not self.lr:
             raise PlanError(
                 "find_lr: no group that is to be swept has both an lr above 0 and a parameter that "

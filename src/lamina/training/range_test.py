@@ -51,12 +51,7 @@ def find_lr_of_task(
     from accelerate.utils import send_to_device
 
     task = load_task(task)
-    processes, said_by = launched()
-    if processes > 1:
-        raise LaminaError(
-            f"{processes} processes were launched ({said_by}), and a range test runs in one; start "
-            "it without a launcher."
-        )
+    _refuse_several()
     asked = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     settings = Settings.of(task, **asked, mixed_precision=mixed_precision)
     chosen, place = choose_plan(task, plan)
@@ -82,3 +77,12 @@ def find_lr_of_task(
         return find_lr(model, optimizer, loss, data.train, **known, **test)
     finally:
         end(accelerator)
+
+
+def _refuse_several() -> None:
+    processes, said_by = launched()
+    if processes > 1:
+        raise LaminaError(
+            f"{processes} processes were launched ({said_by}), and a range test runs in one; start "
+            "it without a launcher."
+        )
