@@ -139,7 +139,15 @@ def situation(kind, scaled=False, steps=3):
 # ------------------------------------------------------------------------------ nothing is changed
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+#: the others are tried by `make soak`
+QUICK = ("plan, SGD", "torch AdamW", "lamina LBFGS")
+
+
+def kinds(names):
+    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("kind", kinds(BUILDERS))
 def test_everything_is_as_it_was_and_goes_on_alike(kind):
     seen, twin = situation(kind), situation(kind)
     assert_equal(everything(*seen), everything(*twin))
@@ -153,7 +161,7 @@ def test_everything_is_as_it_was_and_goes_on_alike(kind):
     assert_equal(everything(*seen), everything(*twin))
 
 
-@pytest.mark.parametrize("kind", ["plan, SGD", "plan, AdamW", "torch AdamW", "lamina AdamW"])
+@pytest.mark.parametrize("kind", kinds(["plan, SGD", "plan, AdamW", "torch AdamW", "lamina AdamW"]))
 def test_a_gradient_scaler_is_as_it_was(kind):
     seen, twin = situation(kind, scaled=True), situation(kind, scaled=True)
     before = everything(*seen)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
+from ..files.pictures import check_picture
 from ..training.load import load_task
 from .arguments import task_and_plan
 from .common import (
@@ -22,7 +23,6 @@ from .common import (
     cli_errors,
     print_json,
 )
-from .plot import check_picture
 
 
 def find_lr(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import LaminaError, printable
-from ..files.atomic import atomic
+from ..errors import printable
+from ..files.pictures import check_picture, write_picture
 from .arguments import task_and_plan
 from .common import (
     Accumulate,
@@ -20,8 +19,6 @@ from .common import (
     cli_errors,
     preview_of_task,
 )
-
-_KINDS = (".png", ".svg", ".pdf")
 
 
 def plot(
@@ -39,20 +36,3 @@ def plot(
         preview = preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate)
         write_picture(preview.plot(), out)
         print(printable(f"drawn to {out}"))
-
-
-def check_picture(path: Path, option: str) -> None:
-    """Raise `LaminaError` unless a picture can be written there."""
-    if path.suffix not in _KINDS or not path.parent.is_dir():
-        raise LaminaError(
-            f"{option} {path}: the picture cannot be written there; expected a .png, .svg or .pdf "
-            "file in a folder that exists."
-        )
-
-
-def write_picture(figure: Any, path: Path) -> None:
-    """Write a figure whole or not at all."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=160, format=path.suffix[1:])
-    with atomic(path) as file:
-        file.write(drawn.getvalue())

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import LaminaError, require
-from ..files.atomic import atomic
+from ..errors import require
+from ..files.pictures import check_picture, write_picture
 from .curve import Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _FAINT, _GRID, _CURVE, _MARK = "#24292f", "#6e7781", "#e4e7eb", "#0969da", "#bc4c00"
-_KINDS = (".png", ".svg", ".pdf")
 
 
 class Shown(Protocol):
@@ -37,11 +35,8 @@ class Shown(Protocol):
 def plot(found: Shown, path: str | os.PathLike[str] | None) -> Figure:
     """Draw a range test; see `FoundLR.plot`."""
     target = None if path is None else Path(path)
-    if target is not None and target.suffix not in _KINDS:
-        raise LaminaError(
-            f"{target}: the picture cannot be written as {target.suffix or 'a file without suffix'}"
-            f"; expected one of {', '.join(_KINDS)}."
-        )
+    if target is not None:
+        check_picture(target)
     require("matplotlib", "plot", "FoundLR.plot()")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,7 +67,7 @@ def plot(found: Shown, path: str | os.PathLike[str] | None) -> Figure:
         spine.set_color(_GRID)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
     if target is not None:
-        _write(figure, target)
+        write_picture(figure, target)
     return figure
 
 
@@ -83,10 +78,3 @@ def _range(found: Shown) -> tuple[float, float]:
     top, bottom = max(starts), min(bottoms)
     margin = (top - bottom) or abs(top) or 1.0
     return bottom - 0.15 * margin, top + 0.5 * margin
-
-
-def _write(figure: Figure, path: Path) -> None:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=160, format=path.suffix[1:])
-    with atomic(path) as file:
-        file.write(drawn.getvalue())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,27 +27,27 @@ Scale = Callable[[float], None]
 _SEARCHED = 2000
 
 
-class Target(Protocol):
-    """An optimizer whose lr is to be swept.
+class Target(ABC):
+    """An optimizer whose lr is to be swept; it is only read."""
 
-    `names` of all groups, `lr` of each that is swept by its index, and `swept`, the parameters.
-    """
-
+    #: what the groups are called
     names: list[str]
+    #: the lr of each swept group without the test, by its place among all groups
     lr: dict[int, float]
+    #: the step of a plan whose values are held; None without a plan
     held: int | None
 
     def swept(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
         """Return the parameters of the swept groups, in a copy too."""
         return [param for index in self.lr for param in optimizer.param_groups[index]["params"]]
 
+    @abstractmethod
     def copy(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Scale]:
         """Return a copy of the model and the optimizer, and what scales the lr of the copy."""
-        ...
 
+    @abstractmethod
     def written(self, factor: float) -> str:
         """Return how a user takes the suggestion over."""
-        ...
 
 
 @dataclass
@@ -68,9 +69,9 @@ class PlanTarget(Target):
         optimizer, resolved = self.optimizer, self.optimizer.resolved
         chosen = select_groups(resolved, self.rule, "find_lr, rule")
         self.names = [cell.name for cell in resolved.cells]
-        self.held: int | None = self._step(chosen)
-        values = values_at(resolved, self.held, optimizer._feedback)
-        self.lr: dict[int, float] = {}
+        self.held = step = self._step(chosen)
+        values = values_at(resolved, step, optimizer._feedback)
+        self.lr = {}
         for index in chosen:
             lr = values.hyper(index).get("lr")
             if lr and values.active(index):

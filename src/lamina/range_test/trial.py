@@ -55,7 +55,7 @@ class Trial:
         """Take one step and return the loss before it; None if the training has diverged."""
         losses: list[float] = []
 
-        def closure() -> torch.Tensor:
+        def closure() -> Any:
             self.optimizer.zero_grad()
             value = torch.stack([self._backward(batch, len(batches)) for batch in batches]).sum()
             losses.append(float(value))
