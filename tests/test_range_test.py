@@ -28,11 +28,12 @@ def net():
     return model
 
 
-def loader(shuffle=True):
+def loader(shuffle=True, size=8):
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(96, 4, generator=generator)
+    x = torch.randn(12 * size, 4, generator=generator)
     own = torch.Generator().manual_seed(6)
-    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 8, shuffle=shuffle, generator=own)
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    return DataLoader(data, size, shuffle=shuffle, generator=own)
 
 
 def loss(model, batch):
@@ -425,7 +426,7 @@ def test_half_precision_weights():
     def in_bf16(twin, batch):
         return loss(twin, [part.to(torch.bfloat16) for part in batch]).float()
 
-    found = lm.find_lr(model, optimizer, in_bf16, loader(), steps=60)
+    found = lm.find_lr(model, optimizer, in_bf16, loader(size=64), steps=60)
     assert 0.005 < found.suggestion < 0.5
     assert model.weight.dtype == torch.bfloat16
 
