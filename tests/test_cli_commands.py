@@ -254,6 +254,12 @@ def test_a_closed_pipe_is_no_traceback():
     assert done.returncode == 141
 
 
+def test_another_broken_pipe_is_told():
+    text = "from training_task import *\ndef model():\n    raise BrokenPipeError(32, 'worker')\n"
+    Path("broken.py").write_text(text)
+    check_one_paragraph(call("check", "broken.py"), "model() failed with BrokenPipeError")
+
+
 def test_a_pipe_gets_plain_text_of_the_width_that_is_asked_for():
     for width in ("50", "200"):
         piped = CliRunner().invoke(app, ["show", TASK], env={"COLUMNS": width})

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -50,8 +50,6 @@ TaskOption = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON, for scripts.")]
 
 
@@ -70,6 +68,8 @@ def cli_errors() -> Iterator[None]:
             yield
             sys.stdout.flush()  # or a closed pipe would be told by Python, at its end
     except BrokenPipeError:
+        if not _is_closed(sys.stdout):  # the pipe of a worker process, say
+            raise
         # As for other programs: who closed the pipe, such as `head`, has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(_CLOSED_PIPE) from None
@@ -82,6 +82,15 @@ def cli_errors() -> Iterator[None]:
     finally:
         if _startup.is_command_line():
             _startup.end_quietly_on_signals()
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Return whether what is left to write to a stream finds no reader."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _show_warning(

@@ -49,7 +49,8 @@ def plot(found: Shown, path: str | os.PathLike[str] | None) -> Figure:
         axes.plot(curve.lr, curve.loss, ".", color=_FAINT, alpha=0.35, markersize=3)
         axes.plot(curve.lr, curve.smooth, color=_CURVE, alpha=0.8, linewidth=1.6, label=label)
     if found.suggestion is not None and found.interval is not None:
-        axes.axvspan(*found.interval, color=_MARK, alpha=0.15, linewidth=0, label="of the repeats")
+        low, high = found.interval
+        axes.axvspan(low, high, color=_MARK, alpha=0.15, linewidth=0, label="that of each repeat")
         label = f"suggestion {found.suggestion:.2g}"
         axes.axvline(found.suggestion, color=_MARK, linewidth=1.6, label=label)
     now = found.now[found.reference]
