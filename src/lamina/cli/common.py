@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def cli_errors() -> Iterator[None]:
             yield
             sys.stdout.flush()  # or a closed pipe would be told by Python, at its end
     except BrokenPipeError:
-        if not _is_closed(sys.stdout):  # the pipe of a worker process, say
+        if not _has_no_reader(sys.stdout):  # the pipe of a worker process, say
             raise
         # As for other programs: who closed the pipe, such as `head`, has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,13 +85,13 @@ def cli_errors() -> Iterator[None]:
             _startup.end_quietly_on_signals()
 
 
-def _is_closed(stream: TextIO) -> bool:
-    """Return whether what is left to write to a stream finds no reader."""
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
+def _has_no_reader(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # on Windows, where a pipe breaks in another way
+        return False
+    watch = select.poll()
+    watch.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _show_warning(
