@@ -141,7 +141,7 @@ def situation(kind, scaled=False, steps=3):
 
 
 #: the others are tried by `make soak`
-QUICK = ("plan, SGD", "torch AdamW", "lamina LBFGS")
+QUICK = ("plan, SGD", "torch AdamW")
 
 
 def kinds(names):
