@@ -158,7 +158,7 @@ def test_everything_is_as_it_was_and_goes_on_alike(kind):
     assert_equal(before, everything(*seen))
     for each in (seen, twin):
         torch.manual_seed(7)
-        train(*each, 4)
+        train(*each, steps=4)
     assert_equal(everything(*seen), everything(*twin))
 
 
@@ -170,7 +170,7 @@ def test_a_gradient_scaler_is_as_it_was(kind):
     assert_equal(before, everything(*seen))
     for each in (seen, twin):
         torch.manual_seed(7)
-        train(*each, 4)
+        train(*each, steps=4)
     assert_equal(everything(*seen), everything(*twin))
 
 
