@@ -34,6 +34,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "range_test",
     "recipes",
     "integrations",
     "training",

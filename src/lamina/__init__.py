@@ -48,6 +48,7 @@ from .plan.operators import by_depth, times, top_down
 from .plan.plan import Plan, Rule
 from .plan.reactions import early_stop, on_plateau, plateau
 from .preview import Preview
+from .range_test import FoundLR, find_lr
 from .resolve.explain import Explanation
 from .resolve.resolve import resolve
 from .resolve.resolved import Resolved
@@ -90,6 +91,7 @@ __all__ = [
     "Explanation",
     "Feedback",
     "Finding",
+    "FoundLR",
     "FrozenMovedError",
     "HyperparameterError",
     "LaminaError",
@@ -131,6 +133,7 @@ __all__ = [
     "cyclic",
     "early_stop",
     "exponential",
+    "find_lr",
     "freeze",
     "from_function",
     "inverse_sqrt",

@@ -14,6 +14,9 @@ from ..state.schema import short
 from . import FOLDER, is_whole, load_safely, newest, read
 
 _LARGEST = 5
+#: what the checkpoint of a run has
+_RUN = {"format", "task", "clock", "model", "optimizer"}
+_OF_A_RUN = ("format", "task", "processes", "clock", "steps", "epoch", "batches", "seconds")
 _CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
 
 
@@ -26,36 +29,113 @@ def inspect(path: Path) -> str:
     Raises:
         StateError: if it cannot be read, or holds more than state.
     """
-    lines = []
-    whole: bool | None
-    with wrap_read_errors(path):
-        is_folder, is_there = path.is_dir(), path.exists()
-    if is_folder:
-        inner = path / FOLDER
-        found = newest(inner if inner.is_dir() else path)
-        lines = [f"{each.name}: checksum {_CHECKED[False]}" for each in found.damaged]
-        path, content, whole = found.path, found.content, True
-    else:
-        if not is_there:
-            raise StateError(f"{path}: there is no such file; check the path.")
-        whole = is_whole(path)
-        content = load_safely(path) if whole is None else read(path)
+    path, content, whole, damaged = _opened(path)
+    lines = [f"{name}: checksum {_CHECKED[False]}" for name in damaged]
     lines.append(str(path))
     lines.append(f"checksum: {_CHECKED[whole]}")
     try:
         return "\n".join(map(printable, [*lines, *_described(content)]))
     except Exception as error:  # whatever is in a file that something else wrote
-        raise StateError(
-            f"{path}: the file looks like a checkpoint, but its parts are not what they should be "
-            f"({type(error).__name__}: {shortened(str(error))}); it was changed by hand, or "
-            "written by something else."
-        ) from error
+        raise _strange(path, error) from error
+
+
+def inspect_values(path: Path) -> dict[str, Any]:
+    """Return what `inspect` describes as plain values, for JSON.
+
+    Args:
+        path: a file, or the folder of a run or of checkpoints.
+
+    Returns:
+        `path`, `checksum` ("right", "wrong" or "none"), `damaged` (names of newer checkpoints that
+        are), `kind` ("run", "optimizer", "model" or "other"), `tensors` with name, dtype and shape,
+        and `groups` of the optimizer; of a run also `run`, what it is and how far.
+
+    Raises:
+        StateError: if it cannot be read, or holds more than state.
+    """
+    path, content, whole, damaged = _opened(path)
+    checksum = {True: "right", False: "wrong", None: "none"}[whole]
+    values = {"path": str(path), "checksum": checksum, "damaged": damaged}
+    try:
+        return {**values, **_values(content)}
+    except Exception as error:  # whatever is in a file that something else wrote
+        raise _strange(path, error) from error
+
+
+def _opened(path: Path) -> tuple[Path, Any, bool | None, list[str]]:
+    """Return the file that a path means, its content, whether it is whole, and damaged ones."""
+    with wrap_read_errors(path):
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
+        inner = path / FOLDER
+        found = newest(inner if inner.is_dir() else path)
+        return found.path, found.content, True, [each.name for each in found.damaged]
+    if not is_there:
+        raise StateError(f"{path}: there is no such file; check the path.")
+    whole = is_whole(path)
+    return path, load_safely(path) if whole is None else read(path), whole, []
+
+
+def _strange(path: Path, error: Exception) -> StateError:
+    return StateError(
+        f"{path}: the file looks like a checkpoint, but its parts are not what they should be "
+        f"({type(error).__name__}: {shortened(str(error))}); it was changed by hand, or "
+        "written by something else."
+    )
+
+
+def _values(content: Any) -> dict[str, Any]:
+    """Return kind, tensors and groups of what a file holds."""
+    kind, groups, more = "other", [], {}
+    parts = content if isinstance(content, Mapping) else {"": content}
+    if isinstance(content, Mapping):
+        if set(content) >= _RUN:
+            kind, groups = "run", content["optimizer"]["param_groups"]
+            parts = {key: content[key] for key in ("model", "optimizer")}
+            known = (*_OF_A_RUN, "settings", "versions", "validation", "best", "plan")
+            more = {"run": {key: _plain(content[key]) for key in known}}
+        elif {"state", "param_groups"} <= set(content):
+            kind, groups, parts = "optimizer", content["param_groups"], {"state": content["state"]}
+        elif content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            kind = "model"
+    found = [each for name, part in parts.items() for each in _walk(part, str(name))]
+    tensors = [
+        {"name": name, "dtype": str(each.dtype).removeprefix("torch."), "shape": _sizes(each)}
+        for name, each in found
+    ]
+    rows = [
+        {
+            "name": str(group.get("name", f"group {index}")),
+            "optimizer": _plain(group.get("optimizer")),
+            "parameters": len(group["params"]),
+            "lr": _plain(group.get("lr")),
+        }
+        for index, group in enumerate(groups)
+    ]
+    return {"kind": kind, **more, "tensors": tensors, "groups": rows}
+
+
+def _sizes(tensor: torch.Tensor) -> list[int] | None:
+    return None if tensor.is_nested else list(tensor.shape)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: of a tensor with one number that, of others the kind."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return _kind(value)
 
 
 def _described(content: Any) -> list[str]:
     if not isinstance(content, Mapping):
         return [f"not a state: the file holds {_kind(content)}", *_tensors({"": content})]
-    if {"format", "task", "clock", "model", "optimizer"} <= set(content):
+    if set(content) >= _RUN:
         return _run(content)
     if {"state", "param_groups"} <= set(content):
         tensors = _tensors({"state": content["state"]})

@@ -2,94 +2,49 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from .._util import startup as _startup
 from ..checkpoint.inspect import inspect as describe
-from ..errors import LaminaError, LaminaWarning, printable
-from ..preview import Preview
+from ..checkpoint.inspect import inspect_values
+from ..errors import LaminaError
 from ..training.engine import prepare_run
-from ..training.example_tasks import DEFAULT, example_tasks
-from ..training.interrupts import raising_on_terminate, signal_of
-from ..training.load import choose_plan, error_location, load_task
-from ..training.ready import batches
+from ..training.example_tasks import DEFAULT
+from ..training.load import load_task
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
-from ..training.settings import Settings
 from .arguments import check_parameter, task_and_plan
+from .check import check
+from .common import (
+    EXAMPLES,
+    Accumulate,
+    AsJson,
+    Epochs,
+    PlanWord,
+    TaskOption,
+    TaskWord,
+    announce,
+    cli_errors,
+    preview_of_task,
+    print_json,
+)
+from .find_lr import find_lr
 from .new_task import write_task
+from .plot import plot
 from .summary import summary
-
-EXAMPLES = example_tasks()
 
 app = typer.Typer(
     help="One plan for how every parameter of a model trains.",
+    epilog="Exit codes: 0 done; 1 the answer is no (check found something, find-lr suggests "
+    "nothing); 2 an error, told in one paragraph; 130 Ctrl-C; 143 SIGTERM; 141 a closed pipe.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-TaskWord = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="TASK",
-        help=f"A Python file, or in a clone of lamina an example task ({DEFAULT} by default).",
-    ),
-]
-PlanWord = Annotated[
-    str | None,
-    typer.Argument(metavar="PLAN.toml", help="A plan for that task; by default its own."),
-]
-TaskOption = Annotated[
-    str | None,
-    typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
-]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
-
-
-@contextmanager
-def cli_errors() -> Iterator[None]:
-    """Print errors as one paragraph with exit code 2, interruptions as a line; no traceback.
-
-    The exit code of an interruption is the usual one: 130 after Ctrl-C, 143 after SIGTERM.
-    """
-    _startup.raise_on_ctrl_c()
-    try:
-        with warnings.catch_warnings(), raising_on_terminate():
-            warnings.showwarning = _show_warning
-            # A resumed run lists what its load left out among its changes.
-            warnings.filterwarnings("ignore", "the saved state was loaded, but", LaminaWarning)
-            yield
-    except LaminaError as error:
-        print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as error:
-        print("lamina: interrupted; nothing more was saved.", file=sys.stderr)
-        raise typer.Exit(128 + signal_of(error)) from None
-    finally:
-        if _startup.is_command_line():
-            _startup.end_quietly_on_signals()
-
-
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
-) -> None:
-    """Print lamina's own warnings as it prints errors: there is no line of the user's."""
-    if issubclass(category, LaminaWarning):
-        print(f"lamina: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def _version(wanted: bool) -> None:
@@ -107,7 +62,7 @@ def _options(
     """One plan for how every parameter of a model trains."""
 
 
-@app.command()
+@app.command(epilog="Example: lamina run my_task.py my_plan.toml --epochs 3 --out runs/first")
 def run(
     task: TaskWord = None,
     plan: PlanWord = None,
@@ -158,7 +113,7 @@ def run(
                 from ..training.display import display
 
                 console = Console()
-                _announce(console, session.preview)
+                announce(console, session.preview)
                 steps = session.preview.run.steps or 0
                 passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
                 with display(console, passes, steps, session.earlier) as shown:
@@ -168,7 +123,7 @@ def run(
             raise typer.Exit(128 + result.interrupted)
 
 
-@app.command()
+@app.command(epilog="Example: lamina show my_task.py my_plan.toml --plot lr.svg")
 def show(
     task: TaskWord = None,
     plan: PlanWord = None,
@@ -186,9 +141,9 @@ def show(
                 f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass "
                 "one."
             )
-        preview = _preview(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
+        preview = preview_of_task(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
         console = Console()
-        _announce(console, preview)
+        announce(console, preview)
         if plot is not None:
             try:
                 preview.plot(plot)
@@ -200,7 +155,7 @@ def show(
             print(f"drawn to {plot}")
 
 
-@app.command()
+@app.command(epilog="Example: lamina explain layer.0.weight my_task.py --step 100")
 def explain(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The full name of a parameter.")],
     task: TaskWord = None,
@@ -214,22 +169,33 @@ def explain(
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
-        print(_preview(source, plan_file, epochs=epochs, accumulate=accumulate).explain(name, step))
+        print(
+            preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate).explain(
+                name, step
+            )
+        )
 
 
-@app.command()
+@app.command(epilog="Example: lamina inspect runs/first")
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    as_json: AsJson = False,
 ) -> None:
     """Say what a saved file holds, without loading a model or a task."""
     with cli_errors():
-        print(describe(path))
+        if as_json:
+            print_json(inspect_values(path))
+        else:
+            print(describe(path))
 
 
-@app.command()
-def tasks() -> None:
+@app.command(epilog="Example: lamina tasks")
+def tasks(as_json: AsJson = False) -> None:
     """List the example tasks of a clone of lamina."""
     with cli_errors():
+        if as_json:
+            print_json([_task_values(name) for name in EXAMPLES])
+            return
         for name in EXAMPLES:
             task = load_task(name, EXAMPLES)
             mark = "  (default)" if name == DEFAULT else ""
@@ -239,7 +205,7 @@ def tasks() -> None:
         print("To begin a task of your own: lamina new-task my_task.py")
 
 
-@app.command("new-task")
+@app.command("new-task", epilog="Example: lamina new-task my_task.py")
 def new_task(
     path: Annotated[Path, typer.Argument(metavar="FILE.py", help="The file to write.")],
 ) -> None:
@@ -249,28 +215,17 @@ def new_task(
         print(f"{path} is written. Train it with: lamina run {path}")
 
 
-def _preview(
-    source: str, plan_file: Path | None, steps: int | None = None, **asked: Any
-) -> Preview:
-    """Return a preview of the run that `lamina run` would do in one process."""
-    task = load_task(source, EXAMPLES)
-    settings = Settings.of(task, **asked)
-    plan, place = choose_plan(task, plan_file)
-    loader = task.data(settings.seed).train
-    model = task.model()
-    with error_location(place):
-        return plan.preview(
-            model,
-            steps=steps,
-            epochs=settings.epochs if steps is None else None,
-            steps_per_epoch=batches(task, loader),
-            accumulate=settings.accumulate,
-        )
+def _task_values(name: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "about": load_task(name, EXAMPLES).about,
+        "file": EXAMPLES[name],
+        "default": name == DEFAULT,
+    }
 
 
-def _announce(console: Console, preview: Preview) -> None:
-    if console.is_terminal:
-        console.print(preview)
-    else:
-        print(preview)
-    print(flush=True)
+app.command(epilog="Example: lamina check my_task.py my_plan.toml --json")(check)
+app.command("find-lr", epilog="Example: lamina find-lr my_task.py my_plan.toml --plot lr.png")(
+    find_lr
+)
+app.command(epilog="Example: lamina plot my_task.py my_plan.toml --out plan.svg")(plot)

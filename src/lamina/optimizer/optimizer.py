@@ -34,7 +34,7 @@ from ..plan.plan import Plan
 from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Cell, Resolved
-from ..resolve.timeline import Feedback, values_at
+from ..resolve.timeline import Feedback, FixedStep, values_at
 from ..runtime.agreement import Agreement
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim
@@ -425,11 +425,12 @@ class Optimizer(Engine):
         resolved = self._resolved
         if self._audit.on:
             self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
-        values = values_at(resolved, clock, self._feedback)
+        run = self._run_state
+        values = run.fixed or values_at(resolved, clock, self._feedback)
         published: dict[str, dict[str, Any]] = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = before.get(cell.name) if before else None
-            if hyper is None or not cell.steady or group["overrides"]:
+            if hyper is None or not cell.steady or group["overrides"] or run.fixed:
                 hyper = values.hyper(index)
                 group.update(hyper)
             published[cell.name] = hyper
@@ -440,9 +441,17 @@ class Optimizer(Engine):
         self._drop_states(was)
         if self._audit.on:
             self._audit.begin(self.param_groups, self._freezer.active)
-        run = self._run_state
         run.published = published
         run.operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+
+    def _fix_values(self, step: int, factors: Mapping[int, float]) -> None:
+        """Take every step from now on with the values of one, the lr of some groups times a factor.
+
+        For range tests, on a copy that nobody goes on with: the clock counts on.
+        """
+        fixed = FixedStep(self._resolved, step, self._feedback, factors)
+        self._run_state.fixed = fixed
+        self._publish(self.clock)
 
     def _drop_states(self, before: Sequence[bool | None]) -> None:
         """Release the state of what froze now, or was loaded frozen, where the plan says so."""

@@ -15,6 +15,7 @@ import torch
 
 from .._util.notices import Notices
 from ..gradients.operations import Operation
+from ..resolve.timeline import Values
 from ..state.report import LoadReport
 
 
@@ -25,7 +26,7 @@ class RunState:
     `published` are the values of the next
     step by group name, `applied` those of the step just done; `operations` the gradient operations
     of each scope with their numbers for the next step; `norms` the gradient norm of each scope in
-    the step just done.
+    the step just done. `fixed` stands for the values of every step, in a range test.
     """
 
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,5 +34,6 @@ class RunState:
     operations: Sequence[Sequence[tuple[Operation, float]]] = ()
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skipped: int = 0
+    fixed: Values | None = None
     last_load: LoadReport | None = None
     notices: Notices = field(default_factory=Notices)

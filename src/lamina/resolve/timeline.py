@@ -205,6 +205,26 @@ def values_at(resolved: Resolved, step: Any, feedback: Feedback = NO_FEEDBACK) -
     return Values(resolved, step, feedback)
 
 
+class FixedStep(Values):
+    """The values of one step, whatever the clock says; the lr of some groups times a factor.
+
+    So a learning-rate range test trains: schedules and windows stand still while the lr is swept.
+    """
+
+    def __init__(
+        self, resolved: Resolved, step: int, feedback: Feedback, factors: Mapping[int, float]
+    ) -> None:
+        super().__init__(resolved, step, feedback)
+        self._factors = factors
+
+    def hyper(self, index: int) -> dict[str, Any]:
+        """Return the hyperparameters of a cell."""
+        values = super().hyper(index)
+        if index in self._factors and "lr" in values:
+            values["lr"] *= self._factors[index]
+        return values
+
+
 class Spliced(Values):
     """The values of one settlement of a plan before a step, those of another from it on.
 

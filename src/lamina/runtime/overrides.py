@@ -21,8 +21,14 @@ from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import given_at
 
 
-def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
-    """Return the groups that a name or a pattern means; a pattern must cover whole groups."""
+def select_groups(resolved: Resolved, rule: str | None, asker: str = "override") -> list[int]:
+    """Return the groups that a name or a pattern means; a pattern must cover whole groups.
+
+    Args:
+        resolved: the plan, settled for a model.
+        rule: the name of a group, or a pattern; None for all groups.
+        asker: what wants to know, for messages.
+    """
     cells = resolved.cells
     if rule is None:
         return list(range(len(cells)))
@@ -37,7 +43,7 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
         hit = [pattern.matches(info) for info in cell.parameters]
         if any(hit) and not all(hit):
             raise PatternError(
-                f"override: {rule!r} covers {sum(hit)} of the {len(hit)} parameters of group "
+                f"{asker}: {rule!r} covers {sum(hit)} of the {len(hit)} parameters of group "
                 f"{cell.name!r}, which share their settings; name the group, or give them a "
                 "rule of their own in the plan."
             )
@@ -46,7 +52,7 @@ def select_groups(resolved: Resolved, rule: str | None) -> list[int]:
     if not chosen:
         names = [cell.name for cell in cells]
         raise PatternError(
-            f"override: {rule!r} is neither a group nor a pattern that covers one; groups are "
+            f"{asker}: {rule!r} is neither a group nor a pattern that covers one; groups are "
             f"{', '.join(map(repr, names))}.{_meant(resolved, rule) or did_you_mean(rule, names)}"
         )
     return chosen

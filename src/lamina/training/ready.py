@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from .._util.randomness import Randomness
 from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
 from ..state.extend import WAYS
 from ..state.schema import is_count, short
 from .dealing import Dealing
-from .position import Position, Randomness
+from .position import Position
 from .records import Validation
 from .run_folder import ABOUT, plan_text
 from .settings import FREE, Settings

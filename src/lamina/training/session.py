@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from signal import Signals
 from typing import Any
 
+from .._util.randomness import Randomness
 from ..checkpoint import tidy
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
@@ -20,7 +21,7 @@ from .folder_lock import FolderLock
 from .interrupts import graceful_interrupt, signal_of
 from .loaders import training_loader, validation_loader
 from .loop import Loop
-from .position import Position, Randomness
+from .position import Position
 from .ready import ReadyRun, batches
 from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener

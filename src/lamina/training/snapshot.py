@@ -11,10 +11,11 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from .._util.randomness import State
 from .._util.text import listed
 from ..errors import StateError
 from ..state.schema import is_count, short
-from .position import Position, State
+from .position import Position
 from .records import Validation
 
 
