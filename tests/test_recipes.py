@@ -108,7 +108,6 @@ def test_layer_decay_as_in_beit_and_electra(gap):
     plan = recipes.layer_decay(
         "bert.encoder.layer.{depth}.*",
         lr=1e-3,
-        layers=LAYERS,
         decay=0.6,
         embeddings="bert.embeddings.*",
         gap=gap,
@@ -217,7 +216,7 @@ def test_warmup_stable_decay_as_in_transformers():
     "plan",
     [
         recipes.no_decay(lr=1e-3),
-        recipes.layer_decay("layer.{depth}.*", lr=1e-3, layers=12),
+        recipes.layer_decay("layer.{depth}.*", lr=1e-3),
         recipes.ulmfit("layer.{depth}.*", lr=1e-3, head="head.*", rest="embeddings.*"),
         recipes.probe_then_finetune("head.*", probe="2 epochs", lr=1e-3, finetune_lr=1e-5),
         recipes.lora_plus(lr=1e-3),
@@ -232,9 +231,9 @@ def test_recipes_are_plans_to_read_and_change(plan):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, layers=0), r"layers=0.*1 or more"),
-        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, layers=2, gap=-1), r"gap=-1"),
-        (lambda: recipes.layer_decay("a.*", lr=1e-3, layers=2), "capture"),
+        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, embeddings=0), r"below=0.*a pattern"),
+        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, gap=-1), r"gap=-1"),
+        (lambda: recipes.layer_decay("a.*", lr=1e-3), "capture"),
         (lambda: recipes.ulmfit("a.{depth}", lr=1e-3, head="b", factor=0), r"factor=0"),
         (lambda: recipes.lora_plus(lr=1e-3, ratio=-1), r"ratio=-1.*above 0"),
     ],
