@@ -68,7 +68,8 @@ def test_least_is_a_floor_under_every_factor():
 
 def test_numbers_with_gaps_and_parameters_without_a_number():
     model = encoder(layers=(2, 3, 7))
-    rule = lm.Rule("encoder.layer.{depth}.* | classifier.*", lr=lm.by_depth(0.5, above="classifier"))
+    decay = lm.by_depth(0.5, above="classifier")
+    rule = lm.Rule("encoder.layer.{depth}.* | classifier.*", lr=decay)
     found = factors(model, rule)
     assert found["embeddings.weight"] == 1.0
     assert found["classifier.bias"] == 1.0
