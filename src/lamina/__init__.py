@@ -47,7 +47,7 @@ from .optimizer.wrapped import override, report, restart_state, should_stop, unw
 from .plan.operators import by_depth, times, top_down
 from .plan.plan import Plan, Rule
 from .plan.reactions import early_stop, on_plateau, plateau
-from .preview import Preview
+from .preview import PlanDiff, Preview, diff
 from .resolve.explain import Explanation
 from .resolve.resolve import resolve
 from .resolve.resolved import Resolved
@@ -105,6 +105,7 @@ __all__ = [
     "ParamInfo",
     "PatternError",
     "Plan",
+    "PlanDiff",
     "PlanError",
     "Preview",
     "RMSprop",
@@ -129,6 +130,7 @@ __all__ = [
     "constant",
     "cosine",
     "cyclic",
+    "diff",
     "early_stop",
     "exponential",
     "freeze",
