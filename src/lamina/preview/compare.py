@@ -196,7 +196,7 @@ def changes(
     for key in keys:
         if key in after.numbers:
             one, other = before.numbers[key], after.numbers[key]
-            if isinstance(one, float) and one == other:
+            if isinstance(one, float) and isinstance(other, float) and one == other:
                 continue
             apart = _apart(one, other, everywhere)
             if apart.any():
@@ -247,7 +247,8 @@ def lines_of(found: PlanDiff) -> list[str]:
     lines += [f"{key}: {before} → {after}" for key, before, after in found.plan]
     for what, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
-            lines.append(f"only {what}: {listed(KnownNames(names).folded(names))}")
+            both = KnownNames([*found.known, *found.only_after])
+            lines.append(f"only {what}: {listed(both.folded(names))}")
     blocks = _blocks(found)
     for part in blocks[:_LISTED]:
         lines += part
