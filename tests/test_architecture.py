@@ -35,6 +35,7 @@ LAYERS = [
     "checkpoint",
     "preview",
     "recipes",
+    "starter",
     "integrations",
     "training",
     "cli",

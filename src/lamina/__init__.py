@@ -76,6 +76,7 @@ from .schedules import (
     warmup,
     wsd,
 )
+from .starter import StarterPlan, starter_plan
 from .state.report import LoadReport
 
 __version__ = "0.1.0"
@@ -114,6 +115,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Shape",
+    "StarterPlan",
     "StateError",
     "TaskError",
     "Tie",
@@ -159,6 +161,7 @@ __all__ = [
     "restart_state",
     "scale_gradients",
     "should_stop",
+    "starter_plan",
     "step_decay",
     "thaw",
     "tie",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +20,15 @@ from ..preview import Preview
 from ..training.engine import prepare_run
 from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
-from ..training.load import choose_plan, error_location, load_task
-from ..training.ready import batches
+from ..training.load import load_task
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
-from ..training.settings import Settings
 from .arguments import check_parameter, task_and_plan
+from .as_json import print_json
+from .diff import diff
+from .init import init
 from .new_task import write_task
+from .previews import task_previews
 from .summary import summary
 
 EXAMPLES = example_tasks()
@@ -56,6 +58,7 @@ TaskOption = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print plain data for scripts.")]
 
 
 @contextmanager
@@ -173,6 +176,8 @@ def show(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     accumulate: Accumulate = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Each group, however many.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a plan would do with the model of TASK, without training."""
     with cli_errors():
@@ -183,8 +188,12 @@ def show(
                 "one."
             )
         preview = _preview(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
-        console = Console()
-        _announce(console, preview)
+        if as_json:
+            print_json(preview.data())
+        elif every:
+            print(preview.text(most=None))
+        else:
+            _announce(Console(), preview)
         if plot is not None:
             try:
                 preview.plot(plot)
@@ -193,7 +202,7 @@ def show(
                     f"--plot {plot}: the picture cannot be written ({error}). Choose a .png, .svg "
                     "or .pdf file in a folder that exists."
                 ) from error
-            print(f"drawn to {plot}")
+            print(f"drawn to {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
@@ -205,12 +214,18 @@ def explain(
     step: Annotated[int, typer.Option(help="Counted from 0.", min=0)] = 0,
     epochs: Epochs = None,
     accumulate: Accumulate = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the chain of rules behind every number of a parameter at a step."""
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
-        print(_preview(source, plan_file, epochs=epochs, accumulate=accumulate).explain(name, step))
+        preview = _preview(source, plan_file, epochs=epochs, accumulate=accumulate)
+        explained = preview.explain(name, step)
+        if as_json:
+            print_json(explained.data())
+        else:
+            print(explained)
 
 
 @app.command()
@@ -245,23 +260,26 @@ def new_task(
         print(f"{path} is written. Train it with: lamina run {path}")
 
 
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose errors are printed as those of all commands."""
+
+    @wraps(command)
+    def guarded(*args: Any, **options: Any) -> None:
+        with cli_errors():
+            command(*args, **options)
+
+    return guarded
+
+
+for _command in (diff, init):
+    app.command()(_guarded(_command))
+
+
 def _preview(
     source: str, plan_file: Path | None, steps: int | None = None, **asked: Any
 ) -> Preview:
     """Return a preview of the run that `lamina run` would do in one process."""
-    task = load_task(source, EXAMPLES)
-    settings = Settings.of(task, **asked)
-    plan, place = choose_plan(task, plan_file)
-    loader = task.data(settings.seed).train
-    model = task.model()
-    with error_location(place):
-        return plan.preview(
-            model,
-            steps=steps,
-            epochs=settings.epochs if steps is None else None,
-            steps_per_epoch=batches(task, loader),
-            accumulate=settings.accumulate,
-        )
+    return task_previews(source, [plan_file], EXAMPLES, steps=steps, **asked)[0]
 
 
 def _announce(console: Console, preview: Preview) -> None:

@@ -1,11 +1,10 @@
-"""A preview and an explanation as plain data, such as JSON can hold."""
+"""A preview as plain data, such as JSON can hold."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from ..resolve.explain import Explanation
 from .shown import Row, Shown
 
 _LEFT_OUT = ("lr", "active")
@@ -49,23 +48,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def explanation_data(explained: Explanation) -> dict[str, Any]:
-    """Return an explanation as plain data: each setting with its value and the chain of rules."""
-    return {
-        "name": explained.name,
-        "names": list(explained.names),
-        "step": explained.step,
-        "group": explained.group,
-        "trains": explained.active,
-        "beyond_the_end": explained.end is not None,
-        "settings": [
-            {
-                "key": line.key,
-                "value": line.value,
-                "chain": [vars(link) for link in line.chain],
-            }
-            for line in explained.lines
-        ],
-    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..model.parameters import Owned, ParamInfo, module_paths, walk
-from .stacks import Stack, find_stacks, inner_numbers
+from .stacks import Inner, Stack, find_inner, find_stacks
 
 _BATCH_NORM = "_BatchNorm"
 #: of a part with more matrices, only the last one is the head
@@ -30,8 +30,7 @@ class Anatomy:
         tokens: bare parameters that are no weight matrices: positions, class tokens, bias tables.
         frozen: what has requires_grad=False, unless under adapters.
         adapters: whether PEFT has put adapters into the model.
-        inner: numbered modules of one kind inside of a layer, which is then a stage, such as
-            `layers.2.blocks.0 to 5`.
+        inner: numbered modules of one kind inside of the layers, which are then stages.
     """
 
     infos: tuple[ParamInfo, ...]
@@ -43,7 +42,7 @@ class Anatomy:
     tokens: tuple[str, ...]
     frozen: tuple[str, ...]
     adapters: bool
-    inner: tuple[str, ...] = ()
+    inner: tuple[Inner, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -93,7 +92,7 @@ def examine(model: nn.Module) -> Anatomy:
         tuple(item.info.name for item in owned if _is_token(item)),
         tuple(info.name for info in infos if not info.requires_grad and not info.adapted),
         any(info.adapted for info in infos),
-        tuple(text for stack in stacks for text in inner_numbers(stack, modules)),
+        tuple(inner for stack in stacks for inner in find_inner(stack, modules)),
     )
 
 

@@ -30,7 +30,9 @@ def names_and_types(anatomy: Anatomy) -> list[str]:
     lines = [f"{pattern:<{width}}  {shape}" for pattern, shape in rows[:_MOST]]
     if len(rows) > _MOST:
         lines.append(f"and {len(rows) - _MOST} more kinds of names")
-    return [printable(line) for line in (*lines, "", *_types(anatomy.infos))]
+    # A name may hold anything, but it must not end the line of a comment.
+    every = (*lines, "", *_types(anatomy.infos))
+    return [printable(line).replace("\n", "\\n") for line in every]
 
 
 def _family(name: str, prefixes: Sequence[str]) -> str:

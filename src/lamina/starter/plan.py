@@ -110,6 +110,9 @@ def _advice(anatomy: Anatomy) -> _Advice:
     if anatomy.adapters:
         why = "lr as for LoRA on GPT-2 in Hu et al. (2021), table 11."
         return _Advice("a frozen model with adapters", settings(2e-4, 0.0), None, None, why)
+    if anatomy.output and not anatomy.head and len(anatomy.stacks) > 1:
+        why = "lr as the page on T5 in the documentation of Transformers advises for AdamW."
+        return _Advice("an encoder and decoder of texts", settings(1e-4, 0.01), None, None, why)
     if anatomy.output and not anatomy.head:
         why = "lr as for fine-tuning LLaMA in Taori et al., Alpaca (2023)."
         return _Advice("a language model", settings(2e-5, 0.01), None, None, why)
@@ -211,11 +214,38 @@ def _about_layers(anatomy: Anatomy, advice: _Advice) -> str:
     text += "; what lies below the layers counts as one more" if anatomy.below else ""
     text += f". {advice.about_rate}"
     if anatomy.inner:
-        text += (
-            f" The layers are stages with numbered parts ({listed(anatomy.inner, 2)}); for a rate "
-            "for each part, write a rule for each stage, with {depth} behind it."
-        )
+        parts = listed([str(inner) for inner in anatomy.inner], 2)
+        text += f" The layers are stages with numbered parts of their own ({parts})."
     return text
+
+
+def _by_part(anatomy: Anatomy, rate: float, selector: Selector) -> list[dict[str, Any]]:
+    """Return rules for a decay from part to part of all stages, from the top stage down.
+
+    In each, what lies below a stage counts as one layer below its lowest part. So the factors of
+    all rules together are those of parts that are numbered through.
+    """
+    if len(anatomy.stacks) != 1:
+        return []
+    (stack,) = anatomy.stacks
+    stages: dict[int, list[str]] = {number: [] for number in stack.numbers}
+    for name in stack.names:
+        stages[int(name.removeprefix(stack.prefix).partition(".")[0])].append(name)
+    inner = {each.stage: each for each in anatomy.inner}
+    above = [*anatomy.above, *anatomy.output, *anatomy.head]
+    rules = []
+    for number in reversed(stack.numbers):
+        if number not in inner:
+            return []
+        path = f"{inner[number].path}."
+        above += [name for name in stages[number] if not name.startswith(path)]
+        lower = [name for each in stack.numbers if each < number for name in stages[each]]
+        ends = {"below": [*anatomy.below, *lower], "above": above}
+        texts = [f'{key}="{selector.pattern(its)}"' for key, its in ends.items() if its]
+        decay = f"by_depth({', '.join([f'{rate:g}', *texts])})"
+        rules.append({"match": f"{path}{{depth}}.*", "lr": decay})
+        above = []
+    return rules
 
 
 def _suggestions(anatomy: Anatomy, advice: _Advice, selector: Selector) -> list[str]:
@@ -225,6 +255,10 @@ def _suggestions(anatomy: Anatomy, advice: _Advice, selector: Selector) -> list[
     if layers is not None and advice.rate is None and not anatomy.adapters:
         rule = {"match": layers, "lr": _by_depth(anatomy, 0.9, selector)}
         found.append(_disabled("To let lower layers learn more slowly:", rule))
+    by_part = _by_part(anatomy, advice.rate, selector) if anatomy.inner and advice.rate else []
+    if by_part:
+        text = "In place of the rule for the stages, decay from part to part of all of them:"
+        found.append(_disabled(text, *by_part))
     if anatomy.batch_norms and anatomy.convolves:
         text = "With small batches the running statistics of BatchNorm drift. To keep them as they "
         text += "were pretrained:"
@@ -240,10 +274,10 @@ def _suggestions(anatomy: Anatomy, advice: _Advice, selector: Selector) -> list[
     return found
 
 
-def _disabled(comment: str, rule: dict[str, Any]) -> str:
-    return _comment(comment) + "".join(
-        f"# {line}\n" for line in ["[[rule]]", *_table(rule).splitlines()]
-    )
+def _disabled(comment: str, *rules: dict[str, Any]) -> str:
+    """Return rules as a comment, which takes effect when the # before each line are removed."""
+    lines = [line for rule in rules for line in ["[[rule]]", *_table(rule).splitlines()]]
+    return _comment(comment) + "".join(f"# {line}\n" for line in lines)
 
 
 def _names(anatomy: Anatomy) -> str:

@@ -112,8 +112,27 @@ def _kind(
     return kind if count >= needed and 2 * count >= len(layers) else None
 
 
-def inner_numbers(stack: Stack, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the numbered modules of one kind inside of each layer, in words.
+@dataclass(frozen=True)
+class Inner:
+    """Numbered modules of one kind inside of a layer, which is then a stage.
+
+    Args:
+        stage: the number of the layer.
+        path: what stands before their numbers, such as `layers.2.blocks`.
+        numbers: of these modules.
+    """
+
+    stage: int
+    path: str
+    numbers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        first, last = self.numbers[0], self.numbers[-1]
+        return f"{self.path}.{first}" + (f" to {last}" if last != first else "")
+
+
+def find_inner(stack: Stack, modules: Mapping[str, nn.Module]) -> tuple[Inner, ...]:
+    """Return the numbered modules inside of each layer; nothing if no layer has several.
 
     Sublayers such as attention and feed-forward may be numbered too, but are of several kinds.
     """
@@ -121,14 +140,15 @@ def inner_numbers(stack: Stack, modules: Mapping[str, nn.Module]) -> list[str]:
     for number in stack.numbers:
         layer = f"{stack.prefix}{number}"
         inside = modules.get(layer)
-        places = {layer: inside, **_children(layer, inside)}
-        for path, module in places.items():
+        for path, module in {layer: inside, **_children(layer, inside)}.items():
             blocks = [name for name in _children(path, module) if name.rpartition(".")[2].isdigit()]
             kinds = {type(modules[name]).__name__ for name in blocks if name in modules}
             whole = all(_children(name, modules.get(name)) for name in blocks)
-            if len(blocks) > 1 and len(kinds) == 1 and whole:
-                found.append(f"{blocks[0]} to {blocks[-1].rpartition('.')[2]}")
-    return found
+            if len(kinds) == 1 and whole:
+                numbers = tuple(int(name.rpartition(".")[2]) for name in blocks)
+                found.append(Inner(number, path, numbers))
+                break
+    return tuple(found) if any(len(each.numbers) > 1 for each in found) else ()
 
 
 def _children(path: str, module: nn.Module | None) -> dict[str, nn.Module]:
