@@ -30,6 +30,11 @@ def model_of(text: str) -> nn.Module:
     words = [*module_name.split("."), *path.split(".")]
     if not colon or not all(word.isidentifier() for word in words):
         raise TaskError(f"{shown}: expected the name of a module and of a function, {_FORM}.")
+    if module_name.endswith(".py"):
+        raise TaskError(
+            f"{shown}: a module is named without .py: --model {module_name.removesuffix('.py')}:"
+            f"{path}"
+        )
     found: Any = _imported(module_name, shown)
     for word in path.split("."):
         if not hasattr(found, word):

@@ -46,12 +46,20 @@ def digest(preview: Shown) -> str:
         }
         # The steps of a very long run are a sample, in which the edges of windows may be missing.
         spans = windows(preview, cell) if len(steps) != total else []
-        edges = np.flatnonzero(np.diff(behaviour.active.astype(np.int8), prepend=0)).tolist()
+        edges = _edges(behaviour.active)
         numbers = {key: _written(shape) for key, shape in shapes.items()}
         of_cell = _sha([edges, spans, numbers, dict(behaviour.words)])
         parameters += [(sorted(info.names), of_cell) for info in cell.parameters]
     whole = {key: repr(value) for key, value in policy(resolved.plan).items()}
     return _sha([total, whole, sorted(parameters)])
+
+
+def _edges(active: npt.NDArray[np.bool_]) -> list[int]:
+    """Return the places at which a group begins or ceases to train."""
+    if active.all():
+        return [0]
+    found: list[int] = np.flatnonzero(np.diff(active.astype(np.int8), prepend=0)).tolist()
+    return found
 
 
 def _scaled_shape(

@@ -26,7 +26,9 @@ def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
     """
     cells = preview.resolved.cells
     kinds = [lr_key(preview, cell) for cell in cells]
-    owner = {kind: kinds.index(kind) for kind in kinds}  # groups with the same lr are searched once
+    owner: dict[Any, int] = {}  # groups with the same lr are searched once
+    for index, kind in enumerate(kinds):
+        owner.setdefault(kind, index)
     best = dict.fromkeys(owner.values(), (-1.0, 0))
     total = preview.run.steps or 0
     marks = _all_joints(preview) if total > EXACT else set[int]()
