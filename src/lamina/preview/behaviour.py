@@ -144,7 +144,8 @@ def _form(operation: Operation) -> str:
     """Return an operation without its number, which moves: `clip_norm`, `clip_norm(p=1.0)`."""
     if repr(operation) == f"{operation.source_name}({operation.amount!r})":
         return operation.source_name
-    one = repr(replace(operation, amount=1.0))
+    known: Any = operation  # the base class alone is no dataclass
+    one = repr(replace(known, amount=1.0))
     return one.replace("(1.0, ", "(")
 
 

@@ -167,9 +167,9 @@ def _policies(before: Plan, after: Plan) -> Iterator[tuple[str, Any, Any]]:
     """Yield what the plans as a whole say otherwise, in words."""
     one, other = policy(before), policy(after)
     for key in dict.fromkeys((*one, *other)):
-        values = [repr(each[key]) if key in each else "the default" for each in (one, other)]
-        if values[0] != values[1]:
-            yield key, *values
+        left, right = (repr(each[key]) if key in each else "the default" for each in (one, other))
+        if left != right:
+            yield key, left, right
 
 
 def changes(
@@ -195,12 +195,12 @@ def changes(
         keys = list(before.numbers)
     for key in keys:
         if key in after.numbers:
-            one, other = before.numbers[key], after.numbers[key]
-            if isinstance(one, float) and isinstance(other, float) and one == other:
+            left, right = before.numbers[key], after.numbers[key]
+            if isinstance(left, float) and isinstance(right, float) and left == right:
                 continue
-            apart = _apart(one, other, everywhere)
+            apart = _apart(left, right, everywhere)
             if apart.any():
-                found.append(_change(key, apart, steps, one, other))
+                found.append(_change(key, apart, steps, left, right))
     return tuple(found)
 
 

@@ -197,15 +197,20 @@ def _rules(
 def _by_depth(anatomy: Anatomy, rate: float, selector: Selector) -> str:
     """Return the decay by layer, with the parts below and above the layers as far as there are."""
     output = [name for name in anatomy.output if name not in anatomy.below]
-    ends = {"below": anatomy.below, "above": (*anatomy.above, *output, *anatomy.head)}
-    given = [f"{rate:g}"]
-    for key, names in ends.items():
-        pattern = selector.pattern(names) if names else ""
-        if pattern and '"' not in pattern:  # a plan in TOML puts it in such quotes
-            given.append(f'{key}="{pattern}"')
+    above = (*anatomy.above, *output, *anatomy.head)
+    given = [f"{rate:g}", *_ends(selector, anatomy.below, above)]
     if rate ** (anatomy.layers + 1) < _LEAST:
         given.append(f"least={_LEAST:g}")
     return f"by_depth({', '.join(given)})"
+
+
+def _ends(selector: Selector, below: Sequence[str], above: Sequence[str]) -> list[str]:
+    """Return what lies beside the layers as arguments of `by_depth`."""
+    patterns = {
+        key: selector.pattern(names) for key, names in (("below", below), ("above", above)) if names
+    }
+    # A plan in TOML puts them in quotation marks, so that none may be inside.
+    return [f'{key}="{pattern}"' for key, pattern in patterns.items() if '"' not in pattern]
 
 
 def _about_layers(anatomy: Anatomy, advice: _Advice) -> str:
@@ -240,9 +245,8 @@ def _by_part(anatomy: Anatomy, rate: float, selector: Selector) -> list[dict[str
         path = f"{inner[number].path}."
         above += [name for name in stages[number] if not name.startswith(path)]
         lower = [name for each in stack.numbers if each < number for name in stages[each]]
-        ends = {"below": [*anatomy.below, *lower], "above": above}
-        texts = [f'{key}="{selector.pattern(its)}"' for key, its in ends.items() if its]
-        decay = f"by_depth({', '.join([f'{rate:g}', *texts])})"
+        ends = _ends(selector, [*anatomy.below, *lower], above)
+        decay = f"by_depth({', '.join([f'{rate:g}', *ends])})"
         rules.append({"match": f"{path}{{depth}}.*", "lr": decay})
         above = []
     return rules
@@ -253,8 +257,9 @@ def _suggestions(anatomy: Anatomy, advice: _Advice, selector: Selector) -> list[
     found = []
     layers = selector.layers(anatomy.stacks) if anatomy.stacks else None
     if layers is not None and advice.rate is None and not anatomy.adapters:
-        rule = {"match": layers, "lr": _by_depth(anatomy, 0.9, selector)}
-        found.append(_disabled("To let lower layers learn more slowly:", rule))
+        decay = _by_depth(anatomy, 0.9, selector)
+        text = "To let lower layers learn more slowly:"
+        found.append(_disabled(text, {"match": layers, "lr": decay}))
     by_part = _by_part(anatomy, advice.rate, selector) if anatomy.inner and advice.rate else []
     if by_part:
         text = "In place of the rule for the stages, decay from part to part of all of them:"
@@ -269,8 +274,7 @@ def _suggestions(anatomy: Anatomy, advice: _Advice, selector: Selector) -> list[
         found.append(_disabled(text, {"match": layers, "thaw": "top_down(every=5%)"}))
     if anatomy.below and not anatomy.output and anatomy.owns("Embedding"):
         text = "To save time and memory, embeddings can stay as they are:"
-        rule = {"match": selector.pattern(anatomy.below), "frozen": True}
-        found.append(_disabled(text, rule))
+        found.append(_disabled(text, {"match": selector.pattern(anatomy.below), "frozen": True}))
     return found
 
 
