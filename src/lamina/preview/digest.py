@@ -88,9 +88,8 @@ def _shape(value: Floats | float, active: npt.NDArray[np.bool_]) -> _Shape:
     largest = high if abs(high) >= abs(low) else low
     if largest == 0 or high - low <= abs(largest) * 2.0**-BITS / 2:
         return _Shape(largest, None)
-    parts = np.rint(value * (2.0**BITS / largest)).astype("<i4")
-    if masked:
-        parts[~active] = 0
+    counted = np.where(active, value, 0.0) if masked else value
+    parts = np.rint(counted * (2.0**BITS / largest)).astype("<i4")
     return _Shape(largest, hashlib.sha256(parts.tobytes()).hexdigest())
 
 
