@@ -8,6 +8,7 @@ difference. Numbers are compared on a grid of 2^-24 of the group's largest one, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def _behaviour(
     waiting = [begin for begin, _ in cell.windows if isinstance(begin, Trigger)]
     if waiting:
         words["thaw"] = ", ".join(repr(trigger.reaction) for trigger in waiting)
-        words["rewarm"] = to_source(cell.rewarm)
+        words["rewarm"] = _lasting(to_source(cell.rewarm))
         values = _as_if_opened(preview, waiting, steps)
     if not active.all():
         words["hold"] = str(cell.hold)
@@ -146,7 +147,12 @@ def _form(operation: Operation) -> str:
         return operation.source_name
     known: Any = operation  # the base class alone is no dataclass
     one = repr(replace(known, amount=1.0))
-    return one.replace("(1.0, ", "(")
+    return _lasting(one.replace("(1.0, ", "("))
+
+
+def _lasting(text: str) -> str:
+    """Return a text without the addresses in memory that Python prints for functions."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _sort_in(
@@ -161,7 +167,7 @@ def _sort_in(
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         numbers[key] = float(value)
     else:
-        words[key] = str(value)
+        words[key] = _lasting(str(value))
 
 
 def grid_exponent(largest: float) -> int:
