@@ -143,6 +143,14 @@ def test_diff_as_json():
     assert data["hash_before"] != data["hash_after"]
 
 
+def test_terminals_without_unicode(monkeypatch):
+    Path("new.toml").write_text(RULE + 'match = "head.*"\nlr = 0.5\n')
+    assert not call("diff", TASK, "new.toml").stdout.isascii()
+    monkeypatch.setattr("lamina.cli.diff.can_show", lambda: False)
+    assert call("diff", TASK, "new.toml").stdout.isascii()
+    assert call("init", TASK).stdout.isascii()
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from ..errors import TaskError, printable
+from ..preview.sparkline import can_show
+from ..preview.table import in_ascii
 from ..training.example_tasks import example_tasks
 from .arguments import task_and_plan
 from .as_json import print_json
@@ -49,7 +51,8 @@ def diff(
         hashes = {"hash_before": earlier.hash, "hash_after": later.hash}
         print_json({**found.data(), **hashes})
     else:
-        print(printable(str(found)))
+        text = printable(str(found))
+        print(text if can_show() else in_ascii(text))
 
 
 def task_and_plans(words: Sequence[str], option: str | None) -> tuple[str, Path | None, Path]:

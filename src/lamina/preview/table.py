@@ -85,7 +85,12 @@ def text(
     ]
     lines += notes(preview, lines_shown, dropped, width)
     joined = "\n".join(line.rstrip() for line in lines)
-    return joined if unicode else joined.translate(_ASCII).encode("ascii", "replace").decode()
+    return joined if unicode else in_ascii(joined)
+
+
+def in_ascii(joined: str) -> str:
+    """Return a text for terminals that show nothing else."""
+    return joined.translate(_ASCII).encode("ascii", "replace").decode()
 
 
 def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[Any]:

@@ -70,7 +70,7 @@ def _leading(prefixes: Sequence[str], before: Sequence[str], word: str) -> str |
 def _shape(infos: Sequence[ParamInfo]) -> str:
     """Return the shape, or that of the first to the last if they differ, and how many there are."""
     shapes = list(dict.fromkeys(" x ".join(map(str, info.shape)) or "1 number" for info in infos))
-    shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} … {shapes[-1]}"
+    shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} to {shapes[-1]}"
     count = f", {len(infos)} times" if len(infos) > 1 else ""
     others = [name for info in infos for name in info.names if name != info.name]
     tied = f", tied with {', '.join(others[:3])}" if others else ""
