@@ -36,6 +36,7 @@ LAYERS = [
     "preview",
     "range_test",
     "recipes",
+    "starter",
     "integrations",
     "training",
     "cli",

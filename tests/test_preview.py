@@ -160,3 +160,18 @@ def test_the_peak_is_found_between_samples():
 
 def test_repr_is_short():
     assert repr(example().preview(Net(), steps=12)).startswith("<Preview of 5 groups")
+
+
+def test_the_hash_is_this_one_on_every_machine():
+    """Kept as text: another Python, NumPy, torch or processor has to give the same."""
+    plan = lm.Plan(
+        "AdamW",
+        lr=3e-4,
+        betas=(0.9, 0.98),
+        schedule=lm.warmup(7) >> lm.cosine(to=0.01) * lm.exponential(0.999),
+        clip_norm=lm.linear(2.0, 1.0),
+        rules=[lm.Rule("layer.{depth}.*", lr=lm.by_depth(0.93), thaw=lm.top_down(every=5))],
+    )
+    assert plan.preview(Net(), steps=1000).hash == (
+        "15cc12ffdb81d852edf5cbe328b2684de18f4cfe50e50370a57fa77ba9ced1f8"
+    )

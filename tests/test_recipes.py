@@ -55,7 +55,7 @@ def test_another_rate_is_another_outcome():
     "plan",
     [
         recipes.no_decay(lr=1e-3),
-        recipes.layer_decay("layer.{depth}.*", lr=1e-3, layers=12),
+        recipes.layer_decay("layer.{depth}.*", lr=1e-3),
         recipes.ulmfit("layer.{depth}.*", lr=1e-3, head="head.*", rest="embeddings.*"),
         recipes.probe_then_finetune("head.*", probe="2 epochs", lr=1e-3, finetune_lr=1e-5),
         recipes.lora_plus(lr=1e-3),
@@ -70,9 +70,9 @@ def test_recipes_are_plans_to_read_and_change(plan):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, layers=0), r"layers=0.*1 or more"),
-        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, layers=2, gap=-1), r"gap=-1"),
-        (lambda: recipes.layer_decay("a.*", lr=1e-3, layers=2), "capture"),
+        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, embeddings=0), r"below=0.*a pattern"),
+        (lambda: recipes.layer_decay("a.{depth}", lr=1e-3, gap=-1), r"gap=-1"),
+        (lambda: recipes.layer_decay("a.*", lr=1e-3), "capture"),
         (lambda: recipes.ulmfit("a.{depth}", lr=1e-3, head="b", factor=0), r"factor=0"),
         (lambda: recipes.lora_plus(lr=1e-3, ratio=-1), r"ratio=-1.*above 0"),
     ],

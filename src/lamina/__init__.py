@@ -47,7 +47,7 @@ from .optimizer.wrapped import override, report, restart_state, should_stop, unw
 from .plan.operators import by_depth, times, top_down
 from .plan.plan import Plan, Rule
 from .plan.reactions import early_stop, on_plateau, plateau
-from .preview import Preview
+from .preview import PlanDiff, Preview, diff
 from .range_test import FoundLR, find_lr
 from .resolve.explain import Explanation
 from .resolve.resolve import resolve
@@ -77,6 +77,7 @@ from .schedules import (
     warmup,
     wsd,
 )
+from .starter import StarterPlan, starter_plan
 from .state.report import LoadReport
 
 __version__ = "0.1.0"
@@ -107,6 +108,7 @@ __all__ = [
     "ParamInfo",
     "PatternError",
     "Plan",
+    "PlanDiff",
     "PlanError",
     "Preview",
     "RMSprop",
@@ -115,6 +117,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Shape",
+    "StarterPlan",
     "StateError",
     "TaskError",
     "Tie",
@@ -131,6 +134,7 @@ __all__ = [
     "constant",
     "cosine",
     "cyclic",
+    "diff",
     "early_stop",
     "exponential",
     "find_lr",
@@ -160,6 +164,7 @@ __all__ = [
     "restart_state",
     "scale_gradients",
     "should_stop",
+    "starter_plan",
     "step_decay",
     "thaw",
     "tie",

@@ -1,6 +1,6 @@
 """Well-known ways to train, each as a function that returns a plan to read, print and change.
 
-    plan = lamina.recipes.layer_decay("encoder.layer.{depth}.*", lr=1e-3, layers=12)
+    plan = lamina.recipes.layer_decay("encoder.layer.{depth}.*", lr=1e-3)
     print(plan.to_toml())
 
 Nothing here is new: each recipe is a plan that could be written by hand, with its source beside it.
@@ -50,7 +50,6 @@ def layer_decay(
     match: str,
     *,
     lr: float,
-    layers: int,
     decay: float = 0.75,
     embeddings: str | None = None,
     top: str | None = None,
@@ -71,7 +70,6 @@ def layer_decay(
     Args:
         match: the layers, with their number captured: `"encoder.layer.{depth}.*"`.
         lr: the learning rate of the head.
-        layers: how many layers there are, n.
         decay: the factor from a layer to the next lower one.
         embeddings: a pattern for what lies below the layers; None if there is nothing.
         top: a pattern for what has the rate of the top layer beside it; None if there is nothing.
@@ -82,21 +80,17 @@ def layer_decay(
         **settings: other settings of the plan, such as `schedule=` or `clip_norm=`.
 
     Example:
-        >>> layer_decay("layer.{depth}.*", lr=1e-3, layers=12).rules[0]
-        Rule('layer.{depth}.*', lr=by_depth(0.75))
+        >>> layer_decay("layer.{depth}.*", lr=1e-3, embeddings="embeddings.*").rules[0]
+        Rule('layer.{depth}.*', lr=by_depth(0.75, below='embeddings.*'))
 
     References:
         Clark et al., ELECTRA (2020), table 9; Bao et al., BEiT (2021), appendix H.
     """
-    if not is_whole(layers) or layers < 1:
-        raise PlanError(f"layers={layers!r}: expected how many layers there are, 1 or more.")
     if not is_whole(gap) or gap < 0:
         raise PlanError(f"gap={gap!r}: expected a whole number of factors, 0 or more.")
-    rules = [Rule(match, lr=by_depth(decay)), Rule(match, lr=times(decay**gap))]
-    if embeddings is not None:
-        rules.append(Rule(embeddings, lr=times(decay ** (layers + gap))))
-    if top is not None:
-        rules.append(Rule(top, lr=times(decay**gap)))
+    rules = [Rule(match, lr=by_depth(decay, below=embeddings))]
+    beside = [each for each in (embeddings, top) if each is not None]
+    rules += [Rule(each, lr=times(decay**gap)) for each in (match, *beside)]
     rules.append(Rule(undecayed, weight_decay=0.0))
     return Plan(AdamW, lr=lr, weight_decay=weight_decay, rules=rules, **settings)
 

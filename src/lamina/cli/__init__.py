@@ -1,4 +1,4 @@
-"""The command line: `lamina run`, `show`, `explain`, `inspect`, `tasks`, `new-task`."""
+"""The command line: `lamina run`, `show`, `explain`, `diff`, `init`, `inspect` and others."""
 
 from __future__ import annotations
 

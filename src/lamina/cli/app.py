@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +34,9 @@ from .common import (
     preview_of_task,
     print_json,
 )
+from .diff import diff
 from .find_lr import find_lr
+from .init import init
 from .new_task import write_task
 from .plot import plot
 from .summary import summary
@@ -132,6 +136,8 @@ def show(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     accumulate: Accumulate = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Each group, however many.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a plan would do with the model of TASK, without training."""
     with cli_errors():
@@ -142,8 +148,12 @@ def show(
                 "one."
             )
         preview = preview_of_task(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
-        console = Console()
-        announce(console, preview)
+        if as_json:
+            print_json(preview.data())
+        elif every:
+            print(preview.text(most=None))
+        else:
+            announce(Console(), preview)
         if plot is not None:
             try:
                 preview.plot(plot)
@@ -152,7 +162,7 @@ def show(
                     f"--plot {plot}: the picture cannot be written ({error}). Choose a .png, .svg "
                     "or .pdf file in a folder that exists."
                 ) from error
-            print(f"drawn to {plot}")
+            print(f"drawn to {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(epilog="Example: lamina explain layer.0.weight my_task.py --step 100")
@@ -164,16 +174,18 @@ def explain(
     step: Annotated[int, typer.Option(help="Counted from 0.", min=0)] = 0,
     epochs: Epochs = None,
     accumulate: Accumulate = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the chain of rules behind every number of a parameter at a step."""
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
-        print(
-            preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate).explain(
-                name, step
-            )
-        )
+        preview = preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate)
+        explained = preview.explain(name, step)
+        if as_json:
+            print_json(explained.data())
+        else:
+            print(explained)
 
 
 @app.command(epilog="Example: lamina inspect runs/first")
@@ -224,8 +236,21 @@ def _task_values(name: str) -> dict[str, object]:
     }
 
 
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose errors are printed as those of all commands."""
+
+    @wraps(command)
+    def guarded(*args: Any, **options: Any) -> None:
+        with cli_errors():
+            command(*args, **options)
+
+    return guarded
+
+
 app.command(epilog="Example: lamina check my_task.py my_plan.toml --json")(check)
 app.command("find-lr", epilog="Example: lamina find-lr my_task.py my_plan.toml --plot lr.png")(
     find_lr
 )
 app.command(epilog="Example: lamina plot my_task.py my_plan.toml --out plan.svg")(plot)
+app.command(epilog="Example: lamina diff plan.toml other.toml --task my_task.py")(_guarded(diff))
+app.command(epilog="Example: lamina init my_task.py")(_guarded(init))

@@ -25,9 +25,7 @@ from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
 from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
-from ..training.load import choose_plan, error_location, load_task
-from ..training.ready import batches
-from ..training.settings import Settings
+from .previews import task_previews
 
 EXAMPLES = example_tasks()
 #: the exit code of a command whose answer is no
@@ -121,19 +119,7 @@ def preview_of_task(
     source: str, plan_file: Path | None, steps: int | None = None, **asked: Any
 ) -> Preview:
     """Return a preview of the run that `lamina run` would do in one process."""
-    task = load_task(source, EXAMPLES)
-    settings = Settings.of(task, **asked)
-    plan, place = choose_plan(task, plan_file)
-    loader = task.data(settings.seed).train
-    model = task.model()
-    with error_location(place):
-        return plan.preview(
-            model,
-            steps=steps,
-            epochs=settings.epochs if steps is None else None,
-            steps_per_epoch=batches(task, loader),
-            accumulate=settings.accumulate,
-        )
+    return task_previews(source, [plan_file], EXAMPLES, steps=steps, **asked)[0]
 
 
 def announce(console: Console, preview: Preview) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .compare import PlanDiff
+from .diff import diff
 from .preview import Preview, preview_of
 
-__all__ = ["Preview", "preview_of"]
+__all__ = ["PlanDiff", "Preview", "diff", "preview_of"]

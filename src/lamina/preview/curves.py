@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .._util.folding import family
 from .shown import Row, Shown
 
 _LABEL = 34
@@ -56,11 +56,6 @@ def courses(preview: Shown) -> list[Course]:
         Course(tuple(row.group for row in rows), rows[0].lr, rows[0].active)
         for rows in merged.values()
     ]
-
-
-def family(group: str) -> str:
-    """Return the same for groups whose names differ only in numbers: the layers of one rule."""
-    return re.sub(r"\d+", "#", group)
 
 
 def colours(found: list[Course]) -> list[Any]:

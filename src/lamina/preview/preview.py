@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import nn
 
 from .._util.text import listed
+from ..errors import PlanError
 from ..model.finding import Finding
 from ..model.parameters import observe, walk
 from ..plan.plan import Plan
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from .compare import PlanDiff
 
 
 class Preview:
@@ -115,6 +118,54 @@ class Preview:
         """One row for each parameter group."""
         return rows.rows(self)
 
+    @cached_property
+    def hash(self) -> str:
+        """The SHA-256 of what each parameter does at each step, for tests of a recipe.
+
+        It is the same in every process, on every machine and under every version of Python, and
+        for all plans that do the same, however their rules are written. It differs if anything
+        that is applied differs: an optimizer, a value while its parameters train, when they train,
+        what is clipped together, the length of the run, what happens at a gradient that is not
+        finite. Shapes, dtypes and names of groups are left out, so that a small model of the same
+        names has the hash of the large one.
+
+        Numbers count up to 2^-24 of the largest one of a group over the run, which is what 32-bit
+        arithmetic keeps of them: machines do not agree about the last bits of a cosine. Of a run
+        of more than 4 million steps a part is looked at. Functions on gradients count by their
+        names, since their code cannot be compared.
+
+        Example:
+            >>> from torch import nn
+            >>> one = Plan("SGD", lr=0.1).preview(nn.Linear(2, 1), steps=10)
+            >>> other = Plan("SGD", lr=1.0, schedule="constant(0.1)")
+            >>> one.hash == other.preview(nn.Linear(2, 1), steps=10).hash
+            True
+        """
+        from .digest import digest
+
+        return digest(self)
+
+    def diff(self, other: Preview) -> PlanDiff:
+        """Return what another preview does otherwise: for which parameters, when, which values.
+
+        Args:
+            other: the preview to compare with; this one is the earlier.
+
+        Returns:
+            The differences; false if there are none. Prints as text.
+
+        Raises:
+            PlanError: if `other` is no preview.
+        """
+        from .compare import compare
+
+        if not isinstance(other, Preview):
+            raise PlanError(
+                f"diff was given {type(other).__name__}; expected the preview of another plan, "
+                "such as other_plan.preview(model, steps=1000)."
+            )
+        return compare(self, other)
+
     def values(self, step: Any) -> Values:
         """Return every value at a step or an array of steps, by the present groups."""
         after = values_at(self.resolved, step, self.feedback)
@@ -162,10 +213,32 @@ class Preview:
 
         return plot(self, path, ax)
 
-    def __str__(self) -> str:
+    def text(self, *, width: int | None = None, most: int | None = 120) -> str:
+        """Return the table as text.
+
+        Args:
+            width: in characters; that of the terminal by default.
+            most: so many groups are shown one by one; more are folded, first those whose names
+                differ only in numbers. None shows all.
+        """
         from .table import text
 
-        return text(self)
+        return text(self, width, most=most)
+
+    def data(self) -> dict[str, Any]:
+        """Return the run, each group, findings and the hash as plain data, such as JSON holds."""
+        from .export import preview_data
+
+        return preview_data(self, self.hash)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook; names are escaped."""
+        from .page import html
+
+        return html(self)
 
     def __repr__(self) -> str:
         return f"<Preview of {len(self.resolved.cells)} groups; print it, or see .rows>"

@@ -81,6 +81,7 @@ def _row(preview: Shown, values: Values, index: int) -> Row:
         thaw=_thaw_text(preview, cell, spans),
         first=first,
         last=last,
+        ties=tuple(info.names for info in cell.parameters if len(info.names) > 1),
         lr=hyper["lr"],
         active=values.active(index),
     )

@@ -25,7 +25,7 @@ def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
     Of very long runs, over the steps that `steps_to_check` gives.
     """
     cells = preview.resolved.cells
-    kinds = [_lr_key(preview, cell) for cell in cells]
+    kinds = [lr_key(preview, cell) for cell in cells]
     owner: dict[Any, int] = {}  # groups with the same lr are searched once
     for index, kind in enumerate(kinds):
         owner.setdefault(kind, index)
@@ -44,7 +44,7 @@ def peaks(preview: Shown) -> tuple[tuple[float, int], ...]:
     return tuple(best[owner[kind]] for kind in kinds)
 
 
-def _lr_key(preview: Shown, cell: Cell) -> Any:
+def lr_key(preview: Shown, cell: Cell) -> Any:
     """Return a key that two groups share only if their lr is the same at every step."""
     overridden = cell.name if cell.name in preview.feedback.overrides else None
     lr = dict(cell.hyper).get("lr")

@@ -24,7 +24,8 @@ class Row:
 
     `first` and `last` are the first and the last step at which the group trains. `lr_start` and
     `lr_end` are the lr at these two, `lr_peak` the largest lr of all steps; the same two steps
-    give `weight_decay` and `weight_decay_end`. `gradients` are the operations on gradients, in
+    give `weight_decay` and `weight_decay_end`. `ties` are the names of each tied parameter in it.
+    `gradients` are the operations on gradients, in
     words, and `scope` the rule whose parameters they see together. `lr` and `active` are samples
     at `Preview.steps`; lr is 0 while the group is frozen.
     """
@@ -44,6 +45,7 @@ class Row:
     thaw: str
     first: int | None
     last: int | None
+    ties: tuple[tuple[str, ...], ...]
     lr: Floats = field(repr=False, compare=False)
     active: npt.NDArray[np.bool_] = field(repr=False, compare=False)
 

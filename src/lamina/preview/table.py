@@ -6,14 +6,15 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from .._util.folding import family, folded
 from .._util.text import listed
 from ..errors import require
 from .header import PLAIN_NORM, facts, header
@@ -24,8 +25,22 @@ from .sparkline import can_show, curve
 #: without a terminal, as in a log file
 _WIDTH = 110
 _MIN_NAME = 20
+#: of more ties, or rules that operate on gradients, the rest is counted
+_TIES, _SCOPES = 12, 40
 _GAP = "  "
 _ASCII = str.maketrans({"–": "-", "→": ">", "…": "~", "─": "-", "·": "|", "×": "x"})
+
+
+#: more groups than this are folded: those whose names differ only in numbers become one line
+MOST = 120
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a group, or several that are told as one."""
+
+    label: str
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -43,17 +58,25 @@ class Column:
         return max(len(cell) for cell in (*self.title, *self.cells))
 
 
-def text(preview: Shown, width: int | None = None, *, unicode: bool | None = None) -> str:
+def text(
+    preview: Shown,
+    width: int | None = None,
+    *,
+    unicode: bool | None = None,
+    most: int | None = MOST,
+) -> str:
     """Return a preview as plain text.
 
     Args:
         preview: what to show.
         width: in characters; the terminal's by default.
         unicode: whether to use characters beyond ASCII; by default, if standard output can.
+        most: so many lines at most; more groups are folded. None folds nothing.
     """
     width = width or shutil.get_terminal_size((_WIDTH, 24)).columns
     unicode = can_show() if unicode is None else unicode
-    shown, dropped = fit(columns(preview, unicode), width)
+    lines_shown = shown_lines(preview, most)
+    shown, dropped = fit(columns(preview, lines_shown, unicode), width)
     lines = [*_wrapped(header(preview), width), ""]
     for titles in zip_longest(*(column.title[::-1] for column in shown), fillvalue=""):
         lines.insert(len(lines) if not lines[-1] else -1, _line(shown, titles))
@@ -61,20 +84,26 @@ def text(preview: Shown, width: int | None = None, *, unicode: bool | None = Non
     lines += [
         _line(shown, cells) for cells in zip(*(column.cells for column in shown), strict=True)
     ]
-    lines += _notes(preview, dropped, width)
+    lines += notes(preview, lines_shown, dropped, width)
     joined = "\n".join(line.rstrip() for line in lines)
-    return joined if unicode else joined.translate(_ASCII).encode("ascii", "replace").decode()
+    return joined if unicode else in_ascii(joined)
+
+
+def in_ascii(joined: str) -> str:
+    """Return a text for terminals that show nothing else."""
+    return joined.translate(_ASCII).encode("ascii", "replace").decode()
 
 
 def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[Any]:
     """Return a preview as parts that rich prints: the header, the table, the notes."""
     table_module = require("rich.table", "cli", "a rich table")
     rich_text = require("rich.text", "cli", "a rich table")
-    shown, dropped = fit(columns(preview, unicode), width)
+    lines = shown_lines(preview)
+    shown, dropped = fit(columns(preview, lines, unicode), width)
     first, *others = header(preview)
     yield rich_text.Text(first, style="bold")
-    for line in others:
-        yield rich_text.Text(line, style="dim")
+    for other in others:
+        yield rich_text.Text(other, style="dim")
     yield rich_text.Text("")
     table = table_module.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in shown:
@@ -85,67 +114,120 @@ def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[
             style="cyan" if curve else "",
             no_wrap=True,
         )
-    for row, cells in zip(preview.rows, zip(*(c.cells for c in shown), strict=True), strict=True):
+    for line, cells in zip(lines, zip(*(c.cells for c in shown), strict=True), strict=True):
+        frozen = all(row.first is None for row in line.rows)
         # Text, not str: rich would read brackets in a pattern as markup.
-        table.add_row(*map(rich_text.Text, cells), style="dim" if row.first is None else "")
+        table.add_row(*map(rich_text.Text, cells), style="dim" if frozen else "")
     yield table
-    for line in _notes(preview, dropped, width):
-        yield rich_text.Text(line, style="yellow" if line.startswith(_MARK) else "")
+    for note in notes(preview, lines, dropped, width):
+        yield rich_text.Text(note, style="yellow" if note.startswith(MARK) else "")
+
+
+# --- many groups --------------------------------------------------------------------------------
+
+
+def shown_lines(preview: Shown, most: int | None = MOST) -> list[Line]:
+    """Return the lines of the table: a group each, or folded if there are more than `most`.
+
+    First, groups whose names differ only in numbers and that train at alike times become one; if
+    there are still too many, those with the fewest parameters become the last line.
+    """
+    if most is None or len(preview.rows) <= most:
+        return [Line(row.group, (row,)) for row in preview.rows]
+    alike: dict[tuple[Any, ...], list[Row]] = {}
+    for row in preview.rows:
+        kind = (family(row.group), row.optimizer, row.first is None, family(row.gradients))
+        alike.setdefault(kind, []).append(row)
+    lines = [Line(folded([row.group for row in rows]), tuple(rows)) for rows in alike.values()]
+    if len(lines) <= most:
+        return lines
+    by_size = sorted(lines, key=_parameters, reverse=True)
+    kept = {id(line) for line in by_size[: most - 1]}
+    rest = [line for line in lines if id(line) not in kept]
+    rows = tuple(row for line in rest for row in line.rows)
+    return [line for line in lines if id(line) in kept] + [Line(f"{len(rows):,} more groups", rows)]
+
+
+def _parameters(line: Line) -> int:
+    return sum(row.parameters for row in line.rows)
 
 
 # --- columns ------------------------------------------------------------------------------------
 
 _SPARK = ("lr over", "time")
-_MARK = "! "
+MARK = "! "
 
 
-def columns(preview: Shown, unicode: bool = True) -> list[Column]:
+def columns(preview: Shown, lines: Sequence[Line], unicode: bool = True) -> list[Column]:
     """Return all columns worth showing: those in which the groups differ, and the lr."""
     rows = preview.rows
     said = facts(preview)
 
-    def column(*title: str, cells: Sequence[str], rank: int = 0, left: bool = False) -> Column:
-        return Column(title, tuple(cells), rank, left)
+    def column(
+        *title: str, cell: Callable[[Line], str], rank: int = 0, left: bool = False
+    ) -> Column:
+        return Column(title, tuple(map(cell, lines)), rank, left)
+
+    def tensors(line: Line) -> str:
+        return f"{count(_parameters(line))} in {sum(row.tensors for row in line.rows)}"
 
     found = [
-        column("group", cells=[row.group for row in rows], left=True),
-        column(
-            "params",
-            "in tensors",
-            cells=[f"{count(row.parameters)} in {row.tensors}" for row in rows],
-            rank=4,
-        ),
+        column("group", cell=lambda line: line.label, left=True),
+        column("params", "in tensors", cell=tensors, rank=4),
     ]
     if "optimizer" not in said:
-        found.append(column("optimizer", cells=[row.optimizer for row in rows], rank=2, left=True))
-    found += _lr_columns(preview)
+        cell = partial(_each, lambda row: row.optimizer)
+        found.append(column("optimizer", cell=cell, rank=2, left=True))
+    found += _lr_columns(preview, lines)
     if "weight_decay" not in said:
-        cells = [span(row.weight_decay, row.weight_decay_end) for row in rows]
-        found.append(column("weight", "decay", cells=cells, rank=3))
+        cell = partial(_each, lambda row: span(row.weight_decay, row.weight_decay_end))
+        found.append(column("weight", "decay", cell=cell, rank=3))
     if "gradients" not in said:
         limits = _limits(rows)
-        cells = [limits.get(row.scope or "", "–") for row in rows]
+        cell = partial(_each, lambda row: limits.get(row.scope or "", "–"))
         title = ("clip", "norm") if _only_norms(rows) else ("gradients",)
-        found.append(column(*title, cells=cells, rank=5))
+        found.append(column(*title, cell=cell, rank=5))
     if any(row.thaw != "trains" for row in rows):
-        found.append(column("thaw", cells=[row.thaw for row in rows], left=True))
+        found.append(column("thaw", cell=partial(_each, lambda row: row.thaw), left=True))
     if preview.run.steps is not None and not _constant(rows):
-        curves = [curve(np.where(r.active, r.lr, np.nan), unicode=unicode) for r in rows]
-        found.append(column(*_SPARK, cells=curves, rank=6, left=True))
+        cell = partial(_curve, unicode=unicode)
+        found.append(column(*_SPARK, cell=cell, rank=6, left=True))
     return found
 
 
-def _lr_columns(preview: Shown) -> list[Column]:
-    rows = preview.rows
-    start = tuple(number(row.lr_start) for row in rows)
+def _each(text_of: Callable[[Row], str], line: Line) -> str:
+    """Return what is said of each group of a line: the same, or that of the first to the last."""
+    texts = list(dict.fromkeys(map(text_of, line.rows)))
+    return texts[0] if len(texts) == 1 else f"{texts[0]} … {texts[-1]}"
+
+
+def _numbers(value_of: Callable[[Row], float | None], line: Line) -> str:
+    """Return a number of each group of a line: the same, or the smallest to the largest."""
+    values = [value for row in line.rows if (value := value_of(row)) is not None]
+    if not values:
+        return number(None)
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} … {high}"
+
+
+def _curve(line: Line, unicode: bool) -> str:
+    """Draw the lr over time; of several groups that of the one with the largest."""
+    row = max(line.rows, key=lambda row: row.lr_peak or 0.0)
+    return curve(np.where(row.active, row.lr, np.nan), unicode=unicode)
+
+
+def _lr_columns(preview: Shown, lines: Sequence[Line]) -> list[Column]:
+    def column(value_of: Callable[[Row], float | None], *title: str, rank: int = 0) -> Column:
+        return Column(title, tuple(_numbers(value_of, line) for line in lines), rank)
+
     if preview.run.steps is None:
-        return [Column(("first", "lr"), start)]
-    if _constant(rows):
-        return [Column(("lr",), start)]
+        return [column(lambda row: row.lr_start, "first", "lr")]
+    if _constant(preview.rows):
+        return [column(lambda row: row.lr_start, "lr")]
     return [
-        Column(("lr at", "start"), start, rank=1),
-        Column(("lr at", "peak"), tuple(number(row.lr_peak) for row in rows)),
-        Column(("lr at", "end"), tuple(number(row.lr_end) for row in rows), rank=1),
+        column(lambda row: row.lr_start, "lr at", "start", rank=1),
+        column(lambda row: row.lr_peak, "lr at", "peak"),
+        column(lambda row: row.lr_end, "lr at", "end", rank=1),
     ]
 
 
@@ -228,33 +310,45 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, max(width, 30)) or [""]]
 
 
-def _ties(preview: Shown) -> str:
-    """List the parameters with several names; of many the first few."""
-    ties = [
-        " = ".join(info.names)
-        for cell in preview.resolved.cells
-        for info in cell.parameters
-        if len(info.names) > 1
-    ]
-    return listed(ties)
+def ties(preview: Shown) -> list[str]:
+    """List the parameters with several names."""
+    return [" = ".join(tie) for row in preview.rows for tie in row.ties]
 
 
-def _notes(preview: Shown, dropped: Sequence[str], width: int) -> list[str]:
-    """Return what stands below the table: clip scopes, columns left out, findings."""
+def notes(
+    preview: Shown, shown: Sequence[Line], dropped: Sequence[str], width: int | None
+) -> list[str]:
+    """Return what stands below the table: folded groups, clip scopes, ties, findings.
+
+    Args:
+        preview: what is shown.
+        shown: the lines of the table.
+        dropped: the columns that were left out.
+        width: at which lines are wrapped; None for no wrapping.
+    """
     lines = []
+    if len(shown) < len(preview.rows):
+        lines.append(
+            f"{len(preview.rows):,} groups are folded: a … b is the range over the groups of a "
+            "line; preview.rows has each."
+        )
     if "gradients" not in facts(preview):
         norms = _only_norms(preview.rows)
-        said = ", ".join(
+        limits = list(_limits(preview.rows).items())
+        said = [
             f"{limit} over {'everything else' if scope == 'plan' else scope}"
             + (" together" if norms else "")
-            for scope, limit in _limits(preview.rows).items()
-        )
-        lines += _wrapped([f"{'clip norm' if norms else 'gradients'}: {said}"], width)
+            for scope, limit in limits
+        ]
+        lines.append(f"{'clip norm' if norms else 'gradients'}: {listed(said, _SCOPES)}")
     if dropped:
-        lines += _wrapped([f"left out at this width: {', '.join(dropped)}"], width)
-    if tied := _ties(preview):
-        lines += _wrapped([f"tied, each updated once: {tied}"], width)
+        lines.append(f"left out at this width: {', '.join(dropped)}")
+    if tied := ties(preview):
+        lines.append(f"tied, each updated once: {listed(tied, _TIES)}")
+    lines = lines if width is None else _wrapped(lines, width)
     for finding in preview.findings:
-        wrapped = textwrap.wrap(f"{_MARK}{finding}", max(width, 30), subsequent_indent=_GAP)
-        lines += ["", *wrapped] if finding is preview.findings[0] else wrapped
+        told = [f"{MARK}{finding}"]
+        if width is not None:
+            told = textwrap.wrap(told[0], max(width, 30), subsequent_indent=_GAP)
+        lines += ["", *told] if finding is preview.findings[0] else told
     return ["", *lines] if lines and lines[0] else lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..algorithms.registry import hyperparameters, known_hyperparameter
 from ..errors import HyperparameterError, PatternError, PlanError
 from ..gradients.operations import ClipNorm, Operation
 from ..model.parameters import ParamInfo
-from ..model.patterns import compile_pattern
+from ..model.patterns import Pattern, compile_pattern
 from ..model.suggestions import nothing_matched
 from ..plan.operators import ByDepth, Times
 from ..plan.plan import Plan, Rule
@@ -88,27 +88,71 @@ def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> No
     if not matched:
         infos = [draft.info for draft in drafts]
         raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, infos)}")
-    depths: dict[str, int | None] = {}
-    for draft in matched:
-        found = pattern.depths(draft.info)
-        if len(found) > 1:
-            raise PatternError(
-                f"rule {rule.label!r}: the tied parameter {' = '.join(draft.info.names)} has "
-                f"several layer numbers ({', '.join(map(str, sorted(found)))}); exclude it with "
-                f"'& !{draft.info.name}' or give it a rule of its own."
-            )
-        depths[draft.info.name] = next(iter(found), None)
+    depths = {draft.info.name: _depth_of(draft.info, pattern, rule) for draft in matched}
     layers = sorted({depth for depth in depths.values() if depth is not None})
     ranks = {depth: rank for rank, depth in enumerate(layers)}
+    ends = _ends(rule, drafts, depths)
     for draft in matched:
         depth = depths[draft.info.name]
         rank = None if depth is None else ranks[depth]
         info = draft.info if depth is None else replace(draft.info, depth=depth, rank=rank)
         label = rule.label if depth is None else rule.label.replace("{depth}", str(depth))
-        below_top = 0 if rank is None else len(ranks) - 1 - rank
         draft.rules[label] = None
         draft.matched |= 1 << index
-        _apply(draft, dict(rule.settings), rule.label, index, info, below_top, run)
+        _apply(draft, dict(rule.settings), rule.label, index, info, len(layers), run)
+    for key, label, place, at_end in ends:
+        for draft in at_end:
+            draft.rules[label] = None
+            draft.matched |= 1 << index
+            info = replace(draft.info, rank=-1 if place == "below" else len(layers))
+            setting = {key: dict(rule.settings)[key]}
+            _apply(draft, setting, rule.label, index, info, len(layers), run)
+
+
+def _depth_of(info: ParamInfo, pattern: Pattern, rule: Rule) -> int | None:
+    """Return the layer number that a rule's pattern captures from the names of a parameter."""
+    found = pattern.depths(info)
+    if len(found) > 1:
+        raise PatternError(
+            f"rule {rule.label!r}: the tied parameter {' = '.join(info.names)} has "
+            f"several layer numbers ({', '.join(map(str, sorted(found)))}); exclude it with "
+            f"'& !{info.name}' or give it a rule of its own."
+        )
+    return next(iter(found), None)
+
+
+def _ends(
+    rule: Rule, drafts: Sequence[Draft], depths: Mapping[str, int | None]
+) -> list[tuple[str, str, str, list[Draft]]]:
+    """Return what `by_depth` counts as layers beside those that the rule's pattern captures.
+
+    Returns:
+        For each: the setting, the pattern, "below" or "above", and the parameters.
+    """
+    found = []
+    for key, value in rule.settings:
+        if not isinstance(value, ByDepth):
+            continue
+        taken = {name: f"layer {depth}" for name, depth in depths.items() if depth is not None}
+        for place in ("below", "above"):
+            text = getattr(value, place)
+            if text is None:
+                continue
+            pattern = compile_pattern(text)
+            at_end = [draft for draft in drafts if pattern.matches(draft.info)]
+            where = f"rule {rule.label!r}, {key}: {place}={text!r}"
+            if not at_end:
+                infos = [draft.info for draft in drafts]
+                raise PatternError(f"{where} {nothing_matched(text, infos)}")
+            for name in (draft.info.name for draft in at_end):
+                if name in taken:
+                    raise PatternError(
+                        f"{where} selects {name!r}, which is {taken[name]} already; exclude it "
+                        f"from one of the two with '& !{name}'."
+                    )
+                taken[name] = f"{place} the layers"
+            found.append((key, text, place, at_end))
+    return found
 
 
 def _apply(
@@ -117,7 +161,7 @@ def _apply(
     rule: str,
     index: int,
     info: ParamInfo,
-    below_top: int,
+    layers: int,
     run: Run,
 ) -> None:
     where = f"rule {rule!r}" if index else "plan"
@@ -145,7 +189,7 @@ def _apply(
             place = f"{where} sets {key} on {info.name!r}"
             known_hyperparameter(draft.optimizer, key, place, value)
             earlier = draft.hyper.get(key, Setting(1.0))
-            result = _operate(earlier, value, info, below_top, f"{where}, {key}")
+            result = _operate(earlier, value, info, layers, f"{where}, {key}")
             draft.hyper[key] = result
             draft.note(rule, key, value, result)
     # A thaw that was written for a layer means its adapters: what PEFT froze stays as it is.
@@ -153,6 +197,7 @@ def _apply(
         if moves_window(settings, info):
             draft.credit(index, "window", None)
             draft.by_model = False
+        below_top = 0 if info.rank is None else layers - 1 - info.rank
         windows = settle(settings, below_top, info, run, where, draft.windows)
         draft.windows = windows if info.differentiable else NEVER  # it can never have a gradient
         given = tuple((key, settings[key]) for key in WINDOW if key in settings)
@@ -163,7 +208,7 @@ def _apply(
 
 
 def _operate(
-    earlier: Setting | tuple[Setting, ...], value: Any, info: ParamInfo, below_top: int, where: str
+    earlier: Setting | tuple[Setting, ...], value: Any, info: ParamInfo, layers: int, where: str
 ) -> Setting | tuple[Setting, ...]:
     if isinstance(value, tuple):
         return tuple(_plain(part, info, where) for part in value)
@@ -172,7 +217,9 @@ def _operate(
     if isinstance(earlier, tuple) or isinstance(earlier.scale, (bool, str, type(None))):
         raise HyperparameterError(f"{where}={value!r}: only a number can be multiplied.")
     if isinstance(value, ByDepth):
-        return replace(earlier, scale=earlier.scale * value.rate**below_top)
+        if info.rank is None:
+            return earlier
+        return replace(earlier, scale=earlier.scale * value.factor(info.rank, layers))
     if isinstance(value.factor, Schedule):
         return replace(earlier, curves=(*earlier.curves, value.factor))
     return replace(earlier, scale=earlier.scale * value.factor)

@@ -71,6 +71,21 @@ class Explanation:
 
     __repr__ = __str__
 
+    def data(self) -> dict[str, Any]:
+        """Return it as plain data, such as JSON can hold."""
+        return {
+            "name": self.name,
+            "names": list(self.names),
+            "step": self.step,
+            "group": self.group,
+            "trains": self.active,
+            "beyond_the_end": self.end is not None,
+            "settings": [
+                {"key": line.key, "value": line.value, "chain": [vars(link) for link in line.chain]}
+                for line in self.lines
+            ],
+        }
+
 
 def shown_value(value: object) -> str:
     """Return a value as an explanation shows it."""

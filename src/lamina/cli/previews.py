@@ -1,0 +1,49 @@
+"""Previews of a task under one plan or several, on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..preview import Preview
+from ..training.load import choose_plan, error_location, load_task
+from ..training.ready import batches
+from ..training.settings import Settings
+
+
+def task_previews(
+    source: str,
+    plans: Sequence[Path | None],
+    examples: Mapping[str, str],
+    *,
+    steps: int | None = None,
+    **asked: Any,
+) -> list[Preview]:
+    """Return previews of the run that `lamina run` would do in one process.
+
+    Args:
+        source: the task.
+        plans: a file for each preview; None for the task's own plan.
+        examples: the example tasks, by name.
+        steps: the length of the run in optimizer steps, instead of epochs.
+        **asked: settings of the run, such as `epochs=` and `accumulate=`.
+    """
+    task = load_task(source, examples)
+    settings = Settings.of(task, **asked)
+    chosen = [choose_plan(task, plan) for plan in plans]
+    loader = task.data(settings.seed).train
+    model = task.model()
+    found = []
+    for plan, place in chosen:
+        with error_location(place):
+            found.append(
+                plan.preview(
+                    model,
+                    steps=steps,
+                    epochs=settings.epochs if steps is None else None,
+                    steps_per_epoch=batches(task, loader),
+                    accumulate=settings.accumulate,
+                )
+            )
+    return found
