@@ -295,7 +295,6 @@ _BERT_DECAY = partial(
     recipes.layer_decay,
     "bert.encoder.layer.{depth}.*",
     lr=1e-3,
-    layers=LAYERS,
     decay=0.6,
     embeddings="bert.embeddings.*",
 )
@@ -303,7 +302,6 @@ _VIT_DECAY = partial(
     recipes.layer_decay,
     "blocks.{depth}.*",
     lr=1e-3,
-    layers=LAYERS,
     decay=0.6,
     embeddings="cls_token | pos_embed | patch_embed.*",
     top="norm.*",

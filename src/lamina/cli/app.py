@@ -252,5 +252,5 @@ app.command("find-lr", epilog="Example: lamina find-lr my_task.py my_plan.toml -
     find_lr
 )
 app.command(epilog="Example: lamina plot my_task.py my_plan.toml --out plan.svg")(plot)
-app.command(epilog="Example: lamina diff plan.toml other.toml --task my_task.py")(_guarded(diff))
-app.command(epilog="Example: lamina init my_task.py")(_guarded(init))
+app.command(epilog="Example: lamina diff my_task.py old.toml new.toml")(_guarded(diff))
+app.command(epilog="Example: lamina init my_task.py -o plan.toml")(_guarded(init))

@@ -12,9 +12,8 @@ import typer
 from ..errors import TaskError, printable
 from ..preview.sparkline import can_show
 from ..preview.table import in_ascii
-from ..training.example_tasks import example_tasks
 from .arguments import task_and_plan
-from .common import print_json
+from .common import EXAMPLES, Accumulate, AsJson, Epochs, TaskOption, print_json
 from .previews import task_previews
 
 
@@ -26,26 +25,20 @@ def diff(
             help="A task and two plans for it; with one plan, it is compared with the task's own.",
         ),
     ],
-    task_option: Annotated[
-        str | None,
-        typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    task_option: TaskOption = None,
+    epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per optimizer step.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain data for scripts.")] = False,
+    accumulate: Accumulate = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what changes between two plans: which parameters, at which steps, which values.
-
-    Example: lamina diff my_task.py old.toml new.toml
-    """
+    """Show what changes between two plans: which parameters, at which steps, which values."""
     source, before, after = task_and_plans(words, task_option)
     if epochs is not None and steps is not None:
         raise TaskError(
             f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass one."
         )
     asked = {"epochs": epochs, "accumulate": accumulate}
-    earlier, later = task_previews(source, [before, after], example_tasks(), steps=steps, **asked)
+    earlier, later = task_previews(source, [before, after], EXAMPLES, steps=steps, **asked)
     found = earlier.diff(later)
     if as_json:
         hashes = {"hash_before": earlier.hash, "hash_after": later.hash}

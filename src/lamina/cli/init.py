@@ -11,9 +11,9 @@ import typer
 from ..errors import LaminaError, TaskError, printable
 from ..files.atomic import atomic
 from ..starter import starter_plan
-from ..training.example_tasks import example_tasks
 from ..training.load import load_task
 from .arguments import task_and_plan
+from .common import EXAMPLES
 from .model_function import model_of
 
 
@@ -37,10 +37,7 @@ def init(
         typer.Option("-o", "--out", metavar="FILE.toml", help="A new file; printed by default."),
     ] = None,
 ) -> None:
-    """Write a first plan for a model, with comments and the names for patterns.
-
-    Example: lamina init my_task.py -o plan.toml
-    """
+    """Write a first plan for a model, with comments and the names for patterns."""
     if out is not None:
         _check_free(out)
     if model is not None and (task is not None or task_option is not None):
@@ -56,7 +53,7 @@ def init(
                 f"{shlex.join(['lamina', 'init', 'my_task.py', '-o', task])}"
             )
         source, _ = task_and_plan(["init"], (task, None), task_option)
-        made = load_task(source, example_tasks()).model()
+        made = load_task(source, EXAMPLES).model()
     text = str(starter_plan(made))
     if out is None:
         print(text, end="")

@@ -55,7 +55,7 @@ def find_lr_of_task(
     asked = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     settings = Settings.of(task, **asked, mixed_precision=mixed_precision)
     chosen, place = choose_plan(task, plan)
-    accelerator = begin(settings, cpu)
+    accelerator = begin(settings, settings.accumulate, cpu)
     try:
         device = accelerator.device
         data, model = task.data(settings.seed), task.model().to(device)

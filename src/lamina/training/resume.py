@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
+from .._util.randomness import State
 from ..errors import StateError, TaskError, shortened
 from ..plan.plan import Plan
 from .dealing import Dealing
 from .devices import launched
 from .load import choose_plan
-from .position import Position, State
+from .position import Position
 from .ready import ReadyRun, Resumption
 from .run_folder import ABOUT, PENDING, PLAN, PLAN_AS_PYTHON, plan_text, read_about
 from .settings import Settings
