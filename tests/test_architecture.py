@@ -31,6 +31,7 @@ LAYERS = [
     "guests",
     "runtime",
     "state",
+    "record",
     "optimizer",
     "checkpoint",
     "preview",
