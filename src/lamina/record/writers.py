@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import PlanError, require
+from ..errors import MissingExtraError, PlanError
 from ..files.atomic import wrap_write_errors
 from .record import RecordEvent
 from .rows import Row
@@ -101,9 +102,7 @@ class TensorBoard:
         self._own = isinstance(folder, (str, os.PathLike))
         self._writer = folder
         if self._own:
-            require("tensorboard", "tensorboard", "Writing for TensorBoard")
-            tensorboard: Any = require("torch.utils.tensorboard", "tensorboard", "TensorBoard")
-            self._writer = tensorboard.SummaryWriter(os.fspath(folder))
+            self._writer = _summary_writer()(os.fspath(folder))
 
     def write(self, row: Row) -> None:
         for name, value in row.flat().items():
@@ -115,6 +114,16 @@ class TensorBoard:
     def close(self) -> None:
         """Write out what is buffered; close the writer if it was made here."""
         (self._writer.close if self._own else self._writer.flush)()
+
+
+def _summary_writer() -> Any:
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Writing for TensorBoard needs the package 'tensorboard', which cannot be imported "
+            f"({error}). Install it with: pip install tensorboard"
+        ) from error
 
 
 class ToLogger:
