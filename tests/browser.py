@@ -93,7 +93,7 @@ class Browser:
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"][:200])
 
-    # --- what a test does --------------------------------------------------------------------------
+    # --- what a test does -----------------------------------------------------------------------
 
     def open(self, page: Path, width: int = 1280, height: int = 800, dark: bool = False) -> None:
         """Open a file in a window of this size and wait until its first charts are drawn."""

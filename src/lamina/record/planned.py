@@ -88,7 +88,14 @@ class Planned:
             return _from_json(content)
         except StateError:
             raise
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise StateError(
                 f"{path}: this is no saved plan of a run ({shortened(str(error))}). Remove it: a "
                 "report then shows what was recorded alone."
@@ -164,5 +171,3 @@ def _check(value: Any, kind: type) -> Any:
 
 def _check_optional(value: Any, kind: type) -> Any:
     return None if value is None else _check(value, kind)
-
-

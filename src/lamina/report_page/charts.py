@@ -67,7 +67,9 @@ def lr_chart(source: Source) -> Chart | None:
         look = {"group": source.groups.index(group), "width": 2}
         if recorded:
             planned = {**look, "name": "planned", "dash": "dot", "width": 1.5}
-            curves.append(({**look, "name": "applied"}, _where_positive(source.actual(group, "lr"))))
+            curves.append(
+                ({**look, "name": "applied"}, _where_positive(source.actual(group, "lr")))
+            )
         else:
             planned = {**look, "name": "planned"}
         curves.append((planned, source.planned_lr(group)))

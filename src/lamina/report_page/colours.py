@@ -69,7 +69,9 @@ def lr_colour(lr: float | None, low: float, high: float) -> str:
     """Return the colour of a learning rate between two others, by its logarithm; grey for none."""
     if not lr or lr <= 0 or not math.isfinite(lr):
         return _FROZEN
-    share = 1.0 if high <= low else (math.log(lr) - math.log(low)) / (math.log(high) - math.log(low))
+    share = (
+        1.0 if high <= low else (math.log(lr) - math.log(low)) / (math.log(high) - math.log(low))
+    )
     place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
     index = min(int(place), len(_SCALE) - 2)
     rest = place - index

@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import require
 from ..files.atomic import atomic
 from ..model.finding import Finding
+from ..preview.rows import number
 from ..record.planned import ParameterEntry, Planned
 from ..record.record import METRICS, Record
-from ..preview.rows import number
 from . import charts, tables
 from .html import data, folded, name, script_hash, table, text
 from .source import DRAWN, Source
@@ -268,17 +268,21 @@ def _subtitle(source: Source) -> str:
 def _tiles(source: Source) -> str:
     """Return the few numbers that most readers look for."""
     total = None if source.planned is None else source.planned.total
-    last = source.record.last_step
+    taken = source.steps_taken
     tiles = []
-    if last is not None:
-        tiles.append(("steps", f"{last + 1:,}" + (f" of {total:,}" if total else "")))
+    if taken:
+        tiles.append(("steps", f"{taken:,}" + (f" of {total:,}" if total else "")))
     training = sum(peak is not None for peak in source.peaks.values())
-    tiles.append(("groups", f"{len(source.groups):,}" + (f", {training:,} train" if training else "")))
+    tiles.append(
+        ("groups", f"{len(source.groups):,}" + (f", {training:,} train" if training else ""))
+    )
     for metric in [n for n in source.metric_names if n.startswith("val_")][:3]:
         values = source.actual(METRICS, metric)[1]
         tiles.append((metric, number(float(values[-1]))))
     tiles.append(("findings", str(len(source.findings))))
-    cells = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in tiles)
+    cells = "".join(
+        f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in tiles
+    )
     return f'<dl class="tiles">{cells}</dl>'
 
 
@@ -306,7 +310,7 @@ def _finding(source: Source, finding: Finding, present: Mapping[str, str]) -> st
     when = f'<span class="when">from step {min(at):,}</span>' if at else ""
     named = [
         place
-        for place, group in enumerate(source.groups[:DRAWN * 4])
+        for place, group in enumerate(source.groups[: DRAWN * 4])
         if group and group in finding.message
     ]
     button = ""

@@ -36,6 +36,7 @@ class Source:
     parameters: Sequence[ParameterEntry] = ()
     title: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    _curves: dict[tuple[str, str], tuple[Steps, Floats]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -62,8 +63,11 @@ class Source:
         return tuple(dict.fromkeys([*self.record.findings, *planned]))
 
     def actual(self, group: str, name: str) -> tuple[Steps, Floats]:
-        """Return a curve of the record."""
-        return self.record.series(group, name)
+        """Return a curve of the record; it is put together once."""
+        key = (group, name)
+        if key not in self._curves:
+            self._curves[key] = self.record.series(group, name)
+        return self._curves[key]
 
     def planned_lr(self, group: str) -> tuple[Steps, Floats]:
         """Return the planned lr of a group where it trains; gaps are NaN."""
@@ -111,9 +115,15 @@ class Source:
         return tuple(training[place] for place in places)
 
     @cached_property
+    def steps_taken(self) -> int:
+        """How many steps were recorded; a validation after the last one is none of them."""
+        ends = [steps[-1] for steps, _ in (self.actual(g, "lr") for g in self.groups) if len(steps)]
+        return max(map(int, ends), default=-1) + 1
+
+    @cached_property
     def last_step(self) -> int:
         """The last step that is known, recorded or planned."""
-        ends = [self.record.last_step or 0]
+        ends = [max(0, self.steps_taken - 1)]
         if self.planned is not None and self.planned.total:
             ends.append(self.planned.total - 1)
         return max(ends)
@@ -132,7 +142,7 @@ class Source:
     def spans(self, group: str) -> list[tuple[int, int]]:
         """Return where the recorded lr is above 0: first step and the one after the last."""
         steps, lr = self.actual(group, "lr")
-        return _spans(steps, lr > 0, (self.record.last_step or 0) + 1)
+        return _spans(steps, lr > 0, self.steps_taken)
 
     def planned_spans(self, group: str) -> list[tuple[int, int]]:
         """Return where the plan trains a group: first step and the one after the last."""

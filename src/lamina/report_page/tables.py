@@ -24,7 +24,12 @@ def lr_table(source: Source) -> str:
         planned, applied = source.planned_lr(group)[1], source.actual(group, "lr")[1]
         cells = [_span(planned), _span(np.where(applied == 0, np.nan, applied))]
         rows.append([name(group), *cells, _difference(source, group)])
-    head = ["group", "planned: first, peak, last", "applied: first, peak, last", "largest difference"]
+    head = [
+        "group",
+        "planned: first, peak, last",
+        "applied: first, peak, last",
+        "largest difference",
+    ]
     return table("Learning rate by group", head, rows) + _more(source)
 
 

@@ -158,5 +158,6 @@ def _legend(view: _View) -> str:
         '<div class="tree-head"><span class="choice" role="group" aria-label="Colour of the tree">'
         '<button type="button" data-tree="lr" aria-pressed="true">peak lr</button>'
         '<button type="button" data-tree="state" aria-pressed="false">state</button></span>'
-        f'<span class="legend of-lr">{ramp}</span><span class="legend of-state">{boxes}</span></div>'
+        f'<span class="legend of-lr">{ramp}</span>'
+        f'<span class="legend of-state">{boxes}</span></div>'
     )
