@@ -16,7 +16,7 @@ from lamina.training import Task, fit
 from lamina.training.read_run import read_run
 
 pytest.importorskip("plotly")
-from test_report_page import page_of  # noqa: E402
+from test_report_page import page_of
 
 PLAN = Plan.from_toml(training_task.PLAN)
 

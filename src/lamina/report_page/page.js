@@ -64,21 +64,21 @@
   }
 
   function drawLines(chart) {
-    const groups = chart.traces.length;
+    const unified = chart.traces.length <= 16;
     const traces = chart.traces.map((trace) => ({
       type: "scatter", mode: trace.markers ? "lines+markers" : "lines", x: trace.x, y: trace.y,
       name: labelOf(trace), visible: isShown(chart, trace), connectgaps: false,
       line: { color: colourOf(trace), width: trace.width || 1.5, dash: trace.dash || "solid" },
       marker: { size: 7, color: colourOf(trace) },
-      hovertemplate: "%{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
+      hovertemplate: unified ? "%{y:.4~g}" : "step %{x}: %{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
     }));
     const shapes = data.marks.map((mark) => ({
       type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: "below",
       line: { color: css("--faint"), width: 1, dash: "dot" }, opacity: mark.kind === "thaw" || mark.kind === "freeze" ? 0.35 : 0.8,
     }));
-    const legend = chart.traces.every((trace) => trace.group === undefined) && groups > 1;
+    const legend = chart.traces.every((trace) => trace.group === undefined) && chart.traces.length > 1;
     return Plotly.react(element(chart), traces, layout(chart, {
-      hovermode: groups > 16 ? "closest" : "x unified",
+      hovermode: unified ? "x unified" : "closest", hoverdistance: unified ? -1 : 40,
       xaxis: axis({ title: stepTitle, rangemode: "tozero" }),
       yaxis: axis(chart.log ? logAxis(chart) : { type: "linear", rangemode: "tozero" }),
       shapes, showlegend: legend,
