@@ -105,7 +105,7 @@
       xgap: chart.x.length > 60 ? 0 : 1, ygap: rows.length > 40 ? 0 : 1, hoverongaps: false,
       colorbar: { thickness: 12, outlinewidth: 0, tickvals: ticks, ticktext: ticks.map((p) => "1e" + (+p.toFixed(1))), len: 1 },
     }], layout(chart, {
-      height, xaxis: axis({ title: stepTitle, showgrid: false }),
+      height, margin: { l: 56, r: 12, t: 28, b: 38 }, xaxis: axis({ title: stepTitle, showgrid: false }),
       yaxis: axis({ autorange: "reversed", showgrid: false, tickvals: rows.length > 60 ? [] : rows, ticktext: rows.map((row) => names[row]), tickfont: { size: 11 } }),
     }), options(chart));
   }
