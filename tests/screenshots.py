@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from browser import Browser
-
 from lamina.cli.report import report_run
 
 

@@ -72,10 +72,16 @@
       marker: { size: 7, color: colourOf(trace) },
       hovertemplate: unified ? "%{y:.4~g}" : "step %{x}: %{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
     }));
-    const shapes = data.marks.map((mark) => ({
+    const isWindow = (mark) => mark.kind === "thaw" || mark.kind === "freeze";
+    const labelled = data.marks.filter((mark) => !isWindow(mark)).length <= 8;
+    const shapes = data.marks.map((mark) => Object.assign({
       type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: "below",
-      line: { color: css("--faint"), width: 1, dash: "dot" }, opacity: mark.kind === "thaw" || mark.kind === "freeze" ? 0.35 : 0.8,
-    }));
+      line: { color: css(isWindow(mark) ? "--faint" : "--warn"), width: 1, dash: "dot" },
+      opacity: isWindow(mark) ? 0.35 : 0.9,
+    }, !isWindow(mark) && labelled ? { label: {
+      text: escape(short(mark.kind, 28)), textangle: -90, textposition: "end", xanchor: "left",
+      font: { size: 11, color: css("--warn") },
+    } } : {}));
     const legend = chart.traces.every((trace) => trace.group === undefined) && chart.traces.length > 1;
     return Plotly.react(element(chart), traces, layout(chart, {
       hovermode: unified ? "x unified" : "closest", hoverdistance: unified ? -1 : 40,
