@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina as lm
 from lamina.gradients import norms as norms_module
@@ -257,7 +258,7 @@ def test_loggers_receive_plain_numbers_by_step(kind):
 def test_tensorboard_is_imported_only_when_asked_for(monkeypatch, tmp_path):
     assert "tensorboard" not in sys.modules
     module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Board
+    vars(module)["SummaryWriter"] = Board
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     writer, model = TensorBoard(tmp_path), net()
     with plan().build(model, steps=4).recorder(writer):
@@ -391,3 +392,27 @@ def test_numbers_that_are_not_finite_are_lines_too(tmp_path):
         recorder.metrics(loss=float("nan"), other=torch.tensor(float("inf")))
     assert json.loads(path.read_text())["metrics"] == {"loss": None, "other": None}
     assert np.isnan(Record.load(path).series(METRICS, "loss")[1]).all()
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a number is read from a tensor, which would wait for an accelerator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number_from_a_tensor():
+    model = net()
+    built = lm.Plan("SGD", lr=0.1, nonfinite_check="norms").build(model, steps=20)
+    train(model, built, 1)
+    with built.recorder(every=1) as recorder, NoReads():
+        for _ in range(10):
+            built.zero_grad()
+            loss = model(torch.ones(8, 4)).square().mean()
+            loss.backward()
+            built.step()
+            recorder.metrics(loss=loss)
+        with pytest.raises(AssertionError):  # canary
+            float(loss)
+    assert len(recorder.record.series("default", "ratio")[0]) == 10

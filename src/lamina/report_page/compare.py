@@ -14,6 +14,7 @@ import numpy as np
 from ..preview.rows import number
 from ..record.record import METRICS
 from .charts import lines
+from .colours import FROZEN
 from .html import folded, name, table, text
 from .page import card, chart_place, write_page
 from .source import DRAWN, Source
@@ -65,11 +66,12 @@ class Comparison:
 
 def compare(left: Compared, right: Compared) -> Comparison:
     """Return what differs between two runs."""
-    both = (left, right)
-    keys = dict.fromkeys([*left.settings, *right.settings])
-    settings = [(key, *(run.settings.get(key, _MISSING) for run in both)) for key in keys]
-    plans = [run.plan.splitlines() for run in both]
-    diff = difflib.unified_diff(*plans, left.label, right.label, lineterm="")
+    settings = [
+        (key, left.settings.get(key, _MISSING), right.settings.get(key, _MISSING))
+        for key in dict.fromkeys([*left.settings, *right.settings])
+    ]
+    old, new = left.plan.splitlines(), right.plan.splitlines()
+    diff = difflib.unified_diff(old, new, left.label, right.label, lineterm="")
     lr = [
         (pair.label, _lr_text(left.source, pair.left), _lr_text(right.source, pair.right))
         for pair in pairs_of(left.source, right.source)
@@ -80,7 +82,10 @@ def compare(left: Compared, right: Compared) -> Comparison:
         tuple(row for row in settings if row[1] != row[2]),
         tuple(diff),
         tuple(row for row in lr if row[1] != row[2]),
-        tuple((metric, *(_metric_text(run.source, metric) for run in both)) for metric in metrics),
+        tuple(
+            (metric, _metric_text(left.source, metric), _metric_text(right.source, metric))
+            for metric in metrics
+        ),
     )
 
 
@@ -194,9 +199,9 @@ def write_comparison(left: Compared, right: Compared, path: str | os.PathLike[st
 
 
 def _colour(pair: Pair, left: Source, right: Source) -> str:
-    if pair.left in left.colours:
+    if pair.left is not None and pair.left in left.colours:
         return left.colours[pair.left]
-    return right.colours.get(pair.right or "", "#8b949e")
+    return right.colours.get(pair.right or "", FROZEN)
 
 
 def _charts(left: Compared, right: Compared) -> list[dict[str, Any]]:
