@@ -56,7 +56,15 @@ def norm(tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", torch.optim.Adagrad])
-@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.05}, {"nonfinite_check": "norms"}])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        {},
+        {"clip_norm": 0.05},
+        {"nonfinite_check": "norms"},
+        {"gradients": [lm.clip_value(0.001), lm.clip_norm(0.05)]},
+    ],
+)
 def test_the_record_holds_what_was_applied_and_measured(dtype, optimizer, clip):
     model = net(dtype)
     built = plan(optimizer, **clip).build(model, steps=8)
@@ -309,11 +317,12 @@ def test_every_is_checked(every):
 def test_a_copy_of_an_optimizer_has_no_recorder(tmp_path):
     model = net()
     optimizer = plan().build(model, steps=4)
-    optimizer.recorder(tmp_path / "metrics.jsonl")
+    recorder = optimizer.recorder(tmp_path / "metrics.jsonl")
     pair = copy.deepcopy((model, optimizer))
     assert not pair[1]._recorders.on
     assert optimizer._recorders.on
     assert not pickle.loads(pickle.dumps(Recorders())).on
+    recorder.close()
 
 
 def test_a_closed_recorder_hears_nothing_more(tmp_path):
