@@ -73,21 +73,23 @@
       hovertemplate: unified ? "%{y:.4~g}" : "step %{x}: %{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
     }));
     const isWindow = (mark) => mark.kind === "thaw" || mark.kind === "freeze";
-    const labelled = data.marks.filter((mark) => !isWindow(mark)).length <= 8;
-    const shapes = data.marks.map((mark) => Object.assign({
-      type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: "below",
+    const shapes = data.marks.map((mark) => ({
+      type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: isWindow(mark) ? "below" : "above",
       line: { color: css(isWindow(mark) ? "--faint" : "--warn"), width: 1, dash: "dot" },
       opacity: isWindow(mark) ? 0.35 : 0.9,
-    }, !isWindow(mark) && labelled ? { label: {
-      text: escape(short(mark.kind, 28)), textangle: -90, textposition: "end", xanchor: "left",
-      font: { size: 11, color: css("--warn") },
-    } } : {}));
+    }));
+    const named = data.marks.filter((mark) => !isWindow(mark));
+    const annotations = (named.length <= 8 ? named : []).map((mark) => ({
+      x: mark.x, y: 1, yref: "paper", yanchor: "top", xanchor: "left", showarrow: false,
+      textangle: -90, text: escape(short(mark.kind, 28)), font: { size: 11, color: css("--warn") },
+      hovertext: escape(short(mark.text, 120)), captureevents: false,
+    }));
     const legend = chart.traces.every((trace) => trace.group === undefined) && chart.traces.length > 1;
     return Plotly.react(element(chart), traces, layout(chart, {
       hovermode: unified ? "x unified" : "closest", hoverdistance: unified ? -1 : 40,
       xaxis: axis({ title: stepTitle, rangemode: "tozero" }),
       yaxis: axis(chart.log ? logAxis(chart) : { type: "linear", rangemode: "tozero" }),
-      shapes, showlegend: legend,
+      shapes, annotations, showlegend: legend,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     }), options(chart));
   }
