@@ -424,3 +424,16 @@ def test_a_step_reads_no_number_from_a_tensor():
         with pytest.raises(AssertionError):  # canary
             float(loss)
     assert len(recorder.record.series("default", "ratio")[0]) == 10
+
+
+def test_rows_are_written_about_once_a_second(tmp_path, monkeypatch):
+    path, model, now = tmp_path / "metrics.jsonl", net(), [100.0]
+    monkeypatch.setattr("lamina.record.rows.time.monotonic", lambda: now[0])
+    optimizer = plan(clip_norm=1.0).build(model, steps=9)
+    recorder = optimizer.recorder(path, every=1)
+    train(model, optimizer, 2)
+    assert path.read_text() == ""
+    now[0] += 2.0
+    train(model, optimizer, 1)  # what a kill now would leave
+    assert len(Record.load(path).series(HEAD, "ratio")[0]) == 3
+    recorder.close()
