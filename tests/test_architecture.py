@@ -31,10 +31,12 @@ LAYERS = [
     "guests",
     "runtime",
     "state",
+    "record",
     "optimizer",
     "checkpoint",
     "preview",
     "range_test",
+    "report_page",
     "recipes",
     "starter",
     "integrations",
@@ -48,6 +50,7 @@ LAYERS = [
 LAZY_UPWARD = {
     ("lamina.plan.plan", "preview"): "Plan.preview",
     ("lamina.plan.plan", "optimizer"): "Plan.build",
+    ("lamina.preview.preview", "report_page"): "Preview.html",
 }
 
 

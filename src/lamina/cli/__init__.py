@@ -1,4 +1,4 @@
-"""The command line: `lamina run`, `show`, `explain`, `diff`, `init`, `inspect` and others."""
+"""The command line; docs/command-line.md lists the commands."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..checkpoint.inspect import inspect as describe
 from ..checkpoint.inspect import inspect_values
-from ..errors import LaminaError
+from ..errors import LaminaError, printable
 from ..training.engine import prepare_run
 from ..training.example_tasks import DEFAULT
 from ..training.load import load_task
@@ -199,6 +199,37 @@ def inspect(
             print_json(inspect_values(path))
         else:
             print(describe(path))
+
+
+@app.command(epilog="Example: lamina report runs/first -o report.html")
+def report(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML file; report.html in RUN.")
+    ] = None,
+) -> None:
+    """Write the report of a run, finished or not, as one HTML file."""
+    with cli_errors():
+        from .report import report_run
+
+        print(f"written to {report_run(path, out)}")
+
+
+@app.command(epilog="Example: lamina compare runs/first runs/second")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="That of another run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="An HTML file to write it to as well.")
+    ] = None,
+) -> None:
+    """Say how two runs differ: settings, plan, lr and metrics."""
+    with cli_errors():
+        from .report import compare_runs
+
+        print(printable(compare_runs(first, second, out)))
+        if out is not None:
+            print(f"\nwritten to {out}")
 
 
 @app.command(epilog="Example: lamina tasks")

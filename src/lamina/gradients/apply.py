@@ -11,7 +11,7 @@ from .._util.sharding import Shards
 from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch
 from ..model.parameters import ParamInfo
-from .nonfinite import is_any_bad, nonfinite_cause
+from .nonfinite import Known, is_any_bad, keep_norms, nonfinite_cause
 from .norms import each_norm, finite
 from .operations import ClipNorm, ClipParamNorm, Operation, ScopeGradients
 
@@ -49,11 +49,13 @@ def operate(
     every: bool = False,
     shards: Shards | None = None,
     first: list[torch.Tensor] | None = None,
+    known: Known | None = None,
 ) -> torch.Tensor | None:
     """Run a scope's operations over its batches, which then hold the changed gradients.
 
     With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
     called on every process, also where there is no batch. `first` is what `first_norms` gave.
+    `known` receives the norms of the single gradients as they came, if they were computed.
 
     Returns:
         The norm of the scope before its first `clip_norm`, or None.
@@ -76,6 +78,8 @@ def operate(
         bad = is_any_bad(batches, work.grads, shards)
     if bad:
         raise nonfinite_cause(batches, work.made, clock, shards)
+    if work.first_norms is not None:
+        keep_norms(known, batches, work.first_norms)
     taken = 0
     for batch in batches:
         count = len(batch.grads)

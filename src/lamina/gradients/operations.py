@@ -44,6 +44,11 @@ class ScopeGradients:
     norm: torch.Tensor | None = None
     norms: list[torch.Tensor] = field(default_factory=list)
     made: list[tuple[Operation, Grads]] = field(default_factory=list)
+    #: the 2-norm of each gradient as it was given, if an operation has computed them
+    first_norms: list[torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._given = self.grads
 
     def settle(self) -> Grads:
         """Return the gradients with the pending factor multiplied on, as new tensors."""
@@ -66,9 +71,13 @@ class ScopeGradients:
         """Return the p-norms of all gradients of the scope, on every process."""
         if self.first is not None:
             own, self.first = self.first, None
-            return own
-        own = each_norm(self.grads, p)
-        return own if self.shards is None else self.shards.norms(self._names(), own, p)
+        else:
+            own = each_norm(self.grads, p)
+        if self.shards is not None:
+            return self.shards.norms(self._names(), own, p)
+        if p == 2 and self.grads is self._given:
+            self.first_norms = own
+        return own
 
     def _names(self) -> list[str]:
         return [info.name for info in self.infos]
