@@ -268,6 +268,7 @@ VALUES = [
     ("rule('bn', thaw=[2, 5])", "freeze= a time between", "rule('bn', thaw=[2, 5], freeze=3)"),
     ("times(linear(0.1, 0))", "no absolute start", "rule('bn', lr=times(linear(to=0)))"),
     ("by_depth(0)", "above 0", "by_depth(0.5)"),
+    ("by_depth(0.5, least=0)", "above 0, at most 1", "by_depth(0.5, least=0.01)"),
     ("plateau('val/loss')", "'val_loss'", "plan(feedback=plateau({}))"),
     ("plateau('x', mode='lower')", "'min'", "plan(feedback=plateau('x', mode={}))"),
     ("plateau('x', factor=10)", "less than 1", "plan(feedback=plateau('x', factor=0.1))"),
