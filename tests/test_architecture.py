@@ -37,6 +37,7 @@ LAYERS = [
     "preview",
     "recipes",
     "integrations",
+    "watch",
     "training",
     "cli",
     "__init__",

@@ -77,6 +77,8 @@ from .schedules import (
     wsd,
 )
 from .state.report import LoadReport
+from .watch.session import Seen, watch
+from .watch.static import check
 
 __version__ = "0.1.0"
 
@@ -111,6 +113,7 @@ __all__ = [
     "Resolved",
     "Rule",
     "Schedule",
+    "Seen",
     "ScheduleError",
     "Shape",
     "StateError",
@@ -120,6 +123,7 @@ __all__ = [
     "Trainable",
     "agc",
     "by_depth",
+    "check",
     "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -169,5 +173,6 @@ __all__ = [
     "values_at",
     "warm_restarts",
     "warmup",
+    "watch",
     "wsd",
 ]
