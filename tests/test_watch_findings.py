@@ -1,6 +1,7 @@
 """Every section of docs/findings.md: its wrong code gives its finding, its right code none."""
 
 import ast
+import contextlib
 import re
 import warnings
 from pathlib import Path
@@ -27,10 +28,8 @@ def codes_of(code):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of some of this too
         with lm.watch() as seen:
-            try:
+            with contextlib.suppress(TypeError, ValueError):  # torch refuses some of it
                 exec(compile(ast.parse(code), str(PAGE), "exec"), names)
-            except (TypeError, ValueError):
-                pass  # torch refuses some of what is wrong
     assert seen.failure is None
     return {finding.code for finding in (*seen.findings, *names.get("findings", ()))}
 

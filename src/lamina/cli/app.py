@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,21 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .._util import startup as _startup
 from ..checkpoint.inspect import inspect as describe
-from ..errors import LaminaError, LaminaWarning, printable
+from ..errors import LaminaError
 from ..preview import Preview
 from ..training.engine import prepare_run
 from ..training.example_tasks import DEFAULT, example_tasks
-from ..training.interrupts import raising_on_terminate, signal_of
 from ..training.load import choose_plan, error_location, load_task
 from ..training.ready import batches
 from ..training.resume import saved_task
 from ..training.run_folder import own_version
 from ..training.settings import Settings
 from .arguments import check_parameter, task_and_plan
+from .common import cli_errors
 from .new_task import write_task
 from .summary import summary
+from .watch import watch
 
 EXAMPLES = example_tasks()
 
@@ -56,40 +52,6 @@ TaskOption = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
-
-
-@contextmanager
-def cli_errors() -> Iterator[None]:
-    """Print errors as one paragraph with exit code 2, interruptions as a line; no traceback.
-
-    The exit code of an interruption is the usual one: 130 after Ctrl-C, 143 after SIGTERM.
-    """
-    _startup.raise_on_ctrl_c()
-    try:
-        with warnings.catch_warnings(), raising_on_terminate():
-            warnings.showwarning = _show_warning
-            # A resumed run lists what its load left out among its changes.
-            warnings.filterwarnings("ignore", "the saved state was loaded, but", LaminaWarning)
-            yield
-    except LaminaError as error:
-        print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as error:
-        print("lamina: interrupted; nothing more was saved.", file=sys.stderr)
-        raise typer.Exit(128 + signal_of(error)) from None
-    finally:
-        if _startup.is_command_line():
-            _startup.end_quietly_on_signals()
-
-
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
-) -> None:
-    """Print lamina's own warnings as it prints errors: there is no line of the user's."""
-    if issubclass(category, LaminaWarning):
-        print(f"lamina: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def _version(wanted: bool) -> None:
@@ -243,6 +205,13 @@ def new_task(
     with cli_errors():
         write_task(path)
         print(f"{path} is written. Train it with: lamina run {path}")
+
+
+# What follows the script is the script's, whatever it looks like.
+app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: lamina watch --out runs/seen train.py --epochs 3",
+)(watch)
 
 
 def _preview(

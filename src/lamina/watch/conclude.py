@@ -172,22 +172,27 @@ def _nonfinite_loss(seen: Sightings) -> Iterator[Finding]:
 
 def _silent(watch: StepWatch, replaced: Collection[str]) -> Iterator[Finding]:
     lr_acts = any(group.zero < group.steps for group in watch.groups)
-    silent = [
+    missing = {
         name
         for name, seen in watch.params.items()
-        if name not in replaced
-        and (
-            (not seen.received and seen.waited >= _ENOUGH)
-            or (seen.measured >= _ENOUGH and seen.largest_grad == 0 and lr_acts)
-        )
-    ]
+        if not seen.received and seen.waited >= _ENOUGH and name not in replaced
+    }
+    zero = {
+        name
+        for name, seen in watch.params.items()
+        if seen.measured >= _ENOUGH and seen.largest_grad == 0 and lr_acts
+    }
+    # A bias may well have no effect, as before a BatchNorm; a gradient of 0 tells of matrices only.
+    telling = missing | {name for name in zero if watch.params[name].is_matrix}
     trains = {
-        name: bool(seen.received or seen.waited) and name not in silent
+        name: bool(seen.received or seen.waited) and name not in missing | zero
         for name, seen in watch.params.items()
     }
     if not any(trains.values()):
         return  # nothing has gradients: another finding tells why
-    parts, alone = part_names(silent, trains)
+    parts, alone = part_names(missing | zero, trains)
+    parts = [path for path in parts if any(name.startswith(f"{path}.") for name in telling)]
+    alone = [name for name in alone if name in telling]
     if parts:
         yield Finding(
             "part-without-gradient",
@@ -222,7 +227,8 @@ def _unmoved(watch: StepWatch) -> Iterator[Finding]:
         for name, seen in watch.params.items()
         if seen.measured >= _ENOUGH and seen.asked and not seen.moved
     ]
-    if still:
+    # The gradient of a bias before a BatchNorm is rounding noise, which moves nothing.
+    if any(watch.params[name].is_matrix for name in still):
         yield Finding(
             "never-moved",
             f"{listed(still)} received gradients in {watch.label}, but never moved.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._util.tensors import is_dtensor
 from .._util.text import listed
 from ..model.finding import Finding
 
@@ -37,7 +38,8 @@ class ClipWatch:
         """Take in the norm of a call; it is read later."""
         self.calls += 1
         self.limit = limit
-        if isinstance(norm, torch.Tensor) and norm.numel() == 1:
+        # To read a sharded norm, all processes would have to take part.
+        if isinstance(norm, torch.Tensor) and norm.numel() == 1 and not is_dtensor(norm):
             self._pending.append(norm.detach())
         if len(self._pending) >= _BATCH:
             self.flush()

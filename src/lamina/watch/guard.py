@@ -26,9 +26,14 @@ class Guard:
         self.failure: str | None = None
 
     @property
+    def is_here(self) -> bool:
+        """Return whether this is the watching process, and not a fork of it."""
+        return os.getpid() == self._process
+
+    @property
     def is_open(self) -> bool:
         """Return whether this is the watching process, and it still watches."""
-        return self._open and os.getpid() == self._process
+        return self._open and self.is_here
 
     def close(self) -> None:
         """Run nothing more."""

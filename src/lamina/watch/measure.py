@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .._util.sharding import local_part
 from .._util.tensors import is_dtensor
-from ..gradients.norms import each_norm
+from ..gradients.norms import each_norm, values_of
 
 _SAMPLE = 1024
 
@@ -99,6 +100,16 @@ class StepMeasure:
                 )
             )
         return found
+
+
+def is_zero(grad: torch.Tensor) -> bool:
+    """Return whether all elements of a gradient are 0; this waits for the device.
+
+    Of a sharded one only the local part is looked at: the other processes do not take part.
+    """
+    local = local_part(grad.detach())
+    values = values_of(local) if local.is_sparse else local
+    return not bool((values != 0).any())
 
 
 def _grad_of(param: torch.Tensor) -> torch.Tensor:

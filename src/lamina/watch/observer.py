@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .conclude import conclude
 from .gradients import ClipWatch, Scalers, ScalerWatch
 from .lengths import all_of
 from .looks import ModelLooks, is_look
+from .measure import is_zero
 from .names import Models
 from .schedules import ScheduleWatch, watch_scheduler
 from .sightings import Sightings
@@ -60,6 +61,8 @@ class Observer:
         self._counts: list[list[int]] = []
         self._stepping: StepWatch | None = None
         self._serial = self._backward_at = 0
+        #: called after every step, such as to save what was seen so far
+        self.after_step: Callable[[], None] | None = None
         self._attempt: tuple[StepWatch, int] | None = None
         self._losses: list[tuple[int, torch.Tensor]] = []
 
@@ -174,6 +177,8 @@ class Observer:
         self._serial += 1
         watch.stepped_at = self._serial
         watch.await_zero()
+        if self.after_step is not None:
+            self.after_step()
 
     def _is_nested(self) -> bool:
         """Return whether an optimizer steps inside the step of another, as those in wrappers do."""
@@ -267,7 +272,7 @@ class Observer:
         watch = self.seen.clips.setdefault(key, ClipWatch(key))
         watch.note(given["total_norm"], limit)
         for param in params:
-            if not param.requires_grad and param.grad is not None and (param.grad != 0).any():
+            if not param.requires_grad and param.grad is not None and not is_zero(param.grad):
                 name = self.seen.models.name(param) or "a parameter"
                 watch.frozen[name] = watch.frozen.get(name, 0) + 1
         if self._scaler_state.is_scaling:

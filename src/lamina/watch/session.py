@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,6 +73,15 @@ class Seen:
         where = Path(path)
         page.write(self.record, where)
         return where
+
+    def after_step(self, function: Callable[[], None]) -> None:
+        """Call a function after every step that is seen; its errors do not reach the loop."""
+        self._observer.after_step = function
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether this process is the one that watches, and not a fork of it."""
+        return self._guard.is_here
 
     def settle(self) -> None:
         """Work out the findings for the last time, and record them."""

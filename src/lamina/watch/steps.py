@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .._util.tensors import is_dtensor
 from ..optimizer.optimizer import Optimizer as PlanOptimizer
 from ..record import Record
-from .measure import Entry, Measured, StepMeasure
+from .measure import Entry, Measured, StepMeasure, is_zero
 from .names import Models
 
 #: measurements that are read together
@@ -43,6 +44,7 @@ def is_sampled(step: int) -> bool:
 class ParamSeen:
     """What was seen of a parameter under one optimizer."""
 
+    is_matrix: bool
     received: bool = False
     #: steps in which it trained and had no gradient, before the first one
     waited: int = 0
@@ -178,7 +180,7 @@ class StepWatch:
     def has_gradients(self) -> bool:
         """Return whether any of its parameters has a gradient other than 0."""
         grads = [row.param.grad for row in self._rows if row.param.grad is not None]
-        return any(bool((grad != 0).any()) for grad in grads)
+        return not all(is_zero(grad) for grad in grads)
 
     def shared_with(self, other: StepWatch) -> list[str]:
         """Return the parameters with a gradient that another optimizer holds too."""
@@ -195,7 +197,7 @@ class StepWatch:
         small = sorted(self._rows, key=lambda row: row.param.numel())
         for row in small:
             grad = row.param.grad
-            if grad is not None and bool((grad != 0).any()):
+            if grad is not None and not is_zero(grad):
                 self._sentinels.append((row.param, grad))
             if len(self._sentinels) >= _SENTINELS:
                 return
@@ -203,7 +205,7 @@ class StepWatch:
     def look_for_zero(self, values: bool = True) -> None:
         """Forget the gradients that are waited for if one of them was replaced or is 0."""
         for param, grad in self._sentinels:
-            if param.grad is not grad or (values and not bool((grad != 0).any())):
+            if param.grad is not grad or (values and is_zero(grad)):
                 self._sentinels = []
                 return
 
@@ -245,7 +247,7 @@ class StepWatch:
         self.groups += [GroupSeen(label) for label in labels[len(self.groups) :]]
         del self.groups[len(labels) :]
         for row in self._rows:
-            seen = self.params.setdefault(row.name, ParamSeen())
+            seen = self.params.setdefault(row.name, ParamSeen(row.param.ndim > 1))
             if not seen.received:
                 self._waiting[row.name] = row.param
 
@@ -271,10 +273,12 @@ class StepWatch:
 
     def _note_frozen(self) -> None:
         for row in self._rows:
-            if not row.param.requires_grad and row.param.grad is not None:
-                seen = self.params[row.name]
-                seen.stale += bool((row.param.grad != 0).any())
-                self._frozen.append((seen, row.param, row.param.detach().clone()))
+            param = row.param
+            if param.requires_grad or param.grad is None or is_dtensor(param):
+                continue
+            seen = self.params[row.name]
+            seen.stale += not is_zero(param.grad)
+            self._frozen.append((seen, param, param.detach().clone()))
 
     def _digest(self, step: int, rows: list[Measured], lrs: list[float]) -> None:
         for row in rows:
@@ -292,12 +296,9 @@ class StepWatch:
             group = self.groups[number]
             numbers = _norms(own)
             self._record.add(step, self.prefix + group.label, lr=lrs[number], **numbers)
-            wide = _norms([row for row in own if self._is_matrix(row.name)])
+            wide = _norms([row for row in own if self.params[row.name].is_matrix])
             if wide["weight_norm"] > 0 and lrs[number] > 0 and len(group.ratios) < _KEPT_RATIOS:
                 group.ratios.append(wide["update_norm"] / wide["weight_norm"])
-
-    def _is_matrix(self, name: str) -> bool:
-        return name in self._by_name and self._by_name[name].param.ndim > 1
 
     def _release(self) -> None:
         """Read what waits and let go of all tensors: the optimizer is gone."""

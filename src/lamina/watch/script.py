@@ -1,0 +1,127 @@
+"""Run a script as Python would, under a watch."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import TaskError
+from .session import Seen, watch
+
+
+def check_script(script: str) -> None:
+    """Refuse a script that cannot be run.
+
+    Raises:
+        TaskError: if there is no such file.
+    """
+    path = Path(script)
+    if path.is_dir() and not (path / "__main__.py").exists():
+        raise TaskError(f"{script}: is a folder; name the Python file to run in it.")
+    if not path.exists():
+        near = sorted(each.name for each in Path(path.parent).glob("*.py"))[:3]
+        hint = f" In that folder there are {', '.join(near)}." if near else ""
+        raise TaskError(
+            f"{script}: there is no such file; name the script to run.{hint} For a module, "
+            "as in python -m package.module, write: lamina watch -m package.module"
+        )
+
+
+def run_script(
+    name: str,
+    arguments: Sequence[str],
+    as_module: bool,
+    ended: Callable[[Seen], None],
+    began: Callable[[Seen], None] = lambda seen: None,
+) -> int:
+    """Run a script or module under a watch, as `__main__`, with its own arguments.
+
+    Args:
+        name: the path of a script, or the name of a module.
+        arguments: what follows in `sys.argv`.
+        as_module: whether it is a module, as in `python -m`.
+        ended: called once with what was seen, however the script ends, `os._exit` included.
+        began: called with what is seen, before the script begins.
+
+    Returns:
+        The exit code that Python would have ended with; 130 after Ctrl-C.
+    """
+    script = name if as_module else os.path.abspath(name)
+    sys.argv = [name, *arguments]
+    sys.path[0] = os.getcwd() if as_module else os.path.dirname(script)
+    with watch() as seen, _before_exit(seen, ended):
+        began(seen)
+        try:
+            if as_module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
+        except SystemExit as error:
+            return _exit_code(error.code)
+        except KeyboardInterrupt:
+            print("\nlamina: the script was interrupted.", file=sys.stderr)
+            return 130
+        except BaseException as error:
+            own = _without_runner(error.__traceback__)
+            sys.excepthook(type(error), error.with_traceback(own), own)
+            return 1
+    return 0
+
+
+def _exit_code(code: Any) -> int:
+    """Return the exit code of a SystemExit, as Python takes it; a text is printed."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _without_runner(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from the first frame on that is the script's."""
+    runners = (__file__, runpy.__file__)
+    begin = trace
+    while begin is not None:
+        name = begin.tb_frame.f_code.co_filename
+        if name not in runners and not name.startswith("<frozen"):
+            return begin
+        begin = begin.tb_next
+    return trace
+
+
+@contextmanager
+def _before_exit(seen: Seen, ended: Callable[[Seen], None]) -> Iterator[None]:
+    """Settle what was seen at the end of the block, or before `os._exit` ends the process."""
+    leave = os._exit
+    done = False
+
+    def finish() -> None:
+        nonlocal done
+        if done or not seen.is_here:
+            return
+        done = True
+        try:
+            seen.settle()
+            ended(seen)
+        except Exception:  # the script has run: its exit code stays what it is
+            traceback.print_exc(limit=-1)
+
+    def finish_and_leave(status: int) -> None:
+        finish()
+        sys.stderr.flush()
+        leave(status)
+
+    os._exit = finish_and_leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
+        finish()
