@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lamina as lm
+from lamina.model.finding import ADVICE
 from test_docs import namespace
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +28,9 @@ def codes_of(code):
     names = namespace()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of some of this too
-        with lm.watch() as seen:
-            with contextlib.suppress(TypeError, ValueError):  # torch refuses some of it
-                exec(compile(ast.parse(code), str(PAGE), "exec"), names)
+        refused = contextlib.suppress(TypeError, ValueError)  # torch refuses some of it
+        with lm.watch() as seen, refused:
+            exec(compile(ast.parse(code), str(PAGE), "exec"), names)
     assert seen.failure is None
     return {finding.code for finding in (*seen.findings, *names.get("findings", ()))}
 
@@ -45,3 +46,36 @@ def test_wrong_code_gives_its_finding_only(code, monkeypatch):
 def test_right_code_gives_nothing(code):
     (right,) = blocks(code, "python")
     assert codes_of(right) == set()
+
+
+# --- the page and the source ------------------------------------------------------------------
+
+
+def codes_in_source():
+    """Every code that the package gives a finding."""
+    package = ROOT / "src" / "lamina" / "watch"
+    found = set()
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                found.add(ast.unparse(node.args[0]))
+    assert "f'nonfinite-{what}'" in found
+    found.remove("f'nonfinite-{what}'")
+    return {ast.literal_eval(each) for each in found} | {"nonfinite-gradient", "nonfinite-weight"}
+
+
+def test_the_page_has_every_code_and_no_other():
+    shared = {"module-requires-grad"}  # of model/finding.py, given by plans too
+    assert set(SECTIONS) == codes_in_source() | shared
+
+
+def test_advice_is_marked_on_the_page():
+    marked = {code for code, text in SECTIONS.items() if "*Advice.*" in text}
+    assert marked == ADVICE
+    for code in SECTIONS:
+        finding = lm.Finding(code, "", "")
+        assert finding.severity == ("advice" if code in marked else "problem")
+
+
+def test_there_are_forty():
+    assert len(SECTIONS) >= 40

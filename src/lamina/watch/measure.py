@@ -92,8 +92,8 @@ class StepMeasure:
         for entry, (grad, weight, update, asked, still) in zip(
             self._entries, self._numbers.T.tolist(), strict=True
         ):
-            sampled = min(_SAMPLE, entry.param.numel())
-            scale = (entry.param.numel() / sampled) ** 0.5 if sampled else 0.0
+            count = entry.param.numel()
+            scale = (count / len(range(0, count, _spacing(count)))) ** 0.5
             found.append(
                 Measured(
                     entry.name, entry.group, grad, weight, update * scale, int(asked), int(still)
@@ -134,14 +134,17 @@ def _is_plain(param: torch.Tensor) -> bool:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return evenly spaced elements of a tensor, flat; the same places in every layout."""
-    if tensor.numel() <= _SAMPLE:
-        return tensor.reshape(-1)
-    every = tensor.numel() // _SAMPLE
-    if tensor.is_contiguous():
-        return tensor.view(-1)[: every * _SAMPLE : every]
+    every = _spacing(tensor.numel())
+    if tensor.is_contiguous() or every == 1:
+        return tensor.reshape(-1)[::every]
     # The same places by their coordinates, since a copy of the whole would cost too much.
-    places = torch.arange(_SAMPLE, device=tensor.device) * every
+    places = torch.arange(0, tensor.numel(), every, device=tensor.device)
     return tensor[torch.unravel_index(places, tensor.shape)]
+
+
+def _spacing(count: int) -> int:
+    """Return the distance of the sampled elements: odd, so that not all are in one column."""
+    return 1 if count <= _SAMPLE else -(-count // _SAMPLE) | 1
 
 
 def _on_one_device(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

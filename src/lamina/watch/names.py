@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..model.parameters import Owned, collect
 
 #: so many optimizers with unknown parameters are followed to their models
-_MOST_SEARCHES = 30
+_MOST_SEARCHES = 16
 
 
 @dataclass

@@ -47,9 +47,9 @@ def check(
         >>> [finding.code for finding in check(model, optimizer)]
         ['not-in-optimizer']
     """
+    owned = collect(model)
     optimizers = _listed(optimizer, torch.optim.Optimizer, "optimizer", "a torch.optim.Optimizer")
     schedulers = [] if scheduler is None else _sequence(scheduler)
-    owned = collect(model)
     names = {id(item.tensor): item.info.name for item in owned}
     found: list[Finding] = []
     for each in optimizers:

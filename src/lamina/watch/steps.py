@@ -310,8 +310,8 @@ class StepWatch:
     def _note_nonfinite(self, step: int, rows: list[Measured]) -> None:
         grads = [row.name for row in rows if not math.isfinite(row.grad)]
         weights = [row.name for row in rows if not math.isfinite(row.weight)]
-        # Of a NaN weight every gradient is NaN too: what came first is told.
-        if weights and "weight" not in self.nonfinite:
+        # One leads to the other: what came first is told, of one step the weights.
+        if weights and not self.nonfinite:
             self.nonfinite["weight"] = (step, weights)
         if grads and not self.nonfinite:
             self.nonfinite["gradient"] = (step, grads)
