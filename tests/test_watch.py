@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import pickle
 import warnings
 import weakref
@@ -302,9 +303,7 @@ def test_only_given_optimizers_are_watched():
 def test_a_report_needs_its_package():
     with lm.watch() as seen:
         pass
-    try:
-        import lamina.report_page  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("lamina.report_page") is None:
         with pytest.raises(lm.MissingExtraError, match="lamina\\[report\\]"):
             seen.report("x.html")
 

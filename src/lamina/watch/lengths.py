@@ -20,7 +20,7 @@ def length_of(scheduler: Any) -> int | None:
         lengths = [length for part in parts if (length := length_of(part)) is not None]
         return max(lengths, default=None)
     for attribute in ("T_max", "total_steps"):
-        length = getattr(scheduler, attribute, None)
+        length: Any = getattr(scheduler, attribute, None)
         if _is_length(length):
             return int(length)
     if type(scheduler).__name__ == "PolynomialLR" and _is_length(scheduler.total_iters):
@@ -47,7 +47,7 @@ def _length_in_functions(functions: Any) -> int | None:
     """Return the length that functions of Transformers carry with them."""
     for function in functions:
         if isinstance(function, functools.partial):
-            length = function.keywords.get("num_training_steps")
+            length: Any = function.keywords.get("num_training_steps")
             if _is_length(length):
                 return int(length)
     return None

@@ -280,7 +280,8 @@ class Observer:
             watch.scaled += owner is not None and self._scaler_state.has_scaled(owner)
 
     def _holder_of(self, param: torch.Tensor) -> torch.optim.Optimizer | None:
-        for optimizer in self._known:
+        optimizers: list[torch.optim.Optimizer] = list(self._known)
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 if any(each is param for each in group["params"]):
                     return optimizer

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import importlib.machinery
+import io
 import os
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +65,10 @@ def run_script(
         try:
             if as_module:
                 runpy.run_module(name, run_name="__main__", alter_sys=True)
-            else:
+            elif os.path.isdir(name):
                 runpy.run_path(name, run_name="__main__")
+            else:
+                _run_file(script)
         except SystemExit as error:
             return _exit_code(error.code)
         except KeyboardInterrupt:
@@ -73,6 +79,21 @@ def run_script(
             sys.excepthook(type(error), error.with_traceback(own), own)
             return 1
     return 0
+
+
+def _run_file(path: str) -> None:
+    """Run a file as the main module, which it stays: classes are pickled by it, also at exit.
+
+    `runpy.run_path` would take the module away afterwards, and change `sys.argv[0]`.
+    """
+    module = types.ModuleType("__main__")
+    module.__file__ = path
+    module.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    module.__dict__["__builtins__"] = builtins
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
 
 
 def _exit_code(code: Any) -> int:

@@ -157,12 +157,13 @@ def not_in_optimizer(names: Sequence[str], with_gradient: bool) -> Finding:
 
 def untied(model: nn.Module) -> Iterator[Finding]:
     """Find a tie that the configuration of a Transformers model asks for and that is not there."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) is not True:
         return
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
         return
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    asked: Any = model
+    inner, outer = asked.get_input_embeddings(), asked.get_output_embeddings()
     one, other = getattr(inner, "weight", None), getattr(outer, "weight", None)
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from .guard import Guard
 from .observer import Observer
 
-Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
-Failed = Callable[[tuple[Any, ...], dict[str, Any], Exception], None]
+Beside = Callable[[tuple[Any, ...], dict[str, Any]], object]
+Failed = Callable[[tuple[Any, ...], dict[str, Any], Exception], object]
 
 
 class Taps:
@@ -70,11 +70,15 @@ class Taps:
             self._tap_scheduler(kind)
 
     def remove(self) -> None:
-        """Stop listening, and put everything back.
+        """Stop listening for good, and put everything back.
 
         What was wrapped again by someone else since stays in place, and does nothing any more.
         """
         self._guard.close()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Put everything back; `install` may follow."""
         for handle in self._handles:
             handle.remove()
         for owner, name, original, wrapper in reversed(self._wrapped):
@@ -169,8 +173,8 @@ class Taps:
         self,
         owner: Any,
         name: str,
-        before: Before | None = None,
-        after: Before | None = None,
+        before: Beside | None = None,
+        after: Beside | None = None,
         failed: Failed | None = None,
     ) -> None:
         """Wrap a function of a class or module, if this version of torch has it."""
