@@ -35,6 +35,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "report_page",
     "recipes",
     "integrations",
     "watch",
@@ -48,6 +49,7 @@ LAYERS = [
 LAZY_UPWARD = {
     ("lamina.plan.plan", "preview"): "Plan.preview",
     ("lamina.plan.plan", "optimizer"): "Plan.build",
+    ("lamina.preview.preview", "report_page"): "Preview.html",
 }
 
 

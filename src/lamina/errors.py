@@ -120,6 +120,7 @@ OLDEST = {
     "filelock": "3.13",
     "lightning": "2.6",
     "matplotlib": "3.10",
+    "plotly": "6.0",
     "rich": "13.7",
     "transformers": "4.46",
     "typer": "0.16",

@@ -185,6 +185,37 @@ def inspect(
 
 
 @app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML file; report.html in RUN.")
+    ] = None,
+) -> None:
+    """Write the report of a run, finished or not, as one HTML file."""
+    with cli_errors():
+        from .report import report_run
+
+        print(f"written to {report_run(path, out)}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="That of another run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="An HTML file to write it to as well.")
+    ] = None,
+) -> None:
+    """Say how two runs differ: settings, plan, lr and metrics."""
+    with cli_errors():
+        from .report import compare_runs
+
+        print(printable(compare_runs(first, second, out)))
+        if out is not None:
+            print(f"\nwritten to {out}")
+
+
+@app.command()
 def tasks() -> None:
     """List the example tasks of a clone of lamina."""
     with cli_errors():

@@ -9,9 +9,11 @@ import torch
 from .._util.sharding import Shards
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
-from .norms import all_finite, each_norm, every_finite, values_of
+from .norms import all_finite, each_norm, every_finite, finite, values_of
 
 Grads = list[torch.Tensor]
+#: the 2-norms of single gradients that were computed anyway, by group
+Known = dict[str, Sequence[torch.Tensor]]
 #: what functions of the user's own returned, each with the operation that called it
 Made = Sequence[tuple[object, Grads]]
 _ADVICE = (
@@ -20,17 +22,36 @@ _ADVICE = (
 )
 
 
-def check_finite(batches: Sequence[Batch], clock: int, shards: Shards | None = None) -> None:
+def check_finite(
+    batches: Sequence[Batch],
+    clock: int,
+    shards: Shards | None = None,
+    known: Known | None = None,
+) -> None:
     """Raise `NonFiniteError` for the first gradient that is not finite.
 
-    With `shards`, it must be called on every process, also where there is no batch.
+    With `shards`, it must be called on every process, also where there is no batch. `known`
+    receives the norms that were computed, by group.
     """
     names, grads = _named(batches)
-    if shards is None and every_finite(grads):
-        return
+    if shards is None:
+        norms = each_norm(grads)
+        keep_norms(known, batches, norms)
+        if not norms or finite(norms) or all(map(all_finite, grads)):
+            return
     name = _first_bad(names, grads, shards)
     if name is not None:
         raise nonfinite_error(name, clock)
+
+
+def keep_norms(known: Known | None, batches: Sequence[Batch], norms: Grads) -> None:
+    """Keep the norms of all gradients of these batches, by group, if somebody asks for them."""
+    if known is None:
+        return
+    taken = 0
+    for batch in batches:
+        known[batch.hyper["name"]] = norms[taken : taken + len(batch.params)]
+        taken += len(batch.params)
 
 
 def _named(batches: Sequence[Batch]) -> tuple[list[str], list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from ..algorithms.base import Batch, times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
 from ..schedules import Schedule
-from .nonfinite import is_any_bad, nonfinite_cause
+from .nonfinite import Known, is_any_bad, keep_norms, nonfinite_cause
 from .norms import clamped, each_norm, finite, total, values_of
 
 Amount = float | Schedule
@@ -42,6 +42,11 @@ class ScopeGradients:
     norm: torch.Tensor | None = None
     norms: list[torch.Tensor] = field(default_factory=list)
     made: list[tuple[Operation, Grads]] = field(default_factory=list)
+    #: the 2-norm of each gradient as it was given, if an operation has computed them
+    first_norms: list[torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._given = self.grads
 
     def settle(self) -> Grads:
         """Return the gradients with the pending factor multiplied on, as new tensors."""
@@ -63,7 +68,11 @@ class ScopeGradients:
     def _norms(self, p: float) -> list[torch.Tensor]:
         """Return the p-norms of all gradients of the scope, on every process."""
         own = each_norm(self.grads, p)
-        return own if self.shards is None else self.shards.norms(self._names(), own, p)
+        if self.shards is not None:
+            return self.shards.norms(self._names(), own, p)
+        if p == 2 and self.grads is self._given:
+            self.first_norms = own
+        return own
 
     def _names(self) -> list[str]:
         return [info.name for info in self.infos]
@@ -365,11 +374,13 @@ def operate(
     clock: int,
     every: bool = False,
     shards: Shards | None = None,
+    known: Known | None = None,
 ) -> torch.Tensor | None:
     """Run a scope's operations over its batches, which then hold the changed gradients.
 
     With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
-    called on every process, also where there is no batch.
+    called on every process, also where there is no batch. `known` receives the norms of the single
+    gradients as they came, if they were computed.
 
     Returns:
         The norm of the scope before its first `clip_norm`, or None.
@@ -391,6 +402,8 @@ def operate(
         bad = is_any_bad(batches, work.grads, shards)
     if bad:
         raise nonfinite_cause(batches, work.made, clock, shards)
+    if work.first_norms is not None:
+        keep_norms(known, batches, work.first_norms)
     taken = 0
     for batch in batches:
         count = len(batch.grads)

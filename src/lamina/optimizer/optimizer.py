@@ -31,6 +31,8 @@ from ..optim.engine import Closure, Engine
 from ..optim.updates import Group, KernelUpdates, Updates
 from ..plan.history import extended
 from ..plan.plan import Plan
+from ..record.record import Record
+from ..record.recorder import Recorder, Recorders
 from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Cell, Resolved
@@ -83,6 +85,7 @@ class Optimizer(Engine):
     _gradient_tracker: GradientTracker
     _monitor: Monitor
     _contradictions: Contradictions
+    _recorders: Recorders
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class Optimizer(Engine):
         self._ties = TieWatch(model, owned)
         self._gradient_tracker = GradientTracker()
         self._monitor = Monitor(resolved, self._run_state.notices, model)
+        self._recorders = Recorders()
         self._exchange = Exchange(model, resolved, owned)
         super().__init__([_group(cell, by_name, resolved) for cell in resolved.cells], {})
         algorithms = {cell.name: cell.algorithm or GUEST for cell in resolved.cells}
@@ -222,6 +226,51 @@ class Optimizer(Engine):
         """Return a read-only scheduler for trainers that insist on one; its `step` does nothing."""
         return SchedulerView(self)
 
+    def recorder(
+        self,
+        *writers: Any,
+        every: int | None = None,
+        updates: bool = True,
+        record: Record | None = None,
+    ) -> Recorder:
+        """Record what each group does in every step from now on, until the recorder is closed.
+
+        Values are read from an accelerator later, many at once, so that no step waits for it. Call
+        it on every process; the first one writes.
+
+        Args:
+            *writers: where to write: the path of a file of JSON lines, a `SummaryWriter`, or any
+                logger with `log(values, step)` or `log_metrics(values, step)`.
+            every: gradients, weights and updates are measured in each step whose number it divides;
+                by default about a thousand times over the run (every 10th step if its length is
+                unknown).
+            updates: whether to measure updates, for which the weights that train are copied in a
+                measured step.
+            record: the record to add to; a new one by default.
+
+        Returns:
+            The recorder: `.record` holds the curves, `.metrics(loss=...)` adds your own.
+
+        Raises:
+            PlanError: for a writer that cannot be used.
+
+        Example:
+            >>> import torch, lamina as lm
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = lm.Plan(lm.SGD, lr=0.1).build(model)
+            >>> with optimizer.recorder(every=1) as recorder:
+            ...     loss = model(torch.ones(1, 2)).sum()
+            ...     loss.backward()
+            ...     optimizer.step()
+            ...     recorder.metrics(loss=loss)
+            >>> recorder.record.series("default", "lr")
+            (array([0]), array([0.1]))
+        """
+        if every is None:
+            steps = self._resolved.run.steps
+            every = 10 if steps is None else max(1, steps // 1000)
+        return self._recorders.add(writers, every, updates, record)
+
     # --- the step ------------------------------------------------------------------------------
 
     def _step(self, closure: Closure | None) -> Any:
@@ -235,11 +284,15 @@ class Optimizer(Engine):
     def _update(self) -> None:
         """Take a step; nothing is changed before all that may refuse it has been asked."""
         batches = self._collect_trained()
+        if self._recorders.on:
+            self._recorders.collected(batches)
         try:
             self._operate(batches)
         except NonFiniteError as error:
             self._skip(error)
             return
+        if self._recorders.on:
+            self._recorders.begin(self.clock, batches)
         self._apply(batches)
         written_by_guest = ""
         if self._guests.present:
@@ -302,13 +355,15 @@ class Optimizer(Engine):
                 without_scope.append(batch)
             else:
                 members.setdefault(scope, []).append(batch)
+        known = self._recorders.norms if self._recorders.on else None
         if every and (without_scope or shards is not None):
-            check_finite(without_scope, self.clock, shards)
+            check_finite(without_scope, self.clock, shards, known)
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         for scope, its in members.items():
             parts = self._exchange.shards_by_scope.get(scope)
-            norm = operate(its, run.operations[scope], self._infos, self.clock, every, parts)
+            operations = run.operations[scope]
+            norm = operate(its, operations, self._infos, self.clock, every, parts, known)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
@@ -342,6 +397,10 @@ class Optimizer(Engine):
         run = self._run_state
         run.applied = run.published
         self._publish(self.clock + 1, run.published)
+        if self._recorders.on:
+            self._recorders.end(self.clock - 1, run.applied, run.norms)
+            if self._freezer.active != was and self.clock != self._resolved.run.steps:
+                self._recorders.windows(self.clock, was, self._freezer.active, run.applied)
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
             rows = zip(self.param_groups, was, self._freezer.active, strict=True)
             self._guests.set_mode("train", [g["name"] for g, old, now in rows if now and not old])
@@ -355,6 +414,7 @@ class Optimizer(Engine):
             raise error
         self._run_state.skipped += 1
         log.warning("step %d skipped: %s", self.clock, error)
+        self._recorders.event(self.clock, "skipped", f"step {self.clock} was skipped: {error}")
 
     def _search(self, closure: Closure | None) -> Any:
         """Take a step of L-BFGS, which evaluates the closure itself, several times.
@@ -362,8 +422,10 @@ class Optimizer(Engine):
         It is given all groups, so that it knows parameters by their place among all, and leaves
         out what has no gradient.
         """
-        self._begin()
+        groups = self._begin()
         self._contradictions.check_flags(self.param_groups)
+        if self._recorders.on:
+            self._recorders.begin_search(self.clock, groups)
 
         def evaluate() -> Any:
             self._freezer.put_back()
@@ -474,6 +536,8 @@ class Optimizer(Engine):
             kept = {k: v for k, v in {**before, **hyper}.items() if v is not None}
             group["overrides"] = extended(group["overrides"], self.clock, kept)
             log.info("step %d: override of %r: %s", self.clock, group["name"], hyper)
+        names = tuple(self.param_groups[index]["name"] for index in chosen)
+        self._recorders.event(self.clock, "override", f"override: {hyper}", names)
         self._publish(self.clock)
 
     def report(self, **metrics: float) -> None:
@@ -496,6 +560,8 @@ class Optimizer(Engine):
             group["feedback"] = new
         for line in changes(seen, new):
             log.info("step %d: %s", self.clock, line)
+            self._recorders.event(self.clock, "feedback", line)
+        self._recorders.metrics(self.clock, numbers)
         self._publish(self.clock)
         self._monitor.reported(self.clock)
 

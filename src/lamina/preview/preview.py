@@ -15,6 +15,8 @@ from .._util.text import listed
 from ..model.finding import Finding
 from ..model.parameters import observe, walk
 from ..plan.plan import Plan
+from ..record.planned import Planned
+from ..record.record import Record
 from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Resolved
@@ -161,6 +163,33 @@ class Preview:
         from .plot import plot
 
         return plot(self, path, ax)
+
+    def planned(self) -> Planned:
+        """Return what it shows as plain data, for a report of the run."""
+        from .planned import planned_of
+
+        return planned_of(self)
+
+    def html(self, path: str | os.PathLike[str], *, title: str = "Plan") -> None:
+        """Write it as one HTML page with curves, which works without a network.
+
+        Args:
+            path: the file, replaced if it exists.
+            title: the heading of the page.
+
+        Raises:
+            MissingExtraError: if plotly is not installed.
+            LaminaError: if the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> preview = Plan("SGD", lr=0.1).preview(nn.Linear(2, 1), steps=10)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     preview.html(f"{folder}/plan.html")
+        """
+        from ..report_page import write_report
+
+        write_report(Record(), path, planned=self.planned(), title=title)
 
     def __str__(self) -> str:
         from .table import text

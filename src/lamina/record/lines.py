@@ -138,7 +138,7 @@ def _read_finding(record: Any, row: Mapping[str, Any]) -> None:
 def _read_step(record: Any, row: Mapping[str, Any]) -> None:
     """Read one step of a run; its lr stand apart from what was measured of some steps only."""
     step = _step_of(row)
-    by_group = {_text(group): {"lr": number_of(lr)} for group, lr in row["lr"].items()}
+    by_group = {_text(group): {"lr": number_of(lr)} for group, lr in row.get("lr", {}).items()}
     for group, values in row.get("groups", {}).items():
         by_group.setdefault(_text(group), {}).update(_numbers(values))
     run = _numbers(row.get("metrics", {}))
@@ -147,6 +147,8 @@ def _read_step(record: Any, row: Mapping[str, Any]) -> None:
     for scope, norm in row.get("norms", {}).items():
         run[f"norm/{_text(scope)}"] = number_of(norm)
     for group, values in by_group.items():
+        if values.get("weight_norm") and "update_norm" in values:
+            values["ratio"] = values["update_norm"] / values["weight_norm"]
         record.add(step, group, **values)
     record.metrics(step, **run)
 

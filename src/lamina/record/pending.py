@@ -10,6 +10,8 @@ import torch
 
 #: takes a number that was read: its series, its step, its value
 Deliver = Callable[[Any, int, float], None]
+#: batches on their way; a device that tells nothing of its copies is waited for beyond that
+_MOST_COPIES = 16
 Kind = tuple[torch.device, torch.dtype]
 
 
@@ -17,7 +19,8 @@ class Pending:
     """Collects scalar tensors and delivers their numbers later.
 
     A full batch is stacked on its device and copied to the host without waiting; the copy is read
-    once the device says that it is done. Only `flush` waits.
+    once the device says that it is done. Only `flush` waits, and a backlog of
+    many batches.
 
     Args:
         deliver: called with each number.
@@ -37,7 +40,13 @@ class Pending:
         waiting.append((series, step, value.detach().reshape(())))
         if len(waiting) >= self._batch:
             self._send(kind)
-            self._receive(wait=False)
+            self._receive(wait=len(self._copies) > _MOST_COPIES)
+
+    def push(self) -> None:
+        """Send what waits on its way, and deliver what has arrived."""
+        for kind in list(self._waiting):
+            self._send(kind)
+        self._receive(wait=len(self._copies) > _MOST_COPIES)
 
     def flush(self) -> None:
         """Deliver everything, which waits for the accelerator."""

@@ -223,7 +223,8 @@ class Record:
         found = self._series.get(key)
         if found is None:
             if len(self._series) >= _MOST_SERIES:
-                return self._refuse_series()
+                self._refuse_series()
+                return None
             found = self._series[key] = Series(self._capacity, self._points)
         return found
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import TaskError
 from ..runtime.reports import changes
 from .evaluate import batch_size, evaluate
+from .measured import Measured
 from .position import Position
 from .ready import ReadyRun
 from .records import Event, Listener, StepRecord, Validation
@@ -53,6 +54,7 @@ class Loop:
         self._accumulate = session.settings.accumulate
         self._began = time.perf_counter()
         self._trains = self.optimizer.active
+        self._measured = Measured(self.optimizer)
         self._buffered = any(True for _ in self.model.buffers())
 
     @property
@@ -183,7 +185,8 @@ class Loop:
         if self.accelerator.num_processes > 1 and not alone:
             loss = self.accelerator.reduce(loss, "mean")
         numbers = {name: float(norm) for name, norm in norms.items()}
-        record = replace(record, loss=float(loss), norms=numbers)
+        groups = self._measured.take(record.step)
+        record = replace(record, loss=float(loss), norms=numbers, groups=groups)
         for listener in self.listeners:
             listener.on_step(record)
 

@@ -3,63 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..errors import StateError
 from ..files.atomic import atomic, wrap_write_errors
+from ..record.writers import LineFile
 from .records import Event, StepRecord, Validation
 
 
-class Recorder:
-    """Appends every record to `metrics.jsonl`, one JSON object a line, flushed at once.
-
-    A number that is NaN or infinite is written as null, which JSON can hold.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with wrap_write_errors(path):
-            self._file = path.open("a", encoding="utf-8")
+class Recorder(LineFile):
+    """Appends every record to `metrics.jsonl`; `lamina.record.Record.load` reads it."""
 
     def on_step(self, record: StepRecord) -> None:
-        self._write("step", asdict(record))
+        fields = asdict(record)
+        if not record.groups:  # of most steps of a long run
+            del fields["groups"]
+        self.line("step", fields)
 
     def on_event(self, event: Event) -> None:
         fields = asdict(event)
-        self._write("event", {"step": event.step, "event": fields.pop("kind"), **fields})
+        self.line("event", {"step": event.step, "event": fields.pop("kind"), **fields})
 
     def on_validation(self, result: Validation) -> None:
-        self._write("validation", asdict(result))
-
-    def sync(self) -> int:
-        """Make every line durable; returns the length of the file in bytes."""
-        with wrap_write_errors(self.path):
-            os.fsync(self._file.fileno())
-            return self._file.tell()
-
-    def close(self) -> None:
-        """Write no more."""
-        with wrap_write_errors(self.path):
-            self._file.close()
-
-    def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        line = json.dumps(_finite({"kind": kind, **fields}), allow_nan=False, ensure_ascii=False)
-        with wrap_write_errors(self.path):
-            # One write of the whole line: a run that is stopped here leaves no half of one.
-            self._file.write(line + "\n")
-            self._file.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        self.line("validation", asdict(result))
 
 
 def cut_back(path: Path, length: int) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step: the values that were applied, by group, as the optimizer says."""
+    """One optimizer step: the values that were applied, by group, as the optimizer says.
+
+    `norms` are those of the clip scopes. `groups` holds what was measured of each group, in steps
+    in which that was done: `grad_norm`, `weight_norm`, `update_norm`, `clip`, `weight_decay`.
+    """
 
     step: int
     epoch: int
@@ -17,6 +21,7 @@ class StepRecord:
     norms: dict[str, float]
     examples: int
     seconds: float
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

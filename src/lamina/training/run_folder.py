@@ -2,6 +2,7 @@
 
 plan.toml       the plan (plan.py.txt, its Python form, if TOML cannot hold it)
 run.json        seed, length, versions, and how the run ended
+planned.json    the lr of every group and the parameters of the model, as planned
 metrics.jsonl   a line for each step, event and validation
 lr.png          the lr of every group over the run, as planned
 checkpoints/    the last states of model and optimizer and the best (see lamina.checkpoint)
@@ -32,9 +33,9 @@ from .folder_lock import FILES as LOCK_FILES
 from .folder_lock import now
 
 PLAN, PLAN_AS_PYTHON, ABOUT, METRICS = "plan.toml", "plan.py.txt", "run.json", "metrics.jsonl"
-PICTURE = "lr.png"
+PICTURE, PLANNED = "lr.png", "planned.json"
 #: what a run writes beside its checkpoints; only one of the forms of the plan
-FILES = (PLAN, PLAN_AS_PYTHON, ABOUT, PICTURE, METRICS)
+FILES = (PLAN, PLAN_AS_PYTHON, ABOUT, PICTURE, PLANNED, METRICS)
 #: where run.json holds a plan until that is in its own file
 PENDING = "plan"
 
@@ -119,6 +120,7 @@ class RunFolder:
         with wrap_write_errors(other):
             other.unlink(missing_ok=True)
         self._text(ABOUT, _json(self._about))
+        preview.planned().save(self.path / PLANNED)
         self.picture(preview)
 
     @contextmanager
