@@ -2,8 +2,8 @@
 
 import copy
 import gc
-import importlib.util
 import pickle
+import sys
 import warnings
 import weakref
 
@@ -242,6 +242,27 @@ def test_the_record_has_what_the_steps_did():
     assert seen.record.series(METRICS, "loss")[1].tolist() == [row[4] for row in rows]
 
 
+def test_weight_decay_and_the_factor_of_clipping_are_recorded():
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "name": "first"},
+        {"params": model[4].parameters(), "name": "last", "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
+    norms = []
+    with lm.watch(model, optimizer) as seen:
+        for x, y in data():
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            norms.append(nn.utils.clip_grad_norm_(model[4].parameters(), 0.3).item())
+            optimizer.step()
+    assert seen.record.series("first", "weight_decay")[1].tolist() == [0.02] * 5
+    assert seen.record.series("last", "weight_decay")[1].tolist() == [0.0] * 5
+    factors = seen.record.series("last", "clip_factor")[1].tolist()
+    torch.testing.assert_close(factors, [min(1.0, 0.3 / (norm + 1e-6)) for norm in norms])
+    assert len(seen.record.series("first", "clip_factor")[0]) == 0
+
+
 def test_the_update_of_a_large_tensor_is_estimated_from_a_sample():
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(300, 400))
@@ -300,12 +321,28 @@ def test_only_given_optimizers_are_watched():
     assert seen.findings == ()
 
 
-def test_a_report_needs_its_package():
+def test_a_report_shows_what_was_seen(tmp_path):
+    model = nn.Sequential(network(), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with lm.watch(model, optimizer) as seen:
+        steps(optimizer, model, 6)
+    seen.report(tmp_path / "seen.html", title="a <run>")
+    page = (tmp_path / "seen.html").read_text()
+    assert "not-in-optimizer" in page
+    assert "a &lt;run&gt;" in page
+    assert "<run>" not in page
+    entries = {entry.name: entry for entry in seen._parameters()}
+    assert entries["0.0.weight"].group == "group 0"
+    assert (entries["1.weight"].group, entries["1.weight"].shape) == (None, (3, 3))
+
+
+def test_a_report_needs_plotly(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with lm.watch() as seen:
         pass
-    if importlib.util.find_spec("lamina.report_page") is None:
-        with pytest.raises(lm.MissingExtraError, match="lamina\\[report\\]"):
-            seen.report("x.html")
+    with pytest.raises(lm.MissingExtraError, match="lamina\\[report\\]"):
+        seen.report(tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
 
 
 # --- faults in other settings than those of the page -------------------------------------------

@@ -59,6 +59,10 @@ def test_findings_record_and_exit_code():
     record = Record.load("seen/metrics.jsonl")
     assert len(record.series("group 0", "update_norm")[0]) == 6
     assert [each.code for each in record.findings] == ["gradients-accumulate"]
+    assert "gradients-accumulate" in Path("seen/report.html").read_text()
+    again = CliRunner().invoke(app, ["report", "seen", "--out", "again.html"])
+    assert again.exit_code == 0, again.stderr
+    assert "train.py" in Path("again.html").read_text()
 
 
 def test_the_script_sees_what_it_sees_under_python():
@@ -167,6 +171,21 @@ def test_the_record_is_saved_while_the_script_runs(monkeypatch):
     assert call("--out", "seen", script(text)).stdout == "True\n"
 
 
+def test_os_exit_does_not_lose_what_was_seen(monkeypatch):
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    result = call("--out", "seen", script(LOOP + "import os; os._exit(5)"))
+    assert "Left: 5" in result.stderr
+    assert result.stderr.count("lamina watch:") == 1
+    assert found() == ["gradients-accumulate"]
+    assert os._exit is leave
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 PROCESSES = (
@@ -204,6 +223,7 @@ def lamina(*words, **settings):
     )
 
 
+@pytest.mark.slow
 def test_workers_forks_and_os_exit():
     result = lamina("--out", "seen", script(PROCESSES))
     assert result.returncode == 5, result.stderr
@@ -211,6 +231,15 @@ def test_workers_forks_and_os_exit():
     assert result.stderr.count("lamina watch:") == 1
     assert "6 optimizer steps" in result.stderr
     assert found() == ["gradients-accumulate"]
+
+
+def test_without_plotly_the_rest_is_written(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    result = call("--out", "seen", script(LOOP))
+    assert result.exit_code == 0
+    assert "lamina[report]" in result.stderr
+    assert found() == ["gradients-accumulate"]
+    assert not Path("seen/report.html").exists()
 
 
 @pytest.mark.slow

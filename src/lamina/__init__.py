@@ -83,10 +83,6 @@ from .watch.static import check
 __version__ = "0.1.0"
 
 __all__ = [
-    "LAMB",
-    "LARS",
-    "LBFGS",
-    "SGD",
     "Adam",
     "AdamW",
     "Explanation",
@@ -94,6 +90,9 @@ __all__ = [
     "Finding",
     "FrozenMovedError",
     "HyperparameterError",
+    "LAMB",
+    "LARS",
+    "LBFGS",
     "LaminaError",
     "LaminaWarning",
     "LayerAdaptiveAdam",
@@ -112,9 +111,10 @@ __all__ = [
     "RMSprop",
     "Resolved",
     "Rule",
+    "SGD",
     "Schedule",
-    "Seen",
     "ScheduleError",
+    "Seen",
     "Shape",
     "StateError",
     "TaskError",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..checkpoint.inspect import inspect as describe
-from ..errors import LaminaError
+from ..errors import LaminaError, printable
 from ..preview import Preview
 from ..training.engine import prepare_run
 from ..training.example_tasks import DEFAULT, example_tasks

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from .._util import startup as _startup
-from ..errors import LaminaError, MissingExtraError, printable
+from ..errors import LaminaError, printable
 from ..files.atomic import atomic
 from ..model.finding import Finding
-from ..training.run_folder import make_folder
+from ..training.run_folder import ABOUT, make_folder, own_version
 from ..watch.script import check_script, run_script
 from ..watch.session import Seen
 from .common import cli_errors
@@ -53,7 +56,7 @@ def watch(
         name = script if module else Path(script).stem
         folder = make_folder(out, f"watch-{name}").resolve() if is_first else None
     _startup.raise_on_ctrl_c()
-    writer = Writer(folder)
+    writer = Writer(folder, shlex.join([*(("-m",) if module else ()), script, *(arguments or ())]))
     code = run_script(script, arguments or (), module, writer.finish, writer.begin)
     raise typer.Exit(code)
 
@@ -63,21 +66,38 @@ class Writer:
 
     Args:
         folder: where to; None in processes that write nothing.
+        command: what is run, for people.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, command: str) -> None:
         self._folder = folder
+        self._command = command
         self._began = self._saved = time.monotonic()
+        self._started = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
 
     def begin(self, seen: Seen) -> None:
         """Save the record every minute, in case the process is killed."""
+        if self._folder is not None:
+            self._describe("running")
+            seen.after_step(lambda: self._save(seen))
 
-        def save() -> None:
-            if self._folder is not None and time.monotonic() - self._saved > _SAVE_EVERY:
-                self._saved = time.monotonic()
-                seen.record.save(self._folder / RECORD)
+    def _save(self, seen: Seen) -> None:
+        if self._folder is not None and time.monotonic() - self._saved > _SAVE_EVERY:
+            self._saved = time.monotonic()
+            seen.record.save(self._folder / RECORD)
 
-        seen.after_step(save)
+    def _describe(self, status: str) -> dict[str, str]:
+        """Write what is run and how it stands, as the folder of any run tells it."""
+        about = {
+            "task": self._command,
+            "status": status,
+            "started": self._started,
+            "versions": {"lamina": own_version(), "torch": str(torch.__version__)},
+        }
+        assert self._folder is not None
+        with atomic(self._folder / ABOUT) as file:
+            file.write((json.dumps(about, indent=2) + "\n").encode())
+        return {key: value for key, value in about.items() if isinstance(value, str)}
 
     def finish(self, seen: Seen) -> None:
         """Print the findings, and write record, findings and report."""
@@ -86,16 +106,15 @@ class Writer:
         print(summary(seen, time.monotonic() - self._began), file=sys.stderr)
         written = []
         try:
+            facts = self._describe("ended")
             seen.record.save(self._folder / RECORD)
             written.append(RECORD)
             with atomic(self._folder / FINDINGS) as file:
                 file.write(findings_json(seen.findings).encode())
             written.append(FINDINGS)
-            seen.report(self._folder / REPORT)
+            seen.report(self._folder / REPORT, title=self._command, facts=facts)
             written.append(REPORT)
-        except MissingExtraError:
-            pass  # a report is an extra
-        except LaminaError as error:
+        except LaminaError as error:  # also where what writes reports is not installed
             print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         if written:
             print(f"lamina: {self._folder} holds {', '.join(written)}", file=sys.stderr, flush=True)

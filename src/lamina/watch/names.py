@@ -37,6 +37,7 @@ class Root:
     model: weakref.ref[nn.Module]
     first: dict[str, weakref.ref[torch.Tensor]]
     ties: tuple[tuple[str, ...], ...]
+    shapes: dict[str, tuple[int, ...]]
     #: modules with running statistics, with the names of the parameters that freeze them
     statistics: list[Statistics] = field(default_factory=list)
 
@@ -60,6 +61,7 @@ class Models:
             weakref.ref(model),
             {name: weakref.ref(item.tensor) for item in owned for name in item.info.names},
             tuple(item.info.names for item in owned if len(item.info.names) > 1),
+            {item.info.name: item.info.shape for item in owned},
             [
                 Statistics(path, weakref.ref(module))
                 for path, module in model.named_modules()

@@ -275,9 +275,14 @@ class Observer:
             if not param.requires_grad and param.grad is not None and not is_zero(param.grad):
                 name = self.seen.models.name(param) or "a parameter"
                 watch.frozen[name] = watch.frozen.get(name, 0) + 1
-        if self._scaler_state.is_scaling:
-            owner = self._holder_of(params[0])
-            watch.scaled += owner is not None and self._scaler_state.has_scaled(owner)
+        owner = self._holder_of(params[0])
+        if owner is None:
+            return
+        watch.scaled += self._scaler_state.has_scaled(owner)
+        steps, norm = self._known[owner], given["total_norm"]
+        if steps.is_sampled and isinstance(norm, torch.Tensor) and not is_dtensor(norm):
+            factor = (limit / (norm.detach() + 1e-6)).clamp(max=1.0)  # as torch computes it
+            steps.clip = factor, {id(param) for param in params}
 
     def _holder_of(self, param: torch.Tensor) -> torch.optim.Optimizer | None:
         optimizers: list[torch.optim.Optimizer] = list(self._known)

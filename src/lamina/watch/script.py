@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib.machinery
-import io
 import os
 import runpy
 import sys
@@ -12,6 +9,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,19 +79,23 @@ def run_script(
     return 0
 
 
+class _MainLoader(SourceFileLoader):
+    """Loads a script; its bytecode is not kept, as Python keeps none of a main module."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0) -> None:
+        """Write nothing."""
+
+
 def _run_file(path: str) -> None:
     """Run a file as the main module, which it stays: classes are pickled by it, also at exit.
 
     `runpy.run_path` would take the module away afterwards, and change `sys.argv[0]`.
     """
+    loader = _MainLoader("__main__", path)
     module = types.ModuleType("__main__")
-    module.__file__ = path
-    module.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
-    module.__dict__["__builtins__"] = builtins
-    with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
+    module.__file__, module.__loader__ = path, loader
     sys.modules["__main__"] = module
-    exec(code, module.__dict__)
+    loader.exec_module(module)
 
 
 def _exit_code(code: Any) -> int:

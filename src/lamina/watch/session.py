@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MissingExtraError, PlanError
+from ..errors import PlanError
 from ..model.finding import Finding
 from ..record import Record
+from ..record.planned import ParameterEntry
+from ..report_page import write_report
 from .guard import Guard
 from .observer import Observer
 from .taps import Taps
@@ -51,28 +51,40 @@ class Seen:
         """The first error of the watch itself, which the watched code did not notice."""
         return self._guard.failure
 
-    def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write a report of the run, as one HTML file.
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "What the training did",
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a report of the run as one HTML file, which works without a network.
 
         Args:
             path: the file; it is replaced if it exists.
-
-        Returns:
-            The path of the file.
+            title: what it is about.
+            facts: what else is known of the run, by name.
 
         Raises:
-            MissingExtraError: if the package that writes reports is not installed.
+            MissingExtraError: if plotly is not installed.
+            LaminaError: if the file cannot be written.
         """
-        try:
-            page = importlib.import_module("lamina.report_page")
-        except ImportError as error:
-            raise MissingExtraError(
-                f"A report needs what writes it, which cannot be imported ({error}). Install it "
-                "with: pip install 'lamina[report]'"
-            ) from error
-        where = Path(path)
-        page.write(self.record, where)
-        return where
+        write_report(
+            self.record,
+            path,
+            parameters=self._parameters(),
+            title=title,
+            facts={"optimizer steps": f"{self.steps:,}", **(facts or {})},
+        )
+
+    def _parameters(self) -> list[ParameterEntry]:
+        entries: dict[str, ParameterEntry] = {}
+        for watch in self._observer.seen.watches:
+            for name, seen in watch.params.items():
+                entries[name] = ParameterEntry(name, seen.shape, seen.group, seen.trains)
+        for name, shape in self._observer.seen.left_out().items():
+            entries.setdefault(name, ParameterEntry(name, shape, None, False))
+        return [*entries.values()]
 
     def after_step(self, function: Callable[[], None]) -> None:
         """Call a function after every step that is seen; its errors do not reach the loop."""

@@ -37,3 +37,13 @@ class Sightings:
         if finding not in self.found:
             self.found[finding] = None
             self.record.finding(finding)
+
+    def left_out(self) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of known models that are in no optimizer, with their shapes."""
+        held = {name for watch in self.watches for name in watch.params}
+        return {
+            name: shape
+            for root in self.models.roots
+            for name, shape in root.shapes.items()
+            if name not in held
+        }

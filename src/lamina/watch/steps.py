@@ -7,13 +7,13 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
 from .._util.tensors import is_dtensor
 from ..optimizer.optimizer import Optimizer as PlanOptimizer
 from ..record import Record
+from .counts import GroupSeen, ParamSeen
 from .measure import Entry, Measured, StepMeasure, is_zero
 from .names import Models
 
@@ -23,8 +23,6 @@ _BATCH = 8
 _FEW_GROUPS = 16
 _HALF = (torch.bfloat16, torch.float16)
 _KEPT_RATIOS = 1000
-#: a rise in one step that is told; tenfold itself is a known way to warm up in two stages
-_JUMP = 10.5
 #: how many gradients are watched for being zeroed
 _SENTINELS = 4
 #: how parts of an optimizer's state are called that hold what 16-bit weights lose
@@ -38,51 +36,6 @@ def is_sampled(step: int) -> bool:
     if step < 1000:
         return step % 10 == 0
     return step % 50 == 0
-
-
-@dataclass
-class ParamSeen:
-    """What was seen of a parameter under one optimizer."""
-
-    is_matrix: bool
-    received: bool = False
-    #: steps in which it trained and had no gradient, before the first one
-    waited: int = 0
-    measured: int = 0
-    largest_grad: float = 0.0
-    asked: int = 0
-    moved: bool = False
-    #: looks at which it was frozen and had a gradient
-    stale: int = 0
-    frozen_moved: bool = False
-
-
-@dataclass
-class GroupSeen:
-    """What was seen of the lr of a parameter group."""
-
-    label: str
-    steps: int = 0
-    zero: int = 0
-    lr: float | None = None
-    #: whether the lr has ever stayed or fallen: a warmup only rises
-    settled: bool = False
-    jump: tuple[int, float, float] | None = None
-    negative: tuple[int, float] | None = None
-    #: update-to-weight ratios
-    ratios: list[float] = field(default_factory=list)
-
-    def note(self, step: int, lr: float) -> None:
-        """Take in the lr of a step."""
-        self.steps += 1
-        self.zero += lr == 0
-        if lr < 0 and self.negative is None:
-            self.negative = (step, lr)
-        old, self.lr = self.lr, lr
-        if old is not None and old > 0:
-            if lr > _JUMP * old and self.settled:
-                self.jump = self.jump or (step, old, lr)
-            self.settled |= lr <= old
 
 
 class StepWatch:
@@ -125,6 +78,8 @@ class StepWatch:
         self.doubled: dict[str, int] = {}
         #: whether a schedule rises by design, as a warmup or a restart does
         self.may_rise = False
+        #: the factor of the last clipping before a step, and the ids of what was clipped
+        self.clip: tuple[torch.Tensor, set[int]] | None = None
         #: the numbers of its last events, counted over all events of the run
         self.stepped_at = self.zeroed_at = 0
         self.nonfinite: dict[str, tuple[int, list[str]]] = {}
@@ -155,6 +110,8 @@ class StepWatch:
         self._measure, self._frozen = None, []
         if not self.is_sampled or _is_capturing():
             return
+        for row in self._rows:
+            self.params[row.name].trains = row.param.requires_grad
         if not self.is_plan:
             self._note_frozen()
         if getattr(optimizer, "grad_scale", None) is None:  # a fused one gets scaled gradients
@@ -167,6 +124,7 @@ class StepWatch:
         if self._measure is not None:
             self._measure.complete()
             self._pending.append((self.steps, self._measure, lrs))
+            self._record_settings(optimizer)
         elif len(lrs) <= _FEW_GROUPS or self.is_sampled:
             for group, lr in zip(self.groups, lrs, strict=True):
                 self._record.add(self.steps, self.prefix + group.label, lr=lr)
@@ -216,6 +174,20 @@ class StepWatch:
         self.accumulated += bool(self._sentinels)
         self._sentinels = []
 
+    def _record_settings(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record weight decay and the factor of clipping, which are settled when a step is over."""
+        factor, clipped = self.clip if self.clip is not None else (None, set[int]())
+        self.clip = None
+        for group, settings in zip(self.groups, optimizer.param_groups, strict=True):
+            decay = settings.get("weight_decay")
+            was_clipped = any(id(param) in clipped for param in settings["params"][:1])
+            self._record.add(
+                self.steps,
+                self.prefix + group.label,
+                weight_decay=float(decay) if isinstance(decay, (int, float)) else None,
+                clip_factor=factor if was_clipped else None,
+            )
+
     def flush(self) -> None:
         """Read the measurements that wait."""
         pending, self._pending = self._pending, []
@@ -247,7 +219,9 @@ class StepWatch:
         self.groups += [GroupSeen(label) for label in labels[len(self.groups) :]]
         del self.groups[len(labels) :]
         for row in self._rows:
-            seen = self.params.setdefault(row.name, ParamSeen(row.param.ndim > 1))
+            label = self.prefix + self.groups[row.group].label
+            first = ParamSeen(tuple(row.param.shape), label)
+            seen = self.params.setdefault(row.name, first)
             if not seen.received:
                 self._waiting[row.name] = row.param
 
