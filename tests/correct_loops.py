@@ -483,9 +483,27 @@ def embeddings_with_sparse_gradients():
 
 
 @loop
+def frozen_group_with_lr_zero():
+    model, loader = network(), data()
+    model[0].requires_grad_(False)
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    model[1].requires_grad_(False).eval()
+    for x, y in [*loader] * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@loop
 def a_plan_of_lamina():
     model, loader = network(), data()
-    rules = [lm.Rule("0.* | 1.*", lr=1e-4, thaw=5), lm.Rule("4.*", clip_norm=1.0)]
+    rules = [
+        lm.Rule("0.*", frozen=True),
+        lm.Rule("1.*", lr=1e-4, thaw=10),
+        lm.Rule("4.*", clip_norm=1.0),
+    ]
     optimizer = lm.Plan(lm.AdamW, lr=1e-3, schedule=lm.warmup(3) >> lm.cosine(), rules=rules).build(
         model, steps=15
     )

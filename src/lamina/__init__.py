@@ -83,6 +83,10 @@ from .watch.static import check
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "LBFGS",
+    "SGD",
     "Adam",
     "AdamW",
     "Explanation",
@@ -90,9 +94,6 @@ __all__ = [
     "Finding",
     "FrozenMovedError",
     "HyperparameterError",
-    "LAMB",
-    "LARS",
-    "LBFGS",
     "LaminaError",
     "LaminaWarning",
     "LayerAdaptiveAdam",
@@ -111,7 +112,6 @@ __all__ = [
     "RMSprop",
     "Resolved",
     "Rule",
-    "SGD",
     "Schedule",
     "ScheduleError",
     "Seen",

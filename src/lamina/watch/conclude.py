@@ -124,7 +124,15 @@ def _frozen(watch: StepWatch) -> Iterator[Finding]:
 
 
 def _lr(watch: StepWatch) -> Iterator[Finding]:
-    zero = [group for group in watch.groups if group.steps >= 4 and group.zero * 2 >= group.steps]
+    if watch.is_plan:
+        return  # what it freezes has lr 0, and its schedules are looked at in the preview
+    trained = {seen.group for seen in watch.params.values() if seen.trains}
+    zero = [
+        group
+        for group in watch.groups
+        if group.steps >= 4 and group.zero * 2 >= group.steps
+        if watch.prefix + group.label in trained
+    ]
     if zero:
         group = zero[0]
         how = "all" if group.zero == group.steps else str(group.zero)

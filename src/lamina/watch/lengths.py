@@ -17,14 +17,14 @@ def length_of(scheduler: Any) -> int | None:
         last = length_of(parts[-1])
         return None if last is None else int(scheduler._milestones[-1]) + last
     if parts:
-        lengths = [length for part in parts if (length := length_of(part)) is not None]
-        return max(lengths, default=None)
+        lengths = [length_of(part) for part in parts]
+        return max((length for length in lengths if length is not None), default=None)
     for attribute in ("T_max", "total_steps"):
-        length: Any = getattr(scheduler, attribute, None)
-        if _is_length(length):
-            return int(length)
-    if type(scheduler).__name__ == "PolynomialLR" and _is_length(scheduler.total_iters):
-        return int(scheduler.total_iters)
+        given = _length(getattr(scheduler, attribute, None))
+        if given is not None:
+            return given
+    if type(scheduler).__name__ == "PolynomialLR":
+        return _length(scheduler.total_iters)
     return _length_in_functions(getattr(scheduler, "lr_lambdas", ()))
 
 
@@ -39,15 +39,17 @@ def all_of(scheduler: Any) -> list[Any]:
     return [scheduler, *(inner for part in parts_of(scheduler) for inner in all_of(part))]
 
 
-def _is_length(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1
+def _length(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return int(value) if 1 <= value < float("inf") else None
 
 
 def _length_in_functions(functions: Any) -> int | None:
     """Return the length that functions of Transformers carry with them."""
     for function in functions:
         if isinstance(function, functools.partial):
-            length: Any = function.keywords.get("num_training_steps")
-            if _is_length(length):
-                return int(length)
+            length = _length(function.keywords.get("num_training_steps"))
+            if length is not None:
+                return length
     return None
