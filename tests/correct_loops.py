@@ -515,6 +515,18 @@ def a_plan_of_lamina():
 
 
 @loop
+def a_plan_with_a_guest():
+    model, loader = network(), data()
+    rules = [lm.Rule("4.*", optimizer=torch.optim.NAdam, lr=1e-3)]
+    optimizer = lm.Plan(lm.SGD, lr=1e-2, momentum=0.9, rules=rules).build(model, steps=10)
+    for x, y in [*loader] * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@loop
 def drop_ins_of_lamina():
     model, loader = network(), data()
     optimizer = lm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lamina.cli.app import app
 from lamina.record import Record
+from lamina.watch.script import run_script
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 LOOP = """
@@ -171,6 +172,31 @@ def test_the_record_is_saved_while_the_script_runs(monkeypatch):
     assert call("--out", "seen", script(text)).stdout == "True\n"
 
 
+def test_an_error_in_the_end_does_not_change_the_exit_code(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise ValueError("closed")
+
+    seen = []
+
+    def ended(what):
+        seen.append(what.steps)
+        monkeypatch.setattr(sys, "stderr", Closed())
+        print("a summary", file=sys.stderr)
+
+    assert run_script(script(LOOP + "sys.exit(4)"), (), False, ended) == 4
+    assert seen == [6]
+
+
+def test_a_folder_that_is_gone_in_the_end():
+    text = LOOP + "import shutil; shutil.rmtree('seen'); print('done')"
+    result = call("--out", "seen", script(text))
+    assert (result.exit_code, result.stdout) == (0, "done\n")
+    assert "gradients-accumulate" in result.stderr
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_os_exit_does_not_lose_what_was_seen(monkeypatch):
     class Left(BaseException):
         pass
@@ -243,7 +269,10 @@ def test_without_plotly_the_rest_is_written(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c():
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_ctrl_c_and_sigterm(number, code):
     text = LOOP + "import time\nprint('ready', flush=True)\ntime.sleep(60)"
     command = [sys.executable, "-m", "lamina", "watch", "--out", "seen", script(text)]
     with subprocess.Popen(
@@ -251,9 +280,9 @@ def test_ctrl_c():
     ) as process:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "gradients-accumulate" in said
     assert found() == ["gradients-accumulate"]
 

@@ -1,14 +1,20 @@
 """Watching the trainers of others: no finding, and the same weights bit for bit as without."""
 
+import json
+import runpy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import lamina as lm
 from correct_loops import data, network
+from lamina.cli.app import app
 
 pytestmark = pytest.mark.slow
 
@@ -193,3 +199,74 @@ def test_accelerate(accumulate):
         return model
 
     assert same_with_and_without(train).steps == (15 if accumulate == 1 else 9)
+
+
+# --- as scripts ---------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "transformers": """
+import sys, torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+torch.manual_seed(0)
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = BertForSequenceClassification(BertConfig(vocab_size=50, intermediate_size=32, **sizes))
+texts = [{"input_ids": torch.randint(50, (10,)), "labels": torch.randint(2, ())} for _ in range(40)]
+arguments = TrainingArguments(
+    output_dir=".", num_train_epochs=2, report_to=[], save_strategy="no", use_cpu=True, seed=0,
+    disable_tqdm=True, logging_strategy="no", lr_scheduler_type="cosine", max_grad_norm=5.0)
+Trainer(model, arguments, train_dataset=texts).train()
+torch.save(model.state_dict(), sys.argv[1])
+""",
+    "lightning": """
+import sys, torch
+from torch import nn
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+seed_everything(0, verbose=False)
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
+    def training_step(self, batch, _):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+model = Model()
+loader = torch.utils.data.DataLoader(torch.randn(40, 6), batch_size=8, shuffle=True)
+trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(model, loader)
+torch.save(model.state_dict(), sys.argv[1])
+""",
+    "gan": """
+import sys, torch
+sys.path.append(sys.argv[2])
+from correct_loops import gan
+torch.save(gan().state_dict(), sys.argv[1])
+""",
+    "amp": """
+import sys, torch
+sys.path.append(sys.argv[2])
+from correct_loops import amp_with_accumulation
+torch.save(amp_with_accumulation().state_dict(), sys.argv[1])
+""",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_saves_the_same_weights_with_and_without(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    Path("train.py").write_text(SCRIPTS[name])
+    here = str(Path(__file__).parent)
+    monkeypatch.setattr(sys, "argv", ["train.py", "plain.pt", here])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path("train.py", run_name="__main__")
+        words = ["watch", "--out", "seen", "train.py", "watched.pt", here]
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(Path("seen/findings.json").read_text()) == []
+    plain, watched = torch.load("plain.pt"), torch.load("watched.pt")
+    assert plain.keys() == watched.keys()
+    assert all(torch.equal(plain[key], watched[key]) for key in plain)

@@ -103,7 +103,17 @@ class Writer:
         """Print the findings, and write record, findings and report."""
         if self._folder is None:
             return
+        # Files first: the script may have closed stderr.
+        written, failed = self._write(seen)
         print(summary(seen, time.monotonic() - self._began), file=sys.stderr)
+        if failed is not None:
+            print(f"lamina: {printable(' '.join(str(failed).split()))}", file=sys.stderr)
+        if written:
+            print(f"lamina: {self._folder} holds {', '.join(written)}", file=sys.stderr, flush=True)
+
+    def _write(self, seen: Seen) -> tuple[list[str], LaminaError | None]:
+        """Write all files; return the names of those that are there, and what stopped it."""
+        assert self._folder is not None
         written = []
         try:
             facts = self._describe("ended")
@@ -115,9 +125,8 @@ class Writer:
             seen.report(self._folder / REPORT, title=self._command, facts=facts)
             written.append(REPORT)
         except LaminaError as error:  # also where what writes reports is not installed
-            print(f"lamina: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        if written:
-            print(f"lamina: {self._folder} holds {', '.join(written)}", file=sys.stderr, flush=True)
+            return written, error
+        return written, None
 
 
 def findings_json(findings: Sequence[Finding]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import TaskError
@@ -49,7 +51,8 @@ def run_script(
         name: the path of a script, or the name of a module.
         arguments: what follows in `sys.argv`.
         as_module: whether it is a module, as in `python -m`.
-        ended: called once with what was seen, however the script ends, `os._exit` included.
+        ended: called once with what was seen, however the script ends, `os._exit` and
+            SIGTERM included.
         began: called with what is seen, before the script begins.
 
     Returns:
@@ -122,7 +125,7 @@ def _without_runner(trace: TracebackType | None) -> TracebackType | None:
 
 @contextmanager
 def _before_exit(seen: Seen, ended: Callable[[Seen], None]) -> Iterator[None]:
-    """Settle what was seen at the end of the block, or before `os._exit` ends the process."""
+    """Settle what was seen at the end of the block, or before SIGTERM or `os._exit` ends all."""
     leave = os._exit
     done = False
 
@@ -135,16 +138,29 @@ def _before_exit(seen: Seen, ended: Callable[[Seen], None]) -> Iterator[None]:
             seen.settle()
             ended(seen)
         except Exception:  # the script has run: its exit code stays what it is
-            traceback.print_exc(limit=-1)
+            with suppress(Exception):  # it may have closed stderr
+                traceback.print_exc(limit=-1)
 
     def finish_and_leave(status: int) -> None:
         finish()
-        sys.stderr.flush()
+        with suppress(Exception):
+            sys.stderr.flush()
         leave(status)
 
+    def finish_and_die(number: int, frame: FrameType | None) -> None:
+        finish()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
     os._exit = finish_and_leave  # type: ignore[assignment]
+    default = threading.current_thread() is threading.main_thread()
+    default = default and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default:
+        signal.signal(signal.SIGTERM, finish_and_die)
     try:
         yield
     finally:
         os._exit = leave
+        if default and signal.getsignal(signal.SIGTERM) is finish_and_die:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         finish()
