@@ -483,6 +483,55 @@ def embeddings_with_sparse_gradients():
 
 
 @loop
+def an_optimizer_for_each_parameter():
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(6, 6) for _ in range(110))
+    optimizers = {param: torch.optim.SGD([param], lr=1e-3) for param in model.parameters()}
+
+    def update(param):
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(update)
+    for x, _ in data():
+        for layer in model:
+            x = x + 0.1 * layer(x)
+        x.square().mean().backward()
+    for param in model.parameters():
+        param._post_accumulate_grad_hooks.clear()
+    return model
+
+
+@loop
+def warmup_by_epochs_and_restarts_by_hand():
+    model, loader = network(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for epoch in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = [1e-6, 2e-3, 4e-3, 1e-5, 4e-3, 1e-5][epoch]
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model
+
+
+@loop
+def a_long_schedule_that_is_cut_off():
+    model, loader = network(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=24)
+    for _ in range(5):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        scheduler.step()
+    return model
+
+
+@loop
 def frozen_group_with_lr_zero():
     model, loader = network(), data()
     model[0].requires_grad_(False)

@@ -372,6 +372,14 @@ def test_accumulation_with_other_optimizers(kind, closure):
     assert codes(seen) == {"gradients-accumulate"}
 
 
+def test_of_many_optimizers_with_one_fault_the_first_are_told():
+    models = [network() for _ in range(8)]
+    with lm.watch() as seen:
+        for model in models:
+            steps(torch.optim.SGD(model.parameters(), lr=0.1), model, 5, zero=False)
+    assert [finding.code for finding in seen.findings] == ["gradients-accumulate"] * 5
+
+
 def test_a_group_that_torch_refuses_is_named():
     model = network()
     groups = [{"params": model.parameters()}, {"params": model[4].parameters(), "lr": 1.0}]

@@ -41,8 +41,9 @@ class GroupSeen:
     steps: int = 0
     zero: int = 0
     lr: float | None = None
-    #: whether the lr has ever stayed or fallen: a warmup only rises
-    settled: bool = False
+    #: the highest lr so far, and whether it has ever fallen: a warmup only rises
+    peak: float = 0.0
+    fell: bool = False
     jump: tuple[int, float, float] | None = None
     negative: tuple[int, float] | None = None
     #: update-to-weight ratios
@@ -56,6 +57,8 @@ class GroupSeen:
             self.negative = (step, lr)
         old, self.lr = self.lr, lr
         if old is not None and old > 0:
-            if lr > _JUMP * old and self.settled:
+            # A restart goes no higher than before.
+            if lr > _JUMP * old and self.fell and lr > 1.01 * self.peak:
                 self.jump = self.jump or (step, old, lr)
-            self.settled |= lr <= old
+            self.fell |= lr < old
+        self.peak = max(self.peak, lr)

@@ -26,12 +26,16 @@ from .steps import StepWatch
 
 #: optimizers that are followed; of a script that makes thousands, the first
 _MOST_OPTIMIZERS = 200
+#: optimizers at a time before whose steps models are looked at, which takes milliseconds
+_LOOKING = 8
 #: schedules that rise by design, of torch and lamina
 _RISING = {
     *("OneCycleLR", "CyclicLR", "CosineAnnealingWarmRestarts", "ConstantLR", "LinearLR"),
     *("WarmupLR", "LinearWarmupLR"),
 }
 _LOSSES = 32
+#: findings of one code that are told: a script may have hundreds of optimizers, all used alike
+_MOST_OF_A_CODE = 5
 
 
 class Observer:
@@ -53,6 +57,8 @@ class Observer:
         self._looks = ModelLooks(self.seen)
         self._only = weakref.WeakSet(optimizers) if optimizers else None
         self._known: weakref.WeakKeyDictionary[Any, StepWatch] = weakref.WeakKeyDictionary()
+        #: optimizers that are not followed; what they hold is not left out
+        self._others: weakref.WeakSet[Any] = weakref.WeakSet()
         self._schedule_of: weakref.WeakKeyDictionary[Any, ScheduleWatch] = (
             weakref.WeakKeyDictionary()
         )
@@ -72,9 +78,9 @@ class Observer:
         """Meet an optimizer."""
         if optimizer in self._known:
             return self._known[optimizer]
-        if self._only is not None and optimizer not in self._only:
-            return None
-        if len(self.seen.watches) >= _MOST_OPTIMIZERS:
+        is_meant = self._only is None or optimizer in self._only
+        if not is_meant or len(self.seen.watches) >= _MOST_OPTIMIZERS:
+            self._others.add(optimizer)
             return None
         kind = type(optimizer).__name__
         number = len(self.seen.watches) + 1
@@ -83,6 +89,8 @@ class Observer:
         watch = StepWatch(
             optimizer, label, f"{label}/" if several else "", self.seen.models, self.seen.record
         )
+        alive = sum(each.ref() is not None for each in self.seen.watches)
+        watch.looks = alive < _LOOKING
         self._count_rebuilds(watch, optimizer)
         self.seen.watches.append(watch)
         self._known[optimizer] = watch
@@ -164,8 +172,8 @@ class Observer:
         if watch.is_sampled:
             self._compare_events(watch)
             self._looks.look_at_statistics()
-        if is_look(watch.steps):
-            self._looks.look(watch, optimizer, list(self._known))
+        if watch.looks and is_look(watch.steps):
+            self._looks.look(watch, optimizer, [*self._known, *self._others])
 
     def step_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """See what a step did."""
@@ -331,5 +339,10 @@ class Observer:
         self._read_losses()
         passes = [count[0] for count in self._counts]
         concluded = conclude(self.seen, passes)
-        found = dict.fromkeys([*self.seen.found, *concluded])
+        found: dict[Finding, None] = {}
+        count: dict[str, int] = {}
+        for finding in (*self.seen.found, *concluded):
+            count[finding.code] = count.get(finding.code, 0) + (finding not in found)
+            if count[finding.code] <= _MOST_OF_A_CODE:
+                found[finding] = None
         return tuple(sorted(found, key=lambda finding: finding.severity == "advice"))

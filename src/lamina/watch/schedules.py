@@ -13,8 +13,9 @@ from ..model.finding import Finding
 from .lengths import all_of, length_of
 from .steps import StepWatch
 
-#: how far a length may be from a count to be taken for it
-_NEAR = 0.1
+#: how far a length may be from a count to be taken for it; of steps, which are known exactly,
+#: hardly at all, since a run that was cut off may have taken any number of them
+_NEAR, _NEAR_STEPS = 0.1, 0.02
 
 
 @dataclass
@@ -95,7 +96,12 @@ def _wrong_unit(watch: ScheduleWatch, taken: int, passes: Sequence[int]) -> Find
     length, calls = watch.length, watch.calls
     if length is None:
         return None
-    if taken >= 4 and calls <= taken / 3 and _near(length, taken) and length > 2 * calls:
+    if (
+        taken >= 4
+        and calls <= taken / 3
+        and _near(length, taken, _NEAR_STEPS)
+        and length > 2 * calls
+    ):
         return Finding(
             "scheduler-per-epoch",
             f"{watch.kind} was made for {length} steps, but stepped {calls} times in {taken} "
@@ -143,8 +149,8 @@ def _too_often(watch: ScheduleWatch, taken: int) -> Finding | None:
     )
 
 
-def _near(length: int, count: int) -> bool:
-    return abs(length - count) <= max(1, _NEAR * count)
+def _near(length: int, count: int, part: float = _NEAR) -> bool:
+    return abs(length - count) <= part * count
 
 
 def process_count() -> int:

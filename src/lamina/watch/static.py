@@ -163,7 +163,10 @@ def untied(model: nn.Module) -> Iterator[Finding]:
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
         return
     asked: Any = model
-    inner, outer = asked.get_input_embeddings(), asked.get_output_embeddings()
+    try:
+        inner, outer = asked.get_input_embeddings(), asked.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # as models without words answer
+        return
     one, other = getattr(inner, "weight", None), getattr(outer, "weight", None)
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return

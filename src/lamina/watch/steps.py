@@ -67,6 +67,8 @@ class StepWatch:
         self.steps = self.skipped = 0
         self.groups: list[GroupSeen] = []
         self.params: dict[str, ParamSeen] = {}
+        #: whether models are looked at before its steps
+        self.looks = True
         self.no_closure = False
         #: how often in a row it was built anew after a few steps
         self.rebuilds = 0
