@@ -21,6 +21,7 @@ from lamina.watch.lengths import length_of
 from lamina.watch.measure import Entry, StepMeasure
 from lamina.watch.observer import Observer
 
+pytestmark = pytest.mark.usefixtures("little_to_search")
 LR = torch.optim.lr_scheduler
 
 

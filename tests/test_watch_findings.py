@@ -12,6 +12,7 @@ import lamina as lm
 from lamina.model.finding import ADVICE
 from test_docs import namespace
 
+pytestmark = pytest.mark.usefixtures("little_to_search")
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "findings.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ import torch
 import lamina as lm
 from correct_loops import LOOPS
 
+pytestmark = pytest.mark.usefixtures("little_to_search")
+
 
 def train(function):
     """The trained tensors, and a random number drawn afterwards."""

@@ -16,6 +16,7 @@ from lamina.cli.app import app
 from lamina.record import Record
 from lamina.watch.script import run_script
 
+pytestmark = pytest.mark.usefixtures("little_to_search")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 LOOP = """
 import sys, torch
