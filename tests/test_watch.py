@@ -84,10 +84,11 @@ def test_nothing_is_kept_alive():
         scheduler = LR.StepLR(optimizer, 3)
         steps(optimizer, model, 6)
         scheduler.step()
-        gone = [weakref.ref(each) for each in (model, model[0], optimizer, scheduler)]
-        del model, optimizer, scheduler
+        kept = (model, model[0], model[0].weight, optimizer, scheduler)
+        gone = [weakref.ref(each) for each in kept]
+        del model, optimizer, scheduler, kept
         gc.collect()
-        assert [ref() for ref in gone] == [None] * 4
+        assert [ref() for ref in gone] == [None] * 5
 
 
 def test_schedulers_and_optimizers_pickle_as_without():
