@@ -13,7 +13,7 @@ OLDEST_PYTHON ?= $(if $(shell command -v python3.11),python3.11,$(PYTHON))
 OLDEST        ?= .venv-oldest
 # Those that say most about torch, NumPy and the extras in a minute or two.
 CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops optimizer gradients \
-	state state_torch guests preview report_plot training loaders devices cli cli_arguments)
+	state state_torch guests preview report_plot record recorder report_page training loaders devices cli cli_arguments)
 
 # One process for each core, each of which computes on one.
 PARALLEL := --numprocesses=auto --dist=worksteal
@@ -108,6 +108,6 @@ $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install --no-cache-dir --no-compile \
 		-c constraints-oldest.txt torch hatchling editables setuptools
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install --no-cache-dir --no-compile \
-		--no-build-isolation -c constraints-oldest.txt -e '.[demo]' \
+		--no-build-isolation -c constraints-oldest.txt -e '.[demo,report]' \
 		pytest pytest-xdist hypothesis lion-pytorch prodigyopt schedulefree
 	@touch $@

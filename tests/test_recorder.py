@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina as lm
 from lamina.gradients import norms as norms_module
 from lamina.record import METRICS, JsonLines, Record, Recorder, TensorBoard
-from lamina.record.recorder import Recorders
 
 #: what a plan tells of 16-bit weights, and of gradients that nobody looks at
 pytestmark = [
@@ -55,7 +55,15 @@ def norm(tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", torch.optim.Adagrad])
-@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.05}, {"nonfinite_check": "norms"}])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        {},
+        {"clip_norm": 0.05},
+        {"nonfinite_check": "norms"},
+        {"gradients": [lm.clip_value(0.001), lm.clip_norm(0.05)]},
+    ],
+)
 def test_the_record_holds_what_was_applied_and_measured(dtype, optimizer, clip):
     model = net(dtype)
     built = plan(optimizer, **clip).build(model, steps=8)
@@ -257,7 +265,7 @@ def test_loggers_receive_plain_numbers_by_step(kind):
 def test_tensorboard_is_imported_only_when_asked_for(monkeypatch, tmp_path):
     assert "tensorboard" not in sys.modules
     module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Board
+    vars(module)["SummaryWriter"] = Board
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     writer, model = TensorBoard(tmp_path), net()
     with plan().build(model, steps=4).recorder(writer):
@@ -308,11 +316,12 @@ def test_every_is_checked(every):
 def test_a_copy_of_an_optimizer_has_no_recorder(tmp_path):
     model = net()
     optimizer = plan().build(model, steps=4)
-    optimizer.recorder(tmp_path / "metrics.jsonl")
+    recorder = optimizer.recorder(tmp_path / "metrics.jsonl")
     pair = copy.deepcopy((model, optimizer))
     assert not pair[1]._recorders.on
     assert optimizer._recorders.on
-    assert not pickle.loads(pickle.dumps(Recorders())).on
+    assert not pickle.loads(pickle.dumps(optimizer._recorders)).on
+    recorder.close()
 
 
 def test_a_closed_recorder_hears_nothing_more(tmp_path):
@@ -391,3 +400,40 @@ def test_numbers_that_are_not_finite_are_lines_too(tmp_path):
         recorder.metrics(loss=float("nan"), other=torch.tensor(float("inf")))
     assert json.loads(path.read_text())["metrics"] == {"loss": None, "other": None}
     assert np.isnan(Record.load(path).series(METRICS, "loss")[1]).all()
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a number is read from a tensor, which would wait for an accelerator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number_from_a_tensor():
+    model = net()
+    built = lm.Plan("SGD", lr=0.1, nonfinite_check="norms").build(model, steps=20)
+    train(model, built, 1)
+    with built.recorder(every=1) as recorder, NoReads():
+        for _ in range(10):
+            built.zero_grad()
+            loss = model(torch.ones(8, 4)).square().mean()
+            loss.backward()
+            built.step()
+            recorder.metrics(loss=loss)
+        with pytest.raises(AssertionError):  # canary
+            float(loss)
+    assert len(recorder.record.series("default", "ratio")[0]) == 10
+
+
+def test_rows_are_written_about_once_a_second(tmp_path, monkeypatch):
+    path, model, now = tmp_path / "metrics.jsonl", net(), [100.0]
+    monkeypatch.setattr("lamina.record.rows.time.monotonic", lambda: now[0])
+    optimizer = plan(clip_norm=1.0).build(model, steps=9)
+    recorder = optimizer.recorder(path, every=1)
+    train(model, optimizer, 2)
+    assert path.read_text() == ""
+    now[0] += 2.0
+    train(model, optimizer, 1)  # what a kill now would leave
+    assert len(Record.load(path).series(HEAD, "ratio")[0]) == 3
+    recorder.close()

@@ -12,11 +12,14 @@ import training_task
 from lamina import Plan
 from lamina.cli.app import app
 from lamina.record import METRICS, Record
+from lamina.record.planned import ParameterEntry
+from lamina.report_page.compare import Compared, compare, pairs_of
+from lamina.report_page.source import Source
 from lamina.training import Task, fit
 from lamina.training.read_run import read_run
 
 pytest.importorskip("plotly")
-from test_report_page import page_of  # noqa: E402
+from test_report_page import page_of
 
 PLAN = Plan.from_toml(training_task.PLAN)
 
@@ -187,3 +190,20 @@ def test_a_resumed_run_has_one_record(runs, tmp_path):
     group = next(name for name in run.record.groups if len(run.record.series(name, "ratio")[0]))
     steps = run.record.series(group, "lr")[0]
     assert steps.tolist() == list(range(run.planned.total))
+
+
+def test_groups_are_compared_by_their_parameters():
+    names = ("a.weight", "b.weight")
+    apart = [ParameterEntry(name, (1,), name[0]) for name in names]
+    together = [ParameterEntry(name, (1,), "a, b") for name in names]
+    one, other = Record(), Record()
+    one.add(0, "a", lr=1.0)
+    one.add(0, "b", lr=2.0)
+    other.add(0, "a, b", lr=1.0)
+    left, right = Source(one, parameters=apart), Source(other, parameters=together)
+    pairs = [(pair.label, pair.left, pair.right) for pair in pairs_of(left, right)]
+    assert pairs == [("a", "a", "a, b"), ("b", "b", "a, b")]
+    found = compare(Compared("l", left, {}, ""), Compared("r", right, {}, ""))
+    assert found.lr == (("b", "2 → 2", "1 → 1"),)
+    by_name = [(p.label, p.left, p.right) for p in pairs_of(Source(one), Source(other))]
+    assert by_name == [("a", "a", None), ("b", "b", None), ("a, b", None, "a, b")]

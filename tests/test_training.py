@@ -282,7 +282,7 @@ def test_length_of_a_batch():
 @pytest.mark.usefixtures("drawn")
 def test_the_run_folder(out):
     result = fit(training_task, out=out, cpu=True)
-    names = {"plan.toml", "run.json", "metrics.jsonl", "lr.png"}
+    names = {"plan.toml", "run.json", "metrics.jsonl", "lr.png", "planned.json"}
     assert {path.name for path in out.iterdir()} == {*names, "checkpoints", ".lock"}
     assert set(result.saved) == names
     assert result.checkpoint.parent == out / "checkpoints"

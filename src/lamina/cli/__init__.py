@@ -1,4 +1,4 @@
-"""The command line: `lamina run`, `show`, `explain`, `inspect`, `tasks`, `new-task`."""
+"""The command line: `lamina run`, `show`, `explain`, `report`, `compare`, `inspect`, ..."""
 
 from __future__ import annotations
 

@@ -269,7 +269,10 @@ class Optimizer(Engine):
         if every is None:
             steps = self._resolved.run.steps
             every = 10 if steps is None else max(1, steps // 1000)
-        return self._recorders.add(writers, every, updates, record)
+        recorder = self._recorders.add(writers, every, updates, record)
+        for finding in self.findings:
+            recorder.record.finding(finding)
+        return recorder
 
     # --- the step ------------------------------------------------------------------------------
 

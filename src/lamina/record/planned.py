@@ -152,8 +152,14 @@ def _group(row: Mapping[str, Any], curves: list[Floats], count: int) -> PlannedG
     active = np.zeros(count, np.int8)
     for turn in row["turns"]:
         active[_check(turn, int) :] ^= 1
-    words = (_check(row[key], str) for key in ("name", "optimizer", "thaw", "gradients"))
-    return PlannedGroup(*words, lr=curves[_check(row["lr"], int)], active=active.astype(bool))
+    return PlannedGroup(
+        name=_check(row["name"], str),
+        optimizer=_check(row["optimizer"], str),
+        thaw=_check(row["thaw"], str),
+        gradients=_check(row["gradients"], str),
+        lr=curves[_check(row["lr"], int)],
+        active=active.astype(bool),
+    )
 
 
 def _parameter(name: Any, shape: Any, group: Any, trains: Any) -> ParameterEntry:

@@ -99,7 +99,7 @@ class Record:
         for name, value in values.items():
             if value is None:
                 continue
-            series = self._curve(group, name)
+            series = self._series.get((group, name)) or self._curve(group, name)
             if series is None:
                 continue
             if type(value) is float:  # the usual case, without a look at anything else
@@ -219,14 +219,13 @@ class Record:
     # --- parts ---------------------------------------------------------------------------------
 
     def _curve(self, group: str, name: str) -> Series | None:
-        key = (group, name)
-        found = self._series.get(key)
-        if found is None:
-            if len(self._series) >= _MOST_SERIES:
-                self._refuse_series()
-                return None
-            found = self._series[key] = Series(self._capacity, self._points)
-        return found
+        found = self._series.get((group, name))
+        if found is not None:
+            return found
+        if len(self._series) >= _MOST_SERIES:
+            self._refuse_series()
+            return None
+        return self._series.setdefault((group, name), Series(self._capacity, self._points))
 
     def _refuse_series(self) -> None:
         text = f"more than {_MOST_SERIES:,} curves; those that came later are not recorded"

@@ -243,9 +243,11 @@ class Recorders:
         """Whether there is anything to record for."""
         return bool(self._each)
 
-    def add(self, *given: Any) -> Recorder:
+    def add(
+        self, writers: Sequence[Any], every: int, updates: bool, record: Record | None
+    ) -> Recorder:
         """Return a new recorder that is told of each step from now on; arguments as there."""
-        recorder = Recorder(*given, detach=self._remove)
+        recorder = Recorder(writers, every, updates, record, self._remove)
         self._each.append(recorder)
         return recorder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import torch
 
 from .pending import Pending
 
-#: rows that may wait for their numbers
+#: rows that may wait for their numbers, and for how many seconds: a kill loses those that wait
 _MOST_WAITING = 512
+_LONGEST_WAIT = 1.0
 
 
 @dataclass(eq=False)
@@ -45,6 +47,7 @@ class Rows:
         self._emit = emit
         self._waiting: deque[Row] = deque()
         self._pending = Pending(_fill, batch)
+        self._pushed = time.monotonic()
 
     def add(
         self,
@@ -58,7 +61,9 @@ class Rows:
             self._put(row, row.groups.setdefault(group, {}), values)
         self._put(row, row.metrics, metrics or {})
         self._waiting.append(row)
-        if len(self._waiting) > _MOST_WAITING:
+        now = time.monotonic()
+        if len(self._waiting) > _MOST_WAITING or now > self._pushed + _LONGEST_WAIT:
+            self._pushed = now
             self._pending.push()
         self._emit_complete()
 

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 Steps = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+_NO_STEPS: Steps = np.empty(0, np.int64)
+_NO_VALUES: Floats = np.empty(0)
 
 
 class Series:
@@ -22,18 +24,24 @@ class Series:
         points: about how many older points are kept.
     """
 
+    __slots__ = (
+        "_capacity", "_full", "_new_steps", "_new_values", "_old_steps", "_old_values", "_points",
+    )  # fmt: skip
+
     def __init__(self, capacity: int, points: int) -> None:
         self._capacity = capacity
+        self._full = 2 * capacity
         self._points = points
         self._new_steps, self._new_values = array("q"), array("d")
-        self._old_steps: Steps = np.empty(0, np.int64)
-        self._old_values: Floats = np.empty(0)
+        self._old_steps: Steps = _NO_STEPS
+        self._old_values: Floats = _NO_VALUES
 
     def add(self, step: int, value: float) -> None:
         """Add a point; of a step that is not the newest (a tensor read late) too."""
-        self._new_steps.append(step)
+        steps = self._new_steps
+        steps.append(step)
         self._new_values.append(value)
-        if len(self._new_steps) >= 2 * self._capacity:
+        if len(steps) >= self._full:
             self._age()
 
     def extend(self, steps: Steps, values: Floats) -> None:

@@ -100,8 +100,8 @@ class TensorBoard:
 
     def __init__(self, folder: str | os.PathLike[str] | Any) -> None:
         self._own = isinstance(folder, (str, os.PathLike))
-        self._writer = folder
-        if self._own:
+        self._writer: Any = folder
+        if isinstance(folder, (str, os.PathLike)):
             self._writer = _summary_writer()(os.fspath(folder))
 
     def write(self, row: Row) -> None:

@@ -20,7 +20,7 @@ _RAMPS = (
     ((0.12, 0.04), (0.45, 0.60)),
     ((0.33, 0.25), (0.40, 0.60)),
 )
-_FROZEN = "#8b949e"
+FROZEN = "#8b949e"
 #: anchors of a scale from low to high whose lightness rises evenly
 _SCALE = ("#4a3f9f", "#3566b8", "#1f8aa8", "#1fa587", "#67bf5c", "#b9cf3b", "#f2d02c")
 
@@ -37,7 +37,7 @@ def group_colours(groups: Sequence[str], trains: Sequence[bool]) -> dict[str, st
         if trained:
             families.setdefault(_layers(group), []).append(group)
         else:
-            found[group] = _FROZEN
+            found[group] = FROZEN
     ramps = [members for members in families.values() if len(members) > 2]
     single = [group for members in families.values() if len(members) <= 2 for group in members]
     if len(single) > len(_DISTINCT):
@@ -68,7 +68,7 @@ def _ramp(
 def lr_colour(lr: float | None, low: float, high: float) -> str:
     """Return the colour of a learning rate between two others, by its logarithm; grey for none."""
     if not lr or lr <= 0 or not math.isfinite(lr):
-        return _FROZEN
+        return FROZEN
     share = (
         1.0 if high <= low else (math.log(lr) - math.log(low)) / (math.log(high) - math.log(low))
     )

@@ -14,6 +14,7 @@ import numpy as np
 from ..preview.rows import number
 from ..record.record import METRICS
 from .charts import lines
+from .colours import FROZEN
 from .html import folded, name, table, text
 from .page import card, chart_place, write_page
 from .source import DRAWN, Source
@@ -65,25 +66,69 @@ class Comparison:
 
 def compare(left: Compared, right: Compared) -> Comparison:
     """Return what differs between two runs."""
-    both = (left, right)
-    keys = dict.fromkeys([*left.settings, *right.settings])
-    settings = [(key, *(run.settings.get(key, _MISSING) for run in both)) for key in keys]
-    plans = [run.plan.splitlines() for run in both]
-    diff = difflib.unified_diff(*plans, left.label, right.label, lineterm="")
-    groups = dict.fromkeys([*left.source.groups, *right.source.groups])
-    lr = [(group, *(_lr_text(run.source, group) for run in both)) for group in groups]
+    settings = [
+        (key, left.settings.get(key, _MISSING), right.settings.get(key, _MISSING))
+        for key in dict.fromkeys([*left.settings, *right.settings])
+    ]
+    old, new = left.plan.splitlines(), right.plan.splitlines()
+    diff = difflib.unified_diff(old, new, left.label, right.label, lineterm="")
+    lr = [
+        (pair.label, _lr_text(left.source, pair.left), _lr_text(right.source, pair.right))
+        for pair in pairs_of(left.source, right.source)
+    ]
     metrics = dict.fromkeys([*left.source.metric_names, *right.source.metric_names])
     return Comparison(
         (left.label, right.label),
         tuple(row for row in settings if row[1] != row[2]),
         tuple(diff),
         tuple(row for row in lr if row[1] != row[2]),
-        tuple((metric, *(_metric_text(run.source, metric) for run in both)) for metric in metrics),
+        tuple(
+            (metric, _metric_text(left.source, metric), _metric_text(right.source, metric))
+            for metric in metrics
+        ),
     )
 
 
-def _lr_text(source: Source, group: str) -> str:
-    if group not in source.groups:
+@dataclass(frozen=True)
+class Pair:
+    """A group of one run and that of the other which has the same parameters, or some of them."""
+
+    label: str
+    left: str | None
+    right: str | None
+
+
+def pairs_of(left: Source, right: Source) -> list[Pair]:
+    """Return the groups of two runs that belong together, by their parameters.
+
+    Plans may cut one model into different groups. Where the parameters of a run are not known,
+    groups are matched by name.
+    """
+    groups = [{entry.name: entry.group for entry in run.entries} for run in (left, right)]
+    if all(groups):
+        names = dict.fromkeys([*groups[0], *groups[1]])
+        found = dict.fromkeys((groups[0].get(name), groups[1].get(name)) for name in names)
+    else:
+        known = dict.fromkeys([*left.groups, *right.groups])
+        found = dict.fromkeys(
+            (
+                group if group in left.groups else None,
+                group if group in right.groups else None,
+            )
+            for group in known
+        )
+    pairs, taken = [], set[str]()
+    for one, other in found:
+        label = min((group for group in (one, other) if group is not None), key=len, default="")
+        if label in taken:
+            label = f"{one} / {other}"
+        taken.add(label)
+        pairs.append(Pair(label, one, other))
+    return pairs
+
+
+def _lr_text(source: Source, group: str | None) -> str:
+    if group is None or group not in source.groups:
         return _MISSING
     peak, values = source.peaks[group], source.actual(group, "lr")[1]
     if peak is None:
@@ -146,39 +191,47 @@ def write_comparison(left: Compared, right: Compared, path: str | os.PathLike[st
     body = f'<nav aria-label="Parts of the page">{links}</nav>'
     body += "".join(card(*part) for part in parts)
     title = f"{first} and {second}"
-    colours = dict(zip(_groups(left, right), _colours(left, right), strict=True))
+    colours = {
+        pair.label: _colour(pair, left.source, right.source)
+        for pair in pairs_of(left.source, right.source)
+    }
     write_page(Path(path), title, "<p>Two runs side by side.</p>", body, charts, [], colours)
 
 
-def _groups(left: Compared, right: Compared) -> list[str]:
-    return list(dict.fromkeys([*left.source.groups, *right.source.groups]))
-
-
-def _colours(left: Compared, right: Compared) -> list[str]:
-    known = {**right.source.colours, **left.source.colours}
-    return [known[group] for group in _groups(left, right)]
+def _colour(pair: Pair, left: Source, right: Source) -> str:
+    if pair.left is not None and pair.left in left.colours:
+        return left.colours[pair.left]
+    return right.colours.get(pair.right or "", FROZEN)
 
 
 def _charts(left: Compared, right: Compared) -> list[dict[str, Any]]:
-    places = {group: place for place, group in enumerate(_groups(left, right))}
     curves = []
-    for run, dash in ((left, "solid"), (right, "dot")):
-        for group in run.source.drawn[:DRAWN]:
-            steps, lr = run.source.actual(group, "lr")
-            look = {"group": places[group], "name": run.label, "dash": dash, "width": 2}
-            curves.append((look, (steps, np.where(lr == 0, np.nan, lr))))
+    pairs = list(enumerate(pairs_of(left.source, right.source)))
+    training = [(place, pair) for place, pair in pairs if _trains(pair, left.source, right.source)]
+    for place, pair in training[:DRAWN]:
+        for run, group, dash in ((left, pair.left, "solid"), (right, pair.right, "dot")):
+            if group is not None:
+                steps, lr = run.source.actual(group, "lr")
+                look = {"group": place, "name": run.label, "dash": dash, "width": 2}
+                curves.append((look, (steps, np.where(lr == 0, np.nan, lr))))
     found = [lines("lr", "learning rate", curves)]
     metrics = dict.fromkeys([*left.source.metric_names, *right.source.metric_names])
     for place, metric in enumerate(list(metrics)[:12]):
-        pair = [
+        both = [
             (
                 {"name": run.label, "colour": colour, "markers": metric.startswith("val_")},
                 run.source.actual(METRICS, metric),
             )
             for colour, run in enumerate((left, right))
         ]
-        found.append(lines(f"metric-{place}", metric, pair, log=False))
+        found.append(lines(f"metric-{place}", metric, both, log=False))
     return [chart for chart in found if chart is not None]
+
+
+def _trains(pair: Pair, left: Source, right: Source) -> bool:
+    """Return whether the pair has a curve in one of the runs."""
+    sides = ((left, pair.left), (right, pair.right))
+    return any(group is not None and source.peaks.get(group) for source, group in sides)
 
 
 def _table(caption: str, first: str, labels: tuple[str, str], rows: Sequence[Row]) -> str:

@@ -64,24 +64,32 @@
   }
 
   function drawLines(chart) {
-    const groups = chart.traces.length;
+    const unified = chart.traces.length <= 16;
     const traces = chart.traces.map((trace) => ({
       type: "scatter", mode: trace.markers ? "lines+markers" : "lines", x: trace.x, y: trace.y,
       name: labelOf(trace), visible: isShown(chart, trace), connectgaps: false,
       line: { color: colourOf(trace), width: trace.width || 1.5, dash: trace.dash || "solid" },
       marker: { size: 7, color: colourOf(trace) },
-      hovertemplate: "%{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
+      hovertemplate: unified ? "%{y:.4~g}" : "step %{x}: %{y:.4~g}", opacity: trace.dash ? 0.75 : 1,
     }));
+    const isWindow = (mark) => mark.kind === "thaw" || mark.kind === "freeze";
     const shapes = data.marks.map((mark) => ({
-      type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: "below",
-      line: { color: css("--faint"), width: 1, dash: "dot" }, opacity: mark.kind === "thaw" || mark.kind === "freeze" ? 0.35 : 0.8,
+      type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, layer: isWindow(mark) ? "below" : "above",
+      line: { color: css(isWindow(mark) ? "--faint" : "--warn"), width: 1, dash: "dot" },
+      opacity: isWindow(mark) ? 0.35 : 0.9,
     }));
-    const legend = chart.traces.every((trace) => trace.group === undefined) && groups > 1;
+    const named = data.marks.filter((mark) => !isWindow(mark));
+    const annotations = (named.length <= 8 ? named : []).map((mark) => ({
+      x: mark.x, y: 1, yref: "paper", yanchor: "top", xanchor: "left", showarrow: false,
+      textangle: -90, text: escape(short(mark.kind, 28)), font: { size: 11, color: css("--warn") },
+      hovertext: escape(short(mark.text, 120)), captureevents: false,
+    }));
+    const legend = chart.traces.every((trace) => trace.group === undefined) && chart.traces.length > 1;
     return Plotly.react(element(chart), traces, layout(chart, {
-      hovermode: groups > 16 ? "closest" : "x unified",
+      hovermode: unified ? "x unified" : "closest", hoverdistance: unified ? -1 : 40,
       xaxis: axis({ title: stepTitle, rangemode: "tozero" }),
       yaxis: axis(chart.log ? logAxis(chart) : { type: "linear", rangemode: "tozero" }),
-      shapes, showlegend: legend,
+      shapes, annotations, showlegend: legend,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     }), options(chart));
   }
@@ -105,7 +113,7 @@
       xgap: chart.x.length > 60 ? 0 : 1, ygap: rows.length > 40 ? 0 : 1, hoverongaps: false,
       colorbar: { thickness: 12, outlinewidth: 0, tickvals: ticks, ticktext: ticks.map((p) => "1e" + (+p.toFixed(1))), len: 1 },
     }], layout(chart, {
-      height, xaxis: axis({ title: stepTitle, showgrid: false }),
+      height, margin: { l: 56, r: 12, t: 28, b: 38 }, xaxis: axis({ title: stepTitle, showgrid: false }),
       yaxis: axis({ autorange: "reversed", showgrid: false, tickvals: rows.length > 60 ? [] : rows, ticktext: rows.map((row) => names[row]), tickfont: { size: 11 } }),
     }), options(chart));
   }
