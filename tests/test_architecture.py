@@ -40,6 +40,7 @@ LAYERS = [
     "recipes",
     "starter",
     "integrations",
+    "watch",
     "training",
     "cli",
     "__init__",

@@ -79,6 +79,8 @@ from .schedules import (
 )
 from .starter import StarterPlan, starter_plan
 from .state.report import LoadReport
+from .watch.session import Seen, watch
+from .watch.static import check
 
 __version__ = "0.1.0"
 
@@ -116,6 +118,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "ScheduleError",
+    "Seen",
     "Shape",
     "StarterPlan",
     "StateError",
@@ -125,6 +128,7 @@ __all__ = [
     "Trainable",
     "agc",
     "by_depth",
+    "check",
     "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -177,5 +181,6 @@ __all__ = [
     "values_at",
     "warm_restarts",
     "warmup",
+    "watch",
     "wsd",
 ]

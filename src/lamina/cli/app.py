@@ -40,6 +40,7 @@ from .init import init
 from .new_task import write_task
 from .plot import plot
 from .summary import summary
+from .watch import watch
 
 app = typer.Typer(
     help="One plan for how every parameter of a model trains.",
@@ -285,3 +286,8 @@ app.command("find-lr", epilog="Example: lamina find-lr my_task.py my_plan.toml -
 app.command(epilog="Example: lamina plot my_task.py my_plan.toml --out plan.svg")(plot)
 app.command(epilog="Example: lamina diff my_task.py old.toml new.toml")(_guarded(diff))
 app.command(epilog="Example: lamina init my_task.py -o plan.toml")(_guarded(init))
+# What follows the script is the script's, whatever it looks like.
+app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: lamina watch --out runs/seen train.py --epochs 3",
+)(watch)

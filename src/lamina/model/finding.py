@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from .._util.text import listed
 from .parameters import Observed
 
+#: codes of what may well be meant; all others are probably mistakes
+ADVICE = frozenset(
+    {"clip-always", "clip-never", "group-per-tensor", "update-ratio", "weight-decay-everywhere"}
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -16,6 +21,11 @@ class Finding:
     code: str
     message: str
     fix: str
+
+    @property
+    def severity(self) -> str:
+        """`"advice"` for what may well be meant, `"problem"` for everything else."""
+        return "advice" if self.code in ADVICE else "problem"
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message} {self.fix}"
