@@ -17,18 +17,18 @@ def main(run: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         page = report_run(run, Path(place) / "report.html")
         browser = Browser(Path(place) / "browser", seconds=120)
-        for name, width, height, dark, chart in (
-            ("laptop", 1280, 800, False, "lr"),
+        for name, width, height, dark, part in (
+            ("laptop", 1280, 800, False, ""),
             ("phone", 390, 844, False, "lr"),
             ("dark", 1280, 800, True, "updates"),
         ):
             browser.open(page, width, height, dark)
-            if chart != "lr":  # else the page from its top
+            if part:  # else the page from its top
                 browser.run(
-                    f"document.getElementById('{chart}').scrollIntoView({{behavior: 'instant'}})"
+                    f"document.getElementById('{part}').scrollIntoView({{behavior: 'instant'}})"
                 )
-            browser.wait(f"document.querySelector('#chart-{chart} svg')")
-            time.sleep(1)  # until all is painted
+                browser.wait(f"document.querySelector('#chart-{part} svg')")
+            time.sleep(1.5)  # until all is painted
             browser.picture(folder / f"{name}.png")
         browser.close()
 

@@ -67,6 +67,22 @@ def test_findings_record_and_exit_code():
     assert "train.py" in Path("again.html").read_text()
 
 
+def test_the_mistakes_of_the_example():
+    text = (Path(__file__).parents[1] / "examples" / "three_mistakes.py").read_text()
+    result = call("--out", "seen", script(text.replace("WORDS = 150", "WORDS = 25")))
+    assert result.exit_code == 0
+    mistakes = ["floor-raises-lr", "module-requires-grad", "parameter-replaced"]
+    assert found() == [*mistakes, "weight-decay-everywhere"]
+    record = Record.load("seen/metrics.jsonl")
+    assert len(record.series("group 2", "lr")[0]) == 25  # no gradient ever came there
+    assert not len(record.series("group 2", "ratio")[0])
+    assert (record.series("group 0", "ratio")[1] > 0).all()
+    shown = Path("seen/report.html").read_text()
+    place = {code: shown.index(f": <code>{code}</code>") for code in found()}
+    assert max(place[code] for code in mistakes) < place["weight-decay-everywhere"]
+    assert '<li class="advice">' in shown
+
+
 def test_the_script_sees_what_it_sees_under_python():
     Path("beside.py").write_text("VALUE = 7")
     text = """

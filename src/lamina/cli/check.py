@@ -49,20 +49,16 @@ def check(
             print_json(_values(preview, found))
         else:
             for finding in found:
-                print(printable(f"{_severity(finding)}: {finding}"))
+                print(printable(f"{finding.severity}: {finding}"))
             print(_summary(preview, found))
-    if any(_severity(finding) == "problem" for finding in found):
+    if any(finding.severity == "problem" for finding in found):
         raise typer.Exit(NO)
-
-
-def _severity(finding: Finding) -> str:
-    return str(getattr(finding, "severity", "problem"))
 
 
 def _summary(preview: Preview, found: list[Finding]) -> str:
     cells = preview.resolved.cells
     size = f"{sum(len(cell.parameters) for cell in cells)} parameters in {len(cells)} groups"
-    problems = sum(_severity(finding) == "problem" for finding in found)
+    problems = sum(finding.severity == "problem" for finding in found)
     advice = len(found) - problems
     return f"{problems or 'no'} problem{'s' * (problems != 1)}, {advice or 'no'} advice: {size}"
 
@@ -76,7 +72,7 @@ def _values(preview: Preview, found: list[Finding]) -> dict[str, Any]:
         "findings": [
             {
                 "code": finding.code,
-                "severity": _severity(finding),
+                "severity": finding.severity,
                 "message": finding.message,
                 "fix": finding.fix,
             }

@@ -157,14 +157,17 @@ def heat_map(source: Source) -> Chart | None:
     first = min(int(steps[0]) for steps, _ in series)
     last = max(int(steps[-1]) for steps, _ in series)
     every = np.unique(np.concatenate([steps for steps, _ in series]))
-    columns = int(min(_COLUMNS, len(every)))
-    edges = np.linspace(first, last + 1, columns + 1)
+    if len(every) <= _COLUMNS:  # a column for each step that was measured, up to the next
+        edges = np.append(every, last + 1).astype(float)
+    else:
+        edges = np.linspace(first, last + 1, _COLUMNS + 1)
     rows = [_binned(*curve, edges) for curve in series]
     return {
         "id": "updates",
         "kind": "heat",
         "groups": [source.groups.index(group) for group in known],
         "x": [round(float(edge), 1) for edge in (edges[:-1] + edges[1:]) / 2],
+        "edges": [round(float(edge), 1) for edge in edges],
         "from": np.ceil(edges[:-1]).astype(int).tolist(),
         "to": (np.ceil(edges[1:]).astype(int) - 1).tolist(),
         "z": rows,

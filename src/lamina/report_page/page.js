@@ -108,7 +108,7 @@
     const height = Math.max(narrow.matches ? 240 : 280, Math.min(900, 70 + 22 * rows.length));
     element(chart).style.height = height + "px";
     return Plotly.react(element(chart), [{
-      type: "heatmap", x: chart.x, y: rows.map((row) => row), z: rows.map((row) => chart.z[row]),
+      type: "heatmap", x: chart.edges, y: rows.map((row) => row), z: rows.map((row) => chart.z[row]),
       text: hover, hovertemplate: "%{text}<extra></extra>", colorscale: HEAT, zmin: low, zmax: Math.max(high, low + 0.1),
       xgap: chart.x.length > 60 ? 0 : 1, ygap: rows.length > 40 ? 0 : 1, hoverongaps: false,
       colorbar: { thickness: 12, outlinewidth: 0, tickvals: ticks, ticktext: ticks.map((p) => "1e" + (+p.toFixed(1))), len: 1 },

@@ -318,7 +318,8 @@ def _finding(source: Source, finding: Finding, present: Mapping[str, str]) -> st
         chosen = " ".join(map(str, named))
         button = f'<button type="button" data-only="{chosen}">show its groups</button>'
     return (
-        f"<li><h3><code>{text(finding.code)}</code>{when}</h3><p>{text(finding.message)}</p>"
+        f'<li class="{finding.severity}"><h3>{finding.severity}: <code>{text(finding.code)}</code>'
+        f"{when}</h3><p>{text(finding.message)}</p>"
         f'<p class="fix">{text(finding.fix)}</p><p class="links">{links}{button}</p></li>'
     )
 

@@ -58,9 +58,10 @@ class Source:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """The findings of the plan and of the run, each once."""
+        """The findings of the plan and of the run, each once, problems before advice."""
         planned = () if self.planned is None else self.planned.findings
-        return tuple(dict.fromkeys([*self.record.findings, *planned]))
+        every = dict.fromkeys([*self.record.findings, *planned])
+        return tuple(sorted(every, key=lambda finding: finding.severity == "advice"))
 
     def actual(self, group: str, name: str) -> tuple[Steps, Floats]:
         """Return a curve of the record; it is put together once."""

@@ -138,8 +138,8 @@ def replaced_finding(names: Sequence[str]) -> Finding:
     """Return the finding on parameters that were replaced after the optimizer was built."""
     return Finding(
         "parameter-replaced",
-        f"{listed(names)} was replaced in the model after the optimizer was built, which updates "
-        "the old one; the new one does not train.",
+        f"replaced in the model after the optimizer was built: {listed(names)}. The optimizer "
+        "updates the old one; the new one does not train.",
         "Build the optimizer after the last change to the model.",
     )
 
@@ -288,8 +288,12 @@ def _decayed(groups: Sequence[Mapping[str, Any]], owned: Sequence[Owned]) -> Ite
             biases.append(item.info.name)
         elif "Embedding" in item.info.types:
             embeddings.append(item.info.name)
-    kinds = (("norms", norms), ("biases", biases), ("embeddings", embeddings))
-    told = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds if names]
+    kinds = (("norm", norms, "s"), ("bias", biases, "es"), ("embedding", embeddings, "s"))
+    told = [
+        f"{len(names)} {kind}{plural * (len(names) > 1)} ({names[0]})"
+        for kind, names, plural in kinds
+        if names
+    ]
     if told:
         yield Finding(
             "weight-decay-everywhere",

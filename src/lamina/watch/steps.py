@@ -266,14 +266,13 @@ class StepWatch:
                 seen.moved |= row.still < row.asked
         self._note_nonfinite(step, rows)
         self._note_half(rows, lrs)
-        for number, own in _by_group(rows):
-            if number >= len(self.groups):
-                continue
-            group = self.groups[number]
-            numbers = _norms(own)
-            self._record.add(step, self.prefix + group.label, lr=lrs[number], **numbers)
+        by_group = dict(_by_group(rows))
+        for number, (group, lr) in enumerate(zip(self.groups, lrs, strict=False)):
+            own = by_group.get(number, [])  # none where no gradient came
+            numbers = _norms(own) if own else {}
+            self._record.add(step, self.prefix + group.label, lr=lr, **numbers)
             wide = _norms([row for row in own if self.params[row.name].is_matrix])
-            if wide["weight_norm"] > 0 and lrs[number] > 0 and len(group.ratios) < _KEPT_RATIOS:
+            if wide["weight_norm"] > 0 and lr > 0 and len(group.ratios) < _KEPT_RATIOS:
                 group.ratios.append(wide["update_norm"] / wide["weight_norm"])
 
     def _release(self) -> None:
@@ -315,12 +314,15 @@ def _by_group(rows: list[Measured]) -> Iterator[tuple[int, list[Measured]]]:
 
 
 def _norms(rows: list[Measured]) -> dict[str, float]:
-    """Return the norms over some parameters together."""
-    return {
+    """Return the norms over some parameters together, and the ratio of update to weight."""
+    norms = {
         "grad_norm": math.hypot(*(row.grad for row in rows)),
         "weight_norm": math.hypot(*(row.weight for row in rows)),
         "update_norm": math.hypot(*(row.update for row in rows)),
     }
+    if norms["weight_norm"]:
+        norms["ratio"] = norms["update_norm"] / norms["weight_norm"]
+    return norms
 
 
 def _weak_first(optimizer: torch.optim.Optimizer) -> weakref.ref[torch.Tensor] | None:
