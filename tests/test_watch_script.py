@@ -36,6 +36,8 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lamina"])
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    # Of a process that was one of several in another test, torch's hook marks each line.
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
 
 
 def script(text, name="train.py"):
