@@ -72,12 +72,12 @@ def lr_chart(source: Source) -> Chart | None:
             )
         else:
             planned = {**look, "name": "planned"}
-        curves.append((planned, source.planned_lr(group)))
+        curves.append((planned, _where_positive(source.planned_lr(group))))
     return lines("lr", "learning rate", curves)
 
 
 def _where_positive(curve: Curve) -> Curve:
-    """Return a curve with gaps where it is 0: a frozen group has no lr to draw."""
+    """Return a curve with gaps where it is 0, which has no place on a logarithmic axis."""
     steps, values = curve
     return steps, np.where(values == 0, np.nan, values)
 
