@@ -21,8 +21,8 @@ from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import NonFiniteError, OwnershipError, PlanError
-from ..gradients.apply import first_norms, operate
 from ..gradients.nonfinite import check_finite
+from ..gradients.operations import first_norms, operate
 from ..guests.guests import GUEST, Guests
 from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, observe, walk

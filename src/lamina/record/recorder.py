@@ -232,16 +232,13 @@ class Recorders:
 
     def __init__(self) -> None:
         self._each: list[Recorder] = []
+        #: whether there is anything to record for: an attribute, as every step asks
+        self.on = False
         #: the norms of single gradients, by group, that were computed anyway in this step
         self.norms: dict[str, Tensors] = {}
         self._params: dict[str, Tensors] = {}
         self._grads: dict[str, Tensors] = {}
         self._scales: dict[str, torch.Tensor] = {}
-
-    @property
-    def on(self) -> bool:
-        """Whether there is anything to record for."""
-        return bool(self._each)
 
     def add(
         self, writers: Sequence[Any], every: int, updates: bool, record: Record | None
@@ -249,11 +246,13 @@ class Recorders:
         """Return a new recorder that is told of each step from now on; arguments as there."""
         recorder = Recorder(writers, every, updates, record, self._remove)
         self._each.append(recorder)
+        self.on = True
         return recorder
 
     def _remove(self, recorder: Recorder) -> None:
         if recorder in self._each:
             self._each.remove(recorder)
+            self.on = bool(self._each)
 
     def collected(self, batches: Sequence[Batch]) -> None:
         """Note what trains in this step, and its gradients before any operation on them."""
