@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from lamina.cli.app import app
-from lamina.record import Record
+from lamina.record import METRICS, Record
+from lamina.watch.layers import layers_of
 from lamina.watch.script import run_script
 
 pytestmark = pytest.mark.usefixtures("little_to_search")
@@ -79,10 +80,27 @@ def test_the_mistakes_of_the_example():
     assert len(record.series("group 2", "lr")[0]) == 25  # no gradient ever came there
     assert not len(record.series("group 2", "ratio")[0])
     assert (record.series("group 0", "ratio")[1] > 0).all()
+    assert (record.series(METRICS, "ratio/encoder.layers.0.linear1")[1] > 0).all()
     shown = Path("seen/report.html").read_text()
+    assert "Update over weight by layer" in shown
+    assert '"rows":["embeddings","encoder.layers.0.self_attn","' in shown.replace('", "', '","')
     place = {code: shown.index(f": <code>{code}</code>") for code in found()}
     assert max(place[code] for code in mistakes) < place["weight-decay-everywhere"]
     assert '<li class="advice">' in shown
+
+
+def test_layers_are_modules_or_what_holds_them():
+    names = [f"encoder.{layer}.{part}.weight" for layer in range(12) for part in "abcdef"]
+    layers = layers_of([*names, "head.weight", "scale"])
+    assert layers["encoder.3.a.weight"] == "encoder.3"
+    assert layers["head.weight"] == "head"
+    assert layers["scale"] == "scale"
+    assert len(set(layers.values())) == 14
+    assert layers_of(names, most=100)["encoder.3.a.weight"] == "encoder.3.a"
+    assert layers_of(["weight", "bias"]) == {"weight": "weight", "bias": "bias"}
+    assert layers_of(["0.weight", "0.bias"]) == {}
+    assert layers_of([f"{number}.weight" for number in range(50)]) == {}
+    assert layers_of([]) == {}
 
 
 def test_the_script_sees_what_it_sees_under_python():

@@ -146,14 +146,21 @@ def metric_charts(source: Source) -> list[Chart]:
 
 
 def heat_map(source: Source) -> Chart | None:
-    """Return the ratio of update to weight, by group and span of steps, as powers of ten."""
+    """Return the ratio of update to weight, by group and span of steps, as powers of ten.
+
+    Where layers were measured, and are more than the groups, a row is a layer.
+    """
     known = [group for group in source.groups if len(source.actual(group, "ratio")[0])]
-    if len(known) > _ROWS:
-        places = np.unique(np.linspace(0, len(known) - 1, _ROWS).astype(int))
-        known = [known[place] for place in places]
-    if not known:
+    layers = source.layers if len(source.layers) > len(known) else ()
+    if layers:
+        series = [source.actual(METRICS, f"ratio/{layer}") for layer in layers]
+    else:
+        if len(known) > _ROWS:
+            places = np.unique(np.linspace(0, len(known) - 1, _ROWS).astype(int))
+            known = [known[place] for place in places]
+        series = [source.actual(group, "ratio") for group in known]
+    if not series:
         return None
-    series = [source.actual(group, "ratio") for group in known]
     first = min(int(steps[0]) for steps, _ in series)
     last = max(int(steps[-1]) for steps, _ in series)
     every = np.unique(np.concatenate([steps for steps, _ in series]))
@@ -165,7 +172,9 @@ def heat_map(source: Source) -> Chart | None:
     return {
         "id": "updates",
         "kind": "heat",
-        "groups": [source.groups.index(group) for group in known],
+        # Rows of groups are hidden with these; layers have no group.
+        "groups": [-1] * len(layers) or [source.groups.index(group) for group in known],
+        "rows": list(layers or known),
         "x": [round(float(edge), 1) for edge in (edges[:-1] + edges[1:]) / 2],
         "edges": [round(float(edge), 1) for edge in edges],
         "from": np.ceil(edges[:-1]).astype(int).tolist(),

@@ -95,10 +95,10 @@
   }
 
   function drawHeat(chart) {
-    const names = chart.groups.map((place) => groupName(place, narrow.matches ? 18 : 34));
+    const names = chart.rows.map((name) => escape(short(name, narrow.matches ? 18 : 34)));
     const rows = chart.groups.map((place, row) => row).filter((row) => !hidden.has(chart.groups[row]));
     const hover = rows.map((row) => chart.z[row].map((value, column) =>
-      groupName(chart.groups[row], 60) + "<br>steps " + chart.from[column] + " to " + chart.to[column]
+      escape(short(chart.rows[row], 60)) + "<br>steps " + chart.from[column] + " to " + chart.to[column]
       + (value === null ? "" : "<br>update / weight " + number(Math.pow(10, value)))));
     const known = chart.z.flat().filter((value) => value !== null);
     const low = Math.min(...known), high = Math.max(...known);
@@ -215,7 +215,7 @@
     reading.set(chart, place);
     const step = steps[place];
     if (chart.kind === "heat") {
-      const rows = chart.groups.map((group, row) => [data.groups[group].name, chart.z[row][place]])
+      const rows = chart.rows.map((name, row) => [name, chart.z[row][place]])
         .filter((row) => row[1] !== null).slice(0, 8);
       said.textContent = "steps " + chart.from[place] + " to " + chart.to[place] + ": "
         + rows.map((row) => row[0] + " " + number(Math.pow(10, row[1]))).join(", ");

@@ -236,7 +236,7 @@ def _gradients(source: Source, place: Any) -> str:
 
 
 def _updates(source: Source, place: Any) -> str:
-    chart = place(charts.heat_map(source), "Ratio of update to weight by group over the steps")
+    chart = place(charts.heat_map(source), "Ratio of update to weight over the steps")
     if not chart:
         return ""
     hint = (
@@ -246,6 +246,7 @@ def _updates(source: Source, place: Any) -> str:
     weights = charts.group_chart(source, "weights", "weight norm", "weight_norm")
     more = place(weights, "Weight norm by group over the steps")
     rows = tables.measured_table(source, "ratio", "Update over weight by group")
+    rows += tables.layer_table(source)
     rows += tables.measured_table(source, "weight_norm", "Weight norm by group")
     return f'<p class="hint">{hint}</p>{chart}{more}{folded("Table", rows)}'
 

@@ -131,14 +131,21 @@ class Source:
 
     @cached_property
     def metric_names(self) -> tuple[str, ...]:
-        """The metrics of the run, without the norms of clip scopes."""
-        return tuple(name for name in self.record.names(METRICS) if not name.startswith("norm/"))
+        """The metrics of the run, without the norms of clip scopes and the ratios of layers."""
+        names = self.record.names(METRICS)
+        return tuple(name for name in names if not name.startswith(("norm/", "ratio/")))
 
     @cached_property
     def scopes(self) -> tuple[str, ...]:
         """The rules with a clip norm of their own."""
         names = self.record.names(METRICS)
         return tuple(name.removeprefix("norm/") for name in names if name.startswith("norm/"))
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose updates were measured apart from the groups."""
+        names = self.record.names(METRICS)
+        return tuple(name.removeprefix("ratio/") for name in names if name.startswith("ratio/"))
 
     def spans(self, group: str) -> list[tuple[int, int]]:
         """Return where the recorded lr is above 0: first step and the one after the last."""

@@ -14,6 +14,7 @@ from .source import Source
 
 #: rows of a table of groups; more are said to be left out
 _ROWS = 1000
+_EXTREMES = ("lowest", "median", "highest", "last")
 _EVENTS = 500
 
 
@@ -44,7 +45,19 @@ def measured_table(source: Source, key: str, title: str) -> str:
             rows.append([name(group), *(number(float(value)) for value in numbers)])
         elif len(values):
             rows.append([name(group), "not finite", "", "", ""])
-    return table(title, ["group", "lowest", "median", "highest", "last"], rows) + _more(source)
+    return table(title, ["group", *_EXTREMES], rows) + _more(source)
+
+
+def layer_table(source: Source) -> str:
+    """Return the median and the extremes of the ratio of update to weight of each layer."""
+    rows = []
+    for layer in source.layers[:_ROWS]:
+        values = source.actual(METRICS, f"ratio/{layer}")[1]
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            numbers = (finite.min(), np.median(finite), finite.max(), finite[-1])
+            rows.append([name(layer), *(number(float(value)) for value in numbers)])
+    return table("Update over weight by layer", ["layer", *_EXTREMES], rows) if rows else ""
 
 
 def scope_table(source: Source) -> str:

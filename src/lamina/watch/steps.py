@@ -14,6 +14,7 @@ from .._util.tensors import is_dtensor
 from ..optimizer.optimizer import Optimizer as PlanOptimizer
 from ..record import Record
 from .counts import GroupSeen, ParamSeen
+from .layers import Layers
 from .measure import Entry, Measured, StepMeasure, is_zero
 from .names import Models
 
@@ -87,7 +88,7 @@ class StepWatch:
         self.nonfinite: dict[str, tuple[int, list[str]]] = {}
         self.half: list[float] = []
         self.half_names: dict[str, float] = {}
-        self._models, self._record = models, record
+        self._models, self._record, self._layers = models, record, Layers()
         self._rows: list[Entry] = []
         self._by_name: dict[str, Entry] = {}
         self._sentinels: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -266,6 +267,7 @@ class StepWatch:
                 seen.moved |= row.still < row.asked
         self._note_nonfinite(step, rows)
         self._note_half(rows, lrs)
+        self._record.metrics(step, **self._layers.ratios(rows, self.params))
         by_group = dict(_by_group(rows))
         for number, (group, lr) in enumerate(zip(self.groups, lrs, strict=False)):
             own = by_group.get(number, [])  # none where no gradient came
