@@ -55,6 +55,56 @@ def tapped():
 # --- no trace ---------------------------------------------------------------------------------
 
 
+def trained_by(model, optimizer, other=None):
+    for _ in range(12):
+        optimizer.zero_grad()
+        (other or model)(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["made again", "loaded by assignment", "detached"])
+def test_an_optimizer_whose_parameters_never_get_a_gradient(how):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    other = torch.nn.Linear(3, 2)
+    if how == "loaded by assignment":
+        model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
+    with lm.watch() as seen:
+        if how == "detached":
+            head = torch.nn.Linear(2, 1)
+            trained_by(model, optimizer, lambda x: head(model(x).detach()))
+        else:
+            trained_by(model, optimizer, None if "loaded" in how else other)
+    [finding] = seen.findings
+    assert finding.code == "no-gradient"
+    assert "none of the parameters of Adam" in finding.message
+
+
+def test_a_frozen_optimizer_and_one_that_is_zeroed_too_early_are_not_without_gradient():
+    model = torch.nn.Linear(3, 2).requires_grad_(False)
+    head = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    with lm.watch() as seen:
+        trained_by(model, optimizer, lambda x: head(model(x)))
+    assert not seen.findings
+
+
+def test_statistics_of_an_average_follow_by_design():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    target = copy.deepcopy(model).requires_grad_(False)
+    both = torch.nn.ModuleDict({"online": model, "target": target})
+    optimizer = torch.optim.SGD(both.parameters(), lr=0.1)
+    with lm.watch() as seen:
+        for _ in range(12):
+            x = torch.randn(8, 3)
+            optimizer.zero_grad()
+            (model(x) - target(x)).square().mean().backward()
+            optimizer.step()
+            for own, average in zip(model.parameters(), target.parameters(), strict=True):
+                average.data.mul_(0.9).add_(own.data, alpha=0.1)
+    assert "statistics-drift" not in {each.code for each in seen.findings}
+
+
 def test_everything_is_put_back_also_after_an_error():
     before = tapped()
 

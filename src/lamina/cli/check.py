@@ -57,7 +57,8 @@ def check(
 
 def _summary(preview: Preview, found: list[Finding]) -> str:
     cells = preview.resolved.cells
-    size = f"{sum(len(cell.parameters) for cell in cells)} parameters in {len(cells)} groups"
+    groups = f"{len(cells)} group{'s' * (len(cells) != 1)}"
+    size = f"{sum(len(cell.parameters) for cell in cells)} parameters in {groups}"
     problems = sum(finding.severity == "problem" for finding in found)
     advice = len(found) - problems
     return f"{problems or 'no'} problem{'s' * (problems != 1)}, {advice or 'no'} advice: {size}"

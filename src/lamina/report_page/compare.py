@@ -71,7 +71,9 @@ def compare(left: Compared, right: Compared) -> Comparison:
         for key in dict.fromkeys([*left.settings, *right.settings])
     ]
     old, new = left.plan.splitlines(), right.plan.splitlines()
-    diff = difflib.unified_diff(old, new, left.label, right.label, lineterm="")
+    diff = list(difflib.unified_diff(old, new, left.label, right.label, lineterm=""))
+    if not old and not new:
+        diff = ["neither run has a plan"]
     lr = [
         (pair.label, _lr_text(left.source, pair.left), _lr_text(right.source, pair.right))
         for pair in pairs_of(left.source, right.source)

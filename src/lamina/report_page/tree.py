@@ -118,11 +118,14 @@ class _View:
         )
 
     def _lr(self, entry: ParameterEntry) -> float | None:
-        return self.source.peaks.get(entry.group) if entry.group is not None else None
+        known = entry.trains and entry.group is not None
+        return self.source.peaks.get(str(entry.group)) if known else None
 
     def _state(self, entry: ParameterEntry) -> str:
+        if not entry.trains:
+            return "frozen"
         if entry.group is None:
-            return "none" if entry.trains else "frozen"
+            return "none"
         return self.source.states.get(entry.group, "none")
 
     def _words(self, entries: Sequence[ParameterEntry]) -> str:

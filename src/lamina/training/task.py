@@ -167,8 +167,8 @@ class Task:
             return plan
         if plan is None:
             raise TaskError(
-                f"{self.place}: the task has no plan of its own (PLAN); give one, such as "
-                f"lamina run {self.file or self.name} plan.toml"
+                f"{self.place}: the task has no plan of its own (PLAN); give one after the "
+                f"task, such as {self.file or self.name} plan.toml"
             )
         if not isinstance(plan, (str, os.PathLike)):
             raise self._wrong("PLAN", plan, "TOML text, the path of a file, or a lamina.Plan")

@@ -197,7 +197,8 @@ def _silent(watch: StepWatch, replaced: Collection[str]) -> Iterator[Finding]:
         for name, seen in watch.params.items()
     }
     if not any(trains.values()):
-        return  # nothing has gradients: another finding tells why
+        yield from _nothing(watch, missing)
+        return
     parts, alone = part_names(missing | zero, trains)
     parts = [path for path in parts if any(name.startswith(f"{path}.") for name in telling)]
     alone = [name for name in alone if name in telling]
@@ -214,6 +215,21 @@ def _silent(watch: StepWatch, replaced: Collection[str]) -> Iterator[Finding]:
             "no-gradient",
             f"{listed(alone)} never received a gradient other than 0.",
             "See whether the loss depends on it; if it does not, freeze it.",
+        )
+
+
+def _nothing(watch: StepWatch, missing: Collection[str]) -> Iterator[Finding]:
+    """Find that no parameter of an optimizer ever had a gradient, unless it was zeroed away."""
+    training = {name for name, seen in watch.params.items() if seen.trains}
+    if missing and not watch.zeroed_first and training <= set(missing):
+        names = [name for name in watch.params if name in missing]
+        yield Finding(
+            "no-gradient",
+            f"none of the parameters of {watch.label} ever received a gradient ({listed(names)}), "
+            "so that its steps do nothing.",
+            "Build it from the parameters of the model that computes the loss, after the last time "
+            "that this is made or loaded with assign=True; or see whether the loss is computed "
+            "from a detached output.",
         )
 
 

@@ -28,6 +28,8 @@ class ClipWatch:
     name: str
     calls: int = 0
     acted: int = 0
+    #: calls that found no gradient
+    empty: int = 0
     largest: float = 0.0
     limit: float = 0.0
     frozen: dict[str, int] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class ClipWatch:
             return
         for norm in torch.stack([each.reshape(()).float() for each in pending]).tolist():
             self.acted += norm > self.limit
+            self.empty += norm == 0
             if norm > self.largest:
                 self.largest = norm
 
@@ -77,7 +80,14 @@ class ClipWatch:
             return
         if self.calls < _ENOUGH:
             return
-        if self.acted >= self.calls:
+        if self.empty > 0.5 * self.calls:
+            yield Finding(
+                "clip-nothing",
+                f"clipping {self.name} to {self.limit:g} found no gradient in {self.empty} of "
+                f"{self.calls} calls, so that the steps are not clipped.",
+                "Clip between backward() and step(), before zero_grad().",
+            )
+        elif self.acted >= self.calls:
             yield Finding(
                 "clip-always",
                 f"clipping {self.name} to {self.limit:g} acted in all {self.calls} calls (norm up "

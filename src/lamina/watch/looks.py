@@ -7,6 +7,7 @@ from weakref import ReferenceType
 
 import torch
 
+from .._util.sharding import local_part
 from .._util.tensors import is_dtensor
 from ..model.finding import Finding, stray_findings
 from ..model.parameters import Owned, is_locked, observe
@@ -133,9 +134,9 @@ def _look_at(item: Statistics) -> None:
         return
     params = list(module.parameters())
     frozen = bool(params) and not any(param.requires_grad for param in params)
-    # Weights that are written are those of an average, whose statistics follow by design.
+    # Weights that move without an optimizer are an average, whose statistics follow by design.
     version = count._version
-    weights = sum(param._version for param in params)
+    weights = [local_part(param.detach()).flatten()[:4].tolist() for param in params[:2]]
     if frozen and module.training and not is_locked(module) and weights == item.weights:
         item.frozen_looks += 1
         item.moved_looks += version > item.version

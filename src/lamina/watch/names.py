@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +26,9 @@ class Statistics:
     module: weakref.ref[nn.Module]
     frozen_looks: int = 0
     moved_looks: int = 0
-    #: how often the statistics and the weights had been written at the last look
+    #: how often the statistics had been written at the last look, and some of the weights then
     version: int = -1
-    weights: int = -1
+    weights: list[Any] = field(default_factory=list)
 
 
 @dataclass

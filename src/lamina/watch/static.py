@@ -284,9 +284,9 @@ def _decayed(groups: Sequence[Mapping[str, Any]], owned: Sequence[Owned]) -> Ite
             continue
         if item.info.types & set(_NORMS):
             norms.append(item.info.name)
-        elif item.info.name.rpartition(".")[2] == "bias":
+        elif item.info.name.endswith("bias"):
             biases.append(item.info.name)
-        elif "Embedding" in item.info.types:
+        elif item.info.types == {"Embedding"}:  # a tied head is a matrix, too
             embeddings.append(item.info.name)
     kinds = (("norm", norms, "s"), ("bias", biases, "es"), ("embedding", embeddings, "s"))
     told = [
@@ -299,7 +299,7 @@ def _decayed(groups: Sequence[Mapping[str, Any]], owned: Sequence[Owned]) -> Ite
             "weight-decay-everywhere",
             f"weight decay acts on {listed(told)}, which most recipes leave out.",
             "Put them into a group with weight_decay=0. In a plan: "
-            'lamina.Rule("ndim<2", weight_decay=0).',
+            f'lamina.Rule("ndim<2{" | type:Embedding" * bool(embeddings)}", weight_decay=0).',
         )
 
 
