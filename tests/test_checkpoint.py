@@ -381,3 +381,19 @@ def test_a_name_that_is_too_long(tmp_path):
 def test_the_largest_number_is_read_back(tmp_path):
     for number in (2**2000 - 1, -(2**2000) + 1):
         assert checkpoint.read(saved(tmp_path, 1, x=number))["x"] == number
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (FileNotFoundError(2, "No such file or directory"), "Make its folder first, or choose"),
+        (
+            PermissionError(13, "Permission denied"),
+            r"\(Permission denied\)\. Choose another folder",
+        ),
+        (OSError(28, "No space left on device"), "Free some space, or choose another folder"),
+    ],
+)
+def test_what_cannot_be_written_is_told_with_what_helps(error, advice):
+    with pytest.raises(LaminaError, match=advice), files.wrap_write_errors(Path("x.html")):
+        raise error

@@ -152,7 +152,10 @@ def summary(seen: Seen, seconds: float) -> str:
     for each in seen.findings:
         lines += ["", f"{each.severity}: {each.code}", *_wrapped(each.message), *_wrapped(each.fix)]
     if seen.findings:
-        lines += ["", "Each is explained, with wrong and right code, in docs/findings.md."]
+        lines += [
+            "",
+            "Each is explained, with wrong and right code, in docs/findings.md of lamina.",
+        ]
     if seen.failure is not None:
         lines += ["", *_wrapped(f"The watch itself failed, so it saw less: {seen.failure}", "")]
     return printable("\n".join(lines))

@@ -20,9 +20,14 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        another = "choose another folder (for lamina run, with --out)."
+        advice = f"Free some space, or {another}"
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            advice = f"Make its folder first, or {another}"
+        elif isinstance(error, PermissionError):
+            advice = another.capitalize()
         raise LaminaError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space, or choose "
-            "another folder (for lamina run, with --out)."
+            f"{path}: cannot be written ({error.strerror or error}). {advice}"
         ) from error
 
 
