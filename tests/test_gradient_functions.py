@@ -16,6 +16,7 @@ from lamina.errors import (
 from lamina.gradients.clip import clip_grad_norm_, clip_grad_value_
 from lamina.model.freeze import freeze
 from models import Tied, backward, encoder, mlp
+from processes import end_group
 
 
 def grads(model):
@@ -267,7 +268,7 @@ def test_complex_gradients():
 
 
 def test_sharded_gradients_from_two_meshes(tmp_path):
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -290,4 +291,4 @@ def test_sharded_gradients_from_two_meshes(tmp_path):
         clip_grad_value_([*tensors, plain], 0.4)
         assert float(tensors[1].grad.full_tensor().max()) == pytest.approx(0.4)
     finally:
-        destroy_process_group()
+        end_group()

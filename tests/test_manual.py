@@ -10,6 +10,7 @@ import lamina as lm
 from lamina.errors import PatternError, PlanError
 from lamina.model.freeze import freeze, thaw, trainable
 from models import Tied, Wrapper, backward, encoder, mlp, same, train, weights
+from processes import end_group
 
 
 class Net(nn.Module):
@@ -196,7 +197,7 @@ def test_what_was_frozen_by_hand_is_thawed_by_a_plan_before_ddp_wraps_it(rule, t
         train(wrapped, optimizer, 1, first=2)
         assert not torch.equal(before["body.weight"], model.body.weight)
     finally:
-        torch.distributed.destroy_process_group()
+        end_group()
 
 
 def test_by_hand_overrides_the_mark_of_a_plan():

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import lamina as lm
 from lamina.model.reducers import measure
 from models import equal, mlp
+from processes import end_group
 
 WRAPPINGS = {
     "plain": {},
@@ -33,7 +34,7 @@ def group(tmp_path):
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     yield
-    torch.distributed.destroy_process_group()
+    end_group()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,7 +116,7 @@ def test_without_a_process_group_or_a_wrapper_nothing_is_held(group, tmp_path):
     model.body.bias.register_hook(lambda grad: None)
     other = DDP(mlp())
     assert held(model) == []
-    torch.distributed.destroy_process_group()
+    end_group()
     assert held(other, other.module) == []
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/again", rank=0, world_size=1
@@ -279,7 +280,7 @@ def test_a_plan_older_than_the_process_group_is_refused_in_its_first_step(tmp_pa
         steps(ddp, optimizer, 3)
         assert not equal(model.body.state_dict(), mlp().body.state_dict())
     finally:
-        torch.distributed.destroy_process_group()
+        end_group()
 
 
 # ------------------------------------------------------------------------------- what is refused
