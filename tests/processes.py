@@ -70,9 +70,9 @@ _ENDED: list[object] = []
 def end_group() -> None:
     """End the group of this process, and keep what is left of it.
 
-    Its destructor waits for a thread of gloo, which may be waiting for the interpreter's lock to let
-    go of a tensor. Where the reducer of a DDP model is the last to hold the group, that lock is held
-    meanwhile, and both wait for ever.
+    Its destructor waits for a thread of gloo, which may be waiting for the interpreter's lock to
+    let go of a tensor. Where the reducer of a DDP model is the last to hold the group, that lock is
+    held meanwhile, and both wait for ever.
     """
     _ENDED.append(torch.distributed.group.WORLD)
     torch.distributed.destroy_process_group()

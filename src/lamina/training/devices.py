@@ -32,6 +32,11 @@ _LAUNCHERS = (
 _BROKEN = ("third_party/gloo", "gloo::", "Connection closed by peer", "Connection reset by peer")
 
 
+#: groups that are over, kept: the destructor of one waits for a thread of gloo that may be waiting
+#: for the interpreter's lock, which DDP's reducer holds where it is the last to let go of the group
+_ENDED: list[object] = []
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
     """Return how many processes were started to train together, and what says so.
 
@@ -135,6 +140,8 @@ def naming_lost_processes(accelerator: Any) -> Iterator[None]:
 
 def end(accelerator: Any) -> None:
     """End the processes' group and forget the settings, which Accelerate keeps as globals."""
+    if is_distributed():
+        _ENDED.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     _forget()
 
