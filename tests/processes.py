@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,13 @@ def run_processes(work: Callable[[int, str], None], folder: Path, count: int = 2
         for process in context.processes:
             if process.is_alive():
                 process.kill()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _work_and_end(rank: int, work: Callable[[int, str], None], folder: str) -> None:

@@ -154,6 +154,9 @@ def test_check_ends_by_what_it_found():
     assert bad.stdout.startswith("problem: thaw-after-end: ")
     assert "1 problem, no advice" in bad.stdout
     assert call("check", TASK, "late.toml", "--ignore", "thaw-after-end").exit_code == 0
+    other = call("check", TASK, "late.toml", "--ignore", "thaw-after-and")
+    assert other.exit_code == 1
+    assert "--ignore thaw-after-and: there is no such finding here." in other.stderr
     Path("wrong.toml").write_text('optimizer = "SGD"\nlr = 0.1\n[[rule]]\nmatch = "no.*"\nlr = 1\n')
     check_one_paragraph(call("check", TASK, "wrong.toml"), "wrong.toml", "no.*")
 

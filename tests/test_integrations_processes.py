@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import scenario
-from processes import join_group, leave_group, run_processes
+from processes import free_port, join_group, leave_group, run_processes
 
 #: what the order in which gradients are summed may change
 TOLERANCE = 1e-5
@@ -29,12 +28,6 @@ SLOW = [
     # The loops of one's own have no checkpoints; those with shards are tried in test_sharded.py.
     if cut is None or driver not in ("ddp", "fsdp2")
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def work(rank: int, folder: str, driver: str, world: int, cut: int | None, port: int) -> None:

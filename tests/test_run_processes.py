@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from lamina.runtime.agreement import compare, describe_plan
 from lamina.training import fit
 from lamina.training.dealing import Dealing
 from lamina.training.devices import naming_lost_processes
-from processes import join_group, leave_group, run_processes
+from processes import free_port, join_group, leave_group, run_processes
 
 #: what the order in which gradients are summed may change
 TOLERANCE = 1e-5
@@ -100,12 +99,6 @@ def metrics(model, batch):
 def _without_picture(monkeypatch):
     """Drawing takes most of the time of a run this short."""
     monkeypatch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def work(rank, folder, world, port, environment, settings):
@@ -459,3 +452,11 @@ def test_a_run_ends_soon_with_a_message_if_a_process_dies(fsdp, tmp_path):
     assert any("lost another one" in line or "interrupted" in line for line in own)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] != "running"
     assert newest(tmp_path / "run").content["clock"] >= 2
+
+
+def test_sharing_the_model_with_nobody_is_told(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    with pytest.warns(lm.LaminaWarning, match=r"fsdp=True was given, but one process.*torchrun"):
+        result = fit(tmp_path / "task.py", cpu=True, out=tmp_path / "run", epochs=1, fsdp=True)
+    assert result.steps == 12
+    fit(tmp_path / "task.py", cpu=True, resume=tmp_path / "run", epochs=2, extend="hold")

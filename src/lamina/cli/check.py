@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,12 @@ def check(
         source, plan_file = task_and_plan(["check"], (task, plan), task_option)
         preview = preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate)
         ignored = set(ignore or ())
+        codes = {finding.code for finding in preview.findings}
+        if unused := sorted(ignored - codes):
+            print(
+                f"lamina: --ignore {', '.join(unused)}: there is no such finding here.",
+                file=sys.stderr,
+            )
         found = [finding for finding in preview.findings if finding.code not in ignored]
         if as_json:
             print_json(_values(preview, found))

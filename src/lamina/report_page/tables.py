@@ -36,28 +36,28 @@ def lr_table(source: Source) -> str:
 
 def measured_table(source: Source, key: str, title: str) -> str:
     """Return the median and the extremes of a measured value of each group."""
-    rows = []
-    for group in source.groups[:_ROWS]:
-        values = source.actual(group, key)[1]
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            numbers = (finite.min(), np.median(finite), finite.max(), finite[-1])
-            rows.append([name(group), *(number(float(value)) for value in numbers)])
-        elif len(values):
-            rows.append([name(group), "not finite", "", "", ""])
-    return table(title, ["group", *_EXTREMES], rows) + _more(source)
+    curves = [(group, source.actual(group, key)[1]) for group in source.groups[:_ROWS]]
+    return table(title, ["group", *_EXTREMES], _extremes(curves)) + _more(source)
 
 
 def layer_table(source: Source) -> str:
     """Return the median and the extremes of the ratio of update to weight of each layer."""
+    layers = source.layers[:_ROWS]
+    rows = _extremes([(layer, source.actual(METRICS, f"ratio/{layer}")[1]) for layer in layers])
+    return table("Update over weight by layer", ["layer", *_EXTREMES], rows) if rows else ""
+
+
+def _extremes(curves: Sequence[tuple[str, Floats]]) -> list[list[str]]:
+    """Return a row for each curve that has values."""
     rows = []
-    for layer in source.layers[:_ROWS]:
-        values = source.actual(METRICS, f"ratio/{layer}")[1]
+    for label, values in curves:
         finite = values[np.isfinite(values)]
         if len(finite):
             numbers = (finite.min(), np.median(finite), finite.max(), finite[-1])
-            rows.append([name(layer), *(number(float(value)) for value in numbers)])
-    return table("Update over weight by layer", ["layer", *_EXTREMES], rows) if rows else ""
+            rows.append([name(label), *(number(float(value)) for value in numbers)])
+        elif len(values):
+            rows.append([name(label), "not finite", "", "", ""])
+    return rows
 
 
 def scope_table(source: Source) -> str:

@@ -14,7 +14,7 @@ from ..errors import LaminaError, require
 from ..plan.plan import Plan
 from ..runtime.agreement import compare, describe_plan
 from ..schedules.duration import TimeLike
-from .devices import begin, end, is_first
+from .devices import begin, end, is_first, launched
 from .folder_lock import FolderLock
 from .load import choose_plan, error_location, load_task
 from .loaders import has_own_order
@@ -66,7 +66,7 @@ def prepare_run(
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
-    _require_extras()
+    _check_setting(fsdp)
     task, folder = load_task(task), None if out is None else Path(out)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every}
@@ -90,10 +90,16 @@ def prepare_run(
     return session
 
 
-def _require_extras() -> None:
+def _check_setting(fsdp: bool | None) -> None:
+    """Raise if a package is missing; warn if the model is to be shared, but with nobody."""
     require("accelerate", "train", "Training")
     require("matplotlib", "train", "Training (the picture of the plan)")
     require("filelock", "train", "Training (one process at a time in a run)")
+    if fsdp and launched()[0] == 1:
+        warn(
+            "fsdp=True was given, but one process trains, and has nobody to share the model with. "
+            "Start several with torchrun, or leave it out."
+        )
 
 
 def _data(task: Task, seed: int, asked: int | None) -> Data:
