@@ -159,6 +159,10 @@ class Batch:
     has_new_state: bool = False
     known_grads: list[torch.Tensor] | None = None
     suited: Any = None
+    #: a scalar tensor: unless it is 0, the step found what is not finite and changes nothing
+    found_inf: torch.Tensor | None = None
+    #: what a kernel has made ready for these tensors, and compares with them at every step
+    prepared: Any = None
 
     def name_of(self, index: int) -> str:
         """Return what an error calls the parameter at `index`."""

@@ -14,9 +14,13 @@ from .blockwise import Blockwise
 from .foreach import Foreach
 from .fused import Fused
 from .readable import Readable
+from .triton import Triton
 
 #: the fastest first; each is exact where it does not refuse
-KERNELS: tuple[Kernel, ...] = (Fused(True), Fused(False), Foreach(), Blockwise(), Readable())
+KERNELS: tuple[Kernel, ...] = (
+    *(Fused(True), Fused(False), Triton()),
+    *(Foreach(), Blockwise(), Readable()),
+)
 READABLE = KERNELS[-1]
 #: wrapped once: an operator over many scalars on the CPU would wrap a 1.0 for each of them
 _ONE = torch.tensor(1.0, device="cpu")
@@ -44,7 +48,7 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
 
     Args:
         batches: all groups of one algorithm (several algorithms are fine too).
-        prefer: the name of the kernel to use where it can be: "fused", "foreach",
+        prefer: the name of the kernel to use where it can be: "fused", "triton", "foreach",
             "blockwise", "readable"; it goes before the preference of a batch.
 
     Raises:
@@ -161,6 +165,7 @@ class Split(Kernel):
             for indices, part in self._parts:
                 part.grads = [batch.grads[i] for i in indices]
                 part.hyper, part.scale = batch.hyper, batch.scale
+                part.found_inf = batch.found_inf
                 choose(part, self._prefer)[0].run([part])
                 if part.has_new_state:
                     _give_back(part, batch, indices)
