@@ -65,6 +65,8 @@ class Triton(Kernel):
 
     name: ClassVar[str] = "triton"
     about: ClassVar[str] = "one Triton kernel over all tensors, each result rounded once"
+    #: `run` changes nothing where `found_inf` of a batch is not 0
+    masks: ClassVar[bool] = True
 
     def __init__(self, devices: Sequence[str] = _DEVICES) -> None:
         self._devices = tuple(devices)
@@ -94,7 +96,7 @@ class Triton(Kernel):
             return "has gaps in memory"
         for key, values in batch.columns.items():
             if reason := _state_refusal(param, values[index]):
-                return f"and its {key} {reason}"
+                return f"has a {key} that {reason}"
         return step_refusal(param, batch.steps[index])
 
     def ready(self, batch: Batch) -> bool:
@@ -118,6 +120,8 @@ class Triton(Kernel):
 def _same_layout(grad: torch.Tensor, param: torch.Tensor) -> bool:
     if grad.layout is not torch.strided or type(grad) not in PLAIN or grad.is_neg():
         return False
+    if grad.shape != param.shape or grad.device != param.device:
+        return False
     return grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous())
 
 
@@ -129,9 +133,9 @@ def _state_refusal(param: torch.Tensor, value: torch.Tensor | None) -> str:
         return "is not a plain dense tensor"
     if value.dtype not in DTYPES:
         return f"is {short(value.dtype)}"
-    if value.device != param.device:
-        return f"is on {value.device}"
-    return "" if value.stride() == param.stride() else "differ in their layout in memory"
+    if value.device != param.device or value.shape != param.shape:
+        return f"is on {value.device}, with the shape {tuple(value.shape)}"
+    return "" if value.stride() == param.stride() else "lies in another order in memory"
 
 
 def _state_dtypes(batch: Batch, index: int) -> set[torch.dtype]:
@@ -225,6 +229,7 @@ def _update(launch: Launch, batches: Sequence[Batch]) -> None:
             ALIGNED=table.aligned and not any(address & 15 for address in grads),
             **dict(launch.variant),
             BLOCK=BLOCK,
+            enable_fp_fusion=False,  # each operation is rounded by itself, as torch's are
         )
 
 

@@ -288,7 +288,7 @@ def lamb_norms(
     moment_values, update_values = _moment_values(group), _lamb_values(row, group)
     of_weight = tl.zeros([BLOCK], tl.float32)
     of_update = tl.zeros([BLOCK], tl.float32)
-    WRITE: tl.constexpr = STATE_DTYPE == tl.float32
+    WRITE: tl.constexpr = tl.float32 == STATE_DTYPE
     for start in range(begin, whole, BLOCK):
         moments = _moments(pointers, moment_values, 0.0, start, end, False, WRITE, BLOCK, False)
         weight, update = _lamb_update(pointers, moments, update_values, start, end, BLOCK, False)
@@ -343,9 +343,7 @@ def _lamb_values(row, group):
 
 
 @triton.jit
-def _lamb_update(
-    pointers, moments, values, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
+def _lamb_update(pointers, moments, values, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     mean, square = moments
     first, root_of_second, eps, weight_decay = values
     weight = read(pointers[0], start, end, BLOCK, MASKED)
@@ -378,7 +376,7 @@ def layer_adaptive_sizes(
     pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
     values, eps, decay = _moment_values(group), hyper(group, 4), _coupled_decay(group, DECOUPLED)
     of_size = tl.zeros([BLOCK], tl.float32)
-    WRITE: tl.constexpr = STATE_DTYPE == tl.float32
+    WRITE: tl.constexpr = tl.float32 == STATE_DTYPE
     for start in range(begin, whole, BLOCK):
         mean, square = _moments(pointers, values, decay, start, end, AMSGRAD, WRITE, BLOCK, False)
         of_size += tl.div_rn(tl.abs(mean), tl.sqrt_rn(square) + eps)
