@@ -167,8 +167,11 @@ def toolchain_refusal(kernel: Triton, device: torch.device) -> str:
     try:
         from . import rules
 
-        if rules.IS_INTERPRETED != (device.type == "cpu"):
-            return "TRITON_INTERPRET is set, and the interpreter reads memory of the CPU only"
+        is_on_cpu = device.type == "cpu"
+        if is_on_cpu != rules.IS_INTERPRETED:  # it would read an address of the device as its own
+            return (
+                "on the CPU there is only Triton's interpreter (TRITON_INTERPRET=1), and only there"
+            )
         kernel.run([batch])
     except Exception as error:  # of a compiler, a driver, or a package that is half installed
         reason = str(error).strip().splitlines() or [""]

@@ -80,9 +80,7 @@ class Table:
         rows[:, GRAD] = np.arange(count) + width * len(batches)
         lengths = [len(batch.params) for batch in batches]
         rows[:, GROUP] = np.repeat(np.arange(len(batches)), lengths) * width
-        blocks = -(-rows[:, COUNT] // BLOCK)
-        rows[:, BLOCKS] = np.maximum(CHUNK_BLOCKS, -(-blocks // MOST_CHUNKS))
-        rows[:, CHUNKS] = -(-blocks // rows[:, BLOCKS])
+        rows[:, BLOCKS], rows[:, CHUNKS] = chunks_of(rows[:, COUNT])
         rows[1:, FIRST] = np.cumsum(rows[:, CHUNKS])[:-1]
         return rows
 
@@ -122,6 +120,16 @@ class Table:
         for place, value in on_device:
             sent.view(torch.float64)[place].copy_(value, non_blocking=True)
         return sent
+
+
+def chunks_of(sizes: Array) -> tuple[Array, Array]:
+    """Return how many blocks are in a chunk of each tensor, and how many chunks there are.
+
+    An empty tensor has no chunk, and none has more than can be summed at once.
+    """
+    blocks = -(-sizes // BLOCK)
+    in_chunk = np.maximum(CHUNK_BLOCKS, -(-blocks // MOST_CHUNKS))
+    return in_chunk, -(-blocks // in_chunk)
 
 
 def _where(batches: Sequence[Batch], keys: Sequence[str | None]) -> list[int]:
