@@ -274,7 +274,9 @@ class RoundedPart:
         extra: the same elements of the state tensor `rounder.entry`, if there is one.
     """
 
-    def __init__(self, rounder: Rounder, part: torch.Tensor, extra: torch.Tensor | None) -> None:
+    def __init__(
+        self, rounder: Rounder, part: torch.Tensor, extra: torch.Tensor | None = None
+    ) -> None:
         self._rounder, self._part, self._extra = rounder, part, extra
         self._places: torch.Tensor | None = None
 
