@@ -180,6 +180,7 @@ def _part(batch: Batch, indices: list[int]) -> Batch:
         steps=[batch.steps[i] for i in indices],
         hyper=batch.hyper,
         names=[batch.names[i] for i in indices] if batch.names else [],
+        followed=batch.followed,
     )
 
 

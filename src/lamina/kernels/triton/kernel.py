@@ -18,6 +18,7 @@ from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
 from ...algorithms.rmsprop import RMSprop
+from ...algorithms.rounding import rounding_of
 from ..base import Kernel, begin_momentum, short
 from ..fused import step_refusal
 from .table import BLOCK, Table, float32_on
@@ -94,6 +95,8 @@ class Triton(Kernel):
             return f"is {short(param.dtype)}"
         if not is_dense(param):
             return "has gaps in memory"
+        if how := rounding_of(param, batch.hyper):
+            return f"has rounding={how!r}"
         for key, values in batch.columns.items():
             if reason := _state_refusal(param, values[index]):
                 return f"has a {key} that {reason}"
