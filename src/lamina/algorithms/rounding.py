@@ -92,9 +92,15 @@ def rounding_of(param: torch.Tensor, hyper: Hyper) -> str | None:
     return None if how in (None, "nearest") or param.dtype not in HALF else how
 
 
+def entry_of(param: torch.Tensor, hyper: Hyper) -> str | None:
+    """Return the key of the state tensor that the rounding of a parameter needs, or None."""
+    return _ENTRY_OF.get(rounding_of(param, hyper) or "")
+
+
 def settle_entries(param: torch.Tensor, entry: dict[str, Any], hyper: Hyper) -> None:
     """Add the state tensor that the rounding of a parameter needs, and drop one of another."""
-    wanted = _ENTRY_OF.get(rounding_of(param, hyper) or "")
+    rounding_name("a parameter group", hyper.get("rounding"))  # it may have been set by hand
+    wanted = entry_of(param, hyper)
     for key in ROUNDING_ENTRIES:
         if key != wanted:
             entry.pop(key, None)
@@ -249,7 +255,7 @@ class Rounder:
         self.batch, self.index = batch, index
         self.how = rounding_of(param, batch.hyper)
         #: the key of the state tensor of this rounding, or None
-        self.entry = _ENTRY_OF.get(self.how or "")
+        self.entry = entry_of(param, batch.hyper)
         #: the dtype of state that begins with this update
         self.state_dtype = state_dtype_of(param, batch.hyper)
         #: where the first element lies in its storage
