@@ -290,7 +290,9 @@ def test_without_names_the_position_tells_parameters_apart():
     for names in (False, True):
         first, second = moved(names=names)
         assert not torch.equal(first, second)
-        assert all(torch.equal(a, b) for a, b in zip(moved(names=names), (first, second)))
+        assert all(
+            torch.equal(a, b) for a, b in zip(moved(names=names), (first, second), strict=True)
+        )
     assert torch.equal(
         moved(names=False)[1],
         round_stochastically(
