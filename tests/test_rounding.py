@@ -99,7 +99,7 @@ def test_rounding_is_that_of_the_definition(dtype):
     values = torch.cat([values, near, values.to(dtype).float()])
     values = values[values.to(dtype).isfinite()]
     bits = torch.randint(-(2**31), 2**31, values.shape, generator=generator).int()
-    found = round_stochastically(values, bits, dtype)
+    found = round_stochastically(values, bits.clone(), dtype)
     wanted = [
         rounded(value, word % 2**32, dtype)
         for value, word in zip(values.tolist(), bits.tolist(), strict=True)
