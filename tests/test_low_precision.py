@@ -413,8 +413,10 @@ def test_plans_write_and_read_it():
         name: group["rounding"] for group in optimizer.param_groups for name in group["param_names"]
     }
     assert found == {
-        "0.weight": "stochastic", "0.bias": "stochastic",
-        "2.weight": "kahan", "2.bias": None,
+        "0.weight": "stochastic",
+        "0.bias": "stochastic",
+        "2.weight": "kahan",
+        "2.bias": None,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
@@ -14,9 +15,11 @@ from triton.runtime import interpreter
 
 import lamina as lm
 from lamina import optim
-from lamina.algorithms import ALGORITHMS
+from lamina.algorithms import ALGORITHMS, rounding
+from lamina.algorithms.rounding import settle_entries
 from lamina.kernels import apply, choose, dispatch
 from lamina.kernels.triton import Triton, kernel, table
+from lamina.kernels.triton import rounding as on_device
 from reference.runner import batch_of, gradient
 from reference.table import ROWS
 
@@ -157,6 +160,104 @@ def test_what_lies_beyond_the_end_has_no_norm(name):
     step(mine, oracle, tensors([(3,)], seed=1))
     assert all(param.isfinite().all() for param in mine.params)
     assert_same(mine, oracle)
+
+
+# --------------------------------------------------------------------------- rounding to 16 bits
+
+
+def rounded_pair(name, how, dtype, state):
+    """Two equal batches whose results are rounded by a setting."""
+    both = []
+    for _ in range(2):
+        hyper = {**FULL[name], "rounding": how, "state_dtype": state}
+        batch = make(name, tensors([(3, 50), (7,)], dtype), **hyper)
+        if state:
+            wide = {key: [each.float() for each in its] for key, its in batch.columns.items()}
+            batch.columns = wide
+        entries = [{} for _ in batch.params]
+        for param, entry in zip(batch.params, entries, strict=True):
+            settle_entries(param, entry, batch.hyper)
+        batch.columns |= {key: [entry[key] for entry in entries] for key in entries[0]}
+        both.append(batch)
+    return both
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
+def test_rounding_follows_the_definition_to_the_bit(name, how):
+    """State in bfloat16 is drawn too; what stays in float32 may differ in its last digit."""
+    is_half = name in ("RMSprop", "LAMB")
+    dtype, state = (torch.float16, "float32") if is_half else (torch.bfloat16, None)
+    mine, oracle = rounded_pair(name, how, dtype, state)
+    for seed in range(2):
+        step(mine, oracle, tensors([(3, 50), (7,)], dtype, seed))
+    for given, wanted in zip(everything(mine), everything(oracle), strict=True):
+        assert given.dtype is wanted.dtype
+        if given.dtype is torch.float32:
+            assert error(given, wanted) < 2e-6
+        else:
+            assert float((given == wanted).double().mean()) > 0.8
+    if how == "kahan":  # a digit that differs moves the rest to the other side of a weight
+        rest, other = mine.columns["compensation"][0], oracle.columns["compensation"][0]
+        total, wanted = mine.params[0].double() + rest, oracle.params[0].double() + other
+        torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+    assert float((mine.params[0] == oracle.params[0]).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("how", ["kahan", "master"])
+def test_state_follows_weights_that_others_changed(how):
+    mine, oracle = rounded_pair("LAMB", how, torch.bfloat16, "float32")
+    step(mine, oracle, tensors([(3, 50), (7,)], torch.bfloat16))
+    for batch in (mine, oracle):
+        batch.params[0].mul_(2)
+        batch.followed.clear()
+    step(mine, oracle, tensors([(3, 50), (7,)], torch.bfloat16, 1))
+    assert error(mine.params[0], oracle.params[0]) < 1e-3
+    assert float((mine.params[0] == oracle.params[0]).double().mean()) > 0.99
+
+
+@triton.jit
+def _round(values, bits, result, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    words = tl.load(bits + lanes).to(tl.uint32, bitcast=True)
+    rounded = on_device.round_stochastically(tl.load(values + lanes), words, DTYPE)
+    tl.store(result + lanes, rounded)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")]
+)
+def test_every_kind_of_number_is_rounded_as_defined(dtype, name):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (4096,), generator=generator).int()
+    values = words.roll(1).view(torch.float32)  # of all exponents, infinite ones and NaN too
+    special = [0.0, -0.0, 65503.9, 65519.9, 65520.0, -1e5, 3.3895e38, 3.4e38, -3e-8, 6e-5, 1e-44]
+    values[: len(special)] = torch.tensor(special)
+    values[20:2000] = torch.randn(1980, generator=generator) * 1e-5  # denormal in float16
+    result = torch.empty(4096, dtype=dtype)
+    _round[(1,)](values, words, result, DTYPE=getattr(tl, name), BLOCK=4096)
+    wanted = rounding.round_stochastically(values, words.clone(), dtype)
+    same = result.view(torch.int16) == wanted.view(torch.int16)
+    assert bool((same | (result.isnan() & wanted.isnan())).all())
+
+
+@triton.jit
+def _draw(rows, result, start, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    key = on_device.update_key(rows)
+    bits = on_device.random_bits(key, STREAM, tl.load(start), BLOCK)
+    tl.store(result + tl.arange(0, BLOCK), bits.to(tl.int32, bitcast=True))
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 20, 2**32 - 20, 3 * 2**33])
+def test_the_bits_are_those_of_the_definition(start):
+    batch = make("LAMB", tensors([(3,)]))
+    batch.names, batch.steps = ["head.weight"], [torch.tensor(17.0)]
+    rows = table.Table([batch], ("exp_avg", "exp_avg_sq", None, None), hypers=1).rows
+    result = torch.empty(64, dtype=torch.int32)
+    _draw[(1,)](rows, result, torch.tensor(start), STREAM=2, BLOCK=64)
+    key = rounding.key_of(rounding.seed_of(batch, 0), 17, 2)
+    wanted = rounding.random_bits(torch.arange(start, start + 64), key)
+    assert torch.equal(result, wanted)
 
 
 # ---------------------------------------------------------------- the clip factor and the decision

@@ -13,12 +13,12 @@ import torch
 
 from ..._util.blocks import PLAIN, is_dense
 from ..._util.tensors import addresses
-from ...algorithms.base import HALF, Batch, Hyper, number, state_dtype_of
+from ...algorithms.base import HALF, ROUNDING_ENTRIES, Batch, Hyper, number, state_dtype_of
 from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
 from ...algorithms.rmsprop import RMSprop
-from ...algorithms.rounding import rounding_of
+from ...algorithms.rounding import entry_of, rounding_of
 from ..base import Kernel, begin_momentum, short
 from ..fused import step_refusal
 from .table import BLOCK, Table, float32_on
@@ -34,7 +34,7 @@ class Form(NamedTuple):
     launches: tuple[str, ...]
     #: the hyperparameters in the order in which the kernels read them, after the gradient's sign
     hypers: Callable[[Hyper], tuple[Any, ...]]
-    #: the state in the order in which the kernels read it; None for what is not used now
+    #: the state in the order of the rule's `buffers`; None for what is not used now
     state: Callable[[Hyper], tuple[str | None, ...]]
     #: what is compiled apart
     variant: Callable[[Hyper], Mapping[str, bool]]
@@ -48,6 +48,7 @@ class Launch(NamedTuple):
     weight: torch.dtype
     grad: torch.dtype
     state: torch.dtype
+    rounding: str
     keys: tuple[str | None, ...]
     variant: tuple[tuple[str, bool], ...]
 
@@ -95,8 +96,6 @@ class Triton(Kernel):
             return f"is {short(param.dtype)}"
         if not is_dense(param):
             return "has gaps in memory"
-        if how := rounding_of(param, batch.hyper):
-            return f"has rounding={how!r}"
         for key, values in batch.columns.items():
             if reason := _state_refusal(param, values[index]):
                 return f"has a {key} that {reason}"
@@ -143,7 +142,8 @@ def _state_refusal(param: torch.Tensor, value: torch.Tensor | None) -> str:
 
 def _state_dtypes(batch: Batch, index: int) -> set[torch.dtype]:
     """Return the dtypes of the state of a parameter, of a buffer that may begin too."""
-    values = [column[index] for column in batch.columns.values()]
+    columns = [batch.columns[key] for key in batch.columns if key not in ROUNDING_ENTRIES]
+    values = [column[index] for column in columns]
     found = {value.dtype for value in values if value is not None}
     if "momentum" in batch.algorithm.defaults:
         buffers = batch.columns.get("momentum_buffer")
@@ -194,15 +194,16 @@ def _launch_of(batch: Batch) -> Launch:
     form, hyper, param = FORMS[type(batch.algorithm)], batch.hyper, batch.params[0]
     if "momentum_buffer" in form.state(hyper):
         begin_momentum(batch)
-    keys = form.state(hyper)
-    used = [batch.columns[key][0].dtype for key in keys if key]
+    state = form.state(hyper)
+    used = [batch.columns[key][0].dtype for key in state if key]
     return Launch(
         rule=type(batch.algorithm),
         device=param.device,
         weight=param.dtype,
         grad=batch.grads[0].dtype,
         state=used[0] if used else param.dtype,
-        keys=keys,
+        rounding=rounding_of(param, hyper) or "nearest",
+        keys=(*state, entry_of(param, hyper)),
         variant=tuple(form.variant(hyper).items()),
     )
 
@@ -226,12 +227,13 @@ def _update(launch: Launch, batches: Sequence[Batch]) -> None:
     for name in form.launches:
         getattr(rules, name)[(table.programs,)](
             table.chunks,
-            table.tensors,
+            table.rows,
             packet,
             table.sums,
             WEIGHT_DTYPE=rules.DTYPES[launch.weight],
             GRAD_DTYPE=rules.DTYPES[launch.grad],
             STATE_DTYPE=rules.DTYPES[launch.state],
+            ROUNDING=launch.rounding,
             ALIGNED=table.aligned and not any(address & 15 for address in grads),
             **dict(launch.variant),
             BLOCK=BLOCK,
@@ -280,8 +282,8 @@ FORMS: dict[type, Form] = {
         hypers=_rmsprop_hypers,
         state=lambda hyper: (
             "square_avg",
-            "grad_avg" if hyper["centered"] else None,
             _buffer(hyper),
+            "grad_avg" if hyper["centered"] else None,
         ),
         variant=lambda hyper: {
             "CENTERED": bool(hyper["centered"]),
@@ -291,13 +293,13 @@ FORMS: dict[type, Form] = {
     LARS: Form(
         launches=("lars_norms", "lars"),
         hypers=_lars_hypers,
-        state=lambda hyper: (_buffer(hyper),),
+        state=lambda hyper: (_buffer(hyper), None, None),
         variant=lambda hyper: {"MOMENTUM": _has_momentum(hyper)},
     ),
     LAMB: Form(
         launches=("lamb_norms", "lamb"),
         hypers=_adam_hypers,
-        state=lambda hyper: ("exp_avg", "exp_avg_sq"),
+        state=lambda hyper: ("exp_avg", "exp_avg_sq", None),
         variant=lambda hyper: {},
     ),
     LayerAdaptiveAdam: Form(

@@ -12,15 +12,12 @@ import triton.language as tl
 from . import table
 
 #: the columns of the table, for the programs
-WEIGHT = tl.constexpr(table.WEIGHT)
 COUNT = tl.constexpr(table.COUNT)
-GRAD = tl.constexpr(table.GRAD)
 GROUP = tl.constexpr(table.GROUP)
 FIRST = tl.constexpr(table.FIRST)
 CHUNKS = tl.constexpr(table.CHUNKS)
 BLOCKS = tl.constexpr(table.BLOCKS)
 STEP = tl.constexpr(table.STEP)
-STATE = tl.constexpr(table.STATE)
 WIDTH = tl.constexpr(table.WIDTH)
 MOST_CHUNKS = tl.constexpr(table.MOST_CHUNKS)
 SCALE = tl.constexpr(table.SCALE)
@@ -29,13 +26,13 @@ HYPER = tl.constexpr(table.HYPER)
 
 
 @triton.jit
-def find_chunk(chunks, tensors, packet, BLOCK: tl.constexpr):
+def find_chunk(chunks, rows, packet, BLOCK: tl.constexpr):
     """Return the tensor of this program, its group, and where its elements begin and end.
 
     `whole` is where the blocks end that need no mask: a load under a mask that may end anywhere
     is one load for each element. A step that found what is not finite has no elements.
     """
-    row = tensors + tl.load(chunks + tl.program_id(0)).to(tl.int64) * WIDTH
+    row = rows + tl.load(chunks + tl.program_id(0)).to(tl.int64) * WIDTH
     group = packet + tl.load(row + GROUP)
     number = tl.program_id(0) - tl.load(row + FIRST)
     blocks = tl.load(row + BLOCKS)
@@ -61,25 +58,6 @@ def elements(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def find_tensors(
-    row,
-    packet,
-    WEIGHT_DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Return pointers to weights, gradient and state; null for state that is not used."""
-    return (
-        elements(tl.load(row + WEIGHT), WEIGHT_DTYPE, ALIGNED),
-        elements(tl.load(packet + tl.load(row + GRAD)), GRAD_DTYPE, ALIGNED),
-        elements(tl.load(row + STATE), STATE_DTYPE, ALIGNED),
-        elements(tl.load(row + STATE + 1), STATE_DTYPE, ALIGNED),
-        elements(tl.load(row + STATE + 2), STATE_DTYPE, ALIGNED),
-    )
 
 
 @triton.jit

@@ -18,7 +18,6 @@ import triton.language as tl
 from .memory import (
     exact_hyper,
     find_chunk,
-    find_tensors,
     grad_factor,
     hyper,
     numel,
@@ -27,9 +26,9 @@ from .memory import (
     share,
     step_count,
     within,
-    write,
     write_sum,
 )
+from .rounding import find_tensors, read_state, read_weight, write_state, write_weight
 
 #: Triton's names for torch's dtypes
 DTYPES = {
@@ -44,20 +43,21 @@ DTYPES = {
 @triton.jit
 def rmsprop(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     CENTERED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk by RMSprop."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     alpha, new = share(group, 2)
     lr, eps, weight_decay, momentum = (
         hyper(group, 1),
@@ -67,41 +67,40 @@ def rmsprop(
     )
     values = (grad_factor(group), lr, alpha, new, eps, weight_decay, momentum)
     for start in range(begin, whole, BLOCK):
-        _rmsprop_block(pointers, values, start, end, CENTERED, MOMENTUM, BLOCK, False)
+        _rmsprop_block(tensors, values, start, end, CENTERED, MOMENTUM, ROUNDING, BLOCK, False)
     if whole < end:
-        _rmsprop_block(pointers, values, whole, end, CENTERED, MOMENTUM, BLOCK, True)
+        _rmsprop_block(tensors, values, whole, end, CENTERED, MOMENTUM, ROUNDING, BLOCK, True)
 
 
 @triton.jit
 def _rmsprop_block(
-    pointers,
+    tensors,
     values,
     start,
     end,
     CENTERED: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    weights, grads, squares, means, buffers = pointers
     factor, lr, alpha, new, eps, weight_decay, momentum = values
-    weight = read(weights, start, end, BLOCK, MASKED)
-    grad = read(grads, start, end, BLOCK, MASKED) * factor
+    weight, grad = _weight_and_grad(tensors, factor, start, end, ROUNDING, BLOCK, MASKED)
     if weight_decay != 0:
         grad = grad + weight_decay * weight
 
-    square = alpha * read(squares, start, end, BLOCK, MASKED) + new * (grad * grad)
+    square = alpha * read_state(tensors, 0, start, end, BLOCK, MASKED) + new * (grad * grad)
     variance = square
     if CENTERED:
-        mean = alpha * read(means, start, end, BLOCK, MASKED) + new * grad
+        mean = alpha * read_state(tensors, 2, start, end, BLOCK, MASKED) + new * grad
         variance = square - mean * mean
-        write(means, mean, start, end, BLOCK, MASKED)
+        write_state(tensors, 2, mean, start, end, ROUNDING, BLOCK, MASKED)
     direction = tl.div_rn(grad, tl.sqrt_rn(variance) + eps)
     if MOMENTUM:
-        direction = momentum * read(buffers, start, end, BLOCK, MASKED) + direction
-        write(buffers, direction, start, end, BLOCK, MASKED)
-    write(squares, square, start, end, BLOCK, MASKED)
-    write(weights, weight - lr * direction, start, end, BLOCK, MASKED)
+        direction = momentum * read_state(tensors, 1, start, end, BLOCK, MASKED) + direction
+        write_state(tensors, 1, direction, start, end, ROUNDING, BLOCK, MASKED)
+    write_state(tensors, 0, square, start, end, ROUNDING, BLOCK, MASKED)
+    write_weight(tensors, weight - lr * direction, start, end, ROUNDING, BLOCK, MASKED)
 
 
 # -------------------------------------------------------------------------------------------- LARS
@@ -110,28 +109,29 @@ def _rmsprop_block(
 @triton.jit
 def lars_norms(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum the squares of the weights and of the gradient of one chunk."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     factor = grad_factor(group)
     of_weight = tl.zeros([BLOCK], tl.float32)
     of_grad = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, whole, BLOCK):
-        weight, grad = _weight_and_grad(pointers, factor, start, end, BLOCK, False)
+        weight, grad = _weight_and_grad(tensors, factor, start, end, ROUNDING, BLOCK, False)
         of_weight += weight * weight
         of_grad += grad * grad
     if whole < end:
-        weight, grad = _weight_and_grad(pointers, factor, whole, end, BLOCK, True)
+        weight, grad = _weight_and_grad(tensors, factor, whole, end, ROUNDING, BLOCK, True)
         of_weight += weight * weight
         of_grad += within(grad * grad, whole, end, BLOCK, True)  # the factor may be NaN
     write_sum(sums, of_weight, 0)
@@ -141,19 +141,20 @@ def lars_norms(
 @triton.jit
 def lars(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk by LARS, with the norms of its tensor."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     lr, momentum, weight_decay = hyper(group, 1), hyper(group, 2), hyper(group, 3)
     trust, eps = hyper(group, 4), hyper(group, 5)
     weight_norm = tl.sqrt_rn(read_sum(sums, row, 0))
@@ -162,37 +163,39 @@ def lars(
     ratio = _trust_ratio(weight_norm, grad_norm, damped)
     values = (grad_factor(group), lr * ratio, momentum, weight_decay)
     for start in range(begin, whole, BLOCK):
-        _lars_block(pointers, values, start, end, MOMENTUM, BLOCK, False)
+        _lars_block(tensors, values, start, end, MOMENTUM, ROUNDING, BLOCK, False)
     if whole < end:
-        _lars_block(pointers, values, whole, end, MOMENTUM, BLOCK, True)
+        _lars_block(tensors, values, whole, end, MOMENTUM, ROUNDING, BLOCK, True)
 
 
 @triton.jit
 def _lars_block(
-    pointers,
+    tensors,
     values,
     start,
     end,
     MOMENTUM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    weights, _, buffers, _, _ = pointers
     factor, size, momentum, weight_decay = values
-    weight, grad = _weight_and_grad(pointers, factor, start, end, BLOCK, MASKED)
+    weight, grad = _weight_and_grad(tensors, factor, start, end, ROUNDING, BLOCK, MASKED)
     if weight_decay != 0:
         grad = grad + weight_decay * weight
     change = size * grad
     if MOMENTUM:
-        change = momentum * read(buffers, start, end, BLOCK, MASKED) + change
-        write(buffers, change, start, end, BLOCK, MASKED)
-    write(weights, weight - change, start, end, BLOCK, MASKED)
+        change = momentum * read_state(tensors, 0, start, end, BLOCK, MASKED) + change
+        write_state(tensors, 0, change, start, end, ROUNDING, BLOCK, MASKED)
+    write_weight(tensors, weight - change, start, end, ROUNDING, BLOCK, MASKED)
 
 
 @triton.jit
-def _weight_and_grad(pointers, factor, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    weight = read(pointers[0], start, end, BLOCK, MASKED)
-    grad = read(pointers[1], start, end, BLOCK, MASKED) * factor
+def _weight_and_grad(
+    tensors, factor, start, end, ROUNDING: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    weight = read_weight(tensors, start, end, ROUNDING, BLOCK, MASKED)
+    grad = read(tensors[1], start, end, BLOCK, MASKED) * factor
     return weight, grad
 
 
@@ -216,53 +219,54 @@ def _moment_values(group):
 
 @triton.jit
 def _moments(
-    pointers,
+    tensors,
     values,
     coupled_decay,
     start,
     end,
     AMSGRAD: tl.constexpr,
     WRITE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Return the two running means of Adam after this step, the second one its maximum."""
-    _, _, means, squares, maxima = pointers
     factor, beta1, new1, beta2, new2 = values
-    weight, grad = _weight_and_grad(pointers, factor, start, end, BLOCK, MASKED)
+    weight, grad = _weight_and_grad(tensors, factor, start, end, ROUNDING, BLOCK, MASKED)
     if coupled_decay != 0:
         grad = grad + coupled_decay * weight
-    mean = beta1 * read(means, start, end, BLOCK, MASKED) + new1 * grad
-    square = beta2 * read(squares, start, end, BLOCK, MASKED) + new2 * (grad * grad)
+    mean = beta1 * read_state(tensors, 0, start, end, BLOCK, MASKED) + new1 * grad
+    square = beta2 * read_state(tensors, 1, start, end, BLOCK, MASKED) + new2 * (grad * grad)
     if WRITE:
-        write(means, mean, start, end, BLOCK, MASKED)
-        write(squares, square, start, end, BLOCK, MASKED)
+        write_state(tensors, 0, mean, start, end, ROUNDING, BLOCK, MASKED)
+        write_state(tensors, 1, square, start, end, ROUNDING, BLOCK, MASKED)
     if AMSGRAD:
-        largest = read(maxima, start, end, BLOCK, MASKED)
+        largest = read_state(tensors, 2, start, end, BLOCK, MASKED)
         square = tl.maximum(largest, square, propagate_nan=tl.PropagateNan.ALL)
         if WRITE:
-            write(maxima, square, start, end, BLOCK, MASKED)
+            write_state(tensors, 2, square, start, end, ROUNDING, BLOCK, MASKED)
     return mean, square
 
 
 @triton.jit
 def _final_moments(
-    pointers,
+    tensors,
     values,
     coupled_decay,
     start,
     end,
     AMSGRAD: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Return the running means in the second launch; the first one has written those in float32."""
-    if pointers[2].dtype.element_ty == tl.float32:
-        mean = read(pointers[2], start, end, BLOCK, MASKED)
-        square = read(pointers[4 if AMSGRAD else 3], start, end, BLOCK, MASKED)
+    if tensors[2].dtype.element_ty == tl.float32:
+        mean = read_state(tensors, 0, start, end, BLOCK, MASKED)
+        square = read_state(tensors, 2 if AMSGRAD else 1, start, end, BLOCK, MASKED)
     else:
         mean, square = _moments(
-            pointers, values, coupled_decay, start, end, AMSGRAD, True, BLOCK, MASKED
+            tensors, values, coupled_decay, start, end, AMSGRAD, True, ROUNDING, BLOCK, MASKED
         )
     return mean, square
 
@@ -273,30 +277,39 @@ def _final_moments(
 @triton.jit
 def lamb_norms(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum the squares of the weights and of the update of one chunk."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     moment_values, update_values = _moment_values(group), _lamb_values(row, group)
     of_weight = tl.zeros([BLOCK], tl.float32)
     of_update = tl.zeros([BLOCK], tl.float32)
     WRITE: tl.constexpr = tl.float32 == STATE_DTYPE
     for start in range(begin, whole, BLOCK):
-        moments = _moments(pointers, moment_values, 0.0, start, end, False, WRITE, BLOCK, False)
-        weight, update = _lamb_update(pointers, moments, update_values, start, end, BLOCK, False)
+        moments = _moments(
+            tensors, moment_values, 0.0, start, end, False, WRITE, ROUNDING, BLOCK, False
+        )
+        weight, update = _lamb_update(
+            tensors, moments, update_values, start, end, ROUNDING, BLOCK, False
+        )
         of_weight += weight * weight
         of_update += update * update
     if whole < end:
-        moments = _moments(pointers, moment_values, 0.0, whole, end, False, WRITE, BLOCK, True)
-        weight, update = _lamb_update(pointers, moments, update_values, whole, end, BLOCK, True)
+        moments = _moments(
+            tensors, moment_values, 0.0, whole, end, False, WRITE, ROUNDING, BLOCK, True
+        )
+        weight, update = _lamb_update(
+            tensors, moments, update_values, whole, end, ROUNDING, BLOCK, True
+        )
         of_weight += weight * weight
         of_update += within(update * update, whole, end, BLOCK, True)  # 0 / 0 with an eps of 0
     write_sum(sums, of_weight, 0)
@@ -306,30 +319,39 @@ def lamb_norms(
 @triton.jit
 def lamb(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk by LAMB, with the norms of its tensor."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     moment_values, update_values = _moment_values(group), _lamb_values(row, group)
     weight_norm = tl.sqrt_rn(read_sum(sums, row, 0))
     update_norm = tl.sqrt_rn(read_sum(sums, row, 1))
     size = hyper(group, 1) * _trust_ratio(weight_norm, update_norm, update_norm)
     for start in range(begin, whole, BLOCK):
-        moments = _final_moments(pointers, moment_values, 0.0, start, end, False, BLOCK, False)
-        weight, update = _lamb_update(pointers, moments, update_values, start, end, BLOCK, False)
-        write(pointers[0], weight - size * update, start, end, BLOCK, False)
+        moments = _final_moments(
+            tensors, moment_values, 0.0, start, end, False, ROUNDING, BLOCK, False
+        )
+        weight, update = _lamb_update(
+            tensors, moments, update_values, start, end, ROUNDING, BLOCK, False
+        )
+        write_weight(tensors, weight - size * update, start, end, ROUNDING, BLOCK, False)
     if whole < end:
-        moments = _final_moments(pointers, moment_values, 0.0, whole, end, False, BLOCK, True)
-        weight, update = _lamb_update(pointers, moments, update_values, whole, end, BLOCK, True)
-        write(pointers[0], weight - size * update, whole, end, BLOCK, True)
+        moments = _final_moments(
+            tensors, moment_values, 0.0, whole, end, False, ROUNDING, BLOCK, True
+        )
+        weight, update = _lamb_update(
+            tensors, moments, update_values, whole, end, ROUNDING, BLOCK, True
+        )
+        write_weight(tensors, weight - size * update, whole, end, ROUNDING, BLOCK, True)
 
 
 @triton.jit
@@ -343,10 +365,19 @@ def _lamb_values(row, group):
 
 
 @triton.jit
-def _lamb_update(pointers, moments, values, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _lamb_update(
+    tensors,
+    moments,
+    values,
+    start,
+    end,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     mean, square = moments
     first, root_of_second, eps, weight_decay = values
-    weight = read(pointers[0], start, end, BLOCK, MASKED)
+    weight = read_weight(tensors, start, end, ROUNDING, BLOCK, MASKED)
     root = tl.div_rn(tl.sqrt_rn(square), root_of_second)
     update = tl.div_rn(tl.div_rn(mean, first), root + eps)
     if weight_decay != 0:
@@ -360,28 +391,33 @@ def _lamb_update(pointers, moments, values, start, end, BLOCK: tl.constexpr, MAS
 @triton.jit
 def layer_adaptive_sizes(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum the sizes of Adam's steps in one chunk."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     values, eps, decay = _moment_values(group), hyper(group, 4), _coupled_decay(group, DECOUPLED)
     of_size = tl.zeros([BLOCK], tl.float32)
     WRITE: tl.constexpr = tl.float32 == STATE_DTYPE
     for start in range(begin, whole, BLOCK):
-        mean, square = _moments(pointers, values, decay, start, end, AMSGRAD, WRITE, BLOCK, False)
+        mean, square = _moments(
+            tensors, values, decay, start, end, AMSGRAD, WRITE, ROUNDING, BLOCK, False
+        )
         of_size += tl.div_rn(tl.abs(mean), tl.sqrt_rn(square) + eps)
     if whole < end:
-        mean, square = _moments(pointers, values, decay, whole, end, AMSGRAD, WRITE, BLOCK, True)
+        mean, square = _moments(
+            tensors, values, decay, whole, end, AMSGRAD, WRITE, ROUNDING, BLOCK, True
+        )
         size = tl.div_rn(tl.abs(mean), tl.sqrt_rn(square) + eps)
         of_size += within(size, whole, end, BLOCK, True)  # 0 / 0 with an eps of 0
     write_sum(sums, of_size, 0)
@@ -390,47 +426,55 @@ def layer_adaptive_sizes(
 @triton.jit
 def layer_adaptive(
     chunks,
-    tensors,
+    rows,
     packet,
     sums,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk by LayerAdaptiveAdam, with the mean size of Adam's steps in its tensor."""
-    row, group, begin, whole, end = find_chunk(chunks, tensors, packet, BLOCK)
-    pointers = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ALIGNED)
+    row, group, begin, whole, end = find_chunk(chunks, rows, packet, BLOCK)
+    tensors = find_tensors(row, packet, WEIGHT_DTYPE, GRAD_DTYPE, STATE_DTYPE, ROUNDING, ALIGNED)
     values, decay = _moment_values(group), _coupled_decay(group, DECOUPLED)
     size = tl.div_rn(hyper(group, 1) * read_sum(sums, row, 0), numel(row).to(tl.float32))
     kept = (1 - exact_hyper(group, 1) * exact_hyper(group, 5)).to(tl.float32)
     for start in range(begin, whole, BLOCK):
-        mean, _ = _final_moments(pointers, values, decay, start, end, AMSGRAD, BLOCK, False)
-        _layer_adaptive_block(pointers, mean, size, kept, start, end, DECOUPLED, BLOCK, False)
+        mean, _ = _final_moments(
+            tensors, values, decay, start, end, AMSGRAD, ROUNDING, BLOCK, False
+        )
+        _layer_adaptive_block(
+            tensors, mean, size, kept, start, end, DECOUPLED, ROUNDING, BLOCK, False
+        )
     if whole < end:
-        mean, _ = _final_moments(pointers, values, decay, whole, end, AMSGRAD, BLOCK, True)
-        _layer_adaptive_block(pointers, mean, size, kept, whole, end, DECOUPLED, BLOCK, True)
+        mean, _ = _final_moments(tensors, values, decay, whole, end, AMSGRAD, ROUNDING, BLOCK, True)
+        _layer_adaptive_block(
+            tensors, mean, size, kept, whole, end, DECOUPLED, ROUNDING, BLOCK, True
+        )
 
 
 @triton.jit
 def _layer_adaptive_block(
-    pointers,
+    tensors,
     mean,
     size,
     kept,
     start,
     end,
     DECOUPLED: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    weight = read(pointers[0], start, end, BLOCK, MASKED)
+    weight = read_weight(tensors, start, end, ROUNDING, BLOCK, MASKED)
     if DECOUPLED:
         weight = kept * weight
-    write(pointers[0], weight - size * mean, start, end, BLOCK, MASKED)
+    write_weight(tensors, weight - size * mean, start, end, ROUNDING, BLOCK, MASKED)
 
 
 @triton.jit

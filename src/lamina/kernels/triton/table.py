@@ -16,6 +16,7 @@ import torch
 
 from ..._util.tensors import addresses
 from ...algorithms.base import Batch
+from ...algorithms.rounding import seed_of
 
 #: elements that a program reads at a time
 BLOCK = 1024
@@ -26,11 +27,12 @@ MOST_CHUNKS = 1024
 
 #: a row of the table: address and number of elements of a parameter, where the packet has its
 #: gradient and its group, its first chunk, the number of its chunks and of the blocks in each,
-#: its step count and its state
-WEIGHT, COUNT, GRAD, GROUP, FIRST, CHUNKS, BLOCKS, STEP, STATE = range(9)
+#: its step count, the seed of its random bits, its state, and the state of its rounding
+WEIGHT, COUNT, GRAD, GROUP, FIRST, CHUNKS, BLOCKS, STEP, SEED, STATE = range(10)
 #: the most state tensors that a rule keeps
 STATES = 3
-WIDTH = STATE + STATES
+EXTRA = STATE + STATES
+WIDTH = EXTRA + 1
 #: a group in the packet: addresses of two float32 on the device, or 0; then the hyperparameters,
 #: which are float64
 SCALE, FOUND_INF, HYPER = range(3)
@@ -43,7 +45,8 @@ class Table:
 
     Args:
         batches: groups that are updated in one launch.
-        keys: the names of the state that the rule uses, in its order.
+        keys: the names of the state that the rule uses, each in its place, and in the last place
+            that of the rounding; None where there is none.
         hypers: how many hyperparameters the rule reads.
     """
 
@@ -56,7 +59,7 @@ class Table:
         rows = self._rows(batches)
         self.aligned = not np.bitwise_or.reduce(rows[:, [WEIGHT, *range(STATE, WIDTH)]], None) & 15
         self.programs = int(rows[:, CHUNKS].sum())
-        self.tensors = _on_device(rows, self.device)
+        self.rows = _on_device(rows, self.device)
         of_chunks = np.repeat(np.arange(len(rows), dtype=np.int32), rows[:, CHUNKS])
         self.chunks = _on_device(of_chunks, self.device)
         #: two sums for each chunk, for the rules that need norms
@@ -75,7 +78,8 @@ class Table:
         rows = np.zeros((count, WIDTH), dtype=np.int64)
         where = np.array(self._where, dtype=np.int64).reshape(-1, count)
         rows[:, WEIGHT], rows[:, STEP] = where[0], where[1]
-        rows[:, STATE : STATE + len(self._keys)] = where[2:].T
+        rows[:, STATE:] = where[2:].T
+        rows[:, SEED] = [seed_of(batch, i) for batch in batches for i in range(len(batch.params))]
         rows[:, COUNT] = list(chain.from_iterable(self._sizes))
         rows[:, GRAD] = np.arange(count) + width * len(batches)
         lengths = [len(batch.params) for batch in batches]
