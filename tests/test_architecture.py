@@ -23,6 +23,7 @@ LAYERS = [
     "schedules",
     "model",
     "algorithms",
+    "compiled",
     "gradients",
     "kernels",
     "optim",

@@ -147,7 +147,7 @@ class Batch:
 
     A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
     `kernel` must be set to None. `known_grads` is the list of gradients whose forms are as in the
-    step before, and `suited` the kernel that was ready for them.
+    step before, and `suited` the kernel that was ready for them, with the reason.
     """
 
     algorithm: Algorithm
@@ -160,6 +160,8 @@ class Batch:
     names: list[str] = field(default_factory=list)
     #: the choice made for these tensors, kept by `kernels.choose`
     kernel: Any = None
+    #: what the kernel has prepared for this batch and those that follow it
+    prepared: Any = None
     #: the name of the kernel to use where it can be
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them

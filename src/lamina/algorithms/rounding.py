@@ -94,7 +94,7 @@ def rounding_of(param: torch.Tensor, hyper: Hyper) -> str | None:
 
 def settle_entries(param: torch.Tensor, entry: dict[str, Any], hyper: Hyper) -> None:
     """Add the state tensor that the rounding of a parameter needs, and drop one of another."""
-    wanted = _ENTRY_OF.get(rounding_of(param, hyper) or "")
+    wanted = entry_of(rounding_of(param, hyper))
     for key in ROUNDING_ENTRIES:
         if key != wanted:
             entry.pop(key, None)
@@ -112,6 +112,11 @@ def initial_entry(param: torch.Tensor, key: str) -> torch.Tensor:
 def entry_dtype(param: torch.Tensor, key: str) -> torch.dtype:
     """Return the dtype of `compensation` or `master`, whatever `state_dtype` says."""
     return torch.float32 if key == "master" else param.dtype
+
+
+def entry_of(how: str | None) -> str | None:
+    """Return the key of the state tensor that a form of rounding needs, or None."""
+    return _ENTRY_OF.get(how or "")
 
 
 _ENTRY_OF = {"kahan": "compensation", "master": "master"}
@@ -249,7 +254,7 @@ class Rounder:
         self.batch, self.index = batch, index
         self.how = rounding_of(param, batch.hyper)
         #: the key of the state tensor of this rounding, or None
-        self.entry = _ENTRY_OF.get(self.how or "")
+        self.entry = entry_of(self.how)
         #: the dtype of state that begins with this update
         self.state_dtype = state_dtype_of(param, batch.hyper)
         #: where the first element lies in its storage
