@@ -1,4 +1,7 @@
-"""The kernels against the readable rule, and the function that picks one and says why."""
+"""The kernels against the readable rule, and the function that picks one and says why.
+
+The kernels of torch, that is; those compiled by Numba are in `test_native.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,14 @@ from lamina.algorithms.adam import Adam
 from lamina.algorithms.base import Batch, times
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
+from lamina.kernels.native import kernel as native_kernel
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
 from reference.table import IN_TORCH, ROWS
+
+
+@pytest.fixture(autouse=True)
+def _without_numba(monkeypatch):
+    monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
 
 
 @pytest.fixture(autouse=True)

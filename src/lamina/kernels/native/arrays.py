@@ -12,6 +12,7 @@ from ..._util.tensors import addresses
 from ...algorithms.base import Batch, state_dtype_of
 from ...algorithms.rounding import entry_of, rounding_of, seed_of
 from ...compiled.chunks import ELEMENTS, chunks_of
+from ...errors import MismatchError
 from .loops import LOOPS
 
 Array = np.ndarray[Any, Any]
@@ -104,6 +105,31 @@ def table_of(form: Form, batches: Sequence[Batch], width: int) -> Table:
         flags=np.zeros(total, dtype=np.uint32),
         factors=np.zeros(total),
     )
+
+
+def check_bounds(table: Table, batches: Sequence[Batch]) -> None:
+    """Raise `MismatchError` where a loop would touch what is not memory of its tensor.
+
+    The optimizers have made sure of it before; this is a second look, for tests.
+    """
+    params = [param for batch in batches for param in batch.params]
+    streams = [params, [grad for batch in batches for grad in batch.grads]]
+    for key in batches[0].algorithm.tensors:
+        columns = (batch.columns.get(key, [None] * len(batch.params)) for batch in batches)
+        streams.append([value for column in columns for value in column])
+    ends = np.zeros(len(params), dtype=np.int64)
+    np.maximum.at(ends, table.chunks[:, 0], table.chunks[:, 2])
+    known = set(map(int, table.addresses.ravel()))
+    for stream in streams:
+        for tensor, end in zip(stream, ends.tolist(), strict=True):
+            if tensor is None or not end:
+                continue
+            room = tensor.untyped_storage().nbytes() // tensor.element_size()
+            if tensor.storage_offset() + end > room or tensor.data_ptr() not in known:
+                raise MismatchError(
+                    f"a tensor of shape {tuple(tensor.shape)} no longer lies where it lay when "
+                    "this step was prepared; nothing was updated."
+                )
 
 
 def overlap(tensors: Iterable[torch.Tensor]) -> bool:

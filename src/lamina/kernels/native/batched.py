@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -16,10 +17,14 @@ from ...algorithms.sgd import SGD
 from ...compiled.loader import loop
 from ...compiled.workers import WORKERS
 from ..base import begin_momentum
-from .arrays import FOLLOWED, NEW, Form, overlap, table_of, written_by
+from .arrays import FOLLOWED, NEW, Form, check_bounds, overlap, table_of, written_by
 from .loops import LOOPS
 
 _choice = attrgetter("kernel")
+
+
+#: whether all addresses are compared with the tensors before each step, for tests and for doubt
+CHECK_BOUNDS = bool(os.environ.get("LAMINA_CHECK_BOUNDS"))
 
 
 class Step:
@@ -69,12 +74,12 @@ class Part:
         self._form, self._threads = form, threads
         self._elements = form.elements()
         self._read = itemgetter(*loops.settings)
-        uses = dict(zip(batches[0].algorithm.buffers, form.uses, strict=True))
-        self._schedulable = {
-            need: uses[key] for key, need in loops.needs.items() if need in loops.settings
-        }
+        sign = ("maximize",) if "maximize" in batches[0].algorithm.defaults else ()
+        kinds = (*loops.needs.values(), *loops.options, *sign)
+        self._read_kinds = itemgetter(*kinds) if kinds else len
         self._last: list[Any] | None = None
-        self._signs = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
+        self._last_kinds: list[Any] | None = None
+        self._signs = np.ones(len(batches))
         values = self._read(batches[0].hyper)
         self.table = table_of(form, batches, 1 + len(loops.numbers(values)))
         self._step_addresses = np.asarray(
@@ -102,10 +107,13 @@ class Part:
         """Read this step's settings; return whether they go with the form."""
         table = self.table
         values = [self._read(batch.hyper) for batch in batches]
+        kinds = [self._read_kinds(batch.hyper) for batch in batches]
+        if kinds != self._last_kinds:
+            if any(Form.of(batch) != self._form for batch in batches):
+                return False
+            self._signs[:] = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
+            self._last_kinds = kinds
         if not self._are_known(values):
-            for key, is_on in self._schedulable.items():
-                if any(bool(batch.hyper[key]) != is_on for batch in batches):
-                    return False
             numbers = LOOPS[self._form.algorithm].numbers
             table.settings[:, 1:] = [numbers(each) for each in values]
             tensors = any(isinstance(value, torch.Tensor) for value in _flat(values))
@@ -128,6 +136,8 @@ class Part:
     def run(self, batches: Sequence[Batch]) -> None:
         """Update the weights and the state."""
         table, loops = self.table, LOOPS[self._form.algorithm]
+        if CHECK_BOUNDS:
+            check_bounds(table, batches)
         loop("count")(self._step_addresses, table.steps)
         if self._form.algorithm is Muon:
             self._run_muon(batches)
