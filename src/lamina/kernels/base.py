@@ -21,6 +21,8 @@ class Kernel(ABC):
     name: ClassVar[str]
     #: what `kernels.choose` says of it
     about: ClassVar[str]
+    #: whether `run` itself changes nothing where `found_inf` of a batch is 1
+    masks: ClassVar[bool] = False
 
     def refusal(self, batch: Batch) -> str:
         """Return why this kernel cannot update these tensors exactly, or "" if it can.

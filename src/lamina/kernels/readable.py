@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 
 from .._util.blocks import PLAIN, block_length, in_blocks
+from .._util.tensors import waits
 from ..algorithms.base import Batch, State, times, widen
 from .base import Kernel
 
@@ -26,14 +27,15 @@ class Readable(Kernel):
                 _update(batch, index, step)
 
 
-def _counts(steps: list[torch.Tensor]) -> list[int]:
-    """Return the step counts as integers; those on an accelerator are read in one go."""
-    if any(not step.is_cpu for step in steps):
-        return [int(step) for step in torch.stack([s.to(steps[0].device) for s in steps]).tolist()]
-    return [int(step) for step in steps]
+def _counts(steps: list[torch.Tensor]) -> list[Any]:
+    """Return the step counts as integers; those on an accelerator stay there, in float64.
+
+    Python computes `beta ** step` in float64; reading the count would wait for the device.
+    """
+    return [step.double() if waits(step.device) else int(step) for step in steps]
 
 
-def _update(batch: Batch, index: int, step: int) -> None:
+def _update(batch: Batch, index: int, step: Any) -> None:
     param, grad = batch.params[index], batch.grads[index]
     state: State = {
         key: values[index] for key, values in batch.columns.items() if values[index] is not None
@@ -62,7 +64,7 @@ def _can_be_cut(batch: Batch, param: torch.Tensor, grad: torch.Tensor) -> bool:
 
 
 def _as_one(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: Any
 ) -> State:
     """Update a parameter; return its new state."""
     if batch.scale is not None:
@@ -73,7 +75,7 @@ def _as_one(
 
 
 def _in_blocks(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: Any
 ) -> State:
     """Update a large parameter block by block, its state in place; return its new state.
 
@@ -91,7 +93,7 @@ def _in_blocks(
 
 
 def _initial_state(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: Any
 ) -> State:
     """Return room for the state that begins now, which an update of no elements tells."""
     few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]
