@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina as lm
 from lamina._util import tensors
+from lamina.gradients.nonfinite import DeferredChecks
 from lamina.kernels import masked
 from lamina.optimizer.pending_step import PendingStep
+from lamina.record.recorder import Recorder
 
 OPTIMIZERS = ["SGD", "RMSprop", "Adam", "AdamW", "LAMB", "LARS", "LayerAdaptiveAdam", "Muon"]
 #: LayerAdaptiveAdam sums in another order there: in one go, where the CPU reads sums of blocks
@@ -61,21 +63,29 @@ class NoReads:
         self.flags = []
         self.now = None
         self._modes = []
-        was_taken = PendingStep.was_taken
+        was_taken, error = PendingStep.was_taken, DeferredChecks.error
 
-        def watched(pending):
-            modes, self._modes = self._modes, []
-            for mode in reversed(modes):
-                mode.__exit__(None, None, None)
+        def noted(pending):
             self.flags.append((pending.step, self.now))
-            try:
-                return was_taken(pending)
-            finally:
-                for mode in modes:
-                    mode.__enter__()
-                self._modes = modes
+            return self._unwatched(was_taken, pending)
 
-        monkeypatch.setattr(PendingStep, "was_taken", watched)
+        monkeypatch.setattr(PendingStep, "was_taken", noted)
+        # The text of the error, once the flag of that step is known.
+        monkeypatch.setattr(DeferredChecks, "error", lambda *a: self._unwatched(error, *a))
+        # A recorder writes out all it has before an event.
+        event = Recorder.event
+        monkeypatch.setattr(Recorder, "event", lambda *a: self._unwatched(event, *a))
+
+    def _unwatched(self, function, *args):
+        modes, self._modes = self._modes, []
+        for mode in reversed(modes):
+            mode.__exit__(None, None, None)
+        try:
+            return function(*args)
+        finally:
+            for mode in modes:
+                mode.__enter__()
+            self._modes = modes
 
     def step(self, optimizer, now=None):
         self.now = now
@@ -131,11 +141,12 @@ def contents(model, optimizer):
 
 
 def told(optimizer):
+    own = (optimizer.clock, optimizer.skipped, optimizer.applied, optimizer.active)
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    return (optimizer.clock, optimizer.skipped, optimizer.applied, optimizer.active, groups)
+    return (*own, groups)
 
 
 def assert_alike(ours, theirs, name="", **close):
@@ -173,12 +184,14 @@ def trained(plan, steps, *, reads=None, bad=(), dtype=torch.float32, run=None):
 
 
 @pytest.mark.filterwarnings("ignore")  # of rates and thresholds that suit no real training
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("operations", OPERATIONS)
+@pytest.mark.parametrize(
+    ("operations", "dtype"),
+    [(each, torch.float32) for each in OPERATIONS]
+    + [(each, torch.bfloat16) for each in ("clip_norm", "agc", "unchecked")]
+    + [("scale", torch.float64)],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_reads_nothing_and_gives_the_same(
-    name, operations, dtype, accelerator, monkeypatch
-):
+def test_a_step_reads_nothing_and_gives_the_same(name, operations, dtype, accelerator, monkeypatch):
     plan = lm.Plan(name, lr=lm.cosine(0.1), nonfinite="skip", **OPERATIONS[operations])
     reads = NoReads(monkeypatch)
     model, optimizer = trained(plan, 4, reads=reads, dtype=dtype, run=100)
@@ -193,3 +206,352 @@ def test_a_step_reads_nothing_and_gives_the_same(
     model, other = trained(plan, 4, dtype=dtype, run=100)
     assert_alike(ours, contents(model, other), name)
     assert told(optimizer) == told(other)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.5}])
+def test_the_modes_see_the_reads_of_the_ordinary_policy(clip, accelerator, monkeypatch):
+    accelerator.off()
+    with pytest.raises(HostRead):
+        trained(lm.Plan("SGD", lr=0.1, **clip), 1, reads=NoReads(monkeypatch))
+
+
+# -------------------------------------------------------------------------------- skipped steps
+
+STAYS = {
+    "SGD": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
+    "RMSprop": [{"momentum": 0.9, "centered": True}, {"weight_decay": 0.1}],
+    "AdamW": [{"amsgrad": True}],
+    "LARS": [{"momentum": 0.9, "weight_decay": 0.1}],
+}
+
+
+@pytest.mark.filterwarnings("ignore:updates-round-away")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_skipped_steps_leave_all_as_it_was(name, dtype, accelerator, monkeypatch):
+    """In any step, the first and the last one too, and several in a row."""
+    monkeypatch.setattr(masked, "PORTION", 20)
+    for settings in STAYS.get(name, [{}]):
+        for bad in ({0}, {2}, {0, 1, 4}, {3, 5}):
+            clip = {"clip_norm": 0.5} if 2 in bad else {}
+            plan = lm.Plan(name, lr=lm.cosine(0.1), nonfinite="skip", **settings, **clip)
+            accelerator.on()
+            reads = NoReads(monkeypatch)
+            model, optimizer = trained(plan, 6, reads=reads, bad=bad, dtype=dtype, run=100)
+            assert all(step < now for step, now in reads.flags)
+            ours, said = contents(model, optimizer), told(optimizer)
+            accelerator.off()
+            model, other = trained(plan, 6, bad=bad, dtype=dtype, run=100)
+            assert_alike(ours, contents(model, other), name)
+            assert said == told(other)
+            assert optimizer.skipped == len(bad)
+            assert {*optimizer.norms} == {*other.norms}
+
+
+@pytest.mark.parametrize("prefer", ["fused", "foreach", "readable"])
+def test_every_kernel_leaves_all_as_it_was(prefer, accelerator):
+    """Also the rule as it is written, and a group of two dtypes."""
+
+    def run(bad):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
+        optimizer = lm.Plan("AdamW", lr=0.1, nonfinite="skip", clip_norm=0.5).build(model)
+        if prefer != "fused":
+            for group in optimizer.param_groups:
+                group["foreach"] = prefer == "foreach"
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if step == bad:
+                model[0].bias.grad[0] = math.inf
+            optimizer.step()
+        return contents(model, optimizer), told(optimizer)
+
+    for bad in (0, 2):
+        accelerator.on()
+        ours = run(bad)
+        accelerator.off()
+        theirs = run(bad)
+        # beta ** step is a tensor in the readable rule
+        close = {"rtol": 1e-6, "atol": 1e-7} if prefer == "readable" else {}
+        assert_alike(ours[0], theirs[0], **close)
+        assert ours[1] == theirs[1]
+
+
+def test_norms_show_the_step_before_once_a_skip_is_known(accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=0.1, clip_norm=0.5, nonfinite="skip").build(model)
+    give_gradients(model, 0)
+    optimizer.step()
+    norm = [*optimizer.norms.values()][0]
+    assert isinstance(norm, torch.Tensor)
+    assert math.isfinite(norm)
+    give_gradients(model, 1, math.nan)
+    optimizer.step()
+    assert math.isnan([*optimizer.norms.values()][0])  # nothing was waited for
+    assert optimizer.skipped == 1
+    assert [*optimizer.norms.values()][0] is norm
+
+
+# ---------------------------------------------------------------------------- the late error
+
+
+@pytest.mark.parametrize(
+    ("operations", "pattern"),
+    [
+        ("none", r"gradient of '1\.weight' is NaN or infinite"),
+        ("clip_norm", r"gradient of '1\.weight' is NaN or infinite, or its norm overflows"),
+        ("agc", r"'1\.weight'"),
+        ("clip_param_norm", r"'1\.weight'"),
+        ("function", r"gradient of '1\.weight' that apply\(.*\) returned is NaN"),
+    ],
+)
+def test_the_error_comes_with_the_next_step(operations, pattern, accelerator):
+    model = network()
+    optimizer = lm.Plan("AdamW", lr=lm.cosine(0.1), **OPERATIONS[operations]).build(model, steps=9)
+    give_gradients(model, 0)
+    optimizer.step()
+    before = contents(model, optimizer)
+    give_gradients(model, 1, math.inf)
+    optimizer.step()
+    give_gradients(model, 2)
+    with pytest.raises(lm.NonFiniteError, match=pattern + r".* at step 1; the weights were not"):
+        optimizer.step()
+    assert_alike(before, contents(model, optimizer))
+    assert (optimizer.clock, optimizer.skipped) == (1, 0)
+    optimizer.step()  # with the gradients that are there: the step 1 is taken
+    assert optimizer.clock == 2
+    ours = contents(model, optimizer)
+    accelerator.off()
+    model = network()
+    other = lm.Plan("AdamW", lr=lm.cosine(0.1), **OPERATIONS[operations]).build(model, steps=9)
+    for step in (0, 2):
+        give_gradients(model, step)
+        other.step()
+    assert_alike(ours, contents(model, other))
+
+
+def test_a_norm_that_overflows_names_the_largest_gradient(accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=0.1, clip_norm=0.5).build(model)
+    give_gradients(model, 0)
+    model[2].weight.grad.fill_(4e18)
+    model[1].weight.grad.fill_(3e18)
+    model[0].weight.grad.fill_(2e18)
+    optimizer.step()
+    with pytest.raises(lm.NonFiniteError, match=r"overflows, most of all that of '2\.weight'"):
+        optimizer.synchronize()
+    # without a norm nothing overflows, as on the CPU
+    optimizer = lm.Plan("SGD", lr=0.1).build(network())
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, 1e38)
+    optimizer.step()
+    assert optimizer.clock == 1
+
+
+READERS = {
+    "clock": lambda optimizer: optimizer.clock,
+    "skipped": lambda optimizer: optimizer.skipped,
+    "applied": lambda optimizer: optimizer.applied,
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+    "torch_state_dict": lambda optimizer: optimizer.torch_state_dict(),
+    "synchronize": lambda optimizer: optimizer.synchronize(),
+    "explain": lambda optimizer: optimizer.explain("1.weight"),
+    "check": lambda optimizer: optimizer.check(nn.Linear(1, 1)),
+    "override": lambda optimizer: optimizer.override(lr=0.5),
+    "restart_state": lambda optimizer: optimizer.restart_state("*"),
+    "load_state_dict": lambda optimizer: optimizer.load_state_dict({}),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: torch.save(optimizer, io.BytesIO()),
+    "scheduler_view": lambda optimizer: optimizer.scheduler_view().get_last_lr(),
+    "release": lambda optimizer: optimizer.release(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_error_is_not_lost_where_something_asks_first(reader, accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=0.1).build(model)
+    give_gradients(model, 0, math.nan)
+    optimizer.step()
+    with pytest.raises(lm.NonFiniteError, match="at step 0"):
+        READERS[reader](optimizer)
+    assert (optimizer.clock, optimizer.skipped) == (0, 0)  # told once
+
+
+def test_the_last_step_of_a_run_tells_at_once(accelerator, monkeypatch):
+    for policy in ("raise", "skip"):
+        model = network()
+        optimizer = lm.Plan("SGD", lr=0.1, nonfinite=policy).build(model, steps=2)
+        give_gradients(model, 0)
+        optimizer.step()
+        give_gradients(model, 1, math.nan)
+        if policy == "raise":
+            with pytest.raises(lm.NonFiniteError, match="at step 1"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert optimizer._run_state.pending is None
+        assert optimizer.clock == 1
+
+
+# ------------------------------------------------------------------------- what depends on a step
+
+
+def test_a_foreign_write_is_told_though_the_step_before_was_skipped(accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=lm.cosine(0.1), nonfinite="skip").build(model, steps=9)
+    give_gradients(model, 0, math.nan)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 7.0
+    with pytest.raises(lm.OwnershipError, match=r"lr=7\.0"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 7.0
+
+
+PLANS = {
+    "thaw": lm.Plan(
+        "AdamW", lr=lm.cosine(0.1), nonfinite="skip", rules=[lm.Rule("0.*", thaw="3 steps")]
+    ),
+    "freeze": lm.Plan(
+        "AdamW",
+        lr=lm.cosine(0.1),
+        nonfinite="skip",
+        clip_norm=0.5,
+        rules=[lm.Rule("0.*", freeze="3 steps", frozen_state="drop")],
+    ),
+    "top-down": lm.Plan(
+        "SGD",
+        lr=0.1,
+        nonfinite="skip",
+        rules=[lm.Rule("0.*", thaw="4 steps"), lm.Rule("1.*", thaw="2 steps", clip_norm=0.1)],
+    ),
+    "plateau": lm.Plan(
+        "SGD",
+        lr=lm.cosine(0.1),
+        feedback=lm.plateau("val_loss", patience=1, factor=0.5),
+        stop=lm.early_stop("val_loss", patience=3),
+        nonfinite="skip",
+    ),
+}
+
+
+def eventful(plan, bad, reads=None):
+    """A run with metrics, an override, and forward passes whose flags decide on gradients."""
+    model = network()
+    optimizer = plan.build(model, steps=12)
+    for step in range(9):
+        for _ in range(2):  # accumulated
+            model(torch.randn(3, 4, generator=torch.Generator().manual_seed(step))).sum().backward()
+        if step in bad:
+            model[2].weight.grad[0, 0] = math.nan
+        if reads is None:
+            optimizer.step()
+        else:
+            reads.step(optimizer, step)
+        optimizer.zero_grad()
+        if step == 5:
+            optimizer.override(lr=0.07)
+        if step % 2 and "val_loss" in repr(plan):
+            optimizer.report(val_loss=1.0)
+    return contents(model, optimizer), told(optimizer), optimizer.should_stop
+
+
+@pytest.mark.parametrize("bad", [(), (2,), (1, 3), (3, 4, 7)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_windows_metrics_and_overrides_are_those_of_the_cpu(plan, bad, accelerator, monkeypatch):
+    """A window opens or closes only when the step before is known to be taken: one wait each."""
+    reads = NoReads(monkeypatch)
+    ours = eventful(PLANS[plan], bad, reads)
+    changes = {"thaw": 1, "freeze": 1, "top-down": 2, "plateau": 0}[plan]
+    in_their_own_step = [step for step, now in reads.flags if step == now]
+    assert len(in_their_own_step) <= changes + len(bad)
+    if not bad:
+        assert len(in_their_own_step) == changes
+    accelerator.off()
+    theirs = eventful(PLANS[plan], bad)
+    assert_alike(ours[0], theirs[0])
+    assert ours[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("bad", [{1}, {2}, {3}, {2, 3}])
+def test_a_checkpoint_of_a_pending_step_is_that_of_the_cpu(bad, accelerator):
+    plan = lm.Plan("SGD", lr=lm.cosine(0.1), momentum=0.9, clip_norm=0.5, nonfinite="skip")
+
+    def run():
+        model, optimizer = trained(plan, 4, bad=bad, run=20)
+        file = io.BytesIO()
+        torch.save((model.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        weights, state = torch.load(file, weights_only=True)
+        model = network()
+        model.load_state_dict(weights)
+        resumed = plan.build(model, steps=20, resume=state)
+        for step in range(4, 7):
+            give_gradients(model, step)
+            resumed.step()
+        return state["param_groups"], contents(model, resumed), told(resumed)
+
+    ours = run()
+    accelerator.off()
+    theirs = run()
+    assert ours[0] == theirs[0]
+    assert_alike(ours[1], theirs[1])
+    assert ours[2] == theirs[2]
+
+
+def test_a_loaded_state_replaces_a_pending_step(accelerator):
+    plan = lm.Plan("AdamW", lr=0.1, nonfinite="skip")
+    model, optimizer = trained(plan, 2, run=20)
+    state = copy.deepcopy(optimizer.state_dict())
+    give_gradients(model, 2, math.nan)
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    assert (optimizer.clock, optimizer.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2,), (3,)])
+def test_a_recorder_records_what_was_taken(bad, accelerator, monkeypatch):
+    def run(reads=None):
+        model = network()
+        plan = lm.Plan("AdamW", lr=lm.cosine(0.1), clip_norm=0.5, nonfinite="skip")
+        optimizer = plan.build(model, steps=20)
+        with optimizer.recorder(every=2) as recorder:
+            for step in range(5):
+                give_gradients(model, step, math.nan if step in bad else None)
+                if reads is None:
+                    optimizer.step()
+                else:
+                    reads.step(optimizer, step)
+                recorder.metrics(loss=torch.tensor(float(step)))
+        record = recorder.record
+        metrics = {
+            name: [each.tolist() for each in record.series("", name)]
+            for name in record.names()
+        }
+        series = {
+            name: [each.tolist() for each in record.series("default", name)]
+            for name in ("lr", "clip", "grad_norm", "update_norm", "weight_norm", "ratio")
+        }
+        return series, metrics, [(event.step, event.kind) for event in record.events]
+
+    reads = NoReads(monkeypatch)
+    ours = run(reads)
+    assert all(step < now for step, now in reads.flags[:-1])
+    accelerator.off()
+    assert ours == run()
+
+
+def test_closing_a_recorder_tells_of_the_last_step(tmp_path, accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=0.1).build(model)
+    recorder = optimizer.recorder(tmp_path / "run.jsonl", every=1)
+    give_gradients(model, 0)
+    optimizer.step()
+    give_gradients(model, 1, math.nan)
+    optimizer.step()
+    with pytest.raises(lm.NonFiniteError, match="at step 1"):
+        recorder.close()
+    assert (tmp_path / "run.jsonl").read_text().count('"kind": "step"') == 1
+    assert not optimizer._recorders.on
