@@ -10,13 +10,19 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lamina as lm
 from lamina._util import tensors
+from lamina.algorithms import ALGORITHMS
+from lamina.algorithms.base import Batch
 from lamina.gradients.nonfinite import DeferredChecks
-from lamina.kernels import masked
+from lamina.gradients.operations import operate
+from lamina.kernels import capture, masked
+from lamina.kernels.foreach import Foreach
 from lamina.optimizer.pending_step import PendingStep
 from lamina.record.recorder import Recorder
 
@@ -93,7 +99,7 @@ class NoReads:
         for mode in self._modes:
             mode.__enter__()
         try:
-            optimizer.step()
+            type(optimizer).step(optimizer)
         finally:
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)
@@ -208,6 +214,65 @@ def test_a_step_reads_nothing_and_gives_the_same(name, operations, dtype, accele
     assert told(optimizer) == told(other)
 
 
+class _Devices(TorchDispatchMode):
+    """The operators that meet a tensor of the CPU, but for one that makes an empty one."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_cpu = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, found)) if torch.is_tensor(each)]
+        if any(each.is_cpu for each in tensors) and func != torch.ops.aten.empty.memory_format:
+            self.on_cpu.append(str(func))
+        return found
+
+
+def on_fake_cuda(name):
+    """A batch of tensors that only claim to be on a GPU: torch computes their shapes."""
+    algorithm = ALGORITHMS[name]
+    hyper = {**algorithm.defaults, "name": "group"}
+    hyper |= {key: 0.5 for key in ("momentum", "weight_decay") if key in hyper}
+    shapes = [(4, 4), (5, 4)] if name == "Muon" else [(4, 4), (3,), ()]
+    params = [torch.empty(shape, device="cuda") for shape in shapes]
+    columns = {key: [torch.empty_like(p) for p in params] for key in algorithm.buffers}
+    steps = [torch.empty((), device="cuda") for _ in params]
+    names = [str(index) for index in range(len(params))]
+    grads = [torch.empty_like(param) for param in params]
+    return Batch(algorithm, params, grads, columns, steps, hyper, names=names)
+
+
+@pytest.mark.parametrize("operations", [key for key in OPERATIONS if key != "unchecked"])
+def test_gradient_operations_copy_nothing_between_devices(operations):
+    optimizer = lm.Plan("SGD", lr=0.1, **OPERATIONS[operations]).build(network())
+    steps = [each for scope in optimizer._run_state.operations for each in scope]
+    with FakeTensorMode(), torch.no_grad(), _Devices() as devices:
+        batch = on_fake_cuda("SGD")
+        checks = DeferredChecks()
+        operate([batch], steps, dict.fromkeys(batch.names), 0, True, deferred=checks)
+        flag = checks.found_inf(batch.params[0].device)
+        assert flag.device.type == "cuda"
+        assert flag.dtype is torch.float32
+    assert devices.on_cpu == []
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "LARS", "LAMB", "LayerAdaptiveAdam", "Muon"])
+def test_updates_copy_nothing_between_devices(name):
+    with FakeTensorMode(), torch.no_grad(), _Devices() as devices:
+        batch = on_fake_cuda(name)
+        batch.scale = torch.empty((), device="cuda")
+        batch.found_inf = torch.empty((), device="cuda")
+        masked.run(Foreach(), [batch])
+    assert devices.on_cpu == []
+
+
+def test_a_read_of_a_device_is_seen_there():
+    with FakeTensorMode(), _Devices() as devices:
+        torch.empty(3, device="cuda").to("cpu")
+    assert devices.on_cpu != []
+
+
 @pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.5}])
 def test_the_modes_see_the_reads_of_the_ordinary_policy(clip, accelerator, monkeypatch):
     accelerator.off()
@@ -249,10 +314,10 @@ def test_skipped_steps_leave_all_as_it_was(name, dtype, accelerator, monkeypatch
 
 
 @pytest.mark.parametrize("prefer", ["fused", "foreach", "readable"])
-def test_every_kernel_leaves_all_as_it_was(prefer, accelerator):
+def test_every_kernel_leaves_all_as_it_was(prefer, accelerator, monkeypatch):
     """Also the rule as it is written, and a group of two dtypes."""
 
-    def run(bad):
+    def run(bad, reads=None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
         optimizer = lm.Plan("AdamW", lr=0.1, nonfinite="skip", clip_norm=0.5).build(model)
@@ -265,12 +330,15 @@ def test_every_kernel_leaves_all_as_it_was(prefer, accelerator):
                 param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
             if step == bad:
                 model[0].bias.grad[0] = math.inf
-            optimizer.step()
+            if reads is None:
+                optimizer.step()
+            else:
+                reads.step(optimizer, step)
         return contents(model, optimizer), told(optimizer)
 
     for bad in (0, 2):
         accelerator.on()
-        ours = run(bad)
+        ours = run(bad, NoReads(monkeypatch))
         accelerator.off()
         theirs = run(bad)
         # beta ** step is a tensor in the readable rule
@@ -284,14 +352,14 @@ def test_norms_show_the_step_before_once_a_skip_is_known(accelerator):
     optimizer = lm.Plan("SGD", lr=0.1, clip_norm=0.5, nonfinite="skip").build(model)
     give_gradients(model, 0)
     optimizer.step()
-    norm = [*optimizer.norms.values()][0]
+    norm = next(iter(optimizer.norms.values()))
     assert isinstance(norm, torch.Tensor)
     assert math.isfinite(norm)
     give_gradients(model, 1, math.nan)
     optimizer.step()
-    assert math.isnan([*optimizer.norms.values()][0])  # nothing was waited for
+    assert math.isnan(next(iter(optimizer.norms.values())))  # nothing was waited for
     assert optimizer.skipped == 1
-    assert [*optimizer.norms.values()][0] is norm
+    assert next(iter(optimizer.norms.values())) is norm
 
 
 # ---------------------------------------------------------------------------- the late error
@@ -527,8 +595,7 @@ def test_a_recorder_records_what_was_taken(bad, accelerator, monkeypatch):
                 recorder.metrics(loss=torch.tensor(float(step)))
         record = recorder.record
         metrics = {
-            name: [each.tolist() for each in record.series("", name)]
-            for name in record.names()
+            name: [each.tolist() for each in record.series("", name)] for name in record.names()
         }
         series = {
             name: [each.tolist() for each in record.series("default", name)]
@@ -555,3 +622,139 @@ def test_closing_a_recorder_tells_of_the_last_step(tmp_path, accelerator):
         recorder.close()
     assert (tmp_path / "run.jsonl").read_text().count('"kind": "step"') == 1
     assert not optimizer._recorders.on
+
+
+# ------------------------------------------------------------------------ what the host decides
+
+
+class Quantized(torch.Tensor):
+    """A class that nothing may be selected in."""
+
+
+def halves(model):
+    model[1].weight = nn.Parameter(model[1].weight.detach().as_subclass(Quantized))
+
+
+def sparse(model):
+    for param in model.parameters():
+        param.grad = param.grad.to_sparse()
+
+
+@pytest.mark.parametrize("case", ["guest", "audit", "class", "sparse"])
+def test_where_the_device_cannot_decide_the_host_does_at_once(case, accelerator):
+    model = network()
+    if case == "class":
+        halves(model)
+    kind = torch.optim.SGD if case == "guest" else "SGD"
+    optimizer = lm.Plan(kind, lr=0.1).build(model, audit=case == "audit")
+    give_gradients(model, 0, math.nan)
+    if case == "sparse":
+        sparse(model)
+    with pytest.raises(lm.NonFiniteError, match="at step 0"):
+        optimizer.step()
+    assert optimizer.clock == 0
+
+
+@pytest.mark.parametrize("overflow", [(), (1,), (1, 2)])
+def test_a_gradient_scaler_skips_as_on_the_cpu(overflow, accelerator, monkeypatch):
+    """The scaler reads its own flag before it calls the step, as for torch's optimizers."""
+
+    def run(reads=None):
+        model = network()
+        plan = lm.Plan("AdamW", lr=lm.cosine(0.1), clip_norm=0.5, nonfinite="skip")
+        optimizer = plan.build(model, steps=20)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        if reads is not None:
+            optimizer.step = lambda: reads.step(optimizer, "now")
+        for step in range(4):
+            give_gradients(model, step, math.inf if step in overflow else None)
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+            scaler.update()
+        return contents(model, optimizer), told(optimizer), scaler.get_scale()
+
+    ours = run(NoReads(monkeypatch))
+    accelerator.off()
+    theirs = run()
+    assert_alike(ours[0], theirs[0])
+    assert ours[1:] == theirs[1:]
+
+
+def test_a_closure_is_evaluated_before_the_step_before_is_waited_for(accelerator):
+    model = network()
+    optimizer = lm.Plan("SGD", lr=0.1, nonfinite="skip").build(model)
+    give_gradients(model, 0, math.nan)
+    optimizer.step()
+    pending = []
+
+    def closure():
+        pending.append(optimizer._run_state.pending)
+        give_gradients(model, 1)
+        return 0.0
+
+    optimizer.step(closure)
+    assert pending[0] is not None
+    assert (optimizer.clock, optimizer.skipped) == (1, 1)
+
+
+# ----------------------------------------------------------------------------------- CUDA graphs
+
+
+def test_a_plan_refuses_to_be_captured(accelerator, monkeypatch):
+    model = network()
+    optimizer = lm.Plan("AdamW", lr=0.1, clip_norm=1.0).build(model)
+    give_gradients(model, 0)
+    before = contents(model, optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(capture, "is_capturing", lambda device: True)
+        with pytest.raises(lm.PlanError, match=r"cannot be recorded in a CUDA graph.*outside"):
+            optimizer.step()
+    assert before.keys() <= contents(model, optimizer).keys()
+    assert all(torch.equal(value, contents(model, optimizer)[key]) for key, value in before.items())
+    optimizer.step()
+    assert optimizer.clock == 1
+
+
+def test_a_captured_update_reads_no_hyperparameter_on_the_host(monkeypatch):
+    """Tensors of the meta device stand for those of a GPU."""
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
+
+    def batches(optimizer):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.zeros_like(param)
+        return optimizer._collect(optimizer.param_groups)
+
+    params = [nn.Parameter(torch.ones(3))]
+    lr = torch.tensor(0.1, device="meta")
+    ours = batches(lm.AdamW(params, lr=0.1))
+    with pytest.raises(lm.PlanError, match="without capturable=True"):
+        capture.refuse_host_reads(ours)
+    ours = batches(lm.AdamW(params, lr=0.1, capturable=True))
+    capture.refuse_host_reads(ours)
+    ours[0].hyper["lr"] = lr
+    capture.refuse_host_reads(ours)
+    ours[0].hyper["betas"] = (lr, 0.9)
+    with pytest.raises(lm.PlanError, match="fused kernel reads betas, a tensor, on the host"):
+        capture.refuse_host_reads(ours)
+    ours = batches(lm.RMSprop(params, lr=0.1, capturable=True))
+    ours[0].hyper["lr"] = lr
+    with pytest.raises(lm.PlanError, match="foreach kernel reads lr, a tensor, on the host"):
+        capture.refuse_host_reads(ours)
+
+
+def test_a_complex_weight_stays_too(accelerator):
+    def run():
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        optimizer = lm.Plan("AdamW", lr=0.1, nonfinite="skip").build(model)
+        for number in (1 + 1j, complex(math.nan, 1), complex(1, math.inf), 2 - 1j):
+            model.weight.grad = torch.full_like(model.weight, number)
+            optimizer.step()
+        return contents(model, optimizer), told(optimizer)
+
+    ours = run()
+    accelerator.off()
+    theirs = run()
+    assert_alike(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
+    assert ours[1] == theirs[1]
+    assert ours[1][:2] == (2, 2)

@@ -310,8 +310,8 @@ class Optimizer(Engine):
             >>> optimizer.synchronize()
         """
         pending = self._run_state.pending
-        if pending is not None:
-            self._conclude(pending)
+        if pending is not None and self._conclude(pending):
+            pending.deliver_numbers()
 
     def _step(self, closure: Closure | None) -> Any:
         try:
@@ -435,7 +435,7 @@ class Optimizer(Engine):
             pending.decide(batches)
         if norms and self._monitor.clip.open:
             if pending is not None:
-                pending.deliver([*norms.values()], self._monitor.measured)
+                pending.request([*norms.values()], self._monitor.measured)
             else:
                 self._monitor.measured([float(norm) for norm in norms.values()])
 
@@ -466,7 +466,7 @@ class Optimizer(Engine):
         compare = partial(self._monitor.compare, sample, self.clock, sample.batch.hyper["lr"])
         counts = sample.counts()
         if pending is not None:
-            pending.deliver(counts, compare)
+            pending.request(counts, compare)
         else:
             compare([float(count) for count in counts])
 
@@ -513,6 +513,8 @@ class Optimizer(Engine):
         if pending is not None and is_open:
             pending.published = True
             run.pending = pending
+        elif pending is not None:
+            pending.deliver_numbers()
 
     def _conclude(self, pending: PendingStep) -> bool:
         """Read whether a step was taken, and undo on the host what was done as if it had been.
@@ -542,7 +544,7 @@ class Optimizer(Engine):
             return
         run.applied = pending.applied
         foreign = [
-            (group, {key: group[key] for key, value in hyper.items() if group[key] is not value})
+            (group, {k: group[k] for k, value in hyper.items() if group.get(k, value) is not value})
             for group, hyper in zip(self.param_groups, run.published.values(), strict=True)
         ]
         self._publish(pending.step)

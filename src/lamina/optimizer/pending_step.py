@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class PendingStep:
     _numbers: list[torch.Tensor] = field(default_factory=list)
     _receivers: list[tuple[int, Receiver]] = field(default_factory=list)
     _copy: HostCopy | None = None
+    _read: list[float] = field(default_factory=list)
 
     @property
     def has_result(self) -> bool:
@@ -61,7 +63,7 @@ class PendingStep:
                 flags[device] = self._flag.to(device)
             batch.found_inf = flags[device]
 
-    def deliver(self, numbers: Sequence[torch.Tensor], receiver: Receiver) -> None:
+    def request(self, numbers: Sequence[torch.Tensor], receiver: Receiver) -> None:
         """Send scalars to the host with the flag, for a receiver that wants them if it is 0."""
         self._numbers += numbers
         self._receivers.append((len(numbers), receiver))
@@ -75,19 +77,20 @@ class PendingStep:
         self._numbers.clear()
 
     def was_taken(self) -> bool:
-        """Return whether the step was taken, after delivering its numbers; waits until it is over.
+        """Return whether the step was taken; waits until it is over.
 
         One step later that is long past.
         """
         assert self._copy is not None
-        flag, *numbers = self._copy.read()
+        flag, *self._read = self._copy.read()
         self._copy = None
-        if flag:
-            return False
+        return not flag
+
+    def deliver_numbers(self) -> None:
+        """Give the numbers of a step that was taken to those who wait for them."""
+        numbers = iter(self._read)
         for count, receiver in self._receivers:
-            receiver(numbers[:count])
-            numbers = numbers[count:]
-        return True
+            receiver([*islice(numbers, count)])
 
 
 def may_stay_on_device(batches: Sequence[Batch]) -> bool:
@@ -104,11 +107,8 @@ def may_stay_on_device(batches: Sequence[Batch]) -> bool:
 
 def _may_stay(batch: Batch) -> bool:
     device = batch.params[0].device
-    return waits(device) and all(
-        param.device == device
-        and step.device == device
-        and type(param) in PLAIN
-        and type(grad) in PLAIN
-        and grad.layout is torch.strided
-        for param, grad, step in zip(batch.params, batch.grads, batch.steps, strict=True)
-    )
+    if not waits(device) or any(grad.layout is not torch.strided for grad in batch.grads):
+        return False
+    if any(tensor.device != device for tensor in chain(batch.params, batch.steps)):
+        return False
+    return {*map(type, batch.params), *map(type, batch.grads)} <= {*PLAIN}
