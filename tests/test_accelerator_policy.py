@@ -45,7 +45,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    forbidden = {
+    forbidden = {  # noqa: RUF012
         torch.ops.aten._local_scalar_dense.default,
         torch.ops.aten.is_nonzero.default,
         torch.ops.aten.equal.default,
