@@ -282,7 +282,7 @@ def test_the_modes_see_the_reads_of_the_ordinary_policy(clip, accelerator, monke
 
 # -------------------------------------------------------------------------------- skipped steps
 
-STAYS = {
+STAYS: dict[str, list[dict[str, object]]] = {
     "SGD": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
     "RMSprop": [{"momentum": 0.9, "centered": True}, {"weight_decay": 0.1}],
     "AdamW": [{"amsgrad": True}],
@@ -297,7 +297,8 @@ def test_skipped_steps_leave_all_as_it_was(name, dtype, accelerator, monkeypatch
     """In any step, the first and the last one too, and several in a row."""
     monkeypatch.setattr(masked, "PORTION", 20)
     for settings in STAYS.get(name, [{}]):
-        for bad in ({0}, {2}, {0, 1, 4}, {3, 5}):
+        cases: list[set[int]] = [{0}, {2}, {0, 1, 4}, {3, 5}]
+        for bad in cases:
             clip = {"clip_norm": 0.5} if 2 in bad else {}
             plan = lm.Plan(name, lr=lm.cosine(0.1), nonfinite="skip", **settings, **clip)
             accelerator.on()
@@ -758,3 +759,27 @@ def test_a_complex_weight_stays_too(accelerator):
     assert_alike(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
     assert ours[1] == theirs[1]
     assert ours[1][:2] == (2, 2)
+
+
+def test_a_range_test_gives_the_same_curve(accelerator):
+    """It ends at the first gradient that is not finite, and not one step later."""
+
+    def curve():
+        model = network()
+        optimizer = lm.Plan("SGD", lr=0.1).build(model)
+        batches = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+        found = lm.find_lr(
+            model,
+            optimizer,
+            lambda m, batch: m(batch).square().sum(),
+            batches,
+            low=1e-3,
+            high=1e12,
+            steps=30,
+            repeats=1,
+        )
+        return str(found)
+
+    ours = curve()
+    accelerator.off()
+    assert ours == curve()

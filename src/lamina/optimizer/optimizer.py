@@ -162,7 +162,8 @@ class Optimizer(Engine):
     @property
     def clock(self) -> int:
         """How many steps were taken; the step that comes next, counted from 0."""
-        self.synchronize()
+        if self._run_state.pending is not None:
+            self.synchronize()
         return int(self.param_groups[0]["clock"])
 
     @property
@@ -431,7 +432,7 @@ class Optimizer(Engine):
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
-        if checks:
+        if pending is not None:
             pending.decide(batches)
         if norms and self._monitor.clip.open:
             if pending is not None:

@@ -159,7 +159,7 @@ class Recorder:
             return
         if not taken:  # as if it had never begun: metrics belong to the last step that was taken
             self._step = held.step_before
-            held.rows = [(held.step_before, *values) for _, *values in held.rows[1:]]
+            held.rows = [(held.step_before, groups, its) for _, groups, its in held.rows[1:]]
         for row in held.rows:
             self._rows.add(*row)
 
