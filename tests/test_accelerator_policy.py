@@ -776,10 +776,26 @@ def test_a_range_test_gives_the_same_curve(accelerator):
             low=1e-3,
             high=1e12,
             steps=30,
-            repeats=1,
+            repeats=3,
         )
         return str(found)
 
     ours = curve()
     accelerator.off()
     assert ours == curve()
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2,)])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
+def test_roundings_of_16_bit_weights_stay_on_the_device(rounding, bad, accelerator, monkeypatch):
+    for name in ("SGD", "AdamW", "LAMB"):
+        plan = lm.Plan(name, lr=0.1, rounding=rounding, clip_norm=0.5, nonfinite="skip")
+        accelerator.on()
+        reads = NoReads(monkeypatch)
+        model, optimizer = trained(plan, 4, reads=reads, bad=bad, dtype=torch.bfloat16, run=100)
+        assert all(step < now for step, now in reads.flags)
+        ours, said = contents(model, optimizer), told(optimizer)
+        accelerator.off()
+        model, other = trained(plan, 4, bad=bad, dtype=torch.bfloat16, run=100)
+        assert_alike(ours, contents(model, other))
+        assert said == told(other)

@@ -18,6 +18,8 @@ Hyper = Mapping[str, Any]
 #: dtypes that are computed with in float32
 HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *HALF)
+#: state tensors that a rounding other than to the nearest adds (see `rounding`)
+ROUNDING_ENTRIES = ("compensation", "master")
 State = dict[str, torch.Tensor]
 
 
@@ -110,6 +112,11 @@ class Algorithm(Method, ABC):
     #: parameter; what `init` gives is among them
     buffers: ClassVar[tuple[str, ...]]
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The state tensors of a parameter: those of the rule, and those of its rounding."""
+        return (*self.buffers, *ROUNDING_ENTRIES)
+
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return the state of a parameter that was never updated, without `step`: zeros.
 
@@ -164,6 +171,8 @@ class Batch:
     known_grads: list[torch.Tensor] | None = None
     suited: Any = None
     found_inf: torch.Tensor | None = None
+    #: names of parameters whose weights others changed while the state has a copy of them
+    followed: set[str] = field(default_factory=set)
 
     def name_of(self, index: int) -> str:
         """Return what an error calls the parameter at `index`."""
@@ -199,10 +208,14 @@ def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
 
 
 def state_dtype_of(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
-    """Return the dtype of new state: the parameter's, unless `state_dtype` is given."""
+    """Return the dtype of new state: the parameter's, unless `state_dtype` is given.
+
+    Beside float32 master weights it is float32, so that all of the update is that of float32.
+    """
     wanted = hyper.get("state_dtype")
     if wanted is None or not param.is_floating_point():
-        return param.dtype
+        beside_master = param.dtype in HALF and hyper.get("rounding") == "master"
+        return torch.float32 if beside_master else param.dtype
     dtype: torch.dtype = getattr(torch, wanted)
     return dtype
 

@@ -11,6 +11,7 @@ import torch
 from .._util.blocks import PLAIN
 from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch, state_dtype_of, times
+from ..algorithms.rounding import rounding_of
 
 DEVICES = ("cpu", "cuda", "xpu")
 
@@ -67,6 +68,8 @@ def tensor_refusal(batch: Batch, index: int) -> str:
         return f"is on {param.device.type}"
     if type(param) not in PLAIN and not is_dtensor(param):
         return f"is a {type(param).__name__}"
+    if how := rounding_of(param, batch.hyper):
+        return f"is {short(param.dtype)} with rounding={how!r}, and torch rounds to the nearest"
     wanted = state_dtype_of(param, batch.hyper)
     if wanted is not param.dtype:
         return f"is {short(param.dtype)} and its state is to be {short(wanted)}"

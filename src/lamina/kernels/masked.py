@@ -86,6 +86,7 @@ def part_of(batch: Batch, indices: Sequence[int]) -> Batch:
         hyper=batch.hyper,
         scale=batch.scale,
         names=[batch.names[i] for i in indices] if batch.names else [],
+        followed=batch.followed,
     )
 
 

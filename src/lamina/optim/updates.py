@@ -18,6 +18,7 @@ from .. import kernels
 from .._util.sharding import unit_refusal
 from .._util.tensors import MemorySnapshot, addresses, have_addresses, is_dtensor
 from ..algorithms.base import Algorithm, Batch, Method, state_dtype_of
+from ..algorithms.rounding import settle_entries
 from ..errors import PlanError
 from ..kernels.memory_check import plainly_fit, wrong_with_state
 
@@ -88,7 +89,7 @@ class KernelUpdates(Updates):
         for param, entry in zip(params, entries, strict=True):
             _move_to(param, entry, algorithm)
             self.allocate(group, param, entry)
-        keys = [key for key in algorithm.buffers if any(key in entry for entry in entries)]
+        keys = [key for key in algorithm.tensors if any(key in entry for entry in entries)]
         return Batch(
             algorithm,
             list(params),
@@ -107,11 +108,11 @@ class KernelUpdates(Updates):
     def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
         """Return whether all tensors are plain, contiguous and of the same sizes."""
         entries = self.watched(params, state)
-        return plainly_fit(params, grads, entries, self.algorithm_for(group).buffers)
+        return plainly_fit(params, grads, entries, self.algorithm_for(group).tensors)
 
     def misfit(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> list[str]:
         """Describe state tensors of another size or kind than the parameter."""
-        return wrong_with_state(param, entry, self.algorithm_for(group).buffers)
+        return wrong_with_state(param, entry, self.algorithm_for(group).tensors)
 
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return a step count of 0; tensors are allocated at the first update."""
@@ -122,6 +123,7 @@ class KernelUpdates(Updates):
         algorithm = self.algorithm_for(group)
         if "step" not in entry:
             entry.update(initial_state(param))
+        settle_entries(param, entry, group)
         if entry.keys() >= algorithm.init(_EMPTY, group).keys():
             return
         dtype = state_dtype_of(param, group)
@@ -141,7 +143,7 @@ def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -
             step = torch.as_tensor(value)
             dtype = step.dtype if step.is_floating_point() else torch.float32
             entry[key] = step.to(kernels.step_device(param), dtype).reshape(())
-        elif key not in algorithm.buffers or value.is_sparse:
+        elif key not in algorithm.tensors or value.is_sparse:
             continue
         elif value.device != param.device or value.stride() != param.stride():
             entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
