@@ -14,8 +14,8 @@ from .. import kernels
 from .._util.notices import warn
 from .._util.numbers import is_number, python_number
 from ..algorithms import ALGORITHMS
-from ..algorithms.base import ROUNDING_ENTRIES, Batch, Method, dtype_name
-from ..algorithms.rounding import entry_dtype, rounding_name, tell_followed
+from ..algorithms.base import Batch, Method, dtype_name
+from ..algorithms.rounding import rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..kernels.capture import refuse_host_reads
