@@ -14,14 +14,10 @@ from lamina.algorithms.adam import Adam
 from lamina.algorithms.base import Batch, times
 from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
-from lamina.kernels.native import kernel as native_kernel
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
 from reference.table import IN_TORCH, ROWS
 
-
-@pytest.fixture(autouse=True)
-def _without_numba(monkeypatch):
-    monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
+pytestmark = pytest.mark.usefixtures("without_numba")
 
 
 @pytest.fixture(autouse=True)

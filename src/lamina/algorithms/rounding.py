@@ -56,7 +56,7 @@ import torch
 
 from .._util.notices import warn
 from .._util.sharding import local_part
-from .._util.tensors import is_dtensor
+from .._util.tensors import is_dtensor, waits
 from .._util.text import listed
 from ..errors import HyperparameterError, did_you_mean
 from .base import HALF, ROUNDING_ENTRIES, Batch, Hyper, state_dtype_of
@@ -260,7 +260,7 @@ class Rounder:
         #: where the first element lies in its storage
         self.origin = local_part(param).storage_offset()
         step = batch.steps[index]
-        self._step = int(step) if step.is_cpu else step.to(torch.int64)
+        self._step = step.to(torch.int64) if waits(step.device) else int(step)
         self._seed = seed_of(batch, index)
 
     def key(self, entry: str | None = None) -> Any:
@@ -328,7 +328,7 @@ class RoundedPart:
             expected = part.float().add_(extra, alpha=127 / 128).to(part.dtype)
             instead = torch.zeros_like(extra)
         other = expected != part
-        if not part.is_cpu:  # asked, the host would wait for the device
+        if waits(part.device):  # asked, the host would wait for the device
             torch.where(other, instead, extra, out=extra)
         elif bool(other.any()):
             torch.where(other, instead, extra, out=extra)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .._util.blocks import PLAIN
-from .._util.tensors import addresses
+from .._util.tensors import addresses, waits
 from .chunks import ELEMENTS, chunks_of
 from .loader import failure, loop, unavailable
 from .workers import WORKERS
@@ -26,7 +26,7 @@ def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
         there are no compiled loops.
     """
     first = tensors[0]
-    if first.dtype not in ELEMENTS or not _is_compiled(first.dtype):
+    if waits(first.device) or first.dtype not in ELEMENTS or not _is_compiled(first.dtype):
         return None
     dtype = first.dtype
     for tensor in tensors:

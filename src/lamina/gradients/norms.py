@@ -186,3 +186,24 @@ def _place(place: Any) -> Any:
 def _most(tensor: torch.Tensor) -> torch.Tensor:
     numbers = tensor.abs()
     return widen(numbers.max() if numbers.numel() else numbers.sum())
+
+
+# ------------------------------------------------------------------------ without waiting for it
+
+
+def largest(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the largest |x| of each gradient: finite exactly where all its numbers are.
+
+    Other than a sum of squares it cannot overflow, so that no second look is needed.
+    """
+    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    return each_norm(real, math.inf)
+
+
+def found_inf(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return 1.0 if one of these scalars is not finite, else 0.0, as a tensor on a device.
+
+    In the form that torch's fused operators take; nothing is read on the host.
+    """
+    every = torch.stack([norm.to(device) for norm in norms])
+    return torch.isfinite(every).all().logical_not().float()

@@ -24,6 +24,8 @@ class Kernel(ABC):
     about: ClassVar[str]
     #: whether `run` counts the steps itself
     counts_steps: ClassVar[bool] = False
+    #: whether `run` itself changes nothing where `found_inf` of a batch is 1
+    masks: ClassVar[bool] = False
 
     def refusal(self, batch: Batch) -> str:
         """Return why this kernel cannot update these tensors exactly, or "" if it can.

@@ -13,6 +13,7 @@ from .base import Kernel
 from .blockwise import Blockwise
 from .foreach import Foreach
 from .fused import Fused
+from .masked import give_back, part_of, run, update
 from .native import Native
 from .readable import Readable
 
@@ -73,7 +74,7 @@ def carry_out(work: KernelPlan) -> None:
             try:
                 if not kernel.counts_steps:
                     _count([step for batch in batches for step in batch.steps])
-                kernel.run(batches)
+                run(kernel, batches)
             except Exception as error:
                 error.add_note(_half_done(kernel, batches, done))
                 raise
@@ -165,10 +166,11 @@ class Split(Kernel):
     name: ClassVar[str] = "split"
     about: ClassVar[str] = "one part for each dtype and device"
     counts_steps: ClassVar[bool] = True
+    masks: ClassVar[bool] = True  # it hands `found_inf` on to the kernels of the parts
 
     def __init__(self, batch: Batch, parts: list[list[int]], prefer: str | None) -> None:
         self._prefer = prefer
-        self._parts = [(indices, _part(batch, indices)) for indices in parts]
+        self._parts = [(indices, part_of(batch, indices)) for indices in parts]
         choices = [_choose(part, prefer) for _, part in self._parts]
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
@@ -182,34 +184,18 @@ class Split(Kernel):
             for indices, part in self._parts:
                 part.grads = [batch.grads[i] for i in indices]
                 part.hyper, part.scale = batch.hyper, batch.scale
+                part.found_inf = _found_inf_for(part, batch)
                 kernel = choose(part, self._prefer)[0]
                 if not kernel.counts_steps:
                     _count(part.steps)
-                kernel.run([part])
+                update(kernel, [part])
                 if part.has_new_state:
-                    _give_back(part, batch, indices)
+                    give_back(part, batch, indices)
 
 
-def _part(batch: Batch, indices: list[int]) -> Batch:
-    return Batch(
-        algorithm=batch.algorithm,
-        params=[batch.params[i] for i in indices],
-        grads=[batch.grads[i] for i in indices],
-        columns={key: [values[i] for i in indices] for key, values in batch.columns.items()},
-        steps=[batch.steps[i] for i in indices],
-        hyper=batch.hyper,
-        names=[batch.names[i] for i in indices] if batch.names else [],
-        followed=batch.followed,
-    )
-
-
-def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
-    """Put state that a part began into the columns of the whole."""
-    for key, values in part.columns.items():
-        whole = batch.columns.setdefault(key, [None] * len(batch.params))
-        for index, value in zip(indices, values, strict=True):
-            whole[index] = value
-    part.has_new_state, batch.has_new_state = False, True
+def _found_inf_for(part: Batch, batch: Batch) -> torch.Tensor | None:
+    found = batch.found_inf
+    return None if found is None else found.to(part.params[0].device)
 
 
 def _count(steps: list[torch.Tensor]) -> None:

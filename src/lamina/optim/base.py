@@ -18,6 +18,7 @@ from ..algorithms.base import Batch, Method, dtype_name
 from ..algorithms.rounding import rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
+from ..kernels.capture import refuse_host_reads
 from ..model.suggestions import ALIASES
 from .engine import Engine, shown_names
 from .loading import check_form, loss_of_digits, matching_groups
@@ -180,6 +181,8 @@ class DropIn(Engine):
         for batch in batches:
             if batch.hyper.get("capturable"):
                 _refuse_uncapturable(batch)
+        if batches and batches[0].params[0].is_cuda:
+            refuse_host_reads(batches)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)

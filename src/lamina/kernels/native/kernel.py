@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from ..._util.blocks import PLAIN, is_dense
+from ..._util.tensors import waits
 from ...algorithms.base import Batch, state_dtype_of
 from ...algorithms.muon import Muon
 from ...compiled.chunks import ELEMENTS
@@ -35,7 +36,7 @@ class Native(Kernel):
 
     def refusal(self, batch: Batch) -> str:
         """Refuse what is not on the CPU, and memory that a plain loop cannot walk."""
-        if not all(param.is_cpu for param in batch.params):
+        if not all(param.is_cpu for param in batch.params) or waits(batch.params[0].device):
             return "parameters are not on the CPU"
         if type(batch.algorithm) not in LOOPS:
             return f"there is no compiled form of {batch.algorithm.name}"
