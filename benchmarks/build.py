@@ -46,7 +46,8 @@ BY_TENSORS: dict[int, list[Case]] = {
 }
 BY_RULES: list[Case] = [("mixed", TENSORS, count) for count in COUNTS]
 BY_KIND: list[Case] = [(kind, TENSORS, COUNTS[-1]) for kind in KINDS]
-CASES = list(dict.fromkeys([*sum(BY_TENSORS.values(), []), *BY_RULES, *BY_KIND]))
+SIZED = [case for cases in BY_TENSORS.values() for case in cases]
+CASES = list(dict.fromkeys([*SIZED, *BY_RULES, *BY_KIND]))
 #: seconds that one process may take
 LIMIT = 1800
 TIMES = ("resolve", "preview", "build", "explain", "state_dict", "load", "check")
@@ -144,8 +145,7 @@ def median_of(repeats: int, case: Case) -> Costs:
     """Return the medians of several processes; of the sizes also the peaks of one traced."""
     runs = [_process(case, traced=False) for _ in range(repeats)]
     costs = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    sized = case in sum(BY_TENSORS.values(), [])
-    peaks = _process(case, traced=True) if sized else {}
+    peaks = _process(case, traced=True) if case in SIZED else {}
     print(f"measured: {case}", file=sys.stderr, flush=True)
     return {**peaks, **costs}
 
@@ -162,7 +162,6 @@ def _process(case: Case, traced: bool) -> Costs:
 
 def tables_of(costs: dict[Case, Costs]) -> Tables:
     """Return the tables of what was measured, the costs of all `CASES`."""
-    sized = [case for case in CASES if PEAKS[0] in costs[case]]
     powers = [
         ["mixed", f"{SIZES[0]:,} to {SIZES[-1]:,}", f"{rules:,}", *_powers(SIZES, cases, costs)]
         for rules, cases in BY_TENSORS.items()
@@ -181,7 +180,7 @@ def tables_of(costs: dict[Case, Costs]) -> Tables:
         ),
         "Build and state: memory at the peak, MiB": table(
             [*head, *(name.removesuffix(" peak") for name in shown)],
-            [_line(case, costs[case], shown, MIB) for case in sized],
+            [_line(case, costs[case], shown, MIB) for case in SIZED],
         ),
     }
 
