@@ -84,6 +84,10 @@ beside them, not tuned for your data. It ends with the names and shapes of the m
 that can be copied into a rule.
 
 ```python
+import lamina as lm
+from lamina.toy import toy_problem
+
+model = toy_problem().model
 found = lm.starter_plan(model)
 print(found)                                # the text, with comments
 print(found.plan.preview(model, steps=1000))

@@ -18,6 +18,7 @@ MAX_FUNCTION = 60
 # In the order data visits them: a module may import what stands before it, never what comes after.
 LAYERS = [
     "errors",
+    "toy",
     "_util",
     "files",
     "schedules",
