@@ -1,4 +1,4 @@
-"""The figures of `docs/pitfalls.md`, measured with torch alone: `python -m benchmarks.pitfalls`."""
+"""The figures of `docs/explanation/pitfalls.md`, measured with torch alone: `python -m benchmarks.pitfalls`."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_optimizer_has_a_page_and_every_page_its_picture():
-    folder = ROOT / "docs" / "optimizers"
+    folder = ROOT / "docs" / "reference" / "optimizers"
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
     missing = [each.__name__ for each in OWN if f"lm.{each.__name__}, lr=" not in text]
     assert missing == []

@@ -1,4 +1,4 @@
-"""Every section of docs/findings.md: its wrong code gives its finding, its right code none."""
+"""Every section of docs/reference/findings.md: its wrong code gives its finding, its right code none."""
 
 import ast
 import contextlib
@@ -14,7 +14,7 @@ from lamina.model.finding import ADVICE
 
 pytestmark = pytest.mark.usefixtures("little_to_search")
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "reference" / "findings.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTION = re.compile(r"^### ([a-z0-9-]+)\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 #: what a wrong block, which shows only the lines at fault, is put below
