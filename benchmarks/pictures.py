@@ -1,12 +1,16 @@
 """The pictures of the documentation, with the numbers that they show inside: `make pictures`.
 
-`python -m benchmarks.pictures` writes `docs/pictures/`. Each PNG holds its curves as JSON in a text
-chunk; `tests/test_pictures.py` computes the curves anew and compares numbers, not pixels.
+`python -m benchmarks.pictures` writes `docs/pictures/`, and the printed preview in the README.
+Each PNG holds its curves as JSON in a text chunk; `tests/test_pictures.py` computes the curves anew
+and compares numbers, not pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ import lamina as lm
 from lamina.toy import toy_problem
 
 OUT = Path(__file__).parents[1] / "docs" / "pictures"
+README = Path(__file__).parents[1] / "README.md"
 KEY = "curves"
 #: a curve: the places on the horizontal axis, and the values there
 Curve = tuple[list[float], list[float]]
@@ -76,9 +81,7 @@ def readme_plan() -> Curves:
         lr=2e-5,
         schedule=lm.warmup("6%") >> lm.cosine(to=0.01),
         rules=[
-            lm.Rule(
-                "encoder.layer.{depth}.*", lr=lm.by_depth(0.7), thaw=lm.top_down(every="12%")
-            ),
+            lm.Rule("encoder.layer.{depth}.*", lr=lm.by_depth(0.7), thaw=lm.top_down(every="12%")),
             lm.Rule("embeddings.*", frozen=True),
             lm.Rule("classifier.*", lr=1e-4),
         ],
@@ -223,7 +226,20 @@ def is_current(path: Path, curves: Curves) -> bool:
     )
 
 
+def readme_with_preview(page: str) -> str:
+    """Return the README with what its first program prints in the block below the marker."""
+    program = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert program is not None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program[1], str(README), "exec"), {"__name__": "__main__"})
+    lines = (line.rstrip() for line in printed.getvalue().rstrip().splitlines())
+    block = "<!-- preview -->\n\n```text\n" + "\n".join(lines) + "\n```"
+    return re.sub(r"<!-- preview -->\n\n```text\n.*?```", lambda _: block, page, flags=re.DOTALL)
+
+
 def main() -> None:
+    README.write_text(readme_with_preview(README.read_text("utf-8")), "utf-8")
     OUT.mkdir(exist_ok=True)
     for name, make in ALL.items():
         path = OUT / f"{name}.png"

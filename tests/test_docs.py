@@ -137,3 +137,21 @@ def test_the_toy_problem_is_the_same_each_time_and_draws_nothing_from_torch():
     again = toy_problem(layers=2)
     assert loss(model, loader[0]) == loss(again.model, again.loader[0])
     assert len(model.encoder.layer) == 2
+
+
+def difference(first, second):
+    """The largest difference of a weight between the models of two programs."""
+    models = []
+    for program in (first, second):
+        names = {"__name__": "__main__"}
+        exec(program, names)
+        models.append(names["model"])
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def test_the_program_by_hand_in_the_readme_trains_the_same_weights():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (plan, _, _), (by_hand, _, _) = blocks(page)
+    assert difference(plan, by_hand) < 1e-6
+    assert difference(plan, by_hand.replace("4 * (4 - depth)", "4 * (3 - depth)")) > 1e-5

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from benchmarks import pictures
+
 from lamina.schedules import SCHEDULES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,3 +31,9 @@ def test_every_schedule_has_a_picture_and_every_picture_a_page():
     pages = [DOCS.parent / "README.md", *DOCS.rglob("*.md")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert {name for name in there if not re.search(rf"pictures/{name}\)", text)} == set()
+
+
+def test_the_preview_in_the_readme_is_what_its_program_prints():
+    page = pictures.README.read_text("utf-8")
+    assert pictures.readme_with_preview(page) == page
+    assert pictures.readme_with_preview(page.replace("lr=2e-4", "lr=3e-4")) != page

@@ -1,4 +1,4 @@
-"""Every section of docs/reference/findings.md: its wrong code gives its finding, its right code none."""
+"""docs/reference/findings.md: wrong code gives the finding of its section, right code none."""
 
 import ast
 import contextlib
