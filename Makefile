@@ -64,7 +64,7 @@ dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean envir
 	@echo "dist/ holds: $$(ls dist)"
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/site, to open from the file system
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
 pictures: $(VENV)/.dev  ## draw the pictures of the documentation anew
