@@ -8,6 +8,7 @@ import ast
 import importlib
 import math
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -37,6 +38,15 @@ def blocks(text):
     ]
 
 
+def forget_accelerate():
+    """Reset what Accelerate shares in a process, as if the next block ran in one of its own."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def run(code, page, line):
     """Run a block as a program, and say how long it took; a traceback shows the line of the page.
 
@@ -52,7 +62,10 @@ def run(code, page, line):
         warnings.filterwarnings("ignore", module=r"lightning\.")  # about workers, and of itself
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's own
         torch.manual_seed(0)
-        exec(compile(tree, str(page), "exec"), {"__name__": "__main__"})
+        try:
+            exec(compile(tree, str(page), "exec"), {"__name__": "__main__"})
+        finally:
+            forget_accelerate()
     return time.process_time() - began
 
 
