@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def difference(first, second):
     """The largest difference of a weight between the models of two programs."""
     models = []
     for program in (first, second):
-        names = {"__name__": "__main__"}
+        names: dict[str, Any] = {"__name__": "__main__"}
         exec(program, names)
         models.append(names["model"])
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)

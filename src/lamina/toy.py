@@ -11,19 +11,59 @@ from torch import nn
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+class Embeddings(nn.Module):
+    """A vector for each word, normalized."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(words, width)
+        self.LayerNorm = nn.LayerNorm(width)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of words."""
+        vectors: torch.Tensor = self.LayerNorm(self.word_embeddings(words))
+        return vectors
+
+
+class LayerOutput(nn.Module):
+    """The part of a layer that has weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what a dense layer makes of the input, and normalize."""
+        output: torch.Tensor = self.LayerNorm(x + torch.tanh(self.dense(x)))
+        return output
+
+
 class Layer(nn.Module):
     """One layer, with the names that BERT's layers have in Transformers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.output = nn.Module()
-        self.output.dense = nn.Linear(width, width)
-        self.output.LayerNorm = nn.LayerNorm(width)
+        self.output = LayerOutput(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Add what a dense layer makes of the input, and normalize."""
-        output: torch.Tensor = self.output.LayerNorm(x + torch.tanh(self.output.dense(x)))
+        """Return the output of the layer."""
+        output: torch.Tensor = self.output(x)
         return output
+
+
+class Encoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the last layer."""
+        for layer in self.layer:
+            x = layer(x)
+        return x
 
 
 class ToyModel(nn.Module):
@@ -31,19 +71,13 @@ class ToyModel(nn.Module):
 
     def __init__(self, words: int, width: int, layers: int, classes: int) -> None:
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.word_embeddings = nn.Embedding(words, width)
-        self.embeddings.LayerNorm = nn.LayerNorm(width)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.embeddings = Embeddings(words, width)
+        self.encoder = Encoder(width, layers)
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         """Return the logits of each text."""
-        x = self.embeddings.LayerNorm(self.embeddings.word_embeddings(words))
-        for layer in self.encoder.layer:  # type: ignore[union-attr]
-            x = layer(x)
-        logits: torch.Tensor = self.classifier(x.mean(1))
+        logits: torch.Tensor = self.classifier(self.encoder(self.embeddings(words)).mean(1))
         return logits
 
 
