@@ -86,7 +86,9 @@ def test_the_search_works_from_the_file_system(site, browser):
         "input.value = 'plateau';"
         "input.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true})); })()"
     )
-    browser.wait("document.querySelectorAll('.md-search-result__item').length > 0")
+    found = "document.querySelectorAll('.md-search-result__item').length"
+    browser.wait(f"{found} > 0")
+    assert browser.run(found) >= 5
 
 
 @BUILDS
