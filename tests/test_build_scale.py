@@ -319,7 +319,7 @@ def test_the_import_brings_no_heavy_package():
 
 
 def test_the_page_has_the_tables_of_the_command():
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text(encoding="utf-8")
     numbers = dict.fromkeys((*build.TIMES, *build.TORCH, *build.PEAKS, "process", "tensors"), 1.0)
     for title, lines in build.tables_of(dict.fromkeys(build.CASES, numbers)).items():
         there = page.split(f"**{title}**\n\n")[1].split("\n\n")[0].splitlines()

@@ -86,7 +86,7 @@ def assert_native(batch: Batch) -> None:
     assert kernel.name == "native", reason
 
 
-def agree(name, options, dtype=torch.float32, tolerance=2e-6, steps=100, **how) -> None:
+def assert_agrees(name, options, dtype=torch.float32, tolerance=2e-6, steps=100, **how) -> None:
     given, oracle = (make(name, dtype, **options) for _ in range(2))
     assert_native(given)
     train(given, None, steps, **how)
@@ -111,12 +111,12 @@ def test_float32_is_the_rule(name, options, factor):
     tolerance = 1e-2 if name == "Muon" else 2e-6
     if name == "RMSprop" and options.get("centered"):
         tolerance = 2e-5  # the difference of two numbers that are nearly equal
-    agree(name, options, tolerance=tolerance, factor=factor)
+    assert_agrees(name, options, tolerance=tolerance, factor=factor)
 
 
 @cases
 def test_float64_is_the_rule_to_the_last_digits(name, options):
-    agree(name, options, torch.float64, 1e-6 if name == "Muon" else 1e-11, factor=0.5)
+    assert_agrees(name, options, torch.float64, 1e-6 if name == "Muon" else 1e-11, factor=0.5)
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e17])
@@ -131,7 +131,7 @@ def test_denormal_and_huge_gradients(name, size):
 
 @cases
 def test_bfloat16_is_the_rule_but_for_one_rounding(name, options):
-    agree(name, options, torch.bfloat16, 2**-6 if name in ("Muon", "RMSprop") else 2**-8, 20)
+    assert_agrees(name, options, torch.bfloat16, 2**-6 if name in ("Muon", "RMSprop") else 2**-8, 20)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
@@ -262,28 +262,29 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert status == 0, status
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120)
+    assert done.returncode == 0
 
 
 # ----------------------------------------------------------------------------------- bad input
 
 
-def refused(params, words: str, name: str = "AdamW") -> None:
+def assert_refused(params, words: str, name: str = "AdamW") -> None:
     kernel, reason = choose(batch_of(ALGORITHMS[name], params, dict(ALGORITHMS[name].defaults)))
     assert kernel.name != "native"
     assert words in reason
 
 
 def test_memory_that_a_loop_cannot_walk_is_refused():
-    refused([torch.ones(4, 4)[:, :2]], "not native: number 0 (shape (4, 2)) is not contiguous")
-    refused([torch.ones(4, dtype=torch.complex64)], "is complex64")
-    refused([torch.ones(4, dtype=torch.float16)], "is float16")
-    refused([torch.ones(4, device="meta")], "not on the CPU")
+    assert_refused([torch.ones(4, 4)[:, :2]], "not native: number 0 (shape (4, 2)) is not contiguous")
+    assert_refused([torch.ones(4, dtype=torch.complex64)], "is complex64")
+    assert_refused([torch.ones(4, dtype=torch.float16)], "is float16")
+    assert_refused([torch.ones(4, device="meta")], "not on the CPU")
     whole = torch.ones(10)
-    refused([whole[:6], whole[4:]], "two tensors that it writes have memory in common")
+    assert_refused([whole[:6], whole[4:]], "two tensors that it writes have memory in common")
     raw = torch.zeros(41, dtype=torch.uint8)
     odd = torch.frombuffer(memoryview(raw.numpy())[1:], dtype=torch.float32)
-    refused([odd], "does not lie at a multiple of its element size")
+    assert_refused([odd], "does not lie at a multiple of its element size")
 
 
 def test_groups_that_share_memory_are_updated_one_after_the_other():
