@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .candidates import Absent
+from .candidates import imported
 from .measure import Contestant
 from .shapes import Shape, numbers
 
@@ -50,10 +50,7 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
 
 
 def _kernel(states: int) -> Callable[..., Any]:
-    try:
-        import numba
-    except ImportError as error:
-        raise Absent("numba is not installed") from error
+    numba = imported("numba", "numba")
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     compile_ = numba.njit(parallel=True, fastmath=True, nogil=True)
 

@@ -5,6 +5,7 @@ Each is built as its documentation advises for speed. All of one algorithm have 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shutil
 import warnings
@@ -35,6 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 class Absent(Exception):
     """A candidate that cannot run here, with the reason."""
+
+
+def imported(module: str, package: str) -> Any:
+    """A module that may be absent; what needs it is then left out."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Absent(f"{package} is not installed") from error
 
 
 @dataclass(frozen=True)
@@ -174,11 +183,8 @@ def _muon() -> dict[str, Candidate]:
 
 def _optimi(name: str, **settings: Any) -> dict[str, Candidate]:
     def build(*arguments: Any, foreach: bool | None = None, **others: Any) -> Built:
-        try:
-            import optimi
-        except ImportError as error:
-            raise Absent("torch-optimi is not installed") from error
-        return plain(getattr(optimi, name), *arguments, foreach=foreach, **settings, **others)
+        make = getattr(imported("optimi", "torch-optimi"), name)
+        return plain(make, *arguments, foreach=foreach, **settings, **others)
 
     return {
         "torch-optimi": Candidate(build),
@@ -188,11 +194,8 @@ def _optimi(name: str, **settings: Any) -> dict[str, Candidate]:
 
 def _adafactor() -> dict[str, Candidate]:
     def build(*arguments: Any, **settings: Any) -> Built:
-        try:
-            from transformers.optimization import Adafactor
-        except ImportError as error:
-            raise Absent("transformers is not installed") from error
-        make = partial(Adafactor, scale_parameter=False, relative_step=False)
+        adafactor = imported("transformers.optimization", "transformers").Adafactor
+        make = partial(adafactor, scale_parameter=False, relative_step=False)
         return plain(make, *arguments, **settings)
 
     return {"Adafactor of Transformers": Candidate(build, exact=False)}
@@ -202,11 +205,8 @@ def _pytorch_optimizer(name: str) -> dict[str, Candidate]:
     """Their rules differ in details, so that results are not compared."""
 
     def build(*arguments: Any, how: Callable[..., Built] = plain, **settings: Any) -> Built:
-        try:
-            import pytorch_optimizer
-        except ImportError as error:
-            raise Absent("pytorch_optimizer is not installed") from error
-        return how(getattr(pytorch_optimizer, name), *arguments, **settings)
+        package = imported("pytorch_optimizer", "pytorch_optimizer")
+        return how(getattr(package, name), *arguments, **settings)
 
     return {
         "pytorch_optimizer loop": Candidate(partial(build, foreach=False), exact=False),

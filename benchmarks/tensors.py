@@ -56,7 +56,6 @@ class Tensors:
             for param in params:
                 param.grad = None
 
-
     def difference(self, mine: list[nn.Parameter], theirs: list[nn.Parameter]) -> float:
         """How far two ended from each other, as a share of how far they went; the worst tensor."""
         worst = 0.0

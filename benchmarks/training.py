@@ -22,6 +22,8 @@ RATE = 1e-5
 ALL = "all trainable"
 #: steps between two stages of a thaw: many more than are measured
 EVERY = 1000
+#: steps before the measured ones
+WARMUP = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def training_rows(name: str, rounds: int, *, kept: bool = False) -> dict[str, An
         label: Trainee(task, build, batch, clip=label.startswith("torch"), kept=kept)
         for label, build in builds.items()
     }
-    times = race({label: each.contestant() for label, each in trainees.items()}, rounds)
+    times = race({label: each.contestant() for label, each in trainees.items()}, rounds, WARMUP)
     rows = {}
     for label, trainee in trainees.items():
         spent = Timing(tuple(trainee.spent[-rounds:]))
@@ -139,7 +141,7 @@ def thaw_rows(name: str, rounds: int) -> dict[str, Any]:
     labels[thaw.layers + 1] = "all thawed"
     for layers, label in labels.items():
         trainees[label] = Trainee(task, _at_stage(thaw.plan(), layers), batch)
-    times = race({label: each.contestant() for label, each in trainees.items()}, rounds)
+    times = race({label: each.contestant() for label, each in trainees.items()}, rounds, WARMUP)
     rows = {
         label: {
             "median_ms": round(times[label].median, 3),
