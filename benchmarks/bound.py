@@ -49,12 +49,13 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
     return statistics.median(times[1:])  # the first one compiles
 
 
-def _kernel(states: int) -> Callable[..., Any]:
+def _kernel(states: int) -> Any:
+    """Compile the kernel; it adds the gradient to the weight and to each state."""
     numba = imported("numba", "numba")
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     compile_ = numba.njit(parallel=True, fastmath=True, nogil=True)
 
-    def two(chunk, grad, weight, first, second):  # type: ignore[no-untyped-def]
+    def two(chunk, grad, weight, first, second):
         for part in numba.prange((grad.size + chunk - 1) // chunk):
             for i in range(part * chunk, min(grad.size, (part + 1) * chunk)):
                 number = grad[i]
@@ -62,12 +63,11 @@ def _kernel(states: int) -> Callable[..., Any]:
                 second[i] += number
                 weight[i] += number
 
-    def one(chunk, grad, weight, first):  # type: ignore[no-untyped-def]
+    def one(chunk, grad, weight, first):
         for part in numba.prange((grad.size + chunk - 1) // chunk):
             for i in range(part * chunk, min(grad.size, (part + 1) * chunk)):
                 number = grad[i]
                 first[i] += number
                 weight[i] += number
 
-    found: Callable[..., Any] = compile_({1: one, 2: two}[states])
-    return found
+    return compile_({1: one, 2: two}[states])

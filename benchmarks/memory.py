@@ -28,7 +28,7 @@ def profile_step(step: Callable[[], object]) -> dict[str, Any]:
     sizes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
     outer = [
         event
-        for event in profiled.events()  # type: ignore[no-untyped-call]
+        for event in profiled.events()
         if _is_operator(event)
         and not (event.cpu_parent is not None and _is_operator(event.cpu_parent))
     ]

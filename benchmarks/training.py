@@ -74,7 +74,7 @@ class Trainee:
         self.spent: list[float] = []
 
     def step(self) -> None:
-        self.task.loss(self.model, self.batch).backward()  # type: ignore[no-untyped-call]
+        self.task.loss(self.model, self.batch).backward()
         start = time.perf_counter()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.params, CLIP)
