@@ -66,7 +66,8 @@ def compare(case: Case, options: Options) -> dict[str, Any]:
             contestants[bound.NAME] = bound.bandwidth_bound(shapes, case.algorithm)
         except Absent as error:
             absent[bound.NAME] = str(error)
-    times = race(contestants, min(options.rounds, case.most_rounds or options.rounds))
+    rounds = min(options.rounds, case.most_rounds or options.rounds)
+    times = race(contestants, rounds, warmup=min(3, rounds // 3))
     return {
         "title": case.title,
         "tensors": len(shapes),
