@@ -12,7 +12,7 @@ TORCH  := torch==2.13.0
 OLDEST_PYTHON ?= $(if $(shell command -v python3.11),python3.11,$(PYTHON))
 OLDEST        ?= .venv-oldest
 # Those that say most about torch, NumPy and the extras in a minute or two.
-CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops optimizer gradients \
+CORE := $(patsubst %,tests/test_%.py,versions native optim optim_interface optim_loops optimizer gradients \
 	state state_torch guests preview report_plot record recorder report_page training loaders devices cli cli_arguments)
 
 # One process for each core, each of which computes on one.

@@ -167,7 +167,7 @@ def walk(runner: Runner, surface: Surface, lr: float) -> Walk:
     for step in range(surface.steps):
         if runner.falling:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / surface.steps)
-        loss = float(optimizer.step(closure).detach())
+        loss = float(torch.as_tensor(optimizer.step(closure)).detach())
         losses.append(loss)
         if not math.isfinite(loss) or loss > 1e4:
             break
