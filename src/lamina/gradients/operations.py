@@ -57,6 +57,11 @@ class ScopeGradients:
     def __post_init__(self) -> None:
         self._given = self.grads
 
+    @property
+    def has_new_grads(self) -> bool:
+        """Whether an operation has put other tensors in the place of the gradients."""
+        return self.grads is not self._given
+
     def settle(self) -> Grads:
         """Return the gradients with the pending factor multiplied on, as new tensors."""
         if self.scale is not None:
@@ -458,10 +463,11 @@ def operate(
         keep_norms(known, batches, work.first_norms)
     taken = 0
     for batch in batches:
-        count = len(batch.grads)
-        batch.grads = work.grads[taken : taken + count]
         batch.scale = work.scale
-        taken += count
+        if work.has_new_grads:
+            count = len(batch.grads)
+            batch.grads = work.grads[taken : taken + count]
+            taken += count
     return work.norm
 
 

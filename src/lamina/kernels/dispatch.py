@@ -60,9 +60,13 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
         PlanError: a gradient is sparse and the rule is not made for that.
     """
     work: KernelPlan = {}
+    last, its = None, []
     for batch in batches:
         if batch.params:
-            work.setdefault(choose(batch, prefer)[0], []).append(batch)
+            kernel = choose(batch, prefer)[0]
+            if kernel is not last:
+                last, its = kernel, work.setdefault(kernel, [])
+            its.append(batch)
     return work
 
 

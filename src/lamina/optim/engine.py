@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -14,7 +14,15 @@ from ..errors import MismatchError
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
-from .updates import Group, KeptBatch, KeptBatches, KernelUpdates, Updates, preferred_kernel
+from .updates import (
+    Group,
+    KeptBatch,
+    KeptBatches,
+    KeptStep,
+    KernelUpdates,
+    Updates,
+    preferred_kernel,
+)
 
 Closure = Callable[[], Any]
 #: a group with its parameters that have a gradient, and the gradients
@@ -107,10 +115,20 @@ class Engine(torch.optim.Optimizer):
         self._follow_exchanged()
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
+        if known := self._kept_batches.step:
+            batches = known.batches(*map(list, zip(*rows, strict=True)), self.state) if rows else []
+            if batches is not None:
+                return batches
+            self._kept_batches.step = None
         kept = [self._kept_batch(*row) for row in rows]
         changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
         if changed:
             self._refuse_misfits(changed)
+        elif len(rows) > 1 and all(
+            self._updates_for(row[0]) is self._kernel_updates for row in rows
+        ):
+            groups = [group for group, _, _ in rows]
+            self._kept_batches.step = KeptStep(groups, cast("list[Batch]", kept), self.state)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -370,7 +371,7 @@ class Optimizer(Engine):
         published = self._run_state.published
         for group in self.param_groups:
             hyper = published[group["name"]]
-            if any(key not in group or group[key] is not value for key, value in hyper.items()):
+            if not all(map(is_, map(group.get, hyper), hyper.values())):
                 refuse_foreign_writes(published, self.param_groups, self.clock)
         if self._audit.on:
             self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
