@@ -21,6 +21,7 @@ from lamina.gradients import norms
 from lamina.kernels import apply, choose
 from lamina.kernels.native import batched
 from lamina.kernels.native import kernel as native_kernel
+from lamina.optim import updates
 
 pytest.importorskip("numba")
 
@@ -131,7 +132,9 @@ def test_denormal_and_huge_gradients(name, size):
 
 @cases
 def test_bfloat16_is_the_rule_but_for_one_rounding(name, options):
-    assert_agrees(name, options, torch.bfloat16, 2**-6 if name in ("Muon", "RMSprop") else 2**-8, 20)
+    assert_agrees(
+        name, options, torch.bfloat16, 2**-6 if name in ("Muon", "RMSprop") else 2**-8, 20
+    )
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
@@ -276,7 +279,9 @@ def assert_refused(params, words: str, name: str = "AdamW") -> None:
 
 
 def test_memory_that_a_loop_cannot_walk_is_refused():
-    assert_refused([torch.ones(4, 4)[:, :2]], "not native: number 0 (shape (4, 2)) is not contiguous")
+    assert_refused(
+        [torch.ones(4, 4)[:, :2]], "not native: number 0 (shape (4, 2)) is not contiguous"
+    )
     assert_refused([torch.ones(4, dtype=torch.complex64)], "is complex64")
     assert_refused([torch.ones(4, dtype=torch.float16)], "is float16")
     assert_refused([torch.ones(4, device="meta")], "not on the CPU")
@@ -381,6 +386,22 @@ def test_reasons_for_not_using_numba(monkeypatch):
     loader.unavailable.cache_clear()
 
 
+def test_an_optimizer_says_which_kernels_it_uses(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    plan = lm.Plan(lm.AdamW, lr=0.1, rules=[lm.Rule("1.*", thaw=1)])
+    optimizer = plan.build(model, steps=3)
+    assert set(optimizer.kernels().values()) == {"none yet: it was not updated"}
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert len(optimizer.kernels()) == 2
+    assert all(text.startswith("native: loops") for text in optimizer.kernels().values())
+    monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
+    other = lm.AdamW(model.parameters())
+    other.step()
+    assert "not native: Numba is not installed" in other.kernels()["0"]
+
+
 def test_code_that_cannot_be_compiled_is_a_reason(monkeypatch):
     monkeypatch.setattr(native_kernel, "_FAILURES", {})
     monkeypatch.setattr(loader, "_leave_cache", lambda: None)
@@ -395,6 +416,30 @@ def test_code_that_cannot_be_compiled_is_a_reason(monkeypatch):
     kernel, reason = choose(make("AdamW"))
     assert kernel.name == "fused"
     assert "Numba could not compile count, adam: no such instruction" in reason
+
+
+def test_many_groups_are_compared_in_one_go(monkeypatch):
+    """From the third step on: what is asked of a tensor in C is asked once, not for each group."""
+    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(20)]
+    optimizer = lm.AdamW([{"params": [param]} for param in params])
+    calls = []
+    real = updates.KeptBatch.holds
+    monkeypatch.setattr(
+        updates.KeptBatch, "holds", lambda self, *given: calls.append(1) or real(self, *given)
+    )
+    counts = []
+    for step in range(5):
+        for param in params:
+            param.grad = torch.ones(4)
+        if step == 3:
+            params[7].data = params[7].data.clone()  # which is found, and updated where it is now
+        optimizer.step()
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[2] == 1
+    assert counts[3] > 20
+    for param in params[1:]:
+        assert optimizer.state[param]["step"] == 5
 
 
 @pytest.mark.slow

@@ -127,6 +127,12 @@ def _instead_of(choice: Choice, batch: Batch) -> Choice:
     return Choice(choice.prefer, kernel, reason)
 
 
+def reason_of(batch: Batch) -> str:
+    """Return the kernel of the last update of a batch, and why it was this one."""
+    choice: Choice | None = batch.suited[1] if batch.suited else batch.kernel
+    return "none yet: it was not updated" if choice is None else choice.reason
+
+
 def step_device(param: torch.Tensor) -> torch.device:
     """Return the device for a step count, so that counting never waits."""
     return param.device if param.device.type in ("cuda", "xpu") else torch.device("cpu")

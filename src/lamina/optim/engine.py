@@ -11,6 +11,7 @@ import torch
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
+from ..kernels import reason_of
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
@@ -179,6 +180,29 @@ class Engine(torch.optim.Optimizer):
         batch = updates.batch(group, params, grads, self.state)
         self._kept_batches[id(group)] = KeptBatch(batch, updates.watched(params, self.state))
         return batch
+
+    def kernels(self) -> dict[str, str]:
+        """Return which kernel carried out the last update of each group, and why.
+
+        Returns:
+            A text for each group, by its name, or by its number where it has none. It says what
+            kept faster kernels from it, such as Numba that is not installed.
+
+        Example:
+            >>> import torch, lamina as lm
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> optimizer = lm.SGD(layer.parameters(), fused=False)
+            >>> layer(torch.ones(2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.kernels()
+            {'0': 'readable: the update rule as written, one tensor at a time'}
+        """
+        found = {}
+        for index, group in enumerate(self.param_groups):
+            known = self._kept_batches.get(id(group))
+            text = "none yet: it was not updated" if known is None else reason_of(known.batch)
+            found[str(group.get("name", index))] = text
+        return found
 
     def _store_new_state(self, batches: Sequence[Batch]) -> None:
         """Store the state tensors that an update brought into being."""
