@@ -1,6 +1,7 @@
 """What it costs to make an optimizer and to move its state, by tensors and by rules.
 
-Prints the tables of the section "Build and state" of docs/explanation/scaling.md: processor seconds, the
+Prints the tables of the section "Build and state" of docs/explanation/scaling.md: processor
+seconds, the
 memory at the peak, and the powers by which they grow, beside torch's AdamW. Each row is the median
 of several processes. `--imports` prints what `import lamina` costs instead.
 """
