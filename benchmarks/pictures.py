@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import sys
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,7 +233,8 @@ def readme_with_preview(page: str) -> str:
     program = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert program is not None
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    width = {"COLUMNS": "160"}  # wide enough for every column
+    with contextlib.redirect_stdout(printed), unittest.mock.patch.dict(os.environ, width):
         exec(compile(program[1], str(README), "exec"), {"__name__": "__main__"})
     lines = (line.rstrip() for line in printed.getvalue().rstrip().splitlines())
     block = "<!-- preview -->\n\n```text\n" + "\n".join(lines) + "\n```"

@@ -63,7 +63,7 @@ def test_rule_equals_the_paper(row):
 def test_equals_torch(row, dtype, prefer):
     dtype, tolerance = getattr(torch, dtype), DTYPES[dtype]
     how = {} if row.name == "Muon" else {"foreach": False}
-    if row.name == "Muon":
+    if row.name == "Muon" and prefer == "readable":
         tolerance = 1e-2  # a last digit that differs becomes one of bfloat16
     assert_close(run_lamina(row, dtype, prefer), run_torch(row, dtype, **how), tolerance)
 
@@ -93,7 +93,7 @@ def test_scale_multiplies_the_gradients(row, prefer, dtype):
         def update(self, param, grad, state, step, hyper):
             return super().update(param, 0.375 * grad, state, step, hyper)
 
-    if row.name == "Muon":
+    if row.name == "Muon" and prefer == "readable":
         tolerance = 1e-2
     elif row.whole:
         tolerance *= 2  # a sum over the tensor rounds in another order

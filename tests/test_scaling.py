@@ -91,7 +91,7 @@ def test_norms_of_shards_are_those_of_the_whole_and_come_together(tmp_path):
     for rank in range(2):
         plain, found, bad, sent = torch.load(tmp_path / f"{rank}.pt")
         for p, (norms, collectives_sent) in found.items():
-            expected = torch.stack(each_norm(plain, p))
+            expected = torch.stack([*each_norm(plain, p)])
             torch.testing.assert_close(norms, expected, equal_nan=True)
             assert collectives_sent == 1
         assert (bad, sent) == ([0, 0, 1, 0, 0], 1)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-#: the oldest that was tried
-OLDEST = (0, 61)
+from ..errors import OLDEST, release_of
 
 
 @cache
@@ -20,12 +19,9 @@ def unavailable() -> str:
         if isinstance(error, ModuleNotFoundError) and error.name == "numba":
             return 'Numba is not installed: pip install "lamina[fast]"'
         return f"Numba cannot be imported: {error}"
-    version = tuple(int(part) for part in numba.__version__.split(".")[:2])
-    if version < OLDEST:
-        return (
-            f"Numba {numba.__version__} is too old: pip install "
-            f'"numba>={".".join(map(str, OLDEST))}"'
-        )
+    oldest = OLDEST["numba"]
+    if release_of(numba.__version__) < release_of(oldest):
+        return f'Numba {numba.__version__} is too old: pip install "numba>={oldest}"'
     if numba.config.DISABLE_JIT:
         return "Numba is switched off by NUMBA_DISABLE_JIT"
     return ""

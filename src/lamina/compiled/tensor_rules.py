@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .access import as_number, claim, compiled, compiled_sums, load, store
+from .access import as_number, claim, compiled, compiled_sums, load
 from .rules import FOLLOWED
 from .weights16 import key_of, read_weight, write, write_weight
 
@@ -353,92 +353,6 @@ def layer_adaptive(
                 square = np.maximum(load(largest, i, x, 4), square)
                 write(largest, i, x, 4, noise, key_x, square)
             result = kept * weight - size * mean
-            write_weight(thetas, extras, i, theta, compensation, master, chance, key, result)
-        if followed:
-            table.flags[tensor] |= FOLLOWED
-
-
-@compiled
-def lerp(start: Any, end: Any, share: Any, rest: Any) -> Any:
-    """Return the number at a share of the way between two, as torch computes it."""
-    if share < rest:
-        return start + share * (end - start)
-    return end - (end - start) * rest
-
-
-@compiled
-def muon_momentum(
-    table: Any,
-    theta: Any,
-    g: Any,
-    b: Any,
-    o: Any,
-    nesterov: Any,
-    compensation: Any,
-    master: Any,
-    chance: Any,
-    noise: Any,
-) -> None:
-    """Update Muon's momentum; write what is to be orthogonalized into the stream o."""
-    while True:
-        chunk = claim(table.counter)
-        if chunk >= len(table.chunks):
-            return
-        tensor, start, end = table.chunks[chunk, 0], table.chunks[chunk, 1], table.chunks[chunk, 2]
-        n, seed = table.settings[table.rows[tensor]], table.seeds[tensor]
-        step = table.steps[tensor]
-        key_b = key_of(seed, step, 1)
-        grads, buffers, directions = (
-            table.addresses[1, tensor],
-            table.addresses[2, tensor],
-            table.addresses[3, tensor],
-        )
-        factor = as_number(n[0], theta)
-        momentum = as_number(n[2], theta)
-        rest = as_number(1.0 - n[2], theta)
-        for i in range(start, end):
-            grad = factor * load(grads, i, g, 1)
-            # The direction is rounded to bfloat16, which shows how the mean was computed.
-            buffer = lerp(load(buffers, i, b, 2), grad, rest, momentum)
-            write(buffers, i, b, 2, noise, key_b, buffer)
-            direction = buffer if nesterov is None else lerp(grad, buffer, momentum, rest)
-            store(directions, i, o, 3, direction)
-
-
-@compiled
-def muon(
-    table: Any,
-    theta: Any,
-    g: Any,
-    b: Any,
-    o: Any,
-    nesterov: Any,
-    compensation: Any,
-    master: Any,
-    chance: Any,
-    noise: Any,
-) -> None:
-    """Update by Muon, once the stream o is orthogonalized."""
-    while True:
-        chunk = claim(table.counter)
-        if chunk >= len(table.chunks):
-            return
-        tensor, start, end = table.chunks[chunk, 0], table.chunks[chunk, 1], table.chunks[chunk, 2]
-        n, seed = table.settings[table.rows[tensor]], table.seeds[tensor]
-        step = table.steps[tensor]
-        key = key_of(seed, step, 0)
-        thetas, directions, extras = (
-            table.addresses[0, tensor],
-            table.addresses[3, tensor],
-            table.addresses[4, tensor],
-        )
-        kept = as_number(1.0 - n[1] * n[3], theta)
-        size = as_number(n[1] * table.factors[tensor], theta)
-        followed = np.uint32(0)
-        for i in range(start, end):
-            weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
-            result = kept * weight - size * load(directions, i, o, 3)
             write_weight(thetas, extras, i, theta, compensation, master, chance, key, result)
         if followed:
             table.flags[tensor] |= FOLLOWED

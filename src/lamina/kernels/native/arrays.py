@@ -49,8 +49,6 @@ class Form(NamedTuple):
         """Return what a loop is given after the table: an element of each stream, or None."""
         weight, state = ELEMENTS[self.dtype], ELEMENTS[self.state_dtype]
         streams = [weight, weight, *(state if used else None for used in self.uses)]
-        if LOOPS[self.algorithm].scratch:
-            streams.append(ELEMENTS[torch.bfloat16])
         return (
             *streams,
             *(True if option else None for option in self.options),
@@ -83,8 +81,7 @@ def table_of(form: Form, batches: Sequence[Batch], width: int) -> Table:
         batches: one for each row of the settings.
         width: how many settings a row has.
     """
-    scratch = ("scratch",) if LOOPS[form.algorithm].scratch else ()
-    keys = (*batches[0].algorithm.buffers, *scratch, entry_of(form.rounding))
+    keys = (*batches[0].algorithm.buffers, entry_of(form.rounding))
     counts = [len(batch.params) for batch in batches]
     total = sum(counts)
     places = np.zeros((2 + len(keys), total), dtype=np.int64)

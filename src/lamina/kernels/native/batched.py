@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ...algorithms.base import Batch
-from ...algorithms.muon import Muon, lr_ratio, orthogonalized
 from ...algorithms.sgd import SGD
 from ...compiled.loader import loop
 from ...compiled.workers import WORKERS
@@ -90,12 +89,6 @@ class Part:
         self._total = sum(sizes)
         self._sums = np.zeros((len(self.table.chunks), loops.sums))
         self._totals = np.zeros((len(sizes), loops.sums))
-        if form.algorithm is Muon:
-            params = (param for batch in batches for param in batch.params)
-            hypers = (batch.hyper for batch in batches for _ in batch.params)
-            self.table.factors[:] = [
-                lr_ratio(hyper, param.shape) for hyper, param in zip(hypers, params, strict=True)
-            ]
 
     def mark_new(self, batches: Sequence[Batch], fresh: Sequence[set[int]]) -> None:
         """Note which buffers begin with this update, by the positions in each batch."""
@@ -139,15 +132,11 @@ class Part:
         if CHECK_BOUNDS:
             check_bounds(table, batches)
         loop("count")(self._step_addresses, table.steps)
-        if self._form.algorithm is Muon:
-            self._run_muon(batches)
-        elif loops.sums:
+        if loops.sums:
             self._call(f"{loops.update}_sums", (table, self._sums))
             loop("sum_chunks")(table.chunks, self._sums, self._totals)
             loop(f"{loops.update}_factors")(table, self._totals, self._sizes)
-            self._call(loops.update, (table,))
-        else:
-            self._call(loops.update, (table,))
+        self._call(loops.update, (table,))
         flags = table.flags
         if self._form.rounding in ("kahan", "master") and (flags & FOLLOWED).any():
             self._tell_followed(batches)
@@ -161,27 +150,12 @@ class Part:
             calls[f"{loops.update}_sums"] = (table, self._sums, *self._elements)
             calls["sum_chunks"] = (table.chunks, self._sums, self._totals)
             calls[f"{loops.update}_factors"] = (table, self._totals, self._sizes)
-        return calls | dict.fromkeys(loops.names, (table, *self._elements))
+        return {**calls, loops.update: (table, *self._elements)}
 
-    def _call(self, name: str, arguments: tuple[Any, ...], elements: int | None = None) -> None:
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.table.counter[0] = 0
-        elements = self._total if elements is None else elements
-        WORKERS.run(loop(name), (*arguments, *self._elements), elements if self._threads else 0)
-
-    def _run_muon(self, batches: Sequence[Batch]) -> None:
-        """Update matrix by matrix, so that there is one direction at a time."""
-        table = self.table
-        bounds = np.searchsorted(table.chunks[:, 0], np.arange(len(table.steps) + 1))
-        scratch = table.addresses[3]
-        params = [(batch.hyper, param) for batch in batches for param in batch.params]
-        for tensor, (hyper, param) in enumerate(params):
-            part = table._replace(chunks=table.chunks[bounds[tensor] : bounds[tensor + 1]])
-            direction = torch.empty(param.shape, dtype=torch.bfloat16)
-            scratch[tensor] = direction.data_ptr()
-            self._call("muon_momentum", (part,), param.numel())
-            direction = orthogonalized(direction, hyper).contiguous()
-            scratch[tensor] = direction.data_ptr()
-            self._call("muon", (part,), param.numel())
+        elements = self._total if self._threads else 0
+        WORKERS.run(loop(name), (*arguments, *self._elements), elements)
 
     def _tell_followed(self, batches: Sequence[Batch]) -> None:
         tensor = 0
@@ -195,7 +169,7 @@ class Part:
 def _begin_momentum(batch: Batch) -> list[int]:
     """Make room for buffers that begin now; return the positions of their parameters."""
     uses = zip(batch.algorithm.buffers, Form.of(batch).uses, strict=True)
-    if type(batch.algorithm) is Muon or ("momentum_buffer", True) not in uses:
+    if ("momentum_buffer", True) not in uses:
         return []
     return begin_momentum(batch)
 

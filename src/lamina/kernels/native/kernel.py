@@ -10,7 +10,6 @@ import torch
 from ..._util.blocks import PLAIN, is_dense
 from ..._util.tensors import waits
 from ...algorithms.base import Batch, state_dtype_of
-from ...algorithms.muon import Muon
 from ...compiled.chunks import ELEMENTS
 from ...compiled.loader import failure, unavailable
 from ..base import Kernel, short
@@ -74,11 +73,11 @@ class Native(Kernel):
 
 def _tensor_refusal(batch: Batch, index: int) -> str:
     param = batch.params[index]
-    if type(param) not in PLAIN:
+    if type(param) not in PLAIN or param.layout is not torch.strided:
         return f"is a {type(param).__name__}"
     if param.dtype not in ELEMENTS:
         return f"is {short(param.dtype)}"
-    if not param.is_contiguous() and (type(batch.algorithm) is Muon or not is_dense(param)):
+    if not param.is_contiguous() and not is_dense(param):
         return "is not contiguous"
     wanted = state_dtype_of(param, batch.hyper)
     if wanted not in ELEMENTS or (wanted is torch.float64) != (param.dtype is torch.float64):

@@ -10,7 +10,6 @@ from ...algorithms.base import number
 from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
-from ...algorithms.muon import Muon
 from ...algorithms.rmsprop import RMSprop
 from ...algorithms.sgd import SGD
 
@@ -34,15 +33,6 @@ class Loops(NamedTuple):
     needs: dict[str, str]
     #: hyperparameters that choose a form of the loop, beside those in `needs`
     options: tuple[str, ...] = ()
-    #: whether it hands a bfloat16 tensor from one loop to the next
-    scratch: bool = False
-    #: the loops beside `update`, by name
-    others: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All loops that are given the table and an element of each stream."""
-        return (self.update, *self.others)
 
 
 def _plain(values: Sequence[Any]) -> Numbers:
@@ -86,14 +76,4 @@ LOOPS: dict[type, Loops] = {
     ),
     LAMB: Loops("lamb", 2, ("lr", "betas", "eps", "weight_decay"), _lamb, {}),
     LayerAdaptiveAdam: Loops("layer_adaptive", 1, _ADAM, _adam, _MAX),
-    Muon: Loops(
-        "muon",
-        0,
-        ("lr", "momentum", "weight_decay"),
-        _plain,
-        {},
-        ("nesterov",),
-        scratch=True,
-        others=("muon_momentum",),
-    ),
 }
