@@ -25,7 +25,7 @@ from lamina.optim import updates
 
 pytest.importorskip("numba")
 
-from lamina.compiled import chunks, loader, squares
+from lamina.compiled import chunks, loader, squares, workers
 from reference.runner import assert_close, batch_of
 
 SHAPES = [(40, 31), (), (7,), (0, 3), (5, 3, 2, 2)]
@@ -174,9 +174,9 @@ def test_all_groups_are_updated_in_one_call(monkeypatch):
     params = [torch.nn.Parameter(torch.randn(5, 4)) for _ in range(30)]
     optimizer = lm.AdamW([{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)])
     calls = []
-    real = batched.WORKERS.run
+    real = workers.WORKERS.run
     monkeypatch.setattr(
-        batched.WORKERS, "run", lambda *given: (calls.append(given[0]), real(*given))
+        workers.WORKERS, "run", lambda *given: (calls.append(given[0]), real(*given))
     )
     before = [param.detach().clone() for param in params]
     for param in params:
@@ -210,8 +210,6 @@ def test_settings_and_forms_may_change_between_steps():
 
 @pytest.mark.parametrize("name", ["AdamW", "LAMB"])
 def test_threads_change_no_bit(name, monkeypatch):
-    from lamina.compiled import workers
-
     monkeypatch.setattr(workers, "_WORTH_A_THREAD", 10)
     results, threads = [], torch.get_num_threads()
     try:

@@ -46,7 +46,9 @@ def check_finite(
         raise nonfinite_error(name, clock)
 
 
-def keep_norms(known: Known | None, batches: Sequence[Batch], norms: Grads) -> None:
+def keep_norms(
+    known: Known | None, batches: Sequence[Batch], norms: Sequence[torch.Tensor]
+) -> None:
     """Keep the norms of all gradients of these batches, by group, if somebody asks for them."""
     if known is None:
         return

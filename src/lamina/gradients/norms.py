@@ -191,7 +191,7 @@ def _most(tensor: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------ without waiting for it
 
 
-def largest(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def largest(grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Return the largest |x| of each gradient: finite exactly where all its numbers are.
 
     Other than a sum of squares it cannot overflow, so that no second look is needed.

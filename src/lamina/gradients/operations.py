@@ -48,10 +48,10 @@ class ScopeGradients:
     norms: list[torch.Tensor] = field(default_factory=list)
     made: list[tuple[Operation, Grads]] = field(default_factory=list)
     #: the 2-norm of each gradient as it was given, if an operation has computed them
-    first_norms: list[torch.Tensor] | None = None
+    first_norms: Sequence[torch.Tensor] | None = None
     #: a norm of each gradient from the first operation that has computed them, and the function of
     #: the user's own that ran before it: to name a parameter later
-    each: list[torch.Tensor] | None = None
+    each: Sequence[torch.Tensor] | None = None
     each_by: Operation | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class ScopeGradients:
             self.scale = None
         return self.grads
 
-    def each_norm(self, p: float) -> list[torch.Tensor]:
+    def each_norm(self, p: float) -> Sequence[torch.Tensor]:
         """Return the p-norm of each gradient; they are kept in `norms` too."""
         whole = self._norms(p)
         self.norms += whole  # also of what this process has no part of: all must judge alike
@@ -79,10 +79,11 @@ class ScopeGradients:
         """Return the p-norm of all gradients together, as if they were one vector."""
         return total(self._norms(p), p)
 
-    def _norms(self, p: float) -> list[torch.Tensor]:
+    def _norms(self, p: float) -> Sequence[torch.Tensor]:
         """Return the p-norms of all gradients of the scope, on every process."""
         if self.first is not None:
-            own, self.first = self.first, None
+            own: Sequence[torch.Tensor] = self.first
+            self.first = None
         else:
             own = each_norm(self.grads, p)
         if self.shards is not None:
@@ -92,7 +93,7 @@ class ScopeGradients:
             self.first_norms = own
         return own
 
-    def note_each(self, norms: list[torch.Tensor]) -> None:
+    def note_each(self, norms: Sequence[torch.Tensor]) -> None:
         """Keep a norm of each gradient, of the first operation that computes them."""
         if self.each is None:
             self.each = norms

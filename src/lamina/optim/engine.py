@@ -117,7 +117,7 @@ class Engine(torch.optim.Optimizer):
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
         if known := self._kept_batches.step:
-            batches = known.batches(*map(list, zip(*rows, strict=True)), self.state) if rows else []
+            batches = known.batches(rows, self.state)
             if batches is not None:
                 return batches
             self._kept_batches.step = None

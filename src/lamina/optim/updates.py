@@ -260,20 +260,19 @@ class KeptStep:
 
     def batches(
         self,
-        groups: Sequence[Group],
-        params: Sequence[Tensors],
-        grads: Sequence[list[torch.Tensor]],
+        rows: Sequence[tuple[Group, Tensors, list[torch.Tensor]]],
         state: OptimizerState,
     ) -> list[Batch] | None:
         """Return the batches for the gradients of a step, or None where a tensor has changed.
 
         Args:
-            groups: those that have gradients, with
-            params: their parameters, and
-            grads: the gradients, each by group.
+            rows: the groups that have gradients, each with its parameters and the gradients.
             state: the state of the optimizer.
         """
         known = self._known
+        groups = [group for group, _, _ in rows]
+        params = [its for _, its, _ in rows]
+        grads = [its for _, _, its in rows]
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
             return None
         if list(map(len, params)) != self._counts or _preferences(groups) != self._preferences:
