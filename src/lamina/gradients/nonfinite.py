@@ -137,7 +137,7 @@ class _Check:
     returned these gradients, if not backward.
     """
 
-    flags: Grads
+    flags: Sequence[torch.Tensor]
     names: Sequence[str]
     each: Sequence[torch.Tensor]
     by: object = None
@@ -159,7 +159,7 @@ class DeferredChecks:
 
     def add(
         self,
-        flags: Grads,
+        flags: Sequence[torch.Tensor],
         names: Sequence[str],
         each: Sequence[torch.Tensor],
         by: object = None,
