@@ -186,7 +186,7 @@ def test_show_as_json_and_with_a_picture():
 
 
 def test_show_all_groups():
-    shown = call("show", TASK, "--all").stdout
+    shown = call("show", TASK, "--full").stdout
     assert shown.strip() == call("show", TASK).stdout.strip()
 
 

@@ -26,6 +26,7 @@ from .common import (
     Accumulate,
     AsJson,
     Epochs,
+    Full,
     PlanWord,
     TaskOption,
     TaskWord,
@@ -39,6 +40,7 @@ from .find_lr import find_lr
 from .init import init
 from .new_task import write_task
 from .plot import plot
+from .resumed import announce_run
 from .summary import summary
 from .watch import watch
 
@@ -91,6 +93,7 @@ def run(
         bool | None, typer.Option(help="Shard the model over the processes (FSDP2).")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
+    full: Full = False,
 ) -> None:
     """Announce the plan, train TASK by it, and show the result."""
     with cli_errors():
@@ -118,7 +121,7 @@ def run(
                 from ..training.display import display
 
                 console = Console()
-                announce(console, session.preview)
+                announce_run(console, session, full)
                 steps = session.preview.run.steps or 0
                 passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
                 with display(console, passes, steps, session.earlier) as shown:
@@ -137,7 +140,7 @@ def show(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     accumulate: Accumulate = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Each group, however many.")] = False,
+    full: Full = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a plan would do with the model of TASK, without training."""
@@ -151,10 +154,8 @@ def show(
         preview = preview_of_task(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
         if as_json:
             print_json(preview.data())
-        elif every:
-            print(preview.text(most=None))
         else:
-            announce(Console(), preview)
+            announce(Console(), preview, full)
         if plot is not None:
             try:
                 preview.plot(plot)

@@ -49,6 +49,7 @@ TaskOption = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
+Full = Annotated[bool, typer.Option("--full", help="Show every group; none are folded.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON, for scripts.")]
 
 
@@ -122,10 +123,16 @@ def preview_of_task(
     return task_previews(source, [plan_file], EXAMPLES, steps=steps, **asked)[0]
 
 
-def announce(console: Console, preview: Preview) -> None:
-    """Print a preview: in colour on a terminal, as plain text into a file or a pipe."""
-    if console.is_terminal:
+def announce(console: Console, preview: Preview, full: bool = False) -> None:
+    """Print a preview: in colour on a terminal, as plain text into a file or a pipe.
+
+    Args:
+        console: where to.
+        preview: what to print.
+        full: every group, in plain text.
+    """
+    if console.is_terminal and not full:
         console.print(preview)
     else:
-        print(preview)
+        print(preview.text(full=full))
     print(flush=True)
