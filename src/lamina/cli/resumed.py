@@ -61,10 +61,8 @@ def changes_text(before: Preview, after: Preview) -> str:
     if found:
         lines += ["", f"Changes from step {clock:,} on:", str(found)]
     else:
-        lines.append(
-            f"No value of its {len(after.rows)} group{'s' * (len(after.rows) != 1)} changes. To see "
-            "the whole plan: --full."
-        )
+        groups = f"{len(after.rows)} group{'s' * (len(after.rows) != 1)}"
+        lines.append(f"No value of its {groups} changes. To see the whole plan: --full.")
     old = {str(finding) for finding in before.findings}
     lines += [f"! {finding}" for finding in after.findings if str(finding) not in old]
     return "\n".join(lines)

@@ -74,7 +74,8 @@ def earliest_stop(preview: Shown, key: str, stop: EarlyStop) -> int | None:
         stop: the reaction.
     """
     run, clock = preview.run, 0 if preview.resumed is None else preview.resumed.clock
-    assert run.steps is not None and run.steps_per_epoch is not None
+    assert run.steps is not None
+    assert run.steps_per_epoch is not None
     resolved = preview.resolved
     others = tuple(pair for pair in resolved.reactions if not isinstance(pair[1], Plateau))
     resolved = replace(resolved, reactions=others)
