@@ -336,7 +336,7 @@ def test_inspect_says_what_a_run_holds():
     call("run", TASK, "--cpu", "--out", "made")
     result = call("inspect", "made")
     assert result.exit_code == 0, result.output
-    for part in ("checksum: right", "'training_task'", "step 14 of 14", "model.layer.0.weight"):
+    for part in ("checksum OK", "'training_task'", "step 14 of 14", "model.layer.0.weight"):
         assert part in result.stdout
 
 

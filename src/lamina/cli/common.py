@@ -36,21 +36,33 @@ TaskWord = Annotated[
     str | None,
     typer.Argument(
         metavar="TASK",
-        help=f"A Python file, or in a clone of lamina an example task ({DEFAULT} by default).",
+        help=f"Python file of the task, or the name of an example task. [default: {DEFAULT}]",
     ),
 ]
 PlanWord = Annotated[
     str | None,
-    typer.Argument(metavar="PLAN.toml", help="A plan for that task; by default its own."),
+    typer.Argument(metavar="PLAN.toml", help="Plan for the task. [default: the task's own]"),
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
+    typer.Option("--task", metavar="TASK", help="The task, instead of the TASK argument."),
 ]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
-Full = Annotated[bool, typer.Option("--full", help="Show every group; none are folded.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON, for scripts.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Length of the run in optimizer steps, instead of --epochs.")
+]
+Accumulate = Annotated[
+    int | None, typer.Option(help="Batches per optimizer step (gradient accumulation).")
+]
+Precision = Annotated[str | None, typer.Option(help="Numeric precision: no, fp16 or bf16.")]
+Cpu = Annotated[
+    bool, typer.Option("--cpu", help="Train on the CPU, even if there is an accelerator.")
+]
+PlotFile = Annotated[
+    Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf file.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Show every group; fold none.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @contextmanager

@@ -71,15 +71,17 @@ def _length(preview: Shown) -> str:
 
 def resumed_line(preview: Shown, resumed: Resumed) -> str:
     """Return where a saved run goes on, and what became of its schedules."""
-    text = f"goes on at step {resumed.clock:,} of a saved run"
+    text = f"resumes at step {resumed.clock:,} of a saved run"
     if resumed.saved_run is None or resumed.saved_run.steps is None:
         return f"{text} whose length is unknown"
     planned = preview.resolved.planned
     if resumed.settled_anew:
-        return f"{text} of {resumed.saved_run.steps:,} steps; schedules fit the new length"
+        return (
+            f"{text} of {resumed.saved_run.steps:,} steps; schedules are fitted to the new length"
+        )
     if planned is None or planned.steps is None:
         return text
-    return f"{text}; schedules are those of {planned.steps:,} steps, then hold their last values"
+    return f"{text}; schedules are those for {planned.steps:,} steps, then hold their last value"
 
 
 def _groups(preview: Shown, said: dict[str, str]) -> list[str]:
