@@ -174,7 +174,7 @@ def test_a_run_with_a_part_of_another_kind(run, tmp_path, key, value):
         told = described(tmp_path, {**whole, key: value})
     except StateError as error:
         told = str(error)
-    assert "a checkpoint of a run" in told or "its parts are not what they should be" in told
+    assert "checkpoint of a run" in told or "its parts are not what they should be" in told
 
 
 def test_a_path_that_is_too_long(tmp_path):
