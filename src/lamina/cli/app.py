@@ -57,6 +57,33 @@ _ORDER = (
 )
 
 
+# The options of `lamina run` alone.
+RunSeed = Annotated[
+    int | None, typer.Option(help="Random seed for weights, dropout and data order.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="New folder for the run. [default: runs/TASK-DATE-TIME]")
+]
+Resume = Annotated[Path | None, typer.Option(help="Folder of the run to resume.")]
+Extend = Annotated[
+    str | None,
+    typer.Option(
+        help="For a resumed run of another length: 'hold' keeps its schedules, 'stretch' fits "
+        "them to the new length."
+    ),
+]
+SaveEvery = Annotated[
+    str | None,
+    typer.Option(
+        help="Time between checkpoints, such as '500 steps' or '10%'. [default: 1 epochs]"
+    ),
+]
+Keep = Annotated[
+    int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")
+]
+Fsdp = Annotated[bool | None, typer.Option(help="Shard the model over all processes (FSDP2).")]
+
+
 class _InOrder(typer.core.TyperGroup):
     """Lists the commands in the order of `_ORDER`."""
 
@@ -96,34 +123,15 @@ def run(
     plan: PlanWord = None,
     task_option: TaskOption = None,
     epochs: Epochs = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed for weights, dropout and data order.")
-    ] = None,
+    seed: RunSeed = None,
     accumulate: Accumulate = None,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder for the run. [default: runs/TASK-DATE-TIME]")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder of the run to resume.")] = None,
-    extend: Annotated[
-        str | None,
-        typer.Option(
-            help="For a resumed run of another length: 'hold' keeps its schedules, 'stretch' fits "
-            "them to the new length."
-        ),
-    ] = None,
-    save_every: Annotated[
-        str | None,
-        typer.Option(
-            help="Time between checkpoints, such as '500 steps' or '10%'. [default: 1 epochs]"
-        ),
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")
-    ] = None,
+    out: Out = None,
+    resume: Resume = None,
+    extend: Extend = None,
+    save_every: SaveEvery = None,
+    keep: Keep = None,
     mixed_precision: Precision = None,
-    fsdp: Annotated[
-        bool | None, typer.Option(help="Shard the model over all processes (FSDP2).")
-    ] = None,
+    fsdp: Fsdp = None,
     cpu: Cpu = False,
     full: Full = False,
 ) -> None:

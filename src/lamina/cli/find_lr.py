@@ -26,30 +26,31 @@ from .common import (
     print_json,
 )
 
+Low = Annotated[float, typer.Option(help="Lowest learning rate to try.")]
+High = Annotated[float, typer.Option(help="Highest learning rate to try.")]
+TestedRates = Annotated[
+    int, typer.Option(help="Learning rates to try, one step each; at least 20.")
+]
+Repeats = Annotated[int, typer.Option(help="Number of tests, each on other batches; at least 3.")]
+VariedRule = Annotated[str | None, typer.Option(help="Group or pattern whose lr alone is varied.")]
+At = Annotated[
+    int | None, typer.Option(help="Step of the plan to test at. [default: that of its highest lr]")
+]
+TestSeed = Annotated[int | None, typer.Option(help="Random seed for weights, data and test.")]
+
 
 def find_lr(
     task: TaskWord = None,
     plan: PlanWord = None,
     task_option: TaskOption = None,
-    low: Annotated[float, typer.Option(help="Lowest learning rate to try.")] = 1e-7,
-    high: Annotated[float, typer.Option(help="Highest learning rate to try.")] = 10.0,
-    steps: Annotated[
-        int, typer.Option(help="Learning rates to try, one step each; at least 20.")
-    ] = 100,
-    repeats: Annotated[
-        int, typer.Option(help="Number of tests, each on other batches; at least 3.")
-    ] = 3,
-    rule: Annotated[
-        str | None, typer.Option(help="Group or pattern whose lr alone is varied.")
-    ] = None,
-    at: Annotated[
-        int | None,
-        typer.Option(help="Step of the plan to test at. [default: that of its highest lr]"),
-    ] = None,
+    low: Low = 1e-7,
+    high: High = 10.0,
+    steps: TestedRates = 100,
+    repeats: Repeats = 3,
+    rule: VariedRule = None,
+    at: At = None,
     epochs: Epochs = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed for weights, data and test.")
-    ] = None,
+    seed: TestSeed = None,
     accumulate: Accumulate = None,
     mixed_precision: Precision = None,
     cpu: Cpu = False,
