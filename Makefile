@@ -51,6 +51,7 @@ coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
 	@$(BIN)/python -m pytest $(PARALLEL) --cov=lamina --cov-report=term:skip-covered $(ARGS)
 
 # The wheel is installed without extras, as a user has it, and the README's first program run with it.
+# Last, mypy and pyright read a typed program against it.
 dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean environment
 	@rm -rf dist build/dist
 	@$(BIN)/python -m hatchling build
@@ -61,6 +62,8 @@ dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean envir
 	@$(BIN)/python benchmarks/first_program.py > build/dist/first_program.py
 	@cd build/dist && bin/python -W error first_program.py
 	@build/dist/bin/lamina 2>&1 | grep -q "pip install"  # without its extra, it says what to install
+	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) mypy "pyright[nodejs]"
+	@build/dist/bin/python -m benchmarks.typed
 	@echo "dist/ holds: $$(ls dist)"
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/site, to open from the file system

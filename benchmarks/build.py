@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.resolve.resolve import resolve
+from lamina.resolve.resolve import resolve_plan
 from lamina.schedules.duration import Run
 
 from .scaling.local import IN_BLOCK, STEPS, exponent, make_model
@@ -86,7 +86,7 @@ def plan_of(kind: str, rules: int, tensors: int) -> lm.Plan:
 def operations(plan: lm.Plan, model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield what is measured, in order; each is called before the next is asked for."""
     names = [name for name, _ in model.named_parameters()]
-    yield "resolve", lambda: resolve(plan, model, Run(STEPS))
+    yield "resolve", lambda: resolve_plan(plan, model, Run(STEPS))
     yield "preview", lambda: str(plan.preview(model, steps=STEPS))
     made: dict[str, Any] = {}
     yield "build", lambda: made.update(it=plan.build(model, steps=STEPS))

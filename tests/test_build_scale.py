@@ -20,7 +20,7 @@ from lamina.model.parameters import Observed, ParamInfo, walk
 from lamina.model.patterns import Pattern, compile_pattern
 from lamina.resolve.cascade import cascade
 from lamina.resolve.findings import find, model_findings
-from lamina.resolve.resolve import resolve
+from lamina.resolve.resolve import resolve_plan
 from lamina.schedules.duration import Run
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_the_rarest_part_decides():
 def test_a_function_is_asked_once_for_each_parameter():
     seen = []
     plan = lm.Plan(lm.SGD, lr=0.1, rules=[lm.Rule(lambda info: not seen.append(info), lr=0.2)])
-    resolve(plan, make_model(60))
+    resolve_plan(plan, make_model(60))
     assert len(seen) == 60
 
 
@@ -135,7 +135,7 @@ def test_a_slow_pattern_is_stopped_where_it_is_tried():
     slow = lm.Plan(lm.SGD, lr=0.1, rules=[lm.Rule(r"re:(?:a|aa|\w)+\.[w]eigh", lr=0.2)])
     model = nn.ModuleDict({"a" * 40: nn.Linear(1, 1)})
     with pytest.raises(lm.PatternError, match="takes too long"):
-        resolve(slow, model)
+        resolve_plan(slow, model)
 
 
 # -------------------------------------------------------------------------- matches, not products
@@ -173,7 +173,7 @@ def test_canary_patterns_tried_on_every_name_are_seen(kind, monkeypatch):
 
 
 WORK = {
-    "resolve": lambda plan, model: resolve(plan, model, Run(1000)),
+    "resolve": lambda plan, model: resolve_plan(plan, model, Run(1000)),
     "preview": lambda plan, model: str(plan.preview(model, steps=1000)),
     "build and state": lambda plan, model: build_and_load(plan, model),
 }
