@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -212,8 +212,8 @@ class DropIn(Engine):
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
-            saved_rounding = rounding_name("the state", new.get("rounding"))
-            new["rounding"] = old.get("rounding") or saved_rounding
+            asked = rounding_name("the state", new.get("rounding"))
+            new["rounding"] = old.get("rounding") or asked
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
             params.update({key: (param, new, name) for key, param, name in rows})
@@ -228,21 +228,12 @@ class DropIn(Engine):
                 continue
             param, group, name = params[key]
             state[param] = _fit_entry(name, param, group, entry)
-            dropped += (
-                [name]
-                if any(k in entry and k not in state[param] for k in ROUNDING_ENTRIES)
-                else []
-            )
+            if any(k in entry and k not in state[param] for k in ROUNDING_ENTRIES):
+                dropped.append(name)
             lost = _lost_digits(entry, state[param]) if group["state_dtype"] is None else None
             if lost is not None:
                 converted.setdefault(lost, []).append(name)
-        for (before, now), its in converted.items():
-            warn(loss_of_digits(its, before, now))
-        if dropped:
-            warn(
-                f"the saved state has a 'master' or 'compensation' of {listed(dropped)}, which the "
-                "rounding here does not use: it was dropped."
-            )
+        _tell_of_losses(converted, dropped)
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
@@ -295,6 +286,19 @@ def _refuse_uncapturable(batch: Batch) -> None:
     if kernel.name == "readable" or on_cpu is not None:
         what = reason if on_cpu is None else f"{batch.name_of(on_cpu)} is on the CPU"
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
+
+
+def _tell_of_losses(
+    converted: Mapping[tuple[str, str], Sequence[str]], dropped: Sequence[str]
+) -> None:
+    """Warn of what a load does not keep: digits, and state of another rounding."""
+    for (before, now), its in converted.items():
+        warn(loss_of_digits(its, before, now))
+    if dropped:
+        warn(
+            f"the saved state has a 'master' or 'compensation' of {listed(dropped)}, which the "
+            "rounding here does not use: it was dropped."
+        )
 
 
 def _lost_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
