@@ -11,6 +11,7 @@ import torch
 import lamina as lm
 from lamina import optim
 from lamina.algorithms.base import HALF
+from processes import join_group, leave_group, run_processes
 
 HOWS = ("stochastic", "kahan", "master")
 hows = pytest.mark.parametrize("how", HOWS)
@@ -372,6 +373,51 @@ def test_a_sparse_gradient_moves_its_rows_alone(how):
     assert moved == [False, True, False, False, True, False]
 
 
+def _train_shards(rank: int, folder: str) -> None:
+    """Both processes train a sharded and a replicated parameter beside whole ones of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    join_group(rank, folder)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 5).bfloat16(), torch.randn(3, 6, 5).bfloat16()
+    for name in ("AdamW", "LAMB"):
+        for how in HOWS:
+            params = {
+                "sharded": torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)])),
+                "copies": torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()])),
+                "whole": torch.nn.Parameter(start.clone()),
+            }
+            optimizers = [
+                getattr(optim, name)([("w", param)], lr=1e-3, rounding=how)
+                for param in params.values()
+            ]
+            for grad in grads:
+                for param, optimizer in zip(params.values(), optimizers, strict=True):
+                    is_whole = param is params["whole"]
+                    spread = None if is_whole else distribute_tensor(grad, mesh, param.placements)
+                    param.grad = grad.clone() if is_whole else spread
+                    optimizer.step()
+            whole = params["whole"].detach()
+            assert torch.equal(params["copies"].full_tensor(), whole)
+            found = params["sharded"].full_tensor()
+            if how == "stochastic":  # the second process begins to count at its own part
+                assert torch.equal(found[:3], whole[:3]) or name == "LAMB"
+                assert (found - whole).abs().max() < 0.05
+            else:
+                assert (found - whole).abs().max() <= 2**-7 * whole.abs().max()
+            entry = ENTRY[how]
+            if entry:
+                assert optimizers[0].state[params["sharded"]][entry].shape == start.shape
+    leave_group()
+
+
+@pytest.mark.slow
+def test_sharded_parameters(tmp_path):
+    run_processes(_train_shards, tmp_path)
+
+
 # --- what is refused, and how it is written ----------------------------------------------------
 
 
@@ -413,8 +459,10 @@ def test_plans_write_and_read_it():
         name: group["rounding"] for group in optimizer.param_groups for name in group["param_names"]
     }
     assert found == {
-        "0.weight": "stochastic", "0.bias": "stochastic",
-        "2.weight": "kahan", "2.bias": None,
+        "0.weight": "stochastic",
+        "0.bias": "stochastic",
+        "2.weight": "kahan",
+        "2.bias": None,
     }
 
 

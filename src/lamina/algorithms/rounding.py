@@ -181,7 +181,7 @@ def _mix_int32(x: torch.Tensor) -> torch.Tensor:
 
 def places_of(part: torch.Tensor, origin: int) -> torch.Tensor:
     """Return how far each element of a view lies from `origin` in memory, in elements."""
-    first, device = part.storage_offset() - origin, part.device
+    first, device = int(part.storage_offset()) - origin, part.device
     rows = list(zip(part.shape, part.stride(), strict=True))
     last = first + sum((size - 1) * stride for size, stride in rows)
     dtype = torch.int32 if last < _SIGN else torch.int64
@@ -269,7 +269,7 @@ class Rounder:
         #: the dtype of state that begins with this update
         self.state_dtype = state_dtype_of(param, batch.hyper)
         #: where the first element lies in its storage
-        self.origin = local_part(param).storage_offset()
+        self.origin = int(local_part(param).storage_offset())
         step = batch.steps[index]
         self._step = int(step) if step.is_cpu else step.to(torch.int64)
         self._seed = seed_of(batch, index)
