@@ -452,6 +452,7 @@ def test_a_gradient_that_is_refused_leaves_guests_as_they_were():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("without_numba")
 def test_a_kernel_that_fails_says_what_was_updated(monkeypatch):
     from lamina.kernels import fused
 

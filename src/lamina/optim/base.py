@@ -16,9 +16,10 @@ from .._util.numbers import is_number, python_number
 from .._util.text import listed
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import ROUNDING_ENTRIES, Batch, Method, dtype_name, state_dtype_of
-from ..algorithms.rounding import entry_dtype, entry_of, rounding_name, tell_followed
+from ..algorithms.rounding import entry_dtype, needed_entry, rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
+from ..kernels.capture import refuse_host_reads
 from ..model.suggestions import ALIASES
 from .engine import Engine, shown_names
 from .loading import check_form, loss_of_digits, matching_groups
@@ -181,6 +182,8 @@ class DropIn(Engine):
         for batch in batches:
             if batch.hyper.get("capturable"):
                 _refuse_uncapturable(batch)
+        if batches and batches[0].params[0].is_cuda:
+            refuse_host_reads(batches)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
@@ -334,7 +337,7 @@ def _fit_entry(
                 )
         if key not in ROUNDING_ENTRIES:
             fitted[key] = _fit(param, state_dtype_of(param, group), value)
-        elif key == entry_of(param, group):
+        elif key == needed_entry(param, group):
             fitted[key] = _fit(param, entry_dtype(param, key), value)
     return fitted
 
