@@ -371,7 +371,11 @@ def test_norms_around_a_round_number_are_not_told():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
 def test_updates_that_round_away_are_told(dtype, optimizer):
-    model, optimizer = built(model=net(dtype, 256), optimizer=optimizer, lr=1e-6)
+    found = []
+    settings = {"model": net(dtype, 256), "optimizer": optimizer, "lr": 1e-6}
+    at_build = codes(lambda: found.extend(built(**settings)))
+    assert at_build == [] if optimizer == "SGD" else ["steps-round-to-nothing"]
+    model, optimizer = found
     before = [param.detach().clone() for param in model.parameters()]
     assert codes(lambda: take(model, optimizer, 12)) == ["updates-round-away"]
     same = sum(int((a == b).sum()) for a, b in zip(before, model.parameters(), strict=True))
@@ -380,6 +384,13 @@ def test_updates_that_round_away_are_told(dtype, optimizer):
 
 def test_in_float32_as_proposed_nothing_rounds_away():
     model, optimizer = built(model=net(torch.bfloat16, 256).float(), optimizer="AdamW", lr=1e-6)
+    assert codes(lambda: take(model, optimizer, 12)) == []
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
+def test_with_another_rounding_nothing_rounds_away(rounding):
+    settings = {"optimizer": "AdamW", "lr": 1e-6, "rounding": rounding}
+    model, optimizer = built(model=net(torch.bfloat16, 256), **settings)
     assert codes(lambda: take(model, optimizer, 12)) == []
 
 

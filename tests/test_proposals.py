@@ -416,6 +416,7 @@ OTHER_FINDINGS = {
     "step-without-gradient": "test_monitor.py",
     "clipped-elsewhere": "test_monitor.py",
     "updates-round-away": "test_monitor.py",
+    "steps-round-to-nothing": "test_low_precision.py",
     "cannot-train": "test_flags.py",
     "rebuilt": "test_flags.py",
     "requires-grad-off": "test_flags.py",

@@ -19,7 +19,7 @@ from lamina.record import METRICS, JsonLines, Record, Recorder, TensorBoard
 #: what a plan tells of 16-bit weights, and of gradients that nobody looks at
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{code}")
-    for code in ("updates-round-away", "gradients-unchecked")
+    for code in ("updates-round-away", "steps-round-to-nothing", "gradients-unchecked")
 ]
 HEAD, BODY = "2.*", "0.*"
 

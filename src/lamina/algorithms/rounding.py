@@ -92,9 +92,15 @@ def rounding_of(param: torch.Tensor, hyper: Hyper) -> str | None:
     return None if how in (None, "nearest") or param.dtype not in HALF else how
 
 
+def needed_entry(param: torch.Tensor, hyper: Hyper) -> str | None:
+    """Return the key of the state tensor that the rounding of a parameter needs, or None."""
+    return entry_of(rounding_of(param, hyper))
+
+
 def settle_entries(param: torch.Tensor, entry: dict[str, Any], hyper: Hyper) -> None:
     """Add the state tensor that the rounding of a parameter needs, and drop one of another."""
-    wanted = entry_of(rounding_of(param, hyper))
+    rounding_name("a parameter group", hyper.get("rounding"))  # it may have been set by hand
+    wanted = needed_entry(param, hyper)
     for key in ROUNDING_ENTRIES:
         if key != wanted:
             entry.pop(key, None)
@@ -164,17 +170,23 @@ def random_bits(places: torch.Tensor, key: Any) -> torch.Tensor:
 
 def _mix_int32(x: torch.Tensor) -> torch.Tensor:
     """Do what `mix` does, in place, on words that are stored as int32: half the memory."""
-    x ^= (x >> 16) & 0xFFFF  # int32 is shifted with its sign
+    shifted = x >> 16
+    shifted &= 0xFFFF  # int32 is shifted with its sign
+    x ^= shifted
     x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    shifted &= 0x1FFFF
+    x ^= shifted
     x *= 0x846CA68B - 2**32
-    x ^= (x >> 16) & 0xFFFF
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    shifted &= 0xFFFF
+    x ^= shifted
     return x
 
 
 def places_of(part: torch.Tensor, origin: int) -> torch.Tensor:
     """Return how far each element of a view lies from `origin` in memory, in elements."""
-    first, device = part.storage_offset() - origin, part.device
+    first, device = int(part.storage_offset()) - origin, part.device
     rows = list(zip(part.shape, part.stride(), strict=True))
     last = first + sum((size - 1) * stride for size, stride in rows)
     dtype = torch.int32 if last < _SIGN else torch.int64
@@ -197,7 +209,7 @@ def round_stochastically(
 
     Args:
         values: float32, of any shape.
-        bits: int32 random bits of that shape.
+        bits: int32 random bits of that shape; they are used up, to save memory.
         dtype: bfloat16 or float16.
 
     Returns:
@@ -212,25 +224,29 @@ def round_stochastically(
     """
     largest = torch.finfo(dtype).max
     within = values.clamp(-largest, largest)
-    words = bits & ~(-1 << _DROPPED[dtype])
     if dtype is torch.float16:
         shift = ((within.abs() < _SMALLEST) * _SMALLEST).copysign_(within)
-        rounded = _truncate(within.add_(shift), words, dtype).sub_(shift).copysign_(values)
+        exact = _truncate(within.add_(shift), bits, dtype).sub_(shift).copysign_(values)
     else:
-        rounded = _truncate(within, words, dtype)
-    # Of what lies further outside, and of NaN, which is not below anything.
-    is_kept = values.abs() < _RANGE[dtype]
-    return torch.where(is_kept, rounded.to(dtype), values.to(dtype))
+        exact = _truncate(within, bits, dtype)
+    rounded = exact.to(dtype)
+    # Infinity and what rounds to it are not, nor is NaN, which is not below anything.
+    is_kept = torch.abs(values, out=within) < _RANGE[dtype]
+    if values.is_cpu and bool(is_kept.all()):
+        return rounded
+    return torch.where(is_kept, rounded, values.to(dtype))
 
 
-def _truncate(values: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Add bits to float32 patterns, in place of the bits, and clear those that are not kept.
+def _truncate(values: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Add random bits to float32 patterns, in their place, and clear those that are not kept.
 
     The sign is the highest bit of a pattern, so that the absolute value grows.
     """
-    words += values.view(torch.int32)
-    words &= -1 << _DROPPED[dtype]
-    return words.view(torch.float32)
+    kept = -1 << _DROPPED[dtype]
+    bits &= ~kept
+    bits += values.view(torch.int32)
+    bits &= kept
+    return bits.view(torch.float32)
 
 
 def seed_of(batch: Batch, index: int) -> int:
@@ -254,11 +270,11 @@ class Rounder:
         self.batch, self.index = batch, index
         self.how = rounding_of(param, batch.hyper)
         #: the key of the state tensor of this rounding, or None
-        self.entry = entry_of(self.how)
+        self.entry = needed_entry(param, batch.hyper)
         #: the dtype of state that begins with this update
         self.state_dtype = state_dtype_of(param, batch.hyper)
         #: where the first element lies in its storage
-        self.origin = local_part(param).storage_offset()
+        self.origin = int(local_part(param).storage_offset())
         step = batch.steps[index]
         self._step = step.to(torch.int64) if waits(step.device) else int(step)
         self._seed = seed_of(batch, index)
@@ -315,7 +331,7 @@ class RoundedPart:
 
     def _store_stochastically(self, value: torch.Tensor, into: torch.Tensor, key: Any) -> None:
         if self._places is None:
-            self._places = places_of(local_part(self._part), self._rounder.origin)
+            self._places = places_of(local_part(self._part), int(self._rounder.origin))
         mine = local_part(into)
         bits = random_bits(self._places, key)
         mine.copy_(round_stochastically(_local_value(value, into), bits, mine.dtype))

@@ -221,9 +221,11 @@ def _groups(state: Mapping[str, Any]) -> list[str]:
         kind = f" · {group['optimizer']}" if "optimizer" in group else ""
         lr = group.get("lr")
         shown = _figure(lr) if lr is not None else "none"
+        rounding = group.get("rounding")
+        rounded = f" · rounding {short(rounding)}" if rounding is not None else ""
         lines.append(
             f"  {name}{kind} · {count} parameter{'s' if count != 1 else ''} · "
-            f"lr {shown}{_rest(state, group)}"
+            f"lr {shown}{rounded}{_rest(state, group)}"
         )
     return lines
 

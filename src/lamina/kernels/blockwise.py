@@ -197,7 +197,7 @@ def _widened(
 
 
 def _wide_weight(piece: Piece) -> torch.Tensor:
-    """Return a weight in float32, without gaps in memory; a master weight itself, if it has none."""
+    """Return a weight in float32, without gaps; a master weight itself if it has none."""
     if piece.rounded is None:
         return piece.param.float()
     weight = piece.rounded.weight()

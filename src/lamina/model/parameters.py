@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._util.blocks import PLAIN
 from .._util.sharding import flat_parts, lasting_parameters, shard_origins
-from .._util.tensors import overlapping, relation
+from .._util.tensors import has_elements, overlapping, relation
 from ..errors import PlanError
 from .adapters import has_adapters, is_adapter, merged_layers, names_in_base, prefix_of
 
@@ -23,6 +24,8 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 MARK = "_lamina_frozen"
 #: the same for tensors of this process: modules may be exchanged around their parameters
 _FROZEN_BY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: how many weights of a 16-bit parameter are looked at
+_SAMPLED = 4096
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Observed:
     `split` the names that were one tensor until FSDP2 put them into different shard groups;
     `statistics` the modules that update running statistics in training mode, each with the names of
     the parameters that must be frozen for it to count as frozen; `merged` the layers whose
-    adapters are merged into the base.
+    adapters are merged into the base; `typical` the size of a typical weight of each parameter of
+    16 bits, by its name.
     """
 
     compiled: bool = False
@@ -99,6 +103,7 @@ class Observed:
     split: tuple[tuple[str, ...], ...] = ()
     statistics: tuple[tuple[str, frozenset[str]], ...] = ()
     merged: tuple[str, ...] = ()
+    typical: Mapping[str, float] = field(default_factory=dict)
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -277,7 +282,28 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     segments = () if hooked else tuple(reentrant)
     split = _split_by_sharding(model, owned)
     statistics = _moving_statistics(model, owned)
-    return Observed(compiled, segments, tuple(stray), split, statistics, merged_layers(model))
+    merged = merged_layers(model)
+    typical = _typical_weights(owned)
+    return Observed(compiled, segments, tuple(stray), split, statistics, merged, typical)
+
+
+def _typical_weights(owned: Iterable[Owned]) -> dict[str, float]:
+    """Return the median absolute value of some weights of each 16-bit parameter.
+
+    What is sharded, or has no data yet, is left out; so are zeros, from which any step leads away.
+    """
+    found = {}
+    for item in owned:
+        tensor = item.tensor.detach()
+        if item.info.dtype not in ("bfloat16", "float16") or type(item.tensor) not in PLAIN:
+            continue
+        if tensor.is_meta or not has_elements(tensor):
+            continue
+        some = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLED)].float().abs()
+        some = some[some > 0]
+        if some.numel():
+            found[item.info.name] = float(some.median())
+    return found
 
 
 def _moving_statistics(

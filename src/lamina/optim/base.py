@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -13,9 +13,10 @@ from torch.optim.optimizer import ParamsT
 from .. import kernels
 from .._util.notices import warn
 from .._util.numbers import is_number, python_number
+from .._util.text import listed
 from ..algorithms import ALGORITHMS
-from ..algorithms.base import Batch, Method, dtype_name
-from ..algorithms.rounding import rounding_name, tell_followed
+from ..algorithms.base import ROUNDING_ENTRIES, Batch, Method, dtype_name, state_dtype_of
+from ..algorithms.rounding import entry_dtype, needed_entry, rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
 from ..kernels.capture import refuse_host_reads
@@ -209,30 +210,33 @@ class DropIn(Engine):
             state_dict = hook(self, state_dict) or state_dict
         whole = self.algorithm.unit == "vector" and any(map(len, state_dict["state"].values()))
         saved = matching_groups(self.param_groups, state_dict["param_groups"], ordered=whole)
-        params: dict[Any, tuple[torch.Tensor, Any, str]] = {}
+        params: dict[Any, tuple[torch.Tensor, dict[str, Any], str]] = {}
         groups: list[dict[str, Any]] = []
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
-            new["rounding"] = old["rounding"] or rounding_name("the state", new.get("rounding"))
+            asked = rounding_name("the state", new.get("rounding"))
+            new["rounding"] = old.get("rounding") or asked
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
-            params.update({key: (param, new["state_dtype"], name) for key, param, name in rows})
+            params.update({key: (param, new, name) for key, param, name in rows})
             kept = deepcopy({key: value for key, value in old.items() if key != "params"})
             groups.append({**kept, **new, "params": old["params"]})
         state: dict[Any, Any] = {}
         converted: dict[tuple[str, str], list[str]] = {}
+        dropped: list[str] = []
         for key, entry in state_dict["state"].items():
             if key not in params:
                 state[key] = entry
                 continue
-            param, wanted, name = params[key]
-            state[param] = _fit_entry(name, param, wanted, entry)
-            lost = _lost_digits(entry, state[param]) if wanted is None else None
+            param, group, name = params[key]
+            state[param] = _fit_entry(name, param, group, entry)
+            if any(k in entry and k not in state[param] for k in ROUNDING_ENTRIES):
+                dropped.append(name)
+            lost = _lost_digits(entry, state[param]) if group["state_dtype"] is None else None
             if lost is not None:
                 converted.setdefault(lost, []).append(name)
-        for (before, now), its in converted.items():
-            warn(loss_of_digits(its, before, now))
+        _tell_of_losses(converted, dropped)
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
@@ -287,17 +291,32 @@ def _refuse_uncapturable(batch: Batch) -> None:
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
 
 
+def _tell_of_losses(
+    converted: Mapping[tuple[str, str], Sequence[str]], dropped: Sequence[str]
+) -> None:
+    """Warn of what a load does not keep: digits, and state of another rounding."""
+    for (before, now), its in converted.items():
+        warn(loss_of_digits(its, before, now))
+    if dropped:
+        warn(
+            f"the saved state has a 'master' or 'compensation' of {listed(dropped)}, which the "
+            "rounding here does not use: it was dropped."
+        )
+
+
 def _lost_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the dtypes of a state before and now, if it has less precision than was saved."""
     for key, value in saved.items():
-        if key in _SHAPED and isinstance(value, torch.Tensor):
+        if key in _SHAPED and isinstance(value, torch.Tensor) and key in now:
             dtype = now[key].dtype
             if torch.promote_types(value.dtype, dtype) is not dtype:
                 return short(value.dtype), short(dtype)
     return None
 
 
-def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -> dict[str, Any]:
+def _fit_entry(
+    name: str, param: torch.Tensor, group: Mapping[str, Any], entry: Any
+) -> dict[str, Any]:
     """Return the saved state of a parameter, on its device and in its dtype, as new tensors."""
     fitted: dict[str, Any] = {}
     for key, value in dict(entry).items():
@@ -316,19 +335,22 @@ def _fit_entry(name: str, param: torch.Tensor, wanted: str | None, entry: Any) -
                     f"the saved {key} of {name} is of type {short(value.dtype)}, and the parameter "
                     f"is {short(param.dtype)}; nothing was loaded."
                 )
-        fitted[key] = _fit(param, wanted, value)
+        if key not in ROUNDING_ENTRIES:
+            fitted[key] = _fit(param, state_dtype_of(param, group), value)
+        elif key == needed_entry(param, group):
+            fitted[key] = _fit(param, entry_dtype(param, key), value)
     return fitted
 
 
 #: state that is as large as its parameter
-_SHAPED = {key for algorithm in ALGORITHMS.values() for key in algorithm.buffers}
+_SHAPED = {key for algorithm in ALGORITHMS.values() for key in algorithm.tensors}
 
 
-def _fit(param: torch.Tensor, wanted: str | None, value: Any) -> Any:
+def _fit(param: torch.Tensor, wanted: torch.dtype, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         dtype = value.dtype
         if value.is_floating_point() and param.is_floating_point():
-            dtype = param.dtype if wanted is None else getattr(torch, wanted)
+            dtype = wanted
             if value.shape != param.shape and dtype.itemsize < 4:
                 dtype = torch.float32  # vectors of L-BFGS, which computes in float32
         return value.to(device=param.device, dtype=dtype, copy=True)

@@ -1,7 +1,7 @@
 """The optimizers that update every number by itself; torch's names, signatures, defaults.
 
-`state_dtype` and `rounding` are lamina's own in all of them: float32 state of 16-bit parameters, for
-example, and how their new weights are rounded.
+`state_dtype` and `rounding` are lamina's own in all of them: float32 state of 16-bit parameters,
+for example, and how their new weights are rounded.
 """
 
 from __future__ import annotations

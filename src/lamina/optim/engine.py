@@ -159,7 +159,7 @@ class Engine(torch.optim.Optimizer):
     ) -> Batch | None:
         """Return the batch of an earlier step, if its tensors are the same and lie as they did."""
         known = self._kept_batches.get(id(group))
-        if known is None:
+        if known is None or known.rounding != group.get("rounding"):
             return None
         if not known.holds(params, self._updates_for(group).watched(params, self.state)):
             return None

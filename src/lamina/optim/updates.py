@@ -183,12 +183,14 @@ class KeptBatch:
     """A batch that is kept from step to step, and how all its tensors lay when it was made."""
 
     __slots__ = (
-        *("batch", "_keys", "_values", "_tensors", "_shards"),
+        *("batch", "rounding", "_keys", "_values", "_tensors", "_shards"),
         *("_forms", "_addresses", "_grads"),
     )
 
     def __init__(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
         self.batch = batch
+        #: under which its kernel and its state were chosen; a user may set another one
+        self.rounding = batch.hyper.get("rounding")
         self._keys = [*chain.from_iterable(entries)]
         self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
         columns = (value for column in batch.columns.values() for value in column)

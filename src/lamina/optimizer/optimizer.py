@@ -21,6 +21,7 @@ from .._util.text import listed
 from ..algorithms.base import Batch
 from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
+from ..algorithms.rounding import tell_followed
 from ..errors import NonFiniteError, OwnershipError, PlanError
 from ..gradients.nonfinite import DeferredChecks, check_finite
 from ..gradients.operations import first_norms, operate
@@ -342,6 +343,7 @@ class Optimizer(Engine):
         if self._guests.present:
             written_by_guest = self._guests.own_writes(self._run_state.published)
         self._advance(pending)
+        tell_followed(batches)
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
 

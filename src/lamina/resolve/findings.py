@@ -33,6 +33,8 @@ _RECOMPILE_LIMIT = 8
 _LARGE_LR = {"SGD": 100.0, "LARS": 1000.0} | dict.fromkeys(
     ("Adam", "AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam", "Muon"), 1.0
 )
+#: optimizers of which a step moves every number by about lr
+_MOVES_BY_LR = ("Adam", "AdamW", "RMSprop")
 _NO_GRADIENT = (
     'loss.backward() raises "element 0 of tensors does not require grad and does not have a '
     'grad_fn"'
@@ -59,6 +61,7 @@ def find(
         *_lr_zero(cells),
         *_rules_without_effect(plan, drafts),
         *_suspicious(cells, run),
+        *_rounds_to_nothing(cells, run, seen),
         *_unchecked(plan, cells, scopes),
         *moving_statistics(by_hand, seen),
         *model_findings(windows, run, seen),
@@ -343,6 +346,47 @@ def _hardly_meant(cell: Cell, steps: Floats) -> Iterator[tuple[str, str]]:
     momentum = values.get("momentum", 0.0)
     if momentum >= 1:
         yield f"momentum={momentum:g} never forgets a gradient.", "Usual is momentum=0.9."
+
+
+def _rounds_to_nothing(cells: Sequence[Cell], run: Run, seen: Observed) -> Iterator[Finding]:
+    """Find 16-bit weights whose steps are lost in rounding, also at the largest lr of the run.
+
+    A step of Adam and its kind moves every number by about lr, whatever the gradient is; that of
+    other rules depends on gradients, which nobody knows yet.
+    """
+    steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
+    found: dict[float, list[str]] = {}
+    for cell in cells:
+        if not cell.windows or optimizer_name(cell.optimizer) not in _MOVES_BY_LR:
+            continue
+        if cell.constants.get("rounding") not in (None, "nearest"):
+            continue
+        lr = _largest_lr(cell, steps)
+        for info in cell.parameters:
+            size = seen.typical.get(info.name, 0.0)
+            if 0 < lr < 0.5 * _distance_to_next(size, info.dtype):
+                found.setdefault(lr, []).append(info.name)
+    for lr, names in found.items():
+        info = next(i for cell in cells for i in cell.parameters if i.name == names[0])
+        size = seen.typical[names[0]]
+        yield Finding(
+            "steps-round-to-nothing",
+            f"{listed(names)} has 16-bit weights, and lr is at most {lr:.3g}: a typical weight of "
+            f"{names[0]} is {size:.2g}, the next {info.dtype} lies "
+            f"{_distance_to_next(size, info.dtype):.2g} from it, and a step of less than half of "
+            "that is lost in rounding.",
+            "Give the plan rounding='stochastic', 'kahan' or 'master'; or keep the weights in "
+            "float32 and compute in 16 bits (torch.autocast).",
+        )
+
+
+def _distance_to_next(size: float, dtype: str) -> float:
+    """Return how far from a number of some size the next larger one of a 16-bit dtype lies."""
+    if size <= 0:
+        return 0.0
+    digits, lowest = (8, -126) if dtype == "bfloat16" else (11, -14)
+    exponent = max(math.frexp(size)[1] - 1, lowest)
+    return math.ldexp(1.0, exponent - digits + 1)
 
 
 def _largest_lr(cell: Cell, steps: Floats) -> float:

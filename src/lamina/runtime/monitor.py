@@ -20,6 +20,7 @@ from .._util.notices import Notices, is_first_process
 from .._util.sharding import is_distributed
 from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, Batch
+from ..algorithms.rounding import rounding_of
 from ..model.finding import Finding
 from ..plan.reactions import Reaction
 from ..resolve.resolved import Resolved
@@ -220,7 +221,8 @@ class Monitor:
             (param.numel(), batch, index)
             for batch in batches
             for index, param in enumerate(batch.params)
-            if param.dtype in HALF and _is_plain(param) and _is_plain(batch.grads[index])
+            if param.dtype in HALF and rounding_of(param, batch.hyper) is None
+            if _is_plain(param) and _is_plain(batch.grads[index])
         ]
         if not found:
             return None
@@ -247,8 +249,9 @@ class Monitor:
                 f"{share:.0%} of the numbers of {name} ({kind}) that have a gradient did not "
                 f"change in step {clock} (lr {lr:.3g}): the update is less than half the distance "
                 f"to the next {kind}.",
-                "Keep the parameters in float32 (model.float()) and compute in 16 bits with "
-                "torch.autocast, or raise lr.",
+                "Give the plan rounding='stochastic', 'kahan' or 'master', which keep small "
+                "updates; or keep the parameters in float32 (model.float()) and compute in 16 bits "
+                "with torch.autocast; or raise lr.",
             )
 
     def _peak(self, name: str) -> float:
@@ -390,7 +393,7 @@ def count_processes() -> int:
 
 
 def _has_half(resolved: Resolved) -> bool:
-    """Return whether a rule of lamina's trains weights of 16 bits.
+    """Return whether a rule of lamina's trains weights of 16 bits, rounded to the nearest.
 
     Guests may keep the lost digits elsewhere.
     """
@@ -399,6 +402,7 @@ def _has_half(resolved: Resolved) -> bool:
         info.dtype in halves
         for cell in resolved.cells
         if cell.algorithm is not None and cell.windows
+        if cell.constants.get("rounding") in (None, "nearest")
         for info in cell.parameters
     )
 

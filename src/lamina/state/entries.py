@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm, state_dtype_of
+from ..algorithms.base import ROUNDING_ENTRIES, Algorithm, state_dtype_of
 from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
+from ..algorithms.rounding import entry_dtype, needed_entry
 from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
@@ -39,7 +40,7 @@ def belongs(entry: Entry, cell: Cell) -> bool:
         return before is not None and _family(before) is _family(cell.algorithm)
     if cell.algorithm is not None:
         keys = {key for key, value in (entry.values or {}).items() if value is not None}
-        known = {*cell.algorithm.buffers, "step"}
+        known = {*cell.algorithm.tensors, "step"}
         numbers = cell.algorithm.defaults.keys() - cell.algorithm.options
         return keys <= known and numbers <= entry.group.keys()
     method = method_of(cell.optimizer)
@@ -84,6 +85,17 @@ def converted(name: str, entry: Entry, fitted: Mapping[str, Any]) -> list[tuple[
         if value.dtype is not now.dtype:
             return [(name, dtype_name(value.dtype), dtype_name(now.dtype))]
     return []
+
+
+def another_rounding(
+    name: str, entry: Entry, param: torch.Tensor, cell: Cell
+) -> list[tuple[str, str, str]]:
+    """Return the name, the saved and the present entry of a rounding, where these differ."""
+    values = {key: value for key, value in (entry.values or {}).items() if value is not None}
+    saved = next((key for key in ROUNDING_ENTRIES if key in values), "")
+    now = needed_entry(param, cell.constants) or ""
+    updated = number_of_steps(name, values.get("step", 0)) > 0
+    return [(name, saved, now)] if updated and saved != now else []
 
 
 def check_shape(info: ParamInfo, what: str, shape: Sequence[int]) -> None:
@@ -132,19 +144,23 @@ def own_entry(
     saved = {key: value for key, value in (entry.values or {}).items() if value is not None}
     steps = number_of_steps(info.name, saved.pop("step")) if "step" in saved else None
     fitted = initial_state(param, steps or 0)
-    left = [key for key in saved if key not in algorithm.buffers]
+    left = [key for key in saved if key not in algorithm.tensors]
+    wanted = needed_entry(param, cell.constants)
+    # In this order on every process, or their collectives mix it up.
+    keys = algorithm.buffers if wanted is None else (*algorithm.buffers, wanted)
     if steps == 0 and not any(map(_filled, saved.values())):
         return fitted, left  # never updated: at most room was made for its tensors
-    for key in algorithm.buffers:  # in this order on every process, or their collectives mix it up
+    for key in keys:
         if key not in saved:
             continue
         value = saved[key]
         _check_numbers(info, key, value, param)
         check_shape(info, key, value.shape)
-        if cell.constants.get("state_dtype") is None:
-            dtype = torch.promote_types(value.dtype, param.dtype)
-        else:
-            dtype = state_dtype_of(param, cell.constants)
+        dtype = state_dtype_of(param, cell.constants)
+        if key == wanted:
+            dtype = entry_dtype(param, key)
+        elif cell.constants.get("state_dtype") is None:
+            dtype = torch.promote_types(value.dtype, dtype)
         fitted[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
     needed = algorithm.init(_EMPTY, algorithm.defaults).keys() - {MOMENTUM}
     if _has_momentum(entry, cell):

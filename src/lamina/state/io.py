@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._util.sharding import is_flattened
-from ..algorithms.base import state_dtype_of
+from ..algorithms.base import ROUNDING_ENTRIES, state_dtype_of
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..errors import StateError
 from ..guests.guests import Guests
@@ -77,7 +77,7 @@ def torch_form(state: dict[str, Any], resolved: Resolved, guests: Guests) -> dic
         for group in state["param_groups"]
     ]
     rest = guests.restore_form(groups, state)
-    own: set[str] = set()
+    own = {*ROUNDING_ENTRIES}  # which torch would cast to the dtype of the parameter
     if is_whole_vector(kinds[0]):  # torch's keeps no count, and writes its default out
         own = {"step", "places"}
         for group in groups:

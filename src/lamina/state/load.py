@@ -22,6 +22,7 @@ from ..resolve.resolved import Cell, Resolved
 from ..resolve.timeline import Feedback, Values, values_at
 from .compare import differences
 from .entries import (
+    another_rounding,
     belongs,
     check_shape,
     converted,
@@ -135,6 +136,7 @@ def _report(
         planned=resolved.settled_for,
         matched_by=matched.by,
         converted=tuple(fitting.converted),
+        rounding=tuple(fitting.rounding),
     )
 
 
@@ -181,6 +183,7 @@ class _Fitting:
     restarted: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     converted: list[tuple[str, str, str]] = field(default_factory=list)
+    rounding: list[tuple[str, str, str]] = field(default_factory=list)
     told: dict[type, Entry] = field(default_factory=dict)
 
     def cell(self, cell: Cell, group: Mapping[str, Any]) -> None:
@@ -252,6 +255,7 @@ class _Fitting:
             self.state[param], left = own_entry(info, param, entry, cell)
             self.left += [f"{key} of {info.name}" for key in left]
             self.converted += converted(info.name, entry, self.state[param])
+            self.rounding += another_rounding(info.name, entry, param, cell)
         self.kept.append(info.name)
 
     def whole(self, resolved: Resolved, groups: Iterable[Mapping[str, Any]]) -> None:

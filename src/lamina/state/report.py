@@ -50,6 +50,9 @@ class LoadReport:
         planned: the length that the schedules fit now.
         converted: parameters whose state has another dtype than it was saved in, as triples of the
             name, the saved dtype and the one it has now.
+        rounding: parameters whose state had a `master` or `compensation` that they do not use now,
+            or has one now that was not saved and begins with the weights: triples of the name, the
+            saved entry ("" for none) and the present one.
         matched_by: `"names"`, or `"positions"` for a state without names.
     """
 
@@ -67,6 +70,7 @@ class LoadReport:
     planned: Run | None = None
     matched_by: str = "names"
     converted: tuple[tuple[str, str, str], ...] = ()
+    rounding: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def jumps(self) -> tuple[str, ...]:
@@ -92,18 +96,23 @@ class LoadReport:
                 f"schedules: of {length_of(self.saved_planned)}, now of {length_of(self.planned)}"
             )
         named = [f"{old} -> {new}" for old, new in self.renamed]
-        pairs = Counter(f"{old} -> {new}" for _, old, new in self.converted)
-        converted = [f"{pair} ({_count(n, 'parameter')})" for pair, n in pairs.items()]
         rows: list[tuple[str, Sequence[str]]] = [
             ("new", self.new),
             ("restarted, since the state was another optimizer's", self.restarted),
             ("renamed", named),
             ("dropped", self.dropped),
-            ("state in another dtype", converted),
+            ("state in another dtype", _changes(self.converted)),
+            ("state of another rounding", _changes(self.rounding)),
             ("changed by the new plan", [str(row) for row in self.hyperparameters]),
         ]
         lines += [f"{what}: {listed(texts)}" for what, texts in rows if texts]
         return "\n".join(lines)
+
+
+def _changes(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return what parameters had and have, with the number of those that changed alike."""
+    pairs = Counter(f"{old or 'none'} -> {new or 'none'}" for _, old, new in rows)
+    return [f"{pair} ({_count(number, 'parameter')})" for pair, number in pairs.items()]
 
 
 def settled_anew(saved: Run | None, now: Run | None) -> bool:

@@ -243,7 +243,8 @@ def _unmoved(watch: StepWatch) -> Iterator[Finding]:
             f"a step of {watch.label} (such as {listed(worst)}): the update is smaller than the "
             "distance to the next number.",
             "Keep the weights in float32 and compute in 16 bits (torch.autocast), use an optimizer "
-            "with compensation, or raise the lr.",
+            "that keeps small updates (lamina's with rounding='stochastic', 'kahan' or 'master'), "
+            "or raise the lr.",
         )
         return
     still = [
