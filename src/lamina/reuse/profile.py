@@ -1,0 +1,309 @@
+"""What is known of a model's forward pass in one context: what depends on what, and what is exact.
+
+A context is everything but the examples: modes, autocast, gradient mode, the form of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .boundaries import Stage, stage_of
+from .copies import copy_to_try, has_hooks, own_forward, replaced_forward, same_randomness
+from .keys import Inputs, device_type
+from .lineage import (
+    INPUT,
+    ROOT_KEY,
+    Call,
+    Lineage,
+    ReadWatch,
+    child_key,
+    storage_key,
+    tensors_in,
+    trace,
+)
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class Profile:
+    """A trace of the model, and what checks on copies of it have found.
+
+    Args:
+        model: the model.
+        inputs: those of the pass at hand.
+        bits: the bit of each parameter and buffer, by its name in the model.
+
+    Raises:
+        Exception: what a model raises that cannot be copied or traced.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, bits: Mapping[str, int]) -> None:
+        self.model = model
+        self.bits = bits
+        #: why modules are not reused, by path
+        self.refused: dict[str, str] = {}
+        #: the dimension of the examples in each tensor that a call returns
+        self.dims: dict[str, tuple[int | None, ...]] = {}
+        self._modules = dict(model.named_modules())
+        self._inside = {path: self._bits_in(path, module) for path, module in model.named_modules()}
+        self.lineage = self._trace(inputs)
+
+    def _trace(self, inputs: Inputs) -> Lineage:
+        twin = copy_to_try(self.model)
+        with same_randomness(torch.device(device_type(self.model))):
+            tampered = {**tampered_modules(self.model), **self.refused}
+            lineage = trace(twin, inputs, self._by_storage(twin), tampered)
+        for call in lineage.calls.values():
+            call.inside = self._inside[call.path]
+        return lineage
+
+    def stage(self, trained: int) -> Stage:
+        """Return what can be left out while these train; boundaries are checked before use."""
+        return stage_of(self.lineage, trained, self.refused)
+
+    def call(self, key: str) -> Call:
+        """Return a call by its key."""
+        return self.lineage.calls[key]
+
+    def modes(self, key: str) -> str:
+        """Return the modes of the modules in a call and of those called before it.
+
+        The calls around it are left out: they are in training mode as soon as a part of them is.
+        What that changes in a call is seen when its outputs are compared in each context.
+        """
+        call = self.call(key)
+        around = set()
+        outer = call.parent
+        while outer is not None:
+            around.add(outer.key)
+            outer = outer.parent
+        seen = [
+            self._modules[other.path].training
+            for other in self.lineage.calls.values()
+            if other.key not in around
+            and (other.index <= call.index or other.key.startswith(f"{key}>"))
+        ]
+        return "".join("t" if each else "e" for each in seen)
+
+    def check(self, keys: Iterable[str], inputs: Inputs) -> list[str]:
+        """Compute some calls a second time, and with the examples mixed; note what differs.
+
+        Returns:
+            The keys of calls whose outputs cannot be reused; `refused` says why.
+        """
+        wanted = [key for key in keys if key not in self.dims]
+        if not wanted:
+            return []
+        twin = copy_to_try(self.model)
+        first = self.outputs(wanted, inputs, twin=twin).outputs
+        before = _attributes(twin)
+        places = mixed(inputs.size)
+        again = self.outputs(wanted, inputs, twin=twin).outputs
+        after = _attributes(twin)
+        other = self.outputs(wanted, inputs, places).outputs
+        failed = []
+        for key in wanted:
+            path = self.call(key).path
+            changed = next((p for p in before if _below(p, path) and before[p] != after[p]), None)
+            reason = _compare(first.get(key), again.get(key))
+            if changed is not None:
+                reason = f"keeps state between calls ({changed or 'the model'})"
+            if not reason:
+                dims, reason = self._dims(key, first[key], other.get(key), places, inputs.size)
+            if reason:
+                failed.append(key)
+                self.refused[path] = reason
+            else:
+                self.dims[key] = dims
+        if failed:
+            self.lineage = self._trace(inputs)
+        return failed
+
+    def outputs(
+        self,
+        keys: Iterable[str],
+        inputs: Inputs,
+        places: torch.Tensor | None = None,
+        twin: nn.Module | None = None,
+    ) -> Run:
+        """Run a copy of the model and return copies of what some calls return.
+
+        Args:
+            keys: of the calls.
+            inputs: of the pass.
+            places: which of its examples, in which order; by default as they are.
+            twin: the copy to use; by default a new one.
+        """
+        twin = copy_to_try(self.model) if twin is None else twin
+        args, kwargs = inputs.arguments() if places is None else inputs.rows(places)
+        # Some modules change their inputs.
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        run = Run(set(keys))
+        with same_randomness(torch.device(device_type(self.model))), ExitStack() as undo:
+            for path, module in twin.named_modules():
+                undo.enter_context(replaced_forward(module, run.stub(path, module.forward)))
+            if self.lineage.reads:
+                undo.enter_context(ReadWatch(run.on_read))
+            twin(*args, **kwargs)
+        return run
+
+    def refuse(self, reasons: Mapping[str, str], inputs: Inputs) -> None:
+        """Never reuse the outputs of some modules, nor what is computed from them.
+
+        Args:
+            reasons: why, by the path of the module.
+            inputs: of the pass at hand.
+        """
+        self.refused.update(reasons)
+        self.lineage = self._trace(inputs)
+
+    def _dims(
+        self, key: str, first: Any, other: Any, places: torch.Tensor, size: int
+    ) -> tuple[tuple[int | None, ...], str]:
+        """Return the dimension of the examples in each tensor, or why there is none."""
+        leaves = tree_flatten(first)[0]
+        if any(not isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            return (), "returns something that is no tensor, number or text"
+        dims: list[int | None] = []
+        mixed_tensors = tensors_in(other)
+        masks = self.call(key).masks
+        if other is None or len(mixed_tensors) != len(masks):
+            return (), "is called for some batches only"
+        for tensor, moved, mask in zip(tensors_in(first), mixed_tensors, masks, strict=True):
+            if not mask & INPUT and same_bits(tensor, moved):
+                dims.append(None)
+                continue
+            fits = (
+                dim
+                for dim, length in enumerate(tensor.shape)
+                if length == size and same_bits(tensor.index_select(dim, places), moved)
+            )
+            dim = next(fits, None)
+            if dim is None:
+                return (), "gives an example other bits in another batch"
+            dims.append(dim)
+        return tuple(dims), ""
+
+    def _bits_in(self, path: str, module: nn.Module) -> int:
+        prefix = f"{path}." if path else ""
+        found = 0
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            found |= self.bits[prefix + name]
+        return found
+
+    def _by_storage(self, twin: nn.Module) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for name, tensor in named_tensors(twin):
+            key = storage_key(tensor)
+            if key is not None:
+                found[key] = found.get(key, 0) | self.bits[name]
+        return found
+
+
+class Run:
+    """One pass of a copy: what the wanted calls returned, and what Python read."""
+
+    def __init__(self, wanted: set[str]) -> None:
+        self.outputs: dict[str, Any] = {}
+        self.decisions: list[Any] = []
+        self._wanted = wanted
+        self._stack: list[tuple[str, dict[str, int]]] = []
+
+    def stub(self, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a `forward` that counts calls and keeps what is wanted."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            key = child_key(*self._place(path)) if self._stack else ROOT_KEY
+            self._stack.append((key, {}))
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._stack.pop()
+            if key in self._wanted:
+                self.outputs[key] = tree_map_only(
+                    torch.Tensor, lambda tensor: tensor.detach().clone(), output
+                )
+            return output
+
+        return forward
+
+    def on_read(self, _tensors: list[torch.Tensor], result: Any) -> None:
+        """Note what Python read."""
+        self.decisions.append(result)
+
+    def _place(self, path: str) -> tuple[str, str, dict[str, int]]:
+        key, counts = self._stack[-1]
+        return key, path, counts
+
+
+def mixed(size: int) -> torch.Tensor:
+    """Return places of examples: in reverse, and some of them twice in the place of others."""
+    places = torch.arange(size - 1, -1, -1)
+    places[1::3] = places[0::3][: len(places[1::3])]
+    return places
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return every parameter and buffer with each of its names."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit; NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return not one.is_floating_point() or torch.equal(one.signbit(), other.signbit())
+    as_bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*as_bits)
+
+
+def _compare(first: Any, again: Any) -> str:
+    one, other = tensors_in(first), tensors_in(again)
+    if first is None or again is None or len(one) != len(other):
+        return "is not called alike when the same batch comes again"
+    if not all(map(same_bits, one, other)):
+        return "gives other values when the same batch comes again"
+    return ""
+
+
+def tampered_modules(model: nn.Module) -> dict[str, str]:
+    """Return the modules whose calls somebody watches or replaces, with what that means."""
+    found = {}
+    for path, module in model.named_modules():
+        if path and has_hooks(module):
+            found[path] = "has a forward hook, which sees every pass"
+        elif path and own_forward(module) is not None:
+            found[path] = "has a forward of its own, put there by hand"
+    return found
+
+
+def _below(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Return what can be seen of the plain attributes of every module."""
+    return {
+        path: {name: _look(value) for name, value in vars(module).items() if name != "forward"}
+        for path, module in model.named_modules()
+    }
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, (int, float, str, bool)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if isinstance(value, (list, dict, set)):
+        return id(value), len(value)
+    return id(value)
