@@ -35,6 +35,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "reuse",
     "range_test",
     "report_page",
     "recipes",

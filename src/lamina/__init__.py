@@ -53,6 +53,7 @@ from .resolve.explain import Explanation
 from .resolve.resolve import resolve
 from .resolve.resolved import Resolved
 from .resolve.timeline import Feedback, values_at
+from .reuse import reuse
 from .schedules import (
     Schedule,
     Shape,
@@ -166,6 +167,7 @@ __all__ = [
     "report",
     "resolve",
     "restart_state",
+    "reuse",
     "scale_gradients",
     "should_stop",
     "starter_plan",

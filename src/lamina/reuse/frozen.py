@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
-from typing import Any
+import operator
 
 import torch
 from torch import nn
 
 from ..optimizer.optimizer import Optimizer
 from ..resolve.timeline import values_at
+from .keys import as_bytes, row_bytes
 from .lineage import FIRST_BIT, storage_key
 from .profile import named_tensors
 
@@ -53,7 +56,10 @@ class FrozenWatch:
             for group in self._optimizer.param_groups
         ]
         self._params = [pair for pair in self._tensors if isinstance(pair[0], nn.Parameter)]
-        self._seen = self._look()
+        self._addresses = [tensor.data_ptr() for tensor, _ in self._tensors]
+        self._classes = [type(module).__qualname__ for module in self._model.modules()]
+        self._digests: dict[int, tuple[int, bytes]] = {}
+        self._settle(self.trained())
 
     def trained(self) -> int:
         """Return the bits of what trains in the step that comes next, by plan or by hand."""
@@ -66,8 +72,8 @@ class FrozenWatch:
                 found |= bits
         return found
 
-    def later(self) -> list[int]:
-        """Return the bits of what trains after each thaw and freeze that the plan foretells."""
+    def later(self) -> list[tuple[int, int]]:
+        """Return the step of each thaw and freeze to come, and the bits of what trains then."""
         optimizer, clock = self._optimizer, self._optimizer.clock
         feedback = optimizer._feedback
         moments = {
@@ -81,22 +87,89 @@ class FrozenWatch:
         for moment in sorted(moments):
             values = values_at(optimizer.resolved, moment, feedback)
             pairs = enumerate(self._groups)
-            found.append(sum(bits for index, bits in pairs if bool(values.active(index))))
+            trains = sum(bits for index, bits in pairs if bool(values.active(index)))
+            found.append((moment, trains))
         return found
 
-    def changed(self) -> list[int]:
-        """Return the bits of frozen tensors that are not what they were at the last pass."""
-        if any(held.get(name) is not tensor for held, name, tensor in self._places):
+    def changed(self) -> int:
+        """Return the bits of frozen tensors that are not what they were at the last pass.
+
+        Returns:
+            -1, all bits, if a tensor was exchanged for another or lies elsewhere.
+        """
+        exchanged = any(held.get(name) is not tensor for held, name, tensor in self._places)
+        if exchanged or [tensor.data_ptr() for tensor, _ in self._tensors] != self._addresses:
             self._find()
-            return [~0]
-        now = self._look()
-        if now == self._seen:
-            return []
+            return -1
+        found = self._frozen.changed()
         trained = self.trained()
-        pairs = zip(self._tensors, now, self._seen, strict=True)
-        found = [bit for (_, bit), one, other in pairs if one != other and not bit & trained]
-        self._seen = now
+        if found or trained != self._trained:
+            self._settle(trained)
         return found
 
-    def _look(self) -> list[tuple[int, int]]:
-        return [(tensor._version, tensor.data_ptr()) for tensor, _ in self._tensors]
+    def _settle(self, trained: int) -> None:
+        self._trained = trained
+        self._frozen = _Snapshot([pair for pair in self._tensors if not pair[1] & trained])
+
+    def fingerprint(self, mask: int) -> str:
+        """Return a hash of the tensors of some bits, and of the classes that compute with them."""
+        whole = hashlib.blake2b(digest_size=16)
+        whole.update(f"{torch.__version__}{self._classes}".encode())
+        for place, (tensor, bit) in enumerate(self._tensors):
+            if bit & mask:
+                whole.update(self._digest(place, tensor))
+        return whole.hexdigest()
+
+    def _digest(self, place: int, tensor: torch.Tensor) -> bytes:
+        known = self._digests.get(place)
+        if known is None or known[0] != tensor._version:
+            data = hashlib.blake2b(row_bytes(tensor[None])[0], digest_size=16).digest()
+            known = self._digests[place] = (tensor._version, data)
+        return known[1]
+
+
+class _Snapshot:
+    """What frozen tensors were: their versions, and three elements of each.
+
+    A write through `.data` does not count as a new version, but mostly changes every element.
+    """
+
+    def __init__(self, tensors: list[tuple[torch.Tensor, int]]) -> None:
+        self._tensors = tensors
+        self._versions = [tensor._version for tensor, _ in tensors]
+        self._views: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        self._bits: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for tensor, bit in tensors:
+            kind = (tensor.dtype, tensor.device)
+            for view in _elements(tensor):
+                self._views.setdefault(kind, []).append(view)
+                self._bits.setdefault(kind, []).append(bit)
+        self._values = self._look()
+
+    def changed(self) -> int:
+        """Return the bits of tensors that changed."""
+        found = 0
+        versions = [tensor._version for tensor, _ in self._tensors]
+        if versions != self._versions:
+            rows = zip(self._tensors, versions, self._versions, strict=True)
+            for (_, bit), now, before in rows:
+                found |= bit if now != before else 0
+        for kind, now in self._look().items():
+            before = self._values[kind]
+            if not torch.equal(now, before):
+                differs = (now != before).any(1).tolist()
+                pairs = zip(self._bits[kind], differs, strict=True)
+                found |= functools.reduce(operator.or_, (bit for bit, other in pairs if other), 0)
+        return found
+
+    def _look(self) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:
+        return {kind: as_bytes(torch.stack(views)) for kind, views in self._views.items()}
+
+
+def _elements(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return views of the first, the middle and the last element."""
+    if not tensor.numel():
+        return []
+    bare = tensor.detach()
+    places = ([0] * bare.ndim, [length // 2 for length in bare.shape], [-1] * bare.ndim)
+    return [bare[tuple(place)] for place in places]

@@ -65,11 +65,17 @@ class Inputs:
             raise UnhashableInputError(f"no input has {size} examples in its first dimension")
         return cls(leaves, structure, size, batched)
 
-    def examples(self) -> list[bytes]:
-        """Return what identifies each example: a hash of its part of every batched input."""
-        hashes = [hashlib.blake2b(digest_size=16) for _ in range(self.size)]
+    def examples(self, places: Sequence[int] | None = None) -> list[bytes]:
+        """Return what identifies each example: a hash of its part of every batched input.
+
+        Args:
+            places: of the examples; by default all.
+        """
+        count = self.size if places is None else len(places)
+        hashes = [hashlib.blake2b(digest_size=16) for _ in range(count)]
         for place in self.batched:
-            rows = row_bytes(self.leaves[place])
+            leaf = self.leaves[place]
+            rows = row_bytes(leaf if places is None else leaf[list(places)])
             for one, row in zip(hashes, rows, strict=True):
                 one.update(row)
         return [one.digest() for one in hashes]

@@ -132,9 +132,7 @@ def trace(
         versions = tracer.versions(model)
         output = model(*args, **kwargs)
         tracer.finish(output, versions)
-    return Lineage(
-        tracer.calls, tracer.consumed, tracer.changed, bool(tracer.reads), tracer.cause
-    )
+    return Lineage(tracer.calls, tracer.consumed, tracer.changed, bool(tracer.reads), tracer.cause)
 
 
 @contextmanager
@@ -186,9 +184,7 @@ class ReadWatch(TorchFunctionMode):
         super().__init__()
         self._on_read = on_read
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _READS:
             self._on_read(tensors_in(args), result)
@@ -331,9 +327,7 @@ class _Tracer(TorchDispatchMode):
 
     # --- operators -------------------------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = self._stack[-1] if self._stack else None
         given = tensors_in((args, kwargs))

@@ -5,6 +5,7 @@ A context is everything but the examples: modes, autocast, gradient mode, the fo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -27,6 +28,7 @@ from .lineage import (
     tensors_in,
     trace,
 )
+from .shelf import OutputForm
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -50,6 +52,10 @@ class Profile:
         self.refused: dict[str, str] = {}
         #: the dimension of the examples in each tensor that a call returns
         self.dims: dict[str, tuple[int | None, ...]] = {}
+        #: how many bytes an example takes in the outputs of a call
+        self.widths: dict[str, int] = {}
+        #: how long each call took in the last check
+        self.seconds: dict[str, float] = {}
         self._modules = dict(model.named_modules())
         self._inside = {path: self._bits_in(path, module) for path, module in model.named_modules()}
         self.lineage = self._trace(inputs)
@@ -70,6 +76,11 @@ class Profile:
     def call(self, key: str) -> Call:
         """Return a call by its key."""
         return self.lineage.calls[key]
+
+    def depends(self, key: str) -> int:
+        """Return the bits of what a call depends on."""
+        call = self.call(key)
+        return call.mask | call.inside
 
     def modes(self, key: str) -> str:
         """Return the modes of the modules in a call and of those called before it.
@@ -101,7 +112,8 @@ class Profile:
         if not wanted:
             return []
         twin = copy_to_try(self.model)
-        first = self.outputs(wanted, inputs, twin=twin).outputs
+        run = self.outputs(wanted, inputs, twin=twin)
+        first, self.seconds = run.outputs, run.seconds
         before = _attributes(twin)
         places = mixed(inputs.size)
         again = self.outputs(wanted, inputs, twin=twin).outputs
@@ -121,6 +133,7 @@ class Profile:
                 self.refused[path] = reason
             else:
                 self.dims[key] = dims
+                self.widths[key] = sum(OutputForm.of(first[key], dims).widths())
         if failed:
             self.lineage = self._trace(inputs)
         return failed
@@ -145,7 +158,11 @@ class Profile:
         # Some modules change their inputs.
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         run = Run(set(keys))
-        with same_randomness(torch.device(device_type(self.model))), ExitStack() as undo:
+        with (
+            same_randomness(torch.device(device_type(self.model))),
+            torch.inference_mode(False),
+            ExitStack() as undo,
+        ):
             for path, module in twin.named_modules():
                 undo.enter_context(replaced_forward(module, run.stub(path, module.forward)))
             if self.lineage.reads:
@@ -175,6 +192,8 @@ class Profile:
         masks = self.call(key).masks
         if other is None or len(mixed_tensors) != len(masks):
             return (), "is called for some batches only"
+        if any(not tensor.numel() for tensor in tensors_in(first)):
+            return (), "returns an empty tensor"
         for tensor, moved, mask in zip(tensors_in(first), mixed_tensors, masks, strict=True):
             if not mask & INPUT and same_bits(tensor, moved):
                 dims.append(None)
@@ -212,6 +231,7 @@ class Run:
     def __init__(self, wanted: set[str]) -> None:
         self.outputs: dict[str, Any] = {}
         self.decisions: list[Any] = []
+        self.seconds: dict[str, float] = {}
         self._wanted = wanted
         self._stack: list[tuple[str, dict[str, int]]] = []
 
@@ -221,10 +241,12 @@ class Run:
         def forward(*args: Any, **kwargs: Any) -> Any:
             key = child_key(*self._place(path)) if self._stack else ROOT_KEY
             self._stack.append((key, {}))
+            began = time.perf_counter()
             try:
                 output = original(*args, **kwargs)
             finally:
                 self._stack.pop()
+            self.seconds[key] = time.perf_counter() - began
             if key in self._wanted:
                 self.outputs[key] = tree_map_only(
                     torch.Tensor, lambda tensor: tensor.detach().clone(), output

@@ -3,212 +3,153 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 from .._util.notices import Notices
-from .boundaries import Stage
-from .copies import Stub, own_forward
+from ..errors import LaminaError
+from .copies import Stub
+from .examples import Examples, IndexedBatch
+from .forecast import Forecast, forecast
 from .frozen import FrozenWatch
-from .keys import Inputs, UnhashableInputError, autocast_of, context_of, device_type, modes_of
-from .lazy import LazyTensor, TensorForm, real
-from .lineage import ROOT_KEY, ReadWatch, child_key, tensors_in
+from .keys import Inputs, UnhashableInputError, context_of, device_type, modes_of
+from .lineage import ReadWatch, tensors_in
+from .passes import Pass, Plan
 from .profile import Profile, mixed, same_bits
-from .shelf import OutputForm, Shelf
-from .store import Store
+from .shelf import OutputForm
+from .store import Place, Store
+
+#: a model that is called in more ways than so many is not worth a trace for each
+_MOST_PROFILES = 16
 
 
-@dataclass
-class Frame:
-    """A call that is going on: its key, and how often each module was called in it."""
+class Reuse:
+    """Stores and replays the outputs of what is frozen in one model; made by `lamina.reuse`.
 
-    key: str
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Plan:
-    """What a pass does in one profile at one stage.
-
-    `stored` are the keys of the calls that are kept; `modes` are the modes of what each of them
-    consists of and of what is called before it.
-    """
-
-    profile: Profile
-    stage: Stage
-    stored: frozenset[str]
-    modes: Mapping[str, str]
-
-
-class Deferred:
-    """A call that was left out, and is made if something looks at its outputs."""
-
-    def __init__(self, make: Callable[[], Any], device: str, inputs: Sequence[torch.Tensor]):
-        self._make = make
-        self._device = device
-        self._grad = torch.is_grad_enabled()
-        self._autocast = autocast_of(device)
-        self._inputs = [(tensor, tensor._version) for tensor in inputs]
-        self._tensors: list[torch.Tensor] | None = None
-
-    def tensor(self, place: int) -> torch.Tensor:
-        """Return an output tensor by its place, computed as it would have been then."""
-        if self._tensors is None:
-            if any(tensor._version != version for tensor, version in self._inputs):
-                raise RuntimeError(
-                    "lamina.reuse left out a call whose output is used after its input was changed "
-                    "in place. Train this model without reuse."
-                )
-            enabled, dtype = self._autocast
-            with (
-                torch.set_grad_enabled(self._grad),
-                torch.autocast(self._device, dtype=dtype, enabled=enabled),
-            ):
-                self._tensors = tensors_in(self._make())
-        return self._tensors[place]
-
-
-class Pass:
-    """One forward pass of the model.
-
-    Args:
-        owner: whose passes these are.
-        args: of the pass.
-        kwargs: of the pass.
-        ids: what identifies the examples, if the user says it.
+    `counts` says what became of calls so far: "replayed" from storage, "skipped" because only such
+    calls would read their outputs, and the examples "stored". `refused` says what is never reused,
+    and why, by the path of the module.
     """
 
     def __init__(
-        self, owner: Session, args: Any, kwargs: Mapping[str, Any], ids: Sequence[Any] | None
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        space: int,
+        folder: Path | None,
+        debug: float,
+        preprocessing: str,
     ) -> None:
-        self.owner = owner
-        self.given = (args, kwargs, ids)
-        self.stack = [Frame(ROOT_KEY)]
-        self.decisions: list[str] = []
-        self.plan: Plan | None = None
-        self.begun = False
-        self.inputs: Inputs
-        self.context = ""
-        self.layout = ""
-        self.examples: list[bytes] = []
-
-    def on_read(self, tensors: list[torch.Tensor], result: Any) -> None:
-        """Remember what Python saw: what is computed from now on may follow from it."""
-        self.decisions.append(repr(result))
-
-    def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make a call of a module, or do what has the same effect on the pass."""
-        if not self.begun:
-            self.begun = True
-            self.plan = self.owner.begin(self)
-        if self.plan is None:
-            return original(*args, **kwargs)
-        frame = self.stack[-1]
-        key = child_key(frame.key, path, frame.counts)
-        stage = self.plan.stage
-        place = stage.handed_on.get(key)
-        if place is not None:
-            given = tensors_in((args, kwargs))
-            if place < len(given) and isinstance(given[place], LazyTensor):
-                return given[place]
-        if key not in stage.skipped:
-            return self.run(key, original, args, kwargs)
-        if key in stage.needed:
-            return self._replay(key, original, args, kwargs)
-        return self._defer(key, original, args, kwargs)
-
-    def run(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make a call, and store what it returns if that is wanted."""
-        assert self.plan is not None
-        self.stack.append(Frame(key))
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            self.stack.pop()
-        if key in self.plan.stored:
-            self.owner.keep(self, key, output)
-        return output
-
-    def shelf_key(self, key: str) -> tuple[str, str]:
-        """Return where the outputs of a call are stored."""
-        assert self.plan is not None
-        seen = f"{self.decisions}" if self.decisions else ""
-        return key, f"{self.layout}{self.plan.modes.get(key, '')}{seen}"
-
-    def _replay(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if key in self.owner.replayable(self, key):
-            shelf = self.owner.store.shelves[self.shelf_key(key)]
-            slots = shelf.find(self.examples)
-            if slots is not None:
-                self.owner.counts["replayed"] += 1
-                return shelf.form.filled(shelf.get(slots))
-        return self._compute(key, original, args, kwargs)
-
-    def _compute(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        args, kwargs = real((args, kwargs))
-        output = self.run(key, original, args, kwargs)
-        self.owner.forms[self.shelf_key(key)] = _form_of(output)
-        return output
-
-    def _defer(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        form = self.owner.forms.get(self.shelf_key(key))
-        if form is None:
-            return self._compute(key, original, args, kwargs)
-        self.owner.counts["skipped"] += 1
-        given = [one for one in tensors_in((args, kwargs)) if not isinstance(one, LazyTensor)]
-
-        def make() -> Any:
-            self.owner.counts["computed after all"] += 1
-            return self._compute(key, original, args, kwargs)
-
-        deferred = Deferred(make, self.owner.device, given)
-        tensors = [
-            LazyTensor(each, lambda place=place: deferred.tensor(place))  # type: ignore[misc]
-            for place, each in enumerate(form.tensors)
-        ]
-        return form.filled(tensors)
-
-
-def _form_of(output: Any) -> OutputForm:
-    return OutputForm.of(output, [])
-
-
-class Session:
-    """Stores and replays the outputs of what is frozen, for one model and its optimizer."""
-
-    def __init__(self, model: nn.Module, optimizer: Any, store: Store) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.store = store
-        self.device = device_type(model)
         self.notices = Notices()
-        self.counts = {"replayed": 0, "skipped": 0, "computed after all": 0, "stored": 0}
-        self.forms: dict[tuple[str, str], OutputForm] = {}
+        self.store = Store(space, folder, self.notices.tell)
+        self.device = device_type(model)
+        self.counts = {"replayed": 0, "skipped": 0, "stored": 0}
+        self.refused: dict[str, str] = {}
+        #: the form of what each call returns
+        self.forms: dict[Place, OutputForm] = {}
         self.watch = FrozenWatch(model, optimizer)
-        self.ids: Sequence[Any] | None = None
+        self.examples = Examples(self.notices)
+        self._debug = debug
+        self._preprocessing = preprocessing
+        self._random = random.Random(0)
         self._profiles: dict[str, Profile | None] = {}
         self._plans: dict[str, tuple[int, Plan]] = {}
-        #: (key, layout, context) of what was compared with a second computation of other batches
-        self._verified: set[tuple[str, str, str]] = set()
+        self._dropped: set[str] = set()
+        #: what was compared with a second computation, of other batches: place and context
+        self._verified: set[tuple[Place, str]] = set()
         self._pass: Pass | None = None
         self._reading: ReadWatch | None = None
-        self._stubs = self._make_stubs()
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
+        self._closed = False
+        self._stubs = [
+            (module, self._stub(path, module)) for path, module in model.named_modules() if path
         ]
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after), always_call=True),
+        ]
+
+    # --- what a user calls -----------------------------------------------------------------------
+
+    @contextmanager
+    def batch(self, ids: Iterable[Any]) -> Iterator[None]:
+        """Say which examples the passes inside are about; otherwise their inputs are hashed.
+
+        Args:
+            ids: one for each example of the batch: a number or a text that stands for it in all
+                epochs, and for no other example.
+        """
+        with self.examples.named(ids):
+            yield
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches of a loader without their indices, which name the examples meanwhile.
+
+        Args:
+            loader: over an `IndexedDataset`, with `IndexedDataset.collate`.
+        """
+        for batch in loader:
+            if not isinstance(batch, IndexedBatch):
+                raise LaminaError(
+                    f"a batch of type {type(batch).__name__} came from the loader; expected one "
+                    "with indices. Make it so: DataLoader(IndexedDataset(data), "
+                    "collate_fn=IndexedDataset.collate())."
+                )
+            with self.batch(batch.ids):
+                yield batch.batch
+
+    def preview(self, examples: int, *args: Any, **kwargs: Any) -> Forecast:
+        """Return what each stage of the plan will store and save, from some passes of a copy.
+
+        Args:
+            examples: how many there are in an epoch.
+            *args: a batch, as the model is called with it.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            The stages; `print` shows a table.
+        """
+        inputs = Inputs.of(args, kwargs, None)
+        profile = Profile(self.model, inputs, self.watch.bits)
+        moments = [(self.optimizer.clock, self.watch.trained()), *self.watch.later()]
+        for _ in range(20):
+            wanted = {key for _, trained in moments for key in profile.stage(trained).needed}
+            if not profile.check(wanted, inputs):
+                break
+        end = self.optimizer.resolved.run.steps
+        return forecast(profile, moments, end, examples, self.store.space)
+
+    def close(self) -> None:
+        """Take the hooks from the model and let go of the folder; the run goes on without reuse."""
+        for handle in self._handles:
+            handle.remove()
+        self.store.close()
+        self._closed = True
+
+    def __enter__(self) -> Reuse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        return f"<Reuse: {counts}; {self.store.used / 2**20:.1f} MiB>"
 
     # --- around a pass ---------------------------------------------------------------------------
 
     def _before(self, _model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._pass is not None or torch.compiler.is_compiling():
             return
-        self._pass = Pass(self, args, kwargs, self.ids)
+        self._pass = Pass(self, args, kwargs)
         for module, stub in self._stubs:
             stub.before = module.__dict__.get("forward")
             module.__dict__["forward"] = stub
@@ -229,55 +170,45 @@ class Session:
                 module.__dict__["forward"] = stub.before
         self._pass = None
 
-    def _make_stubs(self) -> list[tuple[nn.Module, Stub]]:
-        return [
-            (module, self._stub(path, module))
-            for path, module in self.model.named_modules()
-            if path
-        ]
-
     def _stub(self, path: str, module: nn.Module) -> Stub:
         own = type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            before = stub.before
-            original = own.__get__(module) if before is None else before
-            current = self._pass
-            if current is None:
+            original = own.__get__(module) if stub.before is None else stub.before
+            if self._pass is None:
                 return original(*args, **kwargs)
-            return current.call(path, original, args, kwargs)
+            return self._pass.call(path, original, args, kwargs)
 
-        stub = Stub(forward, own_forward(module))
+        stub = Stub(forward, None)
         return stub
 
     # --- what a pass asks ------------------------------------------------------------------------
 
     def begin(self, current: Pass) -> Plan | None:
         """Return what a pass may leave out; None if everything must run."""
-        args, kwargs, ids = current.given
+        args, kwargs = current.given
         try:
-            inputs = Inputs.of(args, kwargs, None if ids is None else len(ids))
+            inputs = Inputs.of(args, kwargs, self.examples.size)
         except UnhashableInputError as error:
             self.notices.tell(f"Nothing is reused in such passes: {error}.")
             return None
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in inputs.leaves):
             return None
-        for changed in self.watch.changed():
-            self._drop(changed)
+        self._follow_weights()
         flags = context_of(self.model) + inputs.form()
         context = flags + modes_of(self.model)
         profile = self._profile(context, inputs)
         if profile is None:
             return None
         plan = self._plan(context, profile, inputs)
-        if plan is None:
+        if not plan.stored and not plan.stage.needed:
             return None
-        current.inputs = inputs
-        current.context = context
-        current.layout = hashlib.blake2b(
-            (flags + inputs.layout()).encode(), digest_size=16
-        ).hexdigest()
-        current.examples = inputs.examples()
+        text = flags + inputs.layout() + self._preprocessing
+        current.inputs, current.context = inputs, context
+        current.layout = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        current.examples = self.examples.identify(inputs, current.layout)
+        if self.examples.distrusted:
+            self._forget(lambda place: False)
         return plan
 
     def keep(self, current: Pass, key: str, output: Any) -> None:
@@ -287,39 +218,66 @@ class Session:
         dims = plan.profile.dims.get(key)
         if dims is None or any(tensor.requires_grad for tensor in tensors_in(output)):
             return
-        place = current.shelf_key(key)
-        shelf = self.store.shelf(place, OutputForm.of(output, dims))
-        if shelf.put(current.examples, output):
-            self.counts["stored"] += 1
+        form = OutputForm.of(output, dims)
+        if any(0 in each.stride for each in form.tensors if each.size_in_bytes()):
+            output = tree_map_only(torch.Tensor, torch.clone, output)
+        mask = plan.profile.call(key).mask | plan.profile.call(key).inside
+        place = current.place(key)
+        shelf = self.store.shelf(place, form, lambda: self.watch.fingerprint(mask))
+        self.counts["stored"] += shelf.put(current.examples, output)
+        if self.store.full:
+            self._make_room(plan, place)
 
-    def replayable(self, current: Pass, key: str) -> set[str]:
-        """Return the keys that may be replayed in this pass, compared before their first use."""
-        plan, place = current.plan, current.shelf_key(key)
+    def replay(self, current: Pass, key: str) -> list[torch.Tensor] | None:
+        """Return stored outputs of a call for the examples of a pass.
+
+        Before the first use of a layout in a context they are compared with outputs of a batch that
+        is mixed from the same examples: what a row of a batch is may depend on the other rows, or
+        on its place, in the last bits.
+        """
+        plan, place = current.plan, current.place(key)
         assert plan is not None
         shelf = self.store.shelves.get(place)
         slots = None if shelf is None else shelf.find(current.examples)
-        if shelf is None or slots is None or key in plan.profile.refused:
-            return set()
-        verified = (*place, current.context)
-        if verified not in self._verified:
-            reason = self._compare(current, key, shelf, slots)
+        if shelf is None or slots is None or plan.profile.call(key).path in self.refused:
+            return None
+        tensors = shelf.get(slots)
+        if (place, current.context) not in self._verified:
+            reason = self._difference(current, key, tensors, shelf.form)
             if reason:
                 path = plan.profile.call(key).path
-                self._refuse(plan.profile, {path: reason}, current.inputs)
-                return set()
-            self._verified.add(verified)
-        return {key}
+                plan.profile.refuse({path: reason}, current.inputs)
+                self._plans.clear()
+                self._tell(plan.profile)
+                return None
+            self._verified.add((place, current.context))
+        self.forms[place] = shelf.form
+        return tensors
 
-    def _compare(self, current: Pass, key: str, shelf: Shelf, slots: torch.Tensor) -> str:
-        """Compare stored outputs with those of a batch mixed from the same examples."""
+    def is_examined(self) -> bool:
+        """Return whether a call is made although it could be replayed, to compare."""
+        return self._debug > 0 and self._random.random() < self._debug
+
+    def compare(self, current: Pass, key: str, output: Any, stored: list[torch.Tensor]) -> None:
+        """Raise `LaminaError` if a call returned other bits than are stored."""
+        if not all(map(same_bits, tensors_in(output), stored)):
+            assert current.plan is not None
+            raise LaminaError(
+                f"{current.plan.profile.call(key).path!r} gives other bits than are stored of it, "
+                "which lamina.reuse(debug=...) has found. Something that its output depends on "
+                "changed and cannot be seen; train this model without reuse."
+            )
+
+    def _difference(
+        self, current: Pass, key: str, stored: Sequence[torch.Tensor], form: OutputForm
+    ) -> str:
         assert current.plan is not None
         places = mixed(current.inputs.size)
-        run = current.plan.profile.outputs([key], current.inputs, places)
-        if key not in run.outputs:
+        output = current.plan.profile.outputs([key], current.inputs, places).outputs.get(key)
+        if output is None:
             return "is called for some batches only"
-        pairs = zip(tensors_in(run.outputs[key]), shelf.get(slots), shelf.form.dims, strict=True)
-        for computed, stored, dim in pairs:
-            expected = stored if dim is None else stored.index_select(dim, places.to(stored.device))
+        for computed, kept, dim in zip(tensors_in(output), stored, form.dims, strict=True):
+            expected = kept if dim is None else kept.index_select(dim, places.to(kept.device))
             if not same_bits(computed, expected):
                 return "gives an example other bits in another batch"
         return ""
@@ -328,6 +286,9 @@ class Session:
 
     def _profile(self, context: str, inputs: Inputs) -> Profile | None:
         if context not in self._profiles:
+            if len(self._profiles) >= _MOST_PROFILES:
+                self.notices.tell("This model is called in too many ways to reuse what it does.")
+                return None
             try:
                 self._profiles[context] = Profile(self.model, inputs, self.watch.bits)
             except Exception as error:  # whatever a model's own code raises in a copy
@@ -337,57 +298,90 @@ class Session:
                 )
         return self._profiles[context]
 
-    def _plan(self, context: str, profile: Profile, inputs: Inputs) -> Plan | None:
+    def _plan(self, context: str, profile: Profile, inputs: Inputs) -> Plan:
         trained = self.watch.trained()
         known = self._plans.get(context)
         if known is not None and known[0] == trained:
             return known[1]
-        for _ in range(20):
+        plan = self._planned(profile, trained)
+        while plan.stored and profile.check(plan.stored, inputs):
             plan = self._planned(profile, trained)
-            failed = profile.check(plan.stored, inputs)
-            if not failed:
-                break
         self._tell(profile)
         self._plans[context] = (trained, plan)
-        self._retain()
+        wanted = {key for _, plan in self._plans.values() for key in plan.stored}
+        self._forget(lambda place: place[0] in wanted)
         return plan
 
     def _planned(self, profile: Profile, trained: int) -> Plan:
         stage = profile.stage(trained)
         stored = set(stage.needed)
         since = trained
-        for later in self.watch.later():
+        for _, later in self.watch.later():
             since |= later
-            ahead = profile.stage(later)
-            for key in ahead.needed:
-                call = profile.call(key)
-                if not (call.mask | call.inside) & since:
-                    stored.add(key)
-        return Plan(
-            profile, stage, frozenset(stored), {key: profile.modes(key) for key in stored}
-        )
-
-    def _refuse(self, profile: Profile, reasons: Mapping[str, str], inputs: Inputs) -> None:
-        profile.refuse(reasons, inputs)
-        self._plans.clear()
-        self._tell(profile)
+            ahead = profile.stage(later).needed
+            if not any(profile.depends(key) & since for key in ahead):
+                stored |= ahead
+        stored -= self._dropped
+        keyed = stored | set(stage.skipped)
+        return Plan(profile, stage, frozenset(stored), {key: profile.modes(key) for key in keyed})
 
     def _tell(self, profile: Profile) -> None:
         for path, reason in profile.refused.items():
+            self.refused[path] = reason
             self.notices.tell(f"{path!r} is not reused: it {reason}.")
 
-    def _retain(self) -> None:
-        wanted = {key for _, plan in self._plans.values() for key in plan.stored}
-        self.store.retain(lambda key: key in wanted)
+    # --- what is dropped -------------------------------------------------------------------------
 
-    def _drop(self, changed: int) -> None:
-        """Forget everything that depends on what changed."""
-        for profile in self._profiles.values():
-            for call in profile.lineage.calls.values() if profile else ():
-                if (call.mask | call.inside) & changed:
-                    self.store.retain(lambda key, gone=call.key: key != gone)  # type: ignore[misc]
+    def _follow_weights(self) -> None:
+        """Forget everything that depends on what changed although it is frozen."""
+        changed = self.watch.changed()
+        if not changed:
+            return
+        profiles = [profile for profile in self._profiles.values() if profile is not None]
+        stale = {
+            key
+            for profile in profiles
+            for key in profile.lineage.calls
+            if profile.depends(key) & changed
+        }
+        self._forget(lambda place: place[0] not in stale)
+        if changed == -1:  # tensors were exchanged
+            self._profiles.clear()
+            self._plans.clear()
 
-    def close(self) -> None:
-        """Take the hooks from the model."""
-        for handle in self._handles:
-            handle.remove()
+    def _forget(self, wanted: Any) -> None:
+        self.store.retain(wanted)
+        self._verified = {one for one in self._verified if one[0] in self.store.shelves}
+
+    def _make_room(self, plan: Plan, place: Place) -> None:
+        """Drop what a later stage needs for what this one needs; else store no more of this."""
+        self.store.full = False
+        later = list(plan.stored - plan.stage.needed - self._dropped)
+        if place[0] in later:
+            least = place[0]
+        elif later:
+            least = max(later, key=lambda key: plan.profile.call(key).index)
+        else:
+            return
+        self._dropped.add(least)
+        self._plans.clear()
+        self._forget(lambda each: each[0] != least)
+        self.notices.tell(
+            f"The outputs of {plan.profile.call(least).path!r}, which a later stage needs, are not "
+            f"stored: all outputs together take more than {self.store.space / 2**20:.0f} MiB. "
+            "Give more space=."
+        )
+
+
+class _Hook:
+    """A hook of a session; copies and pickles of the model do not take the session along."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
