@@ -194,9 +194,9 @@ class UNet(nn.Module):
 class TwoHeads(nn.Module):
     """A shared body with two heads; a module that is called twice; hidden states in a list."""
 
-    def __init__(self):
+    def __init__(self, width=8):
         super().__init__()
-        self.body = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(8, 8)})
+        self.body = nn.ModuleDict({"a": nn.Linear(width, 8), "b": nn.Linear(8, 8)})
         self.shared = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
         self.first, self.second = nn.Linear(8, 2), nn.Linear(8, 3)
 
@@ -219,8 +219,8 @@ def images(count=24, seed=1):
     return (torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)),)
 
 
-def points(count=24, seed=1):
-    return (torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)),)
+def points(count=24, seed=1, width=8):
+    return (torch.randn(count, width, generator=torch.Generator().manual_seed(seed)),)
 
 
 def freeze(pattern):
@@ -243,12 +243,12 @@ def plain(output):
 class Training:
     """Trains a model on shuffled batches; all that is random follows from the seed."""
 
-    def __init__(self, model, rules, data, *, optimizer=lm.AdamW, epochs=4, batch=8, reuse=None):
+    def __init__(self, model, rules, data, *, optimizer=lm.AdamW, epochs=4, batch=8, reuse=None, lr=1e-2):
         torch.manual_seed(0)
         self.model = model()
         self.data, self.batch, self.epochs = data, batch, epochs
-        steps = len(data[0]) // batch
-        plan = lm.Plan(optimizer, lr=1e-2, rules=rules)
+        steps = -(-len(data[0]) // batch)
+        plan = lm.Plan(optimizer, lr=lr, rules=rules)
         self.optimizer = plan.build(self.model, epochs=epochs, steps_per_epoch=steps)
         self.reused = None
         if reuse is not None:

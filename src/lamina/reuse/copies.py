@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,12 +42,42 @@ def copy_to_try(model: nn.Module) -> nn.Module:
         if forward is not None:
             memo[id(forward)] = None
     memo.pop(id(None), None)
-    twin = copy.deepcopy(model, memo)
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(model, memo)
     for module, original in zip(twin.modules(), model.modules(), strict=True):
         module.__dict__.pop("forward", None)
         # Copies do not take eval locks along; the mode of now is what a pass would run in.
         module.__dict__["training"] = original.training
     return twin
+
+
+def compiled_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the modules that torch.compile is on."""
+    return {
+        path
+        for path, module in model.named_modules()
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+    }
+
+
+def without_compiled(twin: nn.Module) -> nn.Module:
+    """Put the plain modules of a copy in the place of compiled ones, and return it."""
+    for module in list(twin.modules()):
+        module._compiled_call_impl = None
+        for name, child in module._modules.items():
+            if child is not None and type(child).__name__ == "OptimizedModule":
+                module._modules[name] = child._orig_mod
+    return twin
+
+
+def lies_in(path: str, outer: Iterable[str]) -> bool:
+    """Return whether a path is one of others, or lies below one."""
+    return any(path == one or path.startswith(f"{one}.") for one in outer)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from .._util.numbers import is_number, is_whole
 from .._util.sharding import is_flattened, is_sharded
 from ..errors import PlanError
 from ..optimizer.wrapped import unwrap
+from .copies import compiled_paths
 from .session import Reuse
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -117,12 +118,7 @@ def _check_model(model: nn.Module) -> None:
             "reuse: a model in a wrapper for several processes was given. Give the module inside: "
             "lamina.reuse(model.module, optimizer)."
         )
-    compiled = [
-        path
-        for path, module in model.named_modules()
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-    ]
-    if "" in compiled:
+    if "" in compiled_paths(model):
         raise PlanError(
             "reuse: the whole model is compiled, as one piece of which nothing can be left out. "
             "Compile the parts that train, e.g. model.head = torch.compile(model.head)."

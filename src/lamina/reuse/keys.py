@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,11 @@ class Inputs:
                 part += hashlib.blake2b(whole, digest_size=16).hexdigest()
             parts.append(part)
         return f"{self.size}{parts}"
+
+    def copied(self) -> Inputs:
+        """Return these inputs with a copy of every tensor."""
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return replace(self, leaves=leaves)
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments again."""

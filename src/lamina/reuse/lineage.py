@@ -8,8 +8,8 @@ tensors that come from nowhere, state that the pass itself changes.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .copies import replaced_forward
+from .copies import replaced_forward, version_of
 from .keys import Inputs
 
 #: the bit of what cannot be computed again to the same bits
@@ -108,6 +108,7 @@ ROOT_KEY = "model"
 
 def trace(
     model: nn.Module,
+    followed: Container[str],
     inputs: Inputs,
     bits: Mapping[int, int],
     tampered: Mapping[str, str],
@@ -116,16 +117,21 @@ def trace(
 
     Args:
         model: a copy that may be run for nothing (see `copies.copy_to_try`).
+        followed: the paths of the modules whose calls are told apart.
         inputs: the arguments of the pass.
         bits: the bit of each parameter and buffer, by the identity of its storage.
         tampered: the paths of modules of which somebody's hooks run, and why that matters.
     """
     tracer = _Tracer(bits, tampered)
-    args, kwargs = inputs.arguments()
     with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(False))
+        inputs = inputs.copied()  # some models change what they are given
+        args, kwargs = inputs.arguments()
         undo.enter_context(torch.no_grad())
         for path, module in model.named_modules():
-            undo.enter_context(_patched(module, tracer.stub(path, module)))
+            if path not in followed:
+                continue
+            undo.enter_context(replaced_forward(module, tracer.stub(path, module)))
         undo.enter_context(ReadWatch(tracer.on_read))
         undo.enter_context(tracer)
         tracer.take_inputs(inputs)
@@ -133,12 +139,6 @@ def trace(
         output = model(*args, **kwargs)
         tracer.finish(output, versions)
     return Lineage(tracer.calls, tracer.consumed, tracer.changed, bool(tracer.reads), tracer.cause)
-
-
-@contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    with replaced_forward(module, forward):
-        yield
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
@@ -215,7 +215,7 @@ class _Tracer(TorchDispatchMode):
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._enter(path)
             given = tensors_in((args, kwargs))
-            versions = [tensor._version for tensor in given]
+            versions = [version_of(tensor) for tensor in given]
             drawn = _python_random()
             try:
                 output = original(*args, **kwargs)
@@ -224,7 +224,7 @@ class _Tracer(TorchDispatchMode):
             if _python_random() != drawn:
                 call.block("draws random numbers of Python or NumPy")
                 self._taint_rest(call)
-            if [tensor._version for tensor in given] != versions:
+            if [version_of(tensor) for tensor in given] != versions:
                 call.blocked = call.blocked or "changes its input in place"
             if path in self._tampered:
                 call.block(self._tampered[path])

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .boundaries import Stage
+from .copies import version_of
 from .keys import Inputs, autocast_of
 from .lazy import LazyTensor, TensorForm, real
 from .lineage import ROOT_KEY, child_key, tensors_in
@@ -72,13 +73,13 @@ class Deferred:
         self._device = device
         self._grad = torch.is_grad_enabled()
         self._autocast = autocast_of(device)
-        self._inputs = [(tensor, tensor._version) for tensor in inputs]
+        self._inputs = [(tensor, version_of(tensor)) for tensor in inputs]
         self._tensors: list[torch.Tensor] | None = None
 
     def tensor(self, place: int) -> torch.Tensor:
         """Return an output tensor by its place, computed as it would have been then."""
         if self._tensors is None:
-            if any(tensor._version != version for tensor, version in self._inputs):
+            if any(version_of(tensor) != version for tensor, version in self._inputs):
                 raise RuntimeError(
                     "lamina.reuse left out a call whose output is used after its input was changed "
                     "in place. Train this model without reuse."

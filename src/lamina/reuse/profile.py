@@ -6,7 +6,7 @@ A context is everything but the examples: modes, autocast, gradient mode, the fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +15,17 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .boundaries import Stage, stage_of
-from .copies import copy_to_try, has_hooks, own_forward, replaced_forward, same_randomness
+from .copies import (
+    compiled_paths,
+    copy_to_try,
+    has_hooks,
+    lies_in,
+    own_forward,
+    replaced_forward,
+    same_randomness,
+    version_of,
+    without_compiled,
+)
 from .keys import Inputs, device_type
 from .lineage import (
     INPUT,
@@ -56,22 +66,32 @@ class Profile:
         self.widths: dict[str, int] = {}
         #: how long each call took in the last check
         self.seconds: dict[str, float] = {}
+        self._compiled = compiled_paths(model)
+        #: the modules that a pass is followed through
+        self._stubbed = {
+            path for path, _ in model.named_modules() if not lies_in(path, self._compiled)
+        }
         self._modules = dict(model.named_modules())
         self._inside = {path: self._bits_in(path, module) for path, module in model.named_modules()}
         self.lineage = self._trace(inputs)
 
     def _trace(self, inputs: Inputs) -> Lineage:
         twin = copy_to_try(self.model)
+        by_storage: dict[int, int] = {}
+        names = (name for name, _ in named_tensors(self.model))
+        for name, (_, tensor) in zip(names, named_tensors(twin), strict=True):
+            key = storage_key(tensor) or 0
+            by_storage[key] = by_storage.get(key, 0) | self.bits[name]
         with same_randomness(torch.device(device_type(self.model))):
             tampered = {**tampered_modules(self.model), **self.refused}
-            lineage = trace(twin, inputs, self._by_storage(twin), tampered)
+            lineage = trace(without_compiled(twin), self._stubbed, inputs, by_storage, tampered)
         for call in lineage.calls.values():
             call.inside = self._inside[call.path]
         return lineage
 
     def stage(self, trained: int) -> Stage:
         """Return what can be left out while these train; boundaries are checked before use."""
-        return stage_of(self.lineage, trained, self.refused)
+        return stage_of(self.lineage, trained, {*self.refused, *self._compiled})
 
     def call(self, key: str) -> Call:
         """Return a call by its key."""
@@ -111,7 +131,7 @@ class Profile:
         wanted = [key for key in keys if key not in self.dims]
         if not wanted:
             return []
-        twin = copy_to_try(self.model)
+        twin = without_compiled(copy_to_try(self.model))
         run = self.outputs(wanted, inputs, twin=twin)
         first, self.seconds = run.outputs, run.seconds
         before = _attributes(twin)
@@ -153,17 +173,18 @@ class Profile:
             places: which of its examples, in which order; by default as they are.
             twin: the copy to use; by default a new one.
         """
-        twin = copy_to_try(self.model) if twin is None else twin
+        twin = without_compiled(copy_to_try(self.model)) if twin is None else twin
         args, kwargs = inputs.arguments() if places is None else inputs.rows(places)
         # Some modules change their inputs.
-        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        with torch.inference_mode(False):
+            args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         run = Run(set(keys))
         with (
             same_randomness(torch.device(device_type(self.model))),
             torch.inference_mode(False),
             ExitStack() as undo,
         ):
-            for path, module in twin.named_modules():
+            for path, module in followed(twin, self._stubbed):
                 undo.enter_context(replaced_forward(module, run.stub(path, module.forward)))
             if self.lineage.reads:
                 undo.enter_context(ReadWatch(run.on_read))
@@ -216,14 +237,6 @@ class Profile:
             found |= self.bits[prefix + name]
         return found
 
-    def _by_storage(self, twin: nn.Module) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for name, tensor in named_tensors(twin):
-            key = storage_key(tensor)
-            if key is not None:
-                found[key] = found.get(key, 0) | self.bits[name]
-        return found
-
 
 class Run:
     """One pass of a copy: what the wanted calls returned, and what Python read."""
@@ -271,6 +284,11 @@ def mixed(size: int) -> torch.Tensor:
     return places
 
 
+def followed(model: nn.Module, paths: Container[str]) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a model that have these paths."""
+    return [(path, module) for path, module in model.named_modules() if path in paths]
+
+
 def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Return every parameter and buffer with each of its names."""
     return [
@@ -304,7 +322,7 @@ def tampered_modules(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         if path and has_hooks(module):
             found[path] = "has a forward hook, which sees every pass"
-        elif path and own_forward(module) is not None:
+        elif path and own_forward(module) is not None and path not in compiled_paths(model):
             found[path] = "has a forward of its own, put there by hand"
     return found
 
@@ -325,7 +343,7 @@ def _look(value: Any) -> Any:
     if isinstance(value, (int, float, str, bool)):
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), value._version
+        return id(value), version_of(value)
     if isinstance(value, (list, dict, set)):
         return id(value), len(value)
     return id(value)

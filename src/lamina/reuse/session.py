@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from .._util.notices import Notices
 from ..errors import LaminaError
-from .copies import Stub
+from .copies import Stub, compiled_paths, lies_in
 from .examples import Examples, IndexedBatch
 from .forecast import Forecast, forecast
 from .frozen import FrozenWatch
@@ -62,15 +62,19 @@ class Reuse:
         self._preprocessing = preprocessing
         self._random = random.Random(0)
         self._profiles: dict[str, Profile | None] = {}
-        self._plans: dict[str, tuple[int, Plan]] = {}
+        self._plans: dict[str, Plan] = {}
+        self._trained = 0
         self._dropped: set[str] = set()
         #: what was compared with a second computation, of other batches: place and context
         self._verified: set[tuple[Place, str]] = set()
         self._pass: Pass | None = None
         self._reading: ReadWatch | None = None
         self._closed = False
+        compiled = compiled_paths(model)
         self._stubs = [
-            (module, self._stub(path, module)) for path, module in model.named_modules() if path
+            (module, self._stub(path, module))
+            for path, module in model.named_modules()
+            if path and not lies_in(path, compiled)
         ]
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
@@ -171,10 +175,9 @@ class Reuse:
         self._pass = None
 
     def _stub(self, path: str, module: nn.Module) -> Stub:
-        own = type(module).forward
-
         def forward(*args: Any, **kwargs: Any) -> Any:
-            original = own.__get__(module) if stub.before is None else stub.before
+            own = type(module).forward.__get__(module)
+            original = own if stub.before is None else stub.before
             if self._pass is None:
                 return original(*args, **kwargs)
             return self._pass.call(path, original, args, kwargs)
@@ -299,23 +302,19 @@ class Reuse:
         return self._profiles[context]
 
     def _plan(self, context: str, profile: Profile, inputs: Inputs) -> Plan:
-        trained = self.watch.trained()
-        known = self._plans.get(context)
-        if known is not None and known[0] == trained:
-            return known[1]
-        plan = self._planned(profile, trained)
+        if context in self._plans:
+            return self._plans[context]
+        plan = self._planned(profile)
         while plan.stored and profile.check(plan.stored, inputs):
-            plan = self._planned(profile, trained)
+            plan = self._planned(profile)
         self._tell(profile)
-        self._plans[context] = (trained, plan)
-        wanted = {key for _, plan in self._plans.values() for key in plan.stored}
-        self._forget(lambda place: place[0] in wanted)
+        self._plans[context] = plan
         return plan
 
-    def _planned(self, profile: Profile, trained: int) -> Plan:
-        stage = profile.stage(trained)
+    def _planned(self, profile: Profile) -> Plan:
+        stage = profile.stage(self._trained)
         stored = set(stage.needed)
-        since = trained
+        since = self._trained
         for _, later in self.watch.later():
             since |= later
             ahead = profile.stage(later).needed
@@ -333,21 +332,23 @@ class Reuse:
     # --- what is dropped -------------------------------------------------------------------------
 
     def _follow_weights(self) -> None:
-        """Forget everything that depends on what changed although it is frozen."""
+        """Forget what depends on something that trains, or that changed although it is frozen."""
         changed = self.watch.changed()
-        if not changed:
+        trained = self.watch.trained()
+        if not changed and trained == self._trained:
             return
         profiles = [profile for profile in self._profiles.values() if profile is not None]
         stale = {
             key
             for profile in profiles
             for key in profile.lineage.calls
-            if profile.depends(key) & changed
+            if profile.depends(key) & (changed | trained)
         }
         self._forget(lambda place: place[0] not in stale)
+        self._plans.clear()
+        self._trained = trained
         if changed == -1:  # tensors were exchanged
             self._profiles.clear()
-            self._plans.clear()
 
     def _forget(self, wanted: Any) -> None:
         self.store.retain(wanted)
