@@ -243,7 +243,9 @@ def plain(output):
 class Training:
     """Trains a model on shuffled batches; all that is random follows from the seed."""
 
-    def __init__(self, model, rules, data, *, optimizer=lm.AdamW, epochs=4, batch=8, reuse=None, lr=1e-2):
+    def __init__(
+        self, model, rules, data, *, optimizer=lm.AdamW, epochs=4, batch=8, reuse=None, lr=1e-2
+    ):
         torch.manual_seed(0)
         self.model = model()
         self.data, self.batch, self.epochs = data, batch, epochs

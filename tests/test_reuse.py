@@ -232,7 +232,9 @@ def test_padding_is_part_of_the_key():
         length = 6 + training.done % 2
         autocast(training, (ids[:, :length], mask[:, :length]))
 
-    without, reusing = (each.run(4, step) for each in both(MiniLM, freeze("!classifier.*"), words()))
+    without, reusing = (
+        each.run(4, step) for each in both(MiniLM, freeze("!classifier.*"), words())
+    )
     assert same_result(without, reusing)
     assert reusing.reused.counts["replayed"] == 6
 
@@ -264,7 +266,9 @@ def test_indices_stand_for_examples(monkeypatch):
     hashed = []
     examples = Inputs.examples
     monkeypatch.setattr(
-        Inputs, "examples", lambda self, places=None: hashed.append(places) or examples(self, places)
+        Inputs,
+        "examples",
+        lambda self, places=None: hashed.append(places) or examples(self, places),
     )
     for training in (without, reusing):
         loader = indexed(words())

@@ -86,14 +86,15 @@ class Lineage:
     `consumed` lists (call, producer, storage): in that call an operator read the storage, which
     the producer wrote; the model's own outputs are read by the root. `changed` are the bits of
     buffers and parameters that the pass wrote. `reads` says whether code outside of leaf modules
-    looked at values (`if x.any()`).
+    looked at values (`if x.any()`). `causes` are the modules that make something impure, by path,
+    with the index of the call and what it does.
     """
 
     calls: dict[str, Call]
     consumed: list[tuple[Call, Call, int]]
     changed: int
     reads: bool
-    cause: str
+    causes: dict[str, tuple[int, str]]
 
 
 def child_key(parent: str, path: str, counts: dict[str, int]) -> str:
@@ -138,7 +139,7 @@ def trace(
         versions = tracer.versions(model)
         output = model(*args, **kwargs)
         tracer.finish(output, versions)
-    return Lineage(tracer.calls, tracer.consumed, tracer.changed, bool(tracer.reads), tracer.cause)
+    return Lineage(tracer.calls, tracer.consumed, tracer.changed, bool(tracer.reads), tracer.causes)
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
@@ -205,7 +206,7 @@ class _Tracer(TorchDispatchMode):
         self.reads: list[Call] = []
         #: what everything from now on depends on: Python has seen such values
         self._control = 0
-        self.cause = ""
+        self.causes: dict[str, tuple[int, str]] = {}
 
     # --- calls -----------------------------------------------------------------------------------
 
@@ -297,11 +298,11 @@ class _Tracer(TorchDispatchMode):
     def _blame(self, call: Call | None, reason: str) -> None:
         if call is not None:
             call.block(reason)
-            self.cause = self.cause or f"{call.path or 'the model'} {reason}"
+            self.causes.setdefault(call.path, (call.index, reason))
 
     def _taint_rest(self, call: Call) -> None:
         self._control |= IMPURE
-        self.cause = self.cause or f"{call.path or 'the model'} {call.blocked}"
+        self.causes.setdefault(call.path, (call.index, call.blocked))
 
     def on_read(self, tensors: list[torch.Tensor], _result: Any) -> None:
         call = self._stack[-1] if self._stack else None

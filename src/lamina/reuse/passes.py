@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,16 +115,21 @@ class Pass:
         self.layout = ""
         self.examples: list[bytes] = []
         self._places: dict[str, Place] = {}
+        self._own_work = False
 
     def on_read(self, tensors: list[torch.Tensor], result: Any) -> None:
         """Remember what Python saw: what is computed from now on may follow from it."""
-        self.decisions.append(repr(result))
+        if not self._own_work:
+            array = hasattr(result, "tobytes")
+            text = hashlib.blake2b(result.tobytes()).hexdigest() if array else repr(result)
+            self.decisions.append(text)
 
     def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Make a call of a module, or do what has the same effect on the pass."""
         if not self.begun:
             self.begun = True
-            self.plan = self.owner.begin(self)
+            with self._working():
+                self.plan = self.owner.begin(self)
         if self.plan is None:
             return original(*args, **kwargs)
         frame = self.stack[-1]
@@ -151,8 +157,18 @@ class Pass:
         finally:
             self.stack.pop()
         if key in self.plan.stored:
-            self.owner.keep(self, key, output)
+            with self._working():
+                self.owner.keep(self, key, output)
         return output
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Take no notice of the values that are read inside, which decide nothing in the model."""
+        self._own_work = True
+        try:
+            yield
+        finally:
+            self._own_work = False
 
     def place(self, key: str) -> Place:
         """Return where the outputs of a call are stored: what it was given is part of it."""
@@ -168,7 +184,8 @@ class Pass:
         self._places[key] = key, hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _replay(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        tensors = self.owner.replay(self, key)
+        with self._working():
+            tensors = self.owner.replay(self, key)
         if tensors is None:
             return self._compute(key, original, args, kwargs)
         self.owner.counts["replayed"] += 1

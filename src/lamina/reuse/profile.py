@@ -26,8 +26,9 @@ from .copies import (
     version_of,
     without_compiled,
 )
-from .keys import Inputs, device_type
+from .keys import Inputs, as_bytes, device_type
 from .lineage import (
+    IMPURE,
     INPUT,
     ROOT_KEY,
     Call,
@@ -93,6 +94,20 @@ class Profile:
         """Return what can be left out while these train; boundaries are checked before use."""
         return stage_of(self.lineage, trained, {*self.refused, *self._compiled})
 
+    def causes(self, trained: int) -> dict[str, str]:
+        """Return what keeps frozen modules from being reused, by path: what it does."""
+        held_up = [
+            call.index
+            for call in self.lineage.calls.values()
+            if call.inside and not call.inside & trained and (call.blocked or call.mask & IMPURE)
+        ]
+        last = max(held_up, default=-1)
+        return {
+            path: reason
+            for path, (index, reason) in self.lineage.causes.items()
+            if (index <= last and not self._inside[path] & trained) or (not path and held_up)
+        }
+
     def call(self, key: str) -> Call:
         """Return a call by its key."""
         return self.lineage.calls[key]
@@ -122,41 +137,42 @@ class Profile:
         ]
         return "".join("t" if each else "e" for each in seen)
 
-    def check(self, keys: Iterable[str], inputs: Inputs) -> list[str]:
-        """Compute some calls a second time, and with the examples mixed; note what differs.
+    def check(self, keys: Iterable[str], inputs: Inputs) -> bool:
+        """Compute some calls a second time, and with the examples mixed; refuse what differs.
 
         Returns:
-            The keys of calls whose outputs cannot be reused; `refused` says why.
+            Whether all of them can be reused; otherwise `refused` says what cannot, and why.
         """
         wanted = [key for key in keys if key not in self.dims]
         if not wanted:
-            return []
-        twin = without_compiled(copy_to_try(self.model))
-        run = self.outputs(wanted, inputs, twin=twin)
-        first, self.seconds = run.outputs, run.seconds
-        before = _attributes(twin)
-        places = mixed(inputs.size)
-        again = self.outputs(wanted, inputs, twin=twin).outputs
-        after = _attributes(twin)
-        other = self.outputs(wanted, inputs, places).outputs
-        failed = []
-        for key in wanted:
-            path = self.call(key).path
-            changed = next((p for p in before if _below(p, path) and before[p] != after[p]), None)
-            reason = _compare(first.get(key), again.get(key))
-            if changed is not None:
-                reason = f"keeps state between calls ({changed or 'the model'})"
-            if not reason:
-                dims, reason = self._dims(key, first[key], other.get(key), places, inputs.size)
+            return True
+        trial = _Trial(self, wanted, inputs)
+        self.seconds = trial.first.seconds
+        reasons = {key: trial.reason(key) for key in wanted}
+        if not any(reasons.values()):
+            for key in wanted:
+                self.dims[key] = trial.dims[key]
+                form = OutputForm.of(trial.first.outputs[key], self.dims[key])
+                self.widths[key] = sum(form.widths())
+            return True
+        self.refuse(self._culprit(inputs) or self._named(reasons), inputs)
+        return False
+
+    def _culprit(self, inputs: Inputs) -> dict[str, str]:
+        """Return the first module of a pass, as they end, that does not do the same again."""
+        trial = _Trial(self, list(self.lineage.calls), inputs)
+        for key in trial.first.outputs:
+            reason = "" if self.call(key).parent is None else trial.reason(key, narrow=True)
             if reason:
-                failed.append(key)
-                self.refused[path] = reason
-            else:
-                self.dims[key] = dims
-                self.widths[key] = sum(OutputForm.of(first[key], dims).widths())
-        if failed:
-            self.lineage = self._trace(inputs)
-        return failed
+                return self._named({key: reason})
+        return {}
+
+    def _named(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        return {self.call(key).path: reason for key, reason in reasons.items() if reason}
+
+    def twin(self) -> nn.Module:
+        """Return a copy of the model that can run for nothing."""
+        return without_compiled(copy_to_try(self.model))
 
     def outputs(
         self,
@@ -173,7 +189,7 @@ class Profile:
             places: which of its examples, in which order; by default as they are.
             twin: the copy to use; by default a new one.
         """
-        twin = without_compiled(copy_to_try(self.model)) if twin is None else twin
+        twin = self.twin() if twin is None else twin
         args, kwargs = inputs.arguments() if places is None else inputs.rows(places)
         # Some modules change their inputs.
         with torch.inference_mode(False):
@@ -201,41 +217,86 @@ class Profile:
         self.refused.update(reasons)
         self.lineage = self._trace(inputs)
 
-    def _dims(
-        self, key: str, first: Any, other: Any, places: torch.Tensor, size: int
-    ) -> tuple[tuple[int | None, ...], str]:
-        """Return the dimension of the examples in each tensor, or why there is none."""
-        leaves = tree_flatten(first)[0]
-        if any(not isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
-            return (), "returns something that is no tensor, number or text"
-        dims: list[int | None] = []
-        mixed_tensors = tensors_in(other)
-        masks = self.call(key).masks
-        if other is None or len(mixed_tensors) != len(masks):
-            return (), "is called for some batches only"
-        if any(not tensor.numel() for tensor in tensors_in(first)):
-            return (), "returns an empty tensor"
-        for tensor, moved, mask in zip(tensors_in(first), mixed_tensors, masks, strict=True):
-            if not mask & INPUT and same_bits(tensor, moved):
-                dims.append(None)
-                continue
-            fits = (
-                dim
-                for dim, length in enumerate(tensor.shape)
-                if length == size and same_bits(tensor.index_select(dim, places), moved)
-            )
-            dim = next(fits, None)
-            if dim is None:
-                return (), "gives an example other bits in another batch"
-            dims.append(dim)
-        return tuple(dims), ""
-
     def _bits_in(self, path: str, module: nn.Module) -> int:
         prefix = f"{path}." if path else ""
         found = 0
         for name, _ in module.named_parameters(remove_duplicate=False):
             found |= self.bits[prefix + name]
         return found
+
+
+class _Trial:
+    """Three passes of copies: twice as it is, and with the examples mixed.
+
+    Args:
+        profile: whose model it is.
+        keys: of the calls to compare.
+        inputs: of the pass.
+    """
+
+    def __init__(self, profile: Profile, keys: list[str], inputs: Inputs) -> None:
+        self._profile = profile
+        self._size = inputs.size
+        self._places = mixed(inputs.size)
+        #: the dimension of the examples in each tensor that a call returns
+        self.dims: dict[str, tuple[int | None, ...]] = {}
+        twin = profile.twin()
+        self.first = profile.outputs(keys, inputs, twin=twin)
+        before = _state(twin)
+        self._again = profile.outputs(keys, inputs, twin=twin).outputs
+        self._changed = [path for path, state in _state(twin).items() if state != before[path]]
+        self._mixed = profile.outputs(keys, inputs, self._places).outputs
+
+    def reason(self, key: str, *, narrow: bool = False) -> str:
+        """Return why the outputs of a call cannot be reused; empty if they can.
+
+        Args:
+            key: of the call.
+            narrow: only what is certainly the fault of this very module.
+        """
+        call = self._profile.call(key)
+        first, again = self.first.outputs.get(key), self._again.get(key)
+        own = [
+            path
+            for path in self._changed
+            if path == call.path or (not narrow and lies_in(path, [call.path]))
+        ]
+        if own:
+            return "keeps state between calls"
+        one, other = tensors_in(first), tensors_in(again)
+        if first is None or again is None or len(one) != len(other):
+            return "" if narrow else "is not called alike when the same batch comes again"
+        if not all(map(same_bits, one, other)):
+            return "gives other values when the same batch comes again"
+        if narrow and not any(self._size in tensor.shape for tensor in one):
+            return ""
+        return self._find_dims(key, first)
+
+    def _find_dims(self, key: str, first: Any) -> str:
+        leaves = tree_flatten(first)[0]
+        if any(not isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            return "returns something that is no tensor, number or text"
+        moved, masks = tensors_in(self._mixed.get(key)), self._profile.call(key).masks
+        if key not in self._mixed or len(moved) != len(masks):
+            return "is called for some batches only"
+        if any(not tensor.numel() for tensor in moved):
+            return "returns an empty tensor"
+        found: list[int | None] = []
+        for tensor, other, mask in zip(tensors_in(first), moved, masks, strict=True):
+            if not mask & INPUT and same_bits(tensor, other):
+                found.append(None)
+                continue
+            fits = [
+                dim
+                for dim, length in enumerate(tensor.shape)
+                if length == self._size
+                and same_bits(tensor.index_select(dim, self._places.to(tensor.device)), other)
+            ]
+            if not fits:
+                return "gives an example other bits in another batch"
+            found.append(fits[0])
+        self.dims[key] = tuple(found)
+        return ""
 
 
 class Run:
@@ -307,15 +368,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*as_bits)
 
 
-def _compare(first: Any, again: Any) -> str:
-    one, other = tensors_in(first), tensors_in(again)
-    if first is None or again is None or len(one) != len(other):
-        return "is not called alike when the same batch comes again"
-    if not all(map(same_bits, one, other)):
-        return "gives other values when the same batch comes again"
-    return ""
-
-
 def tampered_modules(model: nn.Module) -> dict[str, str]:
     """Return the modules whose calls somebody watches or replaces, with what that means."""
     found = {}
@@ -327,14 +379,17 @@ def tampered_modules(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _below(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(f"{outer}.")
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Return what can be seen of the plain attributes of every module."""
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Return what can be seen of the state of every module: attributes and buffers."""
     return {
-        path: {name: _look(value) for name, value in vars(module).items() if name != "forward"}
+        path: (
+            {name: _look(value) for name, value in vars(module).items() if name != "forward"},
+            [
+                as_bytes(buffer.detach()[None].cpu()).numpy().tobytes()
+                for buffer in module._buffers.values()
+                if buffer is not None
+            ],
+        )
         for path, module in model.named_modules()
     }
 

@@ -126,7 +126,7 @@ class Reuse:
         moments = [(self.optimizer.clock, self.watch.trained()), *self.watch.later()]
         for _ in range(20):
             wanted = {key for _, trained in moments for key in profile.stage(trained).needed}
-            if not profile.check(wanted, inputs):
+            if profile.check(wanted, inputs):
                 break
         end = self.optimizer.resolved.run.steps
         return forecast(profile, moments, end, examples, self.store.space)
@@ -305,7 +305,7 @@ class Reuse:
         if context in self._plans:
             return self._plans[context]
         plan = self._planned(profile)
-        while plan.stored and profile.check(plan.stored, inputs):
+        while not profile.check(plan.stored, inputs):
             plan = self._planned(profile)
         self._tell(profile)
         self._plans[context] = plan
@@ -325,9 +325,18 @@ class Reuse:
         return Plan(profile, stage, frozenset(stored), {key: profile.modes(key) for key in keyed})
 
     def _tell(self, profile: Profile) -> None:
-        for path, reason in profile.refused.items():
+        for path, reason in {**profile.causes(self._trained), **profile.refused}.items():
             self.refused[path] = reason
-            self.notices.tell(f"{path!r} is not reused: it {reason}.")
+            name = repr(path) if path else "the model itself"
+            self.notices.tell(
+                f"{name} {reason}: neither it nor what is computed from it is reused."
+            )
+        trains = [self._trained, *(bits for _, bits in self.watch.later())]
+        if not self.refused and not any(profile.stage(bits).needed for bits in trains):
+            self.notices.tell(
+                "Nothing is reused: nothing is frozen at any time that is not computed from "
+                "something that trains. Freeze the bottom of the model, or leave reuse out."
+            )
 
     # --- what is dropped -------------------------------------------------------------------------
 
