@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -105,6 +106,7 @@ class Journal:
         self._file = file
         self._tell = tell
         self._shelves: dict[int, Stored] = {}
+        weakref.finalize(self, file.close)  # also where nobody calls `close`
         self._read()
 
     @classmethod

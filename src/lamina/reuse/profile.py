@@ -99,7 +99,9 @@ class Profile:
         held_up = [
             call.index
             for call in self.lineage.calls.values()
-            if call.inside and not call.inside & trained and (call.blocked or call.mask & IMPURE)
+            if call.inside
+            and not (call.inside | call.mask) & trained
+            and (call.blocked or call.mask & IMPURE)
         ]
         last = max(held_up, default=-1)
         return {
