@@ -112,12 +112,15 @@ class Journal:
     @classmethod
     def open(cls, folder: Path, tell: Any) -> Journal | None:
         """Open the journal of a folder; None, with a word why, if that cannot be done."""
+        file = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / _NAME).open("a+b", buffering=0)
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            assert file is not None
+            file.close()
             tell(
                 f"{folder}: another process stores its outputs there. This one keeps its own in "
                 "memory; give each run a folder of its own."
