@@ -226,7 +226,7 @@ def test_every_help_has_an_example(command):
 
 
 def test_the_exit_codes_are_in_the_help_and_the_page():
-    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "command-line.md").read_text()
     text = " ".join(call("--help").stdout.split())
     assert "Exit codes: 0 done; 1 the answer is no" in text
     for code in ("0", "1", "2", "130", "141", "143"):

@@ -22,7 +22,7 @@ OPTIONAL = [
     each
     for extra, listed in PROJECT["optional-dependencies"].items()
     for each in listed
-    if extra not in ("demo", "dev") and not each.startswith("lamina[")
+    if extra not in ("demo", "dev", "docs") and not each.startswith("lamina[")
 ]
 
 

@@ -18,6 +18,8 @@ Hyper = Mapping[str, Any]
 #: dtypes that are computed with in float32
 HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *HALF)
+#: state tensors that a rounding other than to the nearest adds (see `rounding`)
+ROUNDING_ENTRIES = ("compensation", "master")
 State = dict[str, torch.Tensor]
 
 
@@ -110,6 +112,11 @@ class Algorithm(Method, ABC):
     #: parameter; what `init` gives is among them
     buffers: ClassVar[tuple[str, ...]]
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The state tensors of a parameter: those of the rule, and those of its rounding."""
+        return (*self.buffers, *ROUNDING_ENTRIES)
+
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return the state of a parameter that was never updated, without `step`: zeros.
 
@@ -123,7 +130,8 @@ class Algorithm(Method, ABC):
     ) -> tuple[torch.Tensor, State]:
         """Return the change of `param`, and the new state; pure: no argument is modified.
 
-        `step` is the number of updates of this parameter, this one included (1 for the first).
+        `step` is the number of updates of this parameter, this one included (1 for the first). On
+        an accelerator it is a float64 scalar there, which is not to be read.
         16-bit tensors are computed with in float32 and the change is returned in float32, so that
         `param` is rounded once; the state has the dtype it had. Complex parameters arrive as pairs
         of real numbers (`torch.view_as_real`).
@@ -136,11 +144,14 @@ class Batch:
 
     `columns[key][i]` is the state tensor `key` of `params[i]`, or None where it does not exist yet;
     `steps[i]` its scalar step count (float32), counted before this update. `scale`, if given, is a
-    scalar tensor that multiplies every gradient (the clip factor).
+    scalar tensor that multiplies every gradient (the clip factor). `found_inf`, if given, is a
+    float32 scalar on the device of the parameters: 1.0 where a gradient of the step is not finite,
+    and then the update changes nothing; else 0.0.
 
-    A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
+    A batch may be kept for many steps: only `grads`, `hyper`, `scale` and `found_inf` may be
+    changed then, or
     `kernel` must be set to None. `known_grads` is the list of gradients whose forms are as in the
-    step before, and `suited` the kernel that was ready for them.
+    step before, and `suited` the kernel that was ready for them, with the reason.
     """
 
     algorithm: Algorithm
@@ -153,12 +164,17 @@ class Batch:
     names: list[str] = field(default_factory=list)
     #: the choice made for these tensors, kept by `kernels.choose`
     kernel: Any = None
+    #: what the kernel has prepared for this batch and those that follow it
+    prepared: Any = None
     #: the name of the kernel to use where it can be
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
     has_new_state: bool = False
     known_grads: list[torch.Tensor] | None = None
     suited: Any = None
+    found_inf: torch.Tensor | None = None
+    #: names of parameters whose weights others changed while the state has a copy of them
+    followed: set[str] = field(default_factory=set)
 
     def name_of(self, index: int) -> str:
         """Return what an error calls the parameter at `index`."""
@@ -194,10 +210,14 @@ def dtype_name(where: str, dtype: torch.dtype | str | None) -> str | None:
 
 
 def state_dtype_of(param: torch.Tensor, hyper: Hyper) -> torch.dtype:
-    """Return the dtype of new state: the parameter's, unless `state_dtype` is given."""
+    """Return the dtype of new state: the parameter's, unless `state_dtype` is given.
+
+    Beside float32 master weights it is float32, so that all of the update is that of float32.
+    """
     wanted = hyper.get("state_dtype")
     if wanted is None or not param.is_floating_point():
-        return param.dtype
+        beside_master = param.dtype in HALF and hyper.get("rounding") == "master"
+        return torch.float32 if beside_master else param.dtype
     dtype: torch.dtype = getattr(torch, wanted)
     return dtype
 

@@ -201,6 +201,12 @@ def known_hyperparameter(optimizer: type, key: str, where: str, value: Any = Non
             "differentiate through steps, use an optimizer without a plan: "
             "lamina.optim.AdamW(params, differentiable=True)."
         )
+    if key == "rounding" and algorithm_of(optimizer) is None and not _may_have(optimizer, key):
+        raise HyperparameterError(
+            f"{where}, but its optimizer {optimizer_name(optimizer)} has no hyperparameter "
+            "'rounding': LBFGS and third-party optimizers round 16-bit weights in their own way. "
+            "Leave it out here, or keep these parameters in float32."
+        )
     known = hyperparameters(optimizer)
     own = _OWN if algorithm_of(optimizer) is not None else ()
     if key not in (*known, *own) and not _may_have(optimizer, key):
@@ -244,5 +250,5 @@ def check_hyperparameters(optimizer: type, values: dict[str, Any], where: str) -
 
 
 #: what lamina's own optimizers take beside the hyperparameters of their rules
-_OWN = ("state_dtype",)
+_OWN = ("state_dtype", "rounding")
 _SETTINGS = ("schedule", "frozen", "thaw", "freeze", "rewarm", "clip_norm", "optimizer")

@@ -1,7 +1,8 @@
 """What all commands share: how task and plan are named, how errors and results are told.
 
-Exit codes, which `docs/command-line.md` lists: 0 for done, 1 where the answer of a command is no
-(`check` found something, `find-lr` suggests nothing), 2 for an error, 128 + n after the signal n.
+Exit codes, which `docs/reference/command-line.md` lists: 0 for done, 1 where the answer of a
+command is no (`check` found something, `find-lr` suggests nothing), 2 for an error, 128 + n after
+the signal n.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def summary(seen: Seen, seconds: float) -> str:
     if seen.findings:
         lines += [
             "",
-            "Each is explained, with wrong and right code, in docs/findings.md of lamina.",
+            "Each is explained, with wrong and right code, in docs/reference/findings.md.",
         ]
     if seen.failure is not None:
         lines += ["", *_wrapped(f"The watch itself failed, so it saw less: {seen.failure}", "")]

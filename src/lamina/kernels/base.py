@@ -11,6 +11,7 @@ import torch
 from .._util.blocks import PLAIN
 from .._util.tensors import is_dtensor
 from ..algorithms.base import Batch, state_dtype_of, times
+from ..algorithms.rounding import rounding_of
 
 DEVICES = ("cpu", "cuda", "xpu")
 
@@ -21,6 +22,10 @@ class Kernel(ABC):
     name: ClassVar[str]
     #: what `kernels.choose` says of it
     about: ClassVar[str]
+    #: whether `run` counts the steps itself
+    counts_steps: ClassVar[bool] = False
+    #: whether `run` itself changes nothing where `found_inf` of a batch is 1
+    masks: ClassVar[bool] = False
 
     def refusal(self, batch: Batch) -> str:
         """Return why this kernel cannot update these tensors exactly, or "" if it can.
@@ -35,7 +40,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def run(self, batches: Sequence[Batch]) -> None:
-        """Update all batches in place; their steps already include this update."""
+        """Update all batches in place; steps include this update, unless `run` counts them."""
 
 
 def missing(batch: Batch, key: str) -> list[int]:
@@ -65,6 +70,8 @@ def tensor_refusal(batch: Batch, index: int) -> str:
         return f"is on {param.device.type}"
     if type(param) not in PLAIN and not is_dtensor(param):
         return f"is a {type(param).__name__}"
+    if how := rounding_of(param, batch.hyper):
+        return f"is {short(param.dtype)} with rounding={how!r}, and torch rounds to the nearest"
     wanted = state_dtype_of(param, batch.hyper)
     if wanted is not param.dtype:
         return f"is {short(param.dtype)} and its state is to be {short(wanted)}"

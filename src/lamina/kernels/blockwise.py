@@ -7,12 +7,13 @@ from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 
-from .._util.blocks import PLAIN, block_length, in_blocks
+from .._util.blocks import PLAIN, block_length, in_blocks, is_dense
 from ..algorithms.adam import AdamRule
-from ..algorithms.base import HALF, Batch, number, numbers, times
+from ..algorithms.base import HALF, ROUNDING_ENTRIES, Batch, number, numbers, times
 from ..algorithms.lars import LARS
 from ..algorithms.muon import Muon, lr_ratio, orthogonalized
 from ..algorithms.rmsprop import RMSprop
+from ..algorithms.rounding import RoundedPart, Rounder, rounding_of
 from ..algorithms.sgd import SGD
 from . import per_tensor
 from .base import DEVICES, Kernel, begin_momentum, short
@@ -33,6 +34,8 @@ class Piece(NamedTuple):
     step: torch.Tensor
     #: whether the state begins with this update, so that its values mean nothing yet
     fresh: bool = False
+    #: how the results are rounded, if not to the nearest
+    rounded: RoundedPart | None = None
 
 
 @final
@@ -111,7 +114,13 @@ def _begin_momentum(batch: Batch) -> set[int]:
 def _used_state(batch: Batch) -> list[str]:
     """Return the names of the state that this update reads; a buffer at rest is left alone."""
     rests = type(batch.algorithm) in _MAY_REST and not number(batch.hyper["momentum"])
-    return [key for key in batch.columns if not (rests and key == "momentum_buffer")]
+    left = (*ROUNDING_ENTRIES, "momentum_buffer") if rests else ROUNDING_ENTRIES
+    return [key for key in batch.columns if key not in left]
+
+
+def _rounder(batch: Batch, index: int) -> Rounder | None:
+    """Return the rounding of a parameter in this update; None for to the nearest."""
+    return Rounder(batch, index) if rounding_of(batch.params[index], batch.hyper) else None
 
 
 def _pieces(
@@ -121,10 +130,14 @@ def _pieces(
     length = block_length(batch.params[0])
     columns = [batch.columns[key] for key in keys]
     for index in indices:
-        step, is_fresh = batch.steps[index], index in fresh
-        tensors = [batch.params[index], batch.grads[index], *(col[index] for col in columns)]
-        for param, grad, *state in in_blocks(tensors, length):
-            yield Piece(param, grad, state, step, is_fresh)
+        step, is_fresh, rounder = batch.steps[index], index in fresh, _rounder(batch, index)
+        extra = [batch.columns[rounder.entry][index]] if rounder and rounder.entry else []
+        state = [column[index] for column in columns]
+        tensors = [batch.params[index], batch.grads[index], *state, *extra]
+        for param, grad, *rest in in_blocks(tensors, length):
+            its_state, its_extra = rest[: len(keys)], rest[len(keys) :]
+            rounded = rounder and RoundedPart(rounder, param, *its_extra)
+            yield Piece(param, grad, its_state, step, is_fresh, rounded)
 
 
 def _portions(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -165,7 +178,7 @@ def _widened(
     fused = type(batch.algorithm) in OPERATORS
     turned = bool(hyper.get("maximize")) and not fused  # the fused operators do this themselves
     untouched = scale is None and not turned
-    params = [piece.param.float() for piece in pieces]
+    params = [_wide_weight(piece) for piece in pieces]
     both = list(zip(pieces, params, strict=True))
     grads: Any = [_wide(piece.grad, param, untouched) for piece, param in both]
     if scale is not None:
@@ -181,6 +194,16 @@ def _widened(
     }
     steps = [piece.step for piece in pieces]
     return Batch(batch.algorithm, params, grads, columns, steps, hyper)
+
+
+def _wide_weight(piece: Piece) -> torch.Tensor:
+    """Return a weight in float32, without gaps in memory; a master weight itself, if it has none."""
+    if piece.rounded is None:
+        return piece.param.float()
+    weight = piece.rounded.weight()
+    if weight.is_contiguous() or is_dense(weight):
+        return weight
+    return torch.empty_like(weight).copy_(weight)
 
 
 def _wide(tensor: torch.Tensor, param: torch.Tensor, in_place: bool) -> torch.Tensor:
@@ -200,13 +223,27 @@ def _scaled(grads: Any, scale: torch.Tensor) -> Any:
 
 def _round_into(pieces: Sequence[Piece], keys: Sequence[str], wide: Batch) -> None:
     """Write the results back; state that was updated where it lies is there already."""
-    torch._foreach_copy_([piece.param for piece in pieces], wide.params)
+    rounded = _rounded_parts(pieces)
+    if not rounded:
+        torch._foreach_copy_([piece.param for piece in pieces], wide.params)
+    for part, result in zip(rounded, wide.params, strict=False):
+        part.store(result)
     _round_state_into(pieces, keys, wide)
 
 
+def _rounded_parts(pieces: Sequence[Piece]) -> list[RoundedPart]:
+    """Return the roundings of pieces of one dtype and group: of all of them, or of none."""
+    return [piece.rounded for piece in pieces if piece.rounded is not None]
+
+
 def _round_state_into(pieces: Sequence[Piece], keys: Sequence[str], wide: Batch) -> None:
+    rounded = _rounded_parts(pieces)
     for place, key in enumerate(keys):
         olds = [piece.state[place] for piece in pieces]
+        if rounded:
+            for part, new, old in zip(rounded, wide.columns[key], olds, strict=True):
+                part.store_state(key, new, old)
+            continue
         pairs = [
             pair for pair in zip(olds, wide.columns[key], strict=True) if pair[0] is not pair[1]
         ]
@@ -250,8 +287,16 @@ def _muon(batch: Batch) -> None:
     for index, param in enumerate(batch.params):
         step = orthogonalized(_muon_direction(batch, index), hyper)
         ratio = lr_ratio(hyper, param.shape)
-        for old, change in in_blocks([param, step], length):
-            old.copy_(old.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr * ratio))
+        rounder = _rounder(batch, index)
+        extra = [batch.columns[rounder.entry][index]] if rounder and rounder.entry else []
+        for part, change, *its_extra in in_blocks([param, step, *extra], length):
+            rounded = rounder and RoundedPart(rounder, part, *its_extra)
+            wide = rounded.weight() if rounded else part.float()
+            wide.mul_(1 - lr * weight_decay).add_(change, alpha=-lr * ratio)
+            if rounded:
+                rounded.store(wide)
+            else:
+                part.copy_(wide)
 
 
 def _muon_direction(batch: Batch, index: int) -> torch.Tensor:
@@ -259,10 +304,12 @@ def _muon_direction(batch: Batch, index: int) -> torch.Tensor:
     param, grad, step = batch.params[index], batch.grads[index], batch.steps[index]
     keys, buffer = ["momentum_buffer"], batch.columns["momentum_buffer"][index]
     whole = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False)
+    rounder = _rounder(batch, index)
     for part, its_grad, its_buffer, out in in_blocks(
         [param, grad, buffer, whole], block_length(param)
     ):
-        piece = Piece(part, its_grad, [its_buffer], step)
+        rounded = rounder and RoundedPart(rounder, part)
+        piece = Piece(part, its_grad, [its_buffer], step, rounded=rounded)
         wide = _widened(batch, keys, [piece])
         out.copy_(per_tensor.muon_directions(wide, wide.grads)[0])
         _round_state_into([piece], keys, wide)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 
 from .._util.blocks import PLAIN, block_length, in_blocks
+from .._util.tensors import waits
 from ..algorithms.base import Batch, State, times, widen
+from ..algorithms.rounding import RoundedPart, Rounder, rounding_of
 from .base import Kernel
 
 
@@ -26,14 +28,15 @@ class Readable(Kernel):
                 _update(batch, index, step)
 
 
-def _counts(steps: list[torch.Tensor]) -> list[int]:
-    """Return the step counts as integers; those on an accelerator are read in one go."""
-    if any(not step.is_cpu for step in steps):
-        return [int(step) for step in torch.stack([s.to(steps[0].device) for s in steps]).tolist()]
-    return [int(step) for step in steps]
+def _counts(steps: list[torch.Tensor]) -> list[Any]:
+    """Return the step counts as integers; those on an accelerator stay there, in float64.
+
+    Python computes `beta ** step` in float64; reading the count would wait for the device.
+    """
+    return [step.double() if waits(step.device) else int(step) for step in steps]
 
 
-def _update(batch: Batch, index: int, step: int) -> None:
+def _update(batch: Batch, index: int, step: Any) -> None:
     param, grad = batch.params[index], batch.grads[index]
     state: State = {
         key: values[index] for key, values in batch.columns.items() if values[index] is not None
@@ -44,8 +47,11 @@ def _update(batch: Batch, index: int, step: int) -> None:
     if pairs:
         param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
         state = {key: torch.view_as_real(value) for key, value in state.items()}
+    rounder = Rounder(batch, index) if rounding_of(param, batch.hyper) else None
+    if rounder is not None:
+        grad = _dense(grad)
     rule = _in_blocks if _can_be_cut(batch, param, grad) else _as_one
-    for key, value in rule(batch, param, grad, state, step).items():
+    for key, value in rule(batch, param, grad, state, step, rounder).items():
         column = batch.columns.setdefault(key, [None] * len(batch.params))
         if column[index] is None or column[index].is_sparse:
             value = torch.view_as_complex(value) if pairs else value
@@ -62,18 +68,56 @@ def _can_be_cut(batch: Batch, param: torch.Tensor, grad: torch.Tensor) -> bool:
 
 
 def _as_one(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    state: State,
+    step: Any,
+    rounder: Rounder | None,
 ) -> State:
     """Update a parameter; return its new state."""
     if batch.scale is not None:
         grad = times(widen(grad), batch.scale)
+    if rounder is not None:
+        return _rounded(batch, param, grad, state, step, rounder)
     change, new = batch.algorithm.update(param, grad, state, step, batch.hyper)
     param.add_(change)
     return new
 
 
+def _rounded(
+    batch: Batch,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    state: State,
+    step: Any,
+    rounder: Rounder,
+) -> State:
+    """Update a 16-bit parameter by the rule for float32, and round what comes of it."""
+    entry = rounder.entry
+    part = RoundedPart(rounder, param, None if entry is None else state[entry])
+    weight = part.weight()
+    hyper = {**batch.hyper, "state_dtype": None}  # so that state is rounded here alone
+    old = {key: widen(state[key]) for key in batch.algorithm.buffers if key in state}
+    change, values = batch.algorithm.update(weight, widen(grad), old, step, hyper)
+    part.store(weight + change)
+    new = dict(state)
+    for key, value in values.items():
+        if value is old.get(key):  # a buffer at rest
+            continue
+        if key not in new:
+            new[key] = torch.empty_like(param, dtype=rounder.state_dtype, requires_grad=False)
+        part.store_state(key, value, new[key])
+    return new
+
+
 def _in_blocks(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    state: State,
+    step: Any,
+    rounder: Rounder | None,
 ) -> State:
     """Update a large parameter block by block, its state in place; return its new state.
 
@@ -84,14 +128,14 @@ def _in_blocks(
     for its_param, its_grad, *values in in_blocks(tensors, block_length(param)):
         its_state = dict(zip(new, values, strict=True))
         old = {key: value for key, value in its_state.items() if key in state}
-        for key, value in _as_one(batch, its_param, its_grad, old, step).items():
+        for key, value in _as_one(batch, its_param, its_grad, old, step, rounder).items():
             if value is not its_state[key]:
                 its_state[key].copy_(value)
     return new
 
 
 def _initial_state(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: Any
 ) -> State:
     """Return room for the state that begins now, which an update of no elements tells."""
     few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]

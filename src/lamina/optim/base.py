@@ -15,8 +15,10 @@ from .._util.notices import warn
 from .._util.numbers import is_number, python_number
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import Batch, Method, dtype_name
+from ..algorithms.rounding import rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
+from ..kernels.capture import refuse_host_reads
 from ..model.suggestions import ALIASES
 from .engine import Engine, shown_names
 from .loading import check_form, loss_of_digits, matching_groups
@@ -33,7 +35,8 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
 class DropIn(Engine):
     """An optimizer without a plan: `param_groups` decides, as in torch.
 
-    `state_dtype` is lamina's own: the dtype of new state, where torch takes the parameter's.
+    `state_dtype` is lamina's own: the dtype of new state, where torch takes the parameter's. So is
+    `rounding`: how 16-bit weights are rounded, where torch takes the nearest.
     """
 
     algorithm: ClassVar[Method]
@@ -43,12 +46,17 @@ class DropIn(Engine):
         params: ParamsT,
         *,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
         **settings: Any,
     ) -> None:
         name = type(self).__name__
         self._refuse_implementation(name, settings)
         self.algorithm.check({k: v for k, v in settings.items() if k not in _IMPLEMENTATION})
-        super().__init__(params, {**settings, "state_dtype": dtype_name(name, state_dtype)})
+        own = {
+            "state_dtype": dtype_name(name, state_dtype),
+            "rounding": rounding_name(name, rounding),
+        }
+        super().__init__(params, {**settings, **own})
         self.defaults = {key: self._plain(key, value) for key, value in self.defaults.items()}
         if not settings.get("differentiable"):
             # a tensor belongs to the groups: a group that is added later gets what was given here
@@ -79,6 +87,12 @@ class DropIn(Engine):
         self._check_params(where, names, params)
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(where, group["state_dtype"])
+        rounding = rounding_name(where, group.get("rounding"))
+        if self.algorithm.unit == "vector" and rounding not in (None, "nearest"):
+            raise HyperparameterError(
+                f"{where} was given rounding={rounding!r}, but {self.algorithm.name} moves all "
+                "parameters along one vector and rounds to the nearest; keep them in float32."
+            )
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         for key, value in group.items():
@@ -114,6 +128,11 @@ class DropIn(Engine):
                 raise HyperparameterError(
                     f"{where}: {type(self).__name__} has no differentiable form; SGD, RMSprop, "
                     "Adam and AdamW have."
+                )
+            if given.get("rounding") not in (None, "nearest"):
+                raise HyperparameterError(
+                    f"{where}: differentiable=True records the update by autograd, which cannot go "
+                    f"through rounding={given['rounding']!r}; leave one of them out."
                 )
             for key in ("fused", "foreach", "capturable"):
                 if given.get(key):
@@ -162,11 +181,14 @@ class DropIn(Engine):
         for batch in batches:
             if batch.hyper.get("capturable"):
                 _refuse_uncapturable(batch)
+        if batches and batches[0].params[0].is_cuda:
+            refuse_host_reads(batches)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
         kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
         self._store_new_state(batches)
+        tell_followed(batches)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,6 +214,7 @@ class DropIn(Engine):
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
+            new["rounding"] = old["rounding"] or rounding_name("the state", new.get("rounding"))
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
             params.update({key: (param, new["state_dtype"], name) for key, param, name in rows})

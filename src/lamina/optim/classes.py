@@ -1,6 +1,7 @@
 """The optimizers that update every number by itself; torch's names, signatures, defaults.
 
-`state_dtype` is lamina's own in all of them: float32 state of 16-bit parameters, for example.
+`state_dtype` and `rounding` are lamina's own in all of them: float32 state of 16-bit parameters, for
+example, and how their new weights are rounded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class SGD(DropIn):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -58,6 +60,7 @@ class RMSprop(DropIn):
         differentiable: bool = False,
         *,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -83,6 +86,7 @@ class Adam(DropIn):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -107,5 +111,6 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()), decoupled_weight_decay=True)

@@ -31,6 +31,7 @@ class Muon(DropIn):
         *,
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -49,6 +50,7 @@ class LARS(DropIn):
         maximize: follow the gradient uphill.
         foreach: True for foreach operators, False for a loop; the fastest that is exact by default.
         state_dtype: dtype of new state; the parameter's by default.
+        rounding: of 16-bit weights: None or "nearest", "stochastic", "kahan", "master".
     """
 
     algorithm: ClassVar[Method] = ALGORITHMS["LARS"]
@@ -65,6 +67,7 @@ class LARS(DropIn):
         maximize: bool = False,
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -81,6 +84,7 @@ class LAMB(DropIn):
         maximize: follow the gradient uphill.
         foreach: True for foreach operators, False for a loop; the fastest that is exact by default.
         state_dtype: dtype of new state; the parameter's by default.
+        rounding: of 16-bit weights: None or "nearest", "stochastic", "kahan", "master".
     """
 
     algorithm: ClassVar[Method] = ALGORITHMS["LAMB"]
@@ -96,6 +100,7 @@ class LAMB(DropIn):
         maximize: bool = False,
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))
 
@@ -117,6 +122,7 @@ class LayerAdaptiveAdam(DropIn):
         decoupled_weight_decay: decay the weights themselves instead.
         foreach: True for foreach operators, False for a loop; the fastest that is exact by default.
         state_dtype: dtype of new state; the parameter's by default.
+        rounding: of 16-bit weights: None or "nearest", "stochastic", "kahan", "master".
     """
 
     algorithm: ClassVar[Method] = ALGORITHMS["LayerAdaptiveAdam"]
@@ -134,5 +140,6 @@ class LayerAdaptiveAdam(DropIn):
         decoupled_weight_decay: bool = False,
         foreach: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        rounding: str | None = None,
     ) -> None:
         super().__init__(**arguments(locals()))

@@ -18,6 +18,7 @@ from .. import kernels
 from .._util.sharding import unit_refusal
 from .._util.tensors import MemorySnapshot, addresses, have_addresses, is_dtensor
 from ..algorithms.base import Algorithm, Batch, Method, state_dtype_of
+from ..algorithms.rounding import settle_entries
 from ..errors import PlanError
 from ..kernels.memory_check import plainly_fit, wrong_with_state
 
@@ -88,7 +89,7 @@ class KernelUpdates(Updates):
         for param, entry in zip(params, entries, strict=True):
             _move_to(param, entry, algorithm)
             self.allocate(group, param, entry)
-        keys = [key for key in algorithm.buffers if any(key in entry for entry in entries)]
+        keys = [key for key in algorithm.tensors if any(key in entry for entry in entries)]
         return Batch(
             algorithm,
             list(params),
@@ -107,11 +108,11 @@ class KernelUpdates(Updates):
     def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
         """Return whether all tensors are plain, contiguous and of the same sizes."""
         entries = self.watched(params, state)
-        return plainly_fit(params, grads, entries, self.algorithm_for(group).buffers)
+        return plainly_fit(params, grads, entries, self.algorithm_for(group).tensors)
 
     def misfit(self, group: Group, param: torch.Tensor, entry: dict[str, Any]) -> list[str]:
         """Describe state tensors of another size or kind than the parameter."""
-        return wrong_with_state(param, entry, self.algorithm_for(group).buffers)
+        return wrong_with_state(param, entry, self.algorithm_for(group).tensors)
 
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return a step count of 0; tensors are allocated at the first update."""
@@ -122,6 +123,7 @@ class KernelUpdates(Updates):
         algorithm = self.algorithm_for(group)
         if "step" not in entry:
             entry.update(initial_state(param))
+        settle_entries(param, entry, group)
         if entry.keys() >= algorithm.init(_EMPTY, group).keys():
             return
         dtype = state_dtype_of(param, group)
@@ -141,7 +143,7 @@ def _move_to(param: torch.Tensor, entry: dict[str, Any], algorithm: Algorithm) -
             step = torch.as_tensor(value)
             dtype = step.dtype if step.is_floating_point() else torch.float32
             entry[key] = step.to(kernels.step_device(param), dtype).reshape(())
-        elif key not in algorithm.buffers or value.is_sparse:
+        elif key not in algorithm.tensors or value.is_sparse:
             continue
         elif value.device != param.device or value.stride() != param.stride():
             entry[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
@@ -171,6 +173,10 @@ def preferred_kernel(group: Group) -> str | None:
     if foreach:
         return "foreach"
     return "readable" if fused is False or foreach is False else None
+
+
+def _preferences(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
+    return [(group.get("fused"), group.get("foreach")) for group in groups]
 
 
 class KeptBatch:
@@ -228,11 +234,79 @@ class KeptBatch:
         return [*self._tensors, *(each._local_tensor for each in self._shards)]
 
 
+class KeptStep:
+    """The batches of all groups of a step, whose tensors are compared in one go.
+
+    A few calls in C for each group would take longer than the update of many small groups.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], batches: Sequence[Batch], state: OptimizerState
+    ) -> None:
+        self._groups = list(groups)
+        self._preferences = _preferences(groups)
+        self._batches = list(batches)
+        self._counts = [len(batch.params) for batch in batches]
+        columns = [column for batch in batches for column in batch.columns.values()]
+        together = Batch(
+            batches[0].algorithm,
+            [param for batch in batches for param in batch.params],
+            [grad for batch in batches for grad in batch.grads],
+            {"all": [value for column in columns for value in column]},
+            [],
+            {},
+        )
+        self._known = KeptBatch(together, [state[param] for param in together.params])
+
+    def batches(
+        self,
+        groups: Sequence[Group],
+        params: Sequence[Tensors],
+        grads: Sequence[list[torch.Tensor]],
+        state: OptimizerState,
+    ) -> list[Batch] | None:
+        """Return the batches for the gradients of a step, or None where a tensor has changed.
+
+        Args:
+            groups: those that have gradients, with
+            params: their parameters, and
+            grads: the gradients, each by group.
+            state: the state of the optimizer.
+        """
+        known = self._known
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+            return None
+        if list(map(len, params)) != self._counts or _preferences(groups) != self._preferences:
+            return None
+        flat = [*chain.from_iterable(params)]
+        if not known.holds(flat, list(map(state.__getitem__, flat))):
+            return None
+        if not known.fits([*chain.from_iterable(grads)]):
+            return None
+        for batch, group, its in zip(self._batches, groups, grads, strict=True):
+            batch.grads = batch.known_grads = its
+            batch.hyper, batch.scale = group, None
+        return self._batches
+
+
 class KeptBatches(dict[int, KeptBatch]):
     """The batches of the last step, by the id of their group; a copy of it is empty.
 
     A copied optimizer has tensors of its own, which these batches do not hold.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: all of them together, if that step was like the one before
+        self.step: KeptStep | None = None
+
+    def clear(self) -> None:
+        super().clear()
+        self.step = None
+
+    def pop(self, *arguments: Any) -> Any:
+        self.step = None
+        return super().pop(*arguments)
 
     def __reduce__(self) -> tuple[type[KeptBatches], tuple[()]]:
         return KeptBatches, ()

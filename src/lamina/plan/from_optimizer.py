@@ -130,7 +130,7 @@ def _hyperparameters(
     """Return the hyperparameters of a group; those that a class keeps in itself are for all."""
     found: Settings = {}
     own = method_of(kind) is not None
-    made = {"state_dtype": None} if own else trial_of(kind).made or {}
+    made = {"state_dtype": None, "rounding": None} if own else trial_of(kind).made or {}
     for key in sorted(_read(kind) - _NOTES, key=lambda key: key != "lr"):
         value = group.get(key, getattr(optimizer, key, _MISSING))
         if key not in group and (callable(value) or key not in hyperparameters(kind)):
@@ -148,7 +148,7 @@ def _read(kind: type[torch.optim.Optimizer]) -> set[str]:
     """Return the keys of groups that a class knows, or reads in a step."""
     known = set(hyperparameters(kind))
     if method_of(kind) is not None:
-        return known | {"state_dtype"}
+        return known | {"state_dtype", "rounding"}
     trial = trial_of(kind)
     return known | {*(trial.made or ()), *(trial.read or ())}
 

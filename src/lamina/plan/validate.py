@@ -14,6 +14,7 @@ from .._util.grammar import WORDS, parse
 from .._util.numbers import check_amount, is_number, python_number
 from ..algorithms.base import dtype_name
 from ..algorithms.registry import optimizer_class
+from ..algorithms.rounding import rounding_name
 from ..errors import HyperparameterError, PlanError, TimeUnitError
 from ..gradients.operations import OPERATIONS, Apply, Operation
 from ..model.suggestions import written_as
@@ -96,6 +97,8 @@ def _check_setting(key: str, value: Any, where: str) -> Any:
         return optimizer_class(value)
     if key == "state_dtype":
         return dtype_name(where, None if value == "none" else value)  # as TOML writes it
+    if key == "rounding":
+        return rounding_name(where, None if value == "none" else value)
     if isinstance(value, str) and key not in CONTROLS and _is_word(value):
         return value  # an option such as line_search_fn="strong_wolfe"; its optimizer judges it
     if key == "frozen_state":

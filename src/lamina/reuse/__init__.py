@@ -1,4 +1,4 @@
-"""Reuse the outputs of what is frozen, with the same bits; see docs/reuse.md."""
+"""Reuse the outputs of what is frozen, with the same bits; see docs/how-to/reuse.md."""
 
 from .door import reuse
 from .examples import IndexedDataset

@@ -38,7 +38,7 @@ def reuse(
     and frozen(x) is the same in every epoch. From now on every forward pass of the model stores
     the outputs of frozen modules that something else reads, and replays them when the same
     examples come again. Results do not change: whatever may differ from pass to pass is found and
-    left alone (see docs/reuse.md).
+    left alone (see docs/how-to/reuse.md).
 
     Args:
         model: the model, as it is given to the loop, or the module inside a wrapper for several
@@ -75,14 +75,7 @@ def reuse(
         Brock et al., "FreezeOut" (arXiv:1706.04983), skip the backward pass of frozen layers;
         "precomputing features" for linear probes, as in Alain & Bengio (arXiv:1610.01644).
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(
-            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
-        )
-    if not is_number(debug) or not 0 <= debug <= 1:
-        raise PlanError(f"reuse: debug={debug!r} was given; expected a share from 0 to 1.")
-    if not isinstance(preprocessing, str):
-        raise PlanError("reuse: preprocessing must be a text.")
+    _check_arguments(model, debug, preprocessing)
     _check_model(model)
     amount = parse_space(space)
     place = None if folder is None else Path(folder)
@@ -109,6 +102,18 @@ def parse_space(given: int | str) -> int:
     raise PlanError(
         f"reuse: space={given!r} was given; expected bytes, or a text such as '500 MB' or '2 GiB'."
     )
+
+
+def _check_arguments(model: Any, debug: Any, preprocessing: Any) -> None:
+    """Raise `PlanError` for an argument of the wrong type or out of its range."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
+        )
+    if not is_number(debug) or not 0 <= debug <= 1:
+        raise PlanError(f"reuse: debug={debug!r} was given; expected a share from 0 to 1.")
+    if not isinstance(preprocessing, str):
+        raise PlanError("reuse: preprocessing must be a text.")
 
 
 def _check_model(model: nn.Module) -> None:

@@ -34,8 +34,8 @@ def check(
         scheduler: the scheduler, or a sequence of them.
 
     Returns:
-        The findings, each with a stable code, the cause and the fix; see docs/findings.md. Those
-        whose `severity` is `"advice"` may well be meant.
+        The findings, each with a stable code, the cause and the fix; see
+        docs/reference/findings.md. Those whose `severity` is `"advice"` may well be meant.
 
     Raises:
         PlanError: if the model is no module or the optimizer no optimizer.
