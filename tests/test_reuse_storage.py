@@ -38,6 +38,14 @@ def write_past_autograd(training):
     training.model.layer[0].dense.weight.data.mul_(1.5)
 
 
+def prune_past_autograd(training):
+    """A mask that spares the elements at the start, in the middle and at the end."""
+    weight = training.model.layer[0].dense.weight
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0] = mask[len(mask) // 2] = mask[-1] = True
+    weight.data.mul_(mask)
+
+
 def load_weights(training):
     state = {k: v.clone() for k, v in training.model.state_dict().items()}
     state["layer.1.dense.bias"] += 1
@@ -61,6 +69,7 @@ def thaw_by_hand(training):
 STALE = [
     write,
     write_past_autograd,
+    prune_past_autograd,
     load_weights,
     change_buffer,
     exchange_parameter,
@@ -310,6 +319,22 @@ def test_a_killed_run_goes_on_with_what_was_stored(tmp_path):
     without, _ = pair()
     assert again.reused.counts["stored"] == 8  # of 24: two batches of three were stored
     assert same_result(without.run(1), again)
+
+
+@pytest.mark.parametrize("rest", [True, False], ids=["files", "no files"])
+def test_a_run_that_was_resumed_between_stages_ends_with_the_same_bits(tmp_path, rest):
+    rules = FROZEN + thaw_top_down("layer.2.*", "layer.1.*")
+    without, first = pair(rules, folder=tmp_path / "one")
+    first.run(2)
+    first.reused.close()
+    folder = tmp_path / ("one" if rest else "two")
+    second = Training(MiniLM, rules, words(), reuse={"folder": folder})
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.losses, second.done = list(first.losses), first.done
+    second.run(2)
+    assert same_result(without.run(4), second)
+    assert second.reused.counts["replayed"] >= (5 if rest else 3)
 
 
 # ------------------------------------------------------------------------------------- arguments

@@ -10,6 +10,7 @@ import operator
 import torch
 from torch import nn
 
+from .._util.blocks import is_dense
 from ..optimizer.optimizer import Optimizer
 from ..resolve.timeline import values_at
 from .keys import as_bytes, row_bytes
@@ -128,10 +129,14 @@ class FrozenWatch:
         return known[1]
 
 
-class _Snapshot:
-    """What frozen tensors were: their versions, and three elements of each.
+#: about how many elements of each tensor are compared before each pass
+_SAMPLE = 64
 
-    A write through `.data` does not count as a new version, but mostly changes every element.
+
+class _Snapshot:
+    """What frozen tensors were: their versions, and a sample of the elements of each.
+
+    A write through `.data` does not count as a new version, but mostly changes many elements.
     """
 
     def __init__(self, tensors: list[tuple[torch.Tensor, int]]) -> None:
@@ -141,9 +146,9 @@ class _Snapshot:
         self._bits: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for tensor, bit in tensors:
             kind = (tensor.dtype, tensor.device)
-            for view in _elements(tensor):
+            for view in _sample(tensor):
                 self._views.setdefault(kind, []).append(view)
-                self._bits.setdefault(kind, []).append(bit)
+                self._bits.setdefault(kind, []).extend([bit] * len(view))
         self._values = self._look()
 
     def changed(self) -> int:
@@ -152,8 +157,8 @@ class _Snapshot:
         versions = [tensor._version for tensor, _ in self._tensors]
         if versions != self._versions:
             rows = zip(self._tensors, versions, self._versions, strict=True)
-            for (_, bit), now, before in rows:
-                found |= bit if now != before else 0
+            for (_, bit), version, earlier in rows:
+                found |= bit if version != earlier else 0
         for kind, now in self._look().items():
             before = self._values[kind]
             if not torch.equal(now, before):
@@ -163,13 +168,16 @@ class _Snapshot:
         return found
 
     def _look(self) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:
-        return {kind: as_bytes(torch.stack(views)) for kind, views in self._views.items()}
+        return {kind: as_bytes(torch.cat(views)) for kind, views in self._views.items()}
 
 
-def _elements(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return views of the first, the middle and the last element."""
-    if not tensor.numel():
+def _sample(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return views, of one dimension, of elements that lie evenly over a tensor."""
+    bare, count = tensor.detach(), tensor.numel()
+    if not count:
         return []
-    bare = tensor.detach()
-    places = ([0] * bare.ndim, [length // 2 for length in bare.shape], [-1] * bare.ndim)
-    return [bare[tuple(place)] for place in places]
+    if not is_dense(bare):
+        places = [[0] * bare.ndim, [length // 2 for length in bare.shape], [-1] * bare.ndim]
+        return [bare[tuple(place)].reshape(1) for place in places]
+    apart = (count // _SAMPLE) | 1  # odd, so as not to stay within the same columns
+    return [bare.as_strided((-(-count // apart),), (apart,), bare.storage_offset())]

@@ -185,6 +185,13 @@ class ReadWatch(TorchFunctionMode):
         super().__init__()
         self._on_read = on_read
 
+    def __enter__(self) -> ReadWatch:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _READS:
