@@ -66,7 +66,7 @@ def without_compiled(twin: nn.Module) -> nn.Module:
         module._compiled_call_impl = None
         for name, child in module._modules.items():
             if child is not None and type(child).__name__ == "OptimizedModule":
-                module._modules[name] = child._orig_mod
+                module._modules[name] = child.get_submodule("_orig_mod")
     return twin
 
 

@@ -132,7 +132,7 @@ class Journal:
                 "memory instead; choose another folder."
             )
             return None
-        return cls(folder, file, tell)  # type: ignore[arg-type]
+        return cls(folder, file, tell)
 
     def stored(self, place: tuple[str, str], fingerprint: str, widths: list[int]) -> Stored:
         """Return what is there of a shelf; what belongs to other weights is removed."""
@@ -216,8 +216,8 @@ class Journal:
             if line["format"] != _FORMAT:
                 raise LaminaError("another format")
             widths = [_whole(width) for width in line["widths"]]
-            texts = (str(line[name]) for name in ("key", "layout", "fingerprint"))
-            self._shelves[number] = Stored(self, number, *texts, widths)
+            key, layout, weights = (str(line[name]) for name in ("key", "layout", "fingerprint"))
+            self._shelves[number] = Stored(self, number, key, layout, weights, widths)
             return
         shelf = self._shelves[number]
         first = _whole(line["first"])
@@ -231,7 +231,7 @@ class Journal:
 
 def checksum(row: torch.Tensor) -> int:
     """Return the CRC-32 of a row of bytes."""
-    return zlib.crc32(row.numpy())
+    return zlib.crc32(row.numpy().tobytes())
 
 
 def reserve(file: BinaryIO, size: int) -> None:

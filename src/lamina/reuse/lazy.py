@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_map_only
 
 #: what may be asked of a tensor without its values
 _SHAPE_ONLY = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.is_cuda.__get__,
-    torch.Tensor.is_sparse.__get__,
-    torch.Tensor.is_nested.__get__,
-    torch.Tensor.is_quantized.__get__,
-    torch.Tensor.requires_grad.__get__,
+    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_nested.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.ndimension,
@@ -68,7 +68,7 @@ class LazyTensor(torch.Tensor):
 
     def __new__(cls, form: TensorForm, compute: Callable[[], torch.Tensor]) -> LazyTensor:
         """Make one of a form; `compute` gives the real tensor, as often as it is asked."""
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride, dtype=form.dtype, device=form.device
         )
         made._compute = compute
@@ -83,7 +83,9 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = real((args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -96,4 +98,5 @@ def real(tree: Any) -> Any:
 def compute(tensor: LazyTensor) -> torch.Tensor:
     """Return the real tensor that a lazy one stands for."""
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.__dict__["_compute"]()
+        computed: torch.Tensor = tensor.__dict__["_compute"]()
+    return computed

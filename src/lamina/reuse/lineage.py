@@ -62,7 +62,8 @@ class Call:
 
     def within(self, keys: Mapping[str, Any]) -> Call | None:
         """Return the outermost of this call and those around it whose key is given."""
-        found, call = None, self
+        found: Call | None = None
+        call: Call | None = self
         while call is not None:
             if call.key in keys:
                 found = call
@@ -201,7 +202,7 @@ class ReadWatch(TorchFunctionMode):
 
 class _Tracer(TorchDispatchMode):
     def __init__(self, bits: Mapping[int, int], tampered: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bits = bits
         self._tampered = tampered
         self._sources: dict[int, _Source] = {}
