@@ -37,6 +37,7 @@ LAYERS = [
     "optimizer",
     "checkpoint",
     "preview",
+    "reuse",
     "range_test",
     "report_page",
     "recipes",

@@ -396,12 +396,13 @@ def _train_shards(rank: int, folder: str) -> None:
             for grad in grads:
                 for param, optimizer in zip(params.values(), optimizers, strict=True):
                     is_whole = param is params["whole"]
-                    spread = None if is_whole else distribute_tensor(grad, mesh, param.placements)
+                    placements = getattr(param, "placements", None)
+                    spread = None if is_whole else distribute_tensor(grad, mesh, placements)
                     param.grad = grad.clone() if is_whole else spread
                     optimizer.step()
             whole = params["whole"].detach()
-            assert torch.equal(params["copies"].full_tensor(), whole)
-            found = params["sharded"].full_tensor()
+            assert torch.equal(params["copies"].full_tensor(), whole)  # type: ignore[attr-defined]
+            found = params["sharded"].full_tensor()  # type: ignore[attr-defined]
             if how == "stochastic":  # the second process begins to count at its own part
                 assert torch.equal(found[:3], whole[:3]) or name == "LAMB"
                 assert (found - whole).abs().max() < 0.05

@@ -112,6 +112,7 @@ from .resolve.explain import Explanation
 from .resolve.resolve import resolve_plan
 from .resolve.resolved import Resolved
 from .resolve.timeline import Feedback, values_at
+from .reuse import reuse
 from .schedules import (
     Schedule,
     Shape,
@@ -225,6 +226,7 @@ __all__ = [
     "report",
     "resolve_plan",
     "restart_state",
+    "reuse",
     "scale_gradients",
     "should_stop",
     "starter_plan",
