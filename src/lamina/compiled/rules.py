@@ -46,6 +46,12 @@ def count(addresses: Any, steps: Any) -> None:
 
 
 @compiled
+def penalty(decay: Any, weight: Any) -> Any:
+    """Return what a weight adds to its gradient; 0 without decay, of an infinite weight too."""
+    return decay * weight if decay != 0 else decay
+
+
+@compiled
 def sgd(
     table: Any,
     theta: Any,
@@ -82,7 +88,7 @@ def sgd(
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
-            direction = factor * load(grads, i, g, 1) + decay * weight
+            direction = factor * load(grads, i, g, 1) + penalty(decay, weight)
             if b is not None:
                 buffer = kept * load(buffers, i, b, 2) + taken * direction
                 write(buffers, i, b, 2, noise, key_b, buffer)
@@ -136,7 +142,7 @@ def rmsprop(
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
-            grad = factor * load(grads, i, g, 1) + decay * weight
+            grad = factor * load(grads, i, g, 1) + penalty(decay, weight)
             square = alpha * load(squares, i, v, 2) + rest * (grad * grad)
             write(squares, i, v, 2, noise, key_v, square)
             variance = square
@@ -196,7 +202,7 @@ def adam(
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
-            grad = factor * load(grads, i, g, 1) + coupled * weight
+            grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
             mean = beta1 * load(means, i, m, 2) + rest1 * grad
             square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
             write(means, i, m, 2, noise, key_m, mean)

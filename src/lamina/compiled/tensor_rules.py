@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .access import as_number, claim, compiled, compiled_sums, load
-from .rules import FOLLOWED
+from .rules import FOLLOWED, penalty
 from .weights16 import key_of, read_weight, write, write_weight
 
 
@@ -96,7 +96,7 @@ def lars_factors(table: Any, totals: Any, counts: Any) -> None:
         n = table.settings[table.rows[tensor]]
         lr, decay, trust, eps = n[1], n[3], n[4], n[5]
         weight, slope = np.sqrt(totals[tensor, 0]), np.sqrt(totals[tensor, 1])
-        damped = (slope + decay * weight + eps) / max(trust, 1e-30)
+        damped = (slope + penalty(decay, weight) + eps) / max(trust, 1e-30)
         table.factors[tensor] = lr * ratio_of(weight, slope, damped)
 
 
@@ -133,7 +133,7 @@ def lars(
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
-            change = rate * (factor * load(grads, i, g, 1) + decay * weight)
+            change = rate * (factor * load(grads, i, g, 1) + penalty(decay, weight))
             if b is not None:
                 change += momentum * load(buffers, i, b, 2)
                 write(buffers, i, b, 2, noise, key_b, change)
@@ -183,7 +183,7 @@ def lamb_sums(
             grad = factor * load(grads, i, g, 1)
             mean = beta1 * load(means, i, m, 2) + rest1 * grad
             square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
-            update = (mean * first) / (np.sqrt(square) * second + eps) + decay * weight
+            update = (mean * first) / (np.sqrt(square) * second + eps) + penalty(decay, weight)
             weights += np.float64(weight) * np.float64(weight)
             updates += np.float64(update) * np.float64(update)
         sums[chunk, 0], sums[chunk, 1] = weights, updates
@@ -242,7 +242,7 @@ def lamb(
             grad = factor * load(grads, i, g, 1)
             mean = beta1 * load(means, i, m, 2) + rest1 * grad
             square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
-            update = (mean * first) / (np.sqrt(square) * second + eps) + decay * weight
+            update = (mean * first) / (np.sqrt(square) * second + eps) + penalty(decay, weight)
             write(means, i, m, 2, noise, key_m, mean)
             write(squares, i, v, 3, noise, key_v, square)
             result = weight - rate * update
@@ -287,7 +287,7 @@ def layer_adaptive_sums(
         total = 0.0
         for i in range(start, end):
             weight, _ = read_weight(thetas, extras, i, theta, compensation, master)
-            grad = factor * load(grads, i, g, 1) + coupled * weight
+            grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
             mean = beta1 * load(means, i, m, 2) + rest1 * grad
             square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
             if x is not None:
@@ -344,7 +344,7 @@ def layer_adaptive(
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
-            grad = factor * load(grads, i, g, 1) + coupled * weight
+            grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
             mean = beta1 * load(means, i, m, 2) + rest1 * grad
             square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
             write(means, i, m, 2, noise, key_m, mean)
