@@ -96,7 +96,7 @@ def lars_factors(table: Any, totals: Any, counts: Any) -> None:
         n = table.settings[table.rows[tensor]]
         lr, decay, trust, eps = n[1], n[3], n[4], n[5]
         weight, slope = np.sqrt(totals[tensor, 0]), np.sqrt(totals[tensor, 1])
-        damped = (slope + penalty(decay, weight) + eps) / max(trust, 1e-30)
+        damped = (slope + decay * weight + eps) / max(trust, 1e-30)
         table.factors[tensor] = lr * ratio_of(weight, slope, damped)
 
 
