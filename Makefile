@@ -12,7 +12,7 @@ TORCH  := torch==2.13.0
 OLDEST_PYTHON ?= $(if $(shell command -v python3.11),python3.11,$(PYTHON))
 OLDEST        ?= .venv-oldest
 # Those that say most about torch, NumPy and the extras in a minute or two.
-CORE := $(patsubst %,tests/test_%.py,versions optim optim_interface optim_loops optimizer gradients \
+CORE := $(patsubst %,tests/test_%.py,versions native optim optim_interface optim_loops optimizer gradients \
 	state state_torch guests preview report_plot record recorder report_page training loaders devices cli cli_arguments)
 
 # One process for each core, each of which computes on one.
@@ -21,7 +21,7 @@ test test-oldest soak coverage: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest check coverage bench soak dist format clean
+.PHONY: help demo test test-oldest check coverage bench soak dist docs pictures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' \
@@ -51,6 +51,7 @@ coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
 	@$(BIN)/python -m pytest $(PARALLEL) --cov=lamina --cov-report=term:skip-covered $(ARGS)
 
 # The wheel is installed without extras, as a user has it, and the README's first program run with it.
+# Last, mypy and pyright read a typed program against it.
 dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean environment
 	@rm -rf dist build/dist
 	@$(BIN)/python -m hatchling build
@@ -61,7 +62,16 @@ dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean envir
 	@$(BIN)/python benchmarks/first_program.py > build/dist/first_program.py
 	@cd build/dist && bin/python -W error first_program.py
 	@build/dist/bin/lamina 2>&1 | grep -q "pip install"  # without its extra, it says what to install
+	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) mypy "pyright[nodejs]"
+	@build/dist/bin/python -m benchmarks.typed
 	@echo "dist/ holds: $$(ls dist)"
+
+docs: $(VENV)/.docs  ## the documentation as a site in build/site, to open from the file system
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
+pictures: $(VENV)/.dev  ## draw the pictures of the documentation anew
+	@$(BIN)/python -m benchmarks.pictures
 
 format: $(VENV)/.dev  ## rewrite the source to the house format
 	@$(BIN)/ruff check --fix
@@ -96,6 +106,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing lamina with what the tests need"
 	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	@echo "installing what builds the documentation"
+	@$(PIP) install --no-build-isolation $(PINS) -e '.[docs]'
 	@touch $@
 
 # torch 2.6 comes with CUDA where it has no build for the CPU alone: about 3 GB are fetched and 5 GB

@@ -1,114 +1,140 @@
-"""Step, and clip + step, of lamina beside torch: `python -m benchmarks --help`."""
+"""lamina beside torch and other packages, in one run: `python -m benchmarks --help`.
+
+Every candidate of a case takes its turn in every round. Medians, the middle half of the rounds and
+all rounds are written as JSON, which `python -m benchmarks.page` makes into a page and a picture.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import lamina as lm
+from lamina.files.atomic import atomic
 
-from .candidates import Bench, against_torch, layer_adaptive
-from .measure import Timing, interleave
-from .shapes import MODELS, numbers
-from .thaw import thaw_rows
+from . import tables
+from .cases import CASES, Case
+from .compare import Options, compare
+from .machine import about_machine
+from .probe import probe_all
+from .targets import target_rows
+from .training import THAWS, thaw_rows, training_rows
 
-#: what is timed, and the goal of lamina against torch fused
-GOALS = {"step": 1.05, "clip+step": 0.95}
+JSON = Path(__file__).parents[1] / "build" / "benchmarks.json"
+PARTS = ("cases", "first-step", "training", "thaw")
+PROBED = (
+    "torch default",
+    "torch foreach",
+    "torch fused",
+    "torch compiled",
+    "torch-optimi foreach",
+    "lamina plan",
+    "lamina drop-in",
+)
+PROBED_QUICKLY = ("torch fused", "lamina plan")
+QUICK_THAWS = ("digits",)
+#: rounds; a whole training step takes much longer than a step of an optimizer
+ROUNDS, QUICK_ROUNDS, TRAINING_ROUNDS, QUICK_TRAINING_ROUNDS = 25, 5, 9, 3
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    plan = lm.Plan(lm.AdamW, lr=1.0)
-    about = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": arguments.device,
-        "threads": torch.get_num_threads(),
-        "rounds": arguments.rounds,
-        "non-finite gradients": f"{plan.nonfinite} (checked: {plan.nonfinite_check})",
-    }
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    if arguments.thaw:
-        results = thaw_rows(arguments.rounds, arguments.device)
-    else:
-        results = [*torch_rows(arguments), *adaptive_rows(arguments)]
-    if arguments.json:
-        text = json.dumps({"about": about, "results": results}, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-        print(f"\nwritten: {arguments.json}")
+    start = time.monotonic()
+    given = parse()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    options = Options(
+        rounds=given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS),
+        kept=given.kept_gradients,
+        device=given.device,
+        compiled=not (given.no_compile or given.quick),
+    )
+    results: dict[str, Any] = {"about": about(options), "targets": []}
+    print("\n".join(f"{key}: {value}" for key, value in results["about"].items()), flush=True)
+    for part, made in measured(given, options):
+        results.setdefault(part, []).append(made)
+        print(f"\n{tables.TEXTS[part](made)}", flush=True)
+        results["targets"] = target_rows(results.get("cases", []))
+        save(given.json, results)
+    print(f"\n{tables.targets(results['targets'])}")
+    print(f"\n{time.monotonic() - start:.0f} s; written: {given.json}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="timed rounds (default: 25)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--optimizers", nargs="+", default=["AdamW", "SGD"])
-    parser.add_argument("--groups", nargs="+", type=int, default=[1, 101])
-    parser.add_argument("--what", nargs="+", default=list(GOALS), choices=list(GOALS))
-    parser.add_argument("--no-adaptive", action="store_true", help="leave LayerAdaptiveAdam out")
-    parser.add_argument("--thaw", action="store_true", help="only a top-down thaw of MiniLM")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few cases and rounds, no compilation")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their title")
+    parser.add_argument("--rounds", type=int, default=0, help=f"timed rounds (default: {ROUNDS})")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--kept-gradients",
+        action="store_true",
+        help="the same gradient tensors at every step, as zero_grad(set_to_none=False) leaves them",
+    )
+    parser.add_argument("--device", default="cpu", help="for the cases; the rest is on the CPU")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own)")
-    parser.add_argument("--json", type=Path, help="write every round's milliseconds here")
+    parser.add_argument("--json", type=Path, default=JSON, help=f"default: build/{JSON.name}")
     return parser.parse_args()
 
 
-def torch_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for model in arguments.models:
-        for groups in arguments.groups:
-            for name in arguments.optimizers:
-                for what in arguments.what:
-                    bench = Bench(MODELS[model](), groups, arguments.device)
-                    candidates = against_torch(bench, name, clip=what == "clip+step")
-                    times = interleave(candidates, bench.restore, arguments.rounds)
-                    title = f"{model}, {name}, {what}, groups: {bench.groups}"
-                    rows.append(show(title, times, "torch fused", GOALS[what]))
-    return rows
+def about(options: Options) -> dict[str, Any]:
+    """The machine, the versions and the options, which the figures hold for."""
+    versions = {}
+    for package in ("numba", "torch-optimi", "pytorch_optimizer", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "torch": torch.__version__,
+        **versions,
+        **about_machine(),
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "gradients": "kept" if options.kept else "new at every step",
+    }
 
 
-def adaptive_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for model in [] if arguments.no_adaptive else arguments.models:
-        for groups in arguments.groups:
-            bench = Bench(MODELS[model](), groups, arguments.device)
-            times = interleave(layer_adaptive(bench), bench.restore, arguments.rounds)
-            title = f"{model}, LayerAdaptiveAdam, step, groups: {bench.groups}"
-            rows.append(show(title, times, "naive, .item() per tensor", None))
-    return rows
+def chosen(given: argparse.Namespace) -> list[Case]:
+    """The cases that were asked for; `--only` also finds those that are not quick."""
+    found = [case for case in CASES if given.only in case.title]
+    if not found:
+        titles = "\n".join(case.title for case in CASES)
+        raise SystemExit(f"No case has {given.only!r} in its title. The cases are:\n{titles}")
+    return [case for case in found if case.quick or not given.quick or given.only]
 
 
-def show(title: str, times: dict[str, Timing], base: str, goal: float | None) -> dict[str, Any]:
-    """Print one table and return it for the file."""
-    print(f"\n{title}")
-    row: dict[str, Any] = {"title": title, "base": base, "goal": goal, "candidates": {}}
-    for name, timing in times.items():
-        ratio = timing.ratio(times[base])
-        spread = sorted(timing.rounds)
-        low, high = (spread[len(spread) // 4], spread[-1 - len(spread) // 4])
-        verdict = ""
-        if goal is not None and name.startswith("lamina"):
-            verdict = f"  goal {goal}: {'met' if ratio <= goal else 'missed'}"
-        if name.endswith("again"):
-            verdict = "  same against same"
-        print(
-            f"  {name:<26} {timing.median:9.3f} ms  [{low:.3f}, {high:.3f}]  x {ratio:.3f}{verdict}"
-        )
-        row["candidates"][name] = {
-            "median_ms": timing.median,
-            "ratio": ratio,
-            "rounds_ms": list(timing.rounds),
-        }
-    return row
+def measured(given: argparse.Namespace, options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each table as soon as it is there, with the part it belongs to."""
+    if "cases" in given.parts:
+        for case in chosen(given):
+            yield "cases", compare(case, options)
+    if "first-step" in given.parts:
+        names = PROBED_QUICKLY if given.quick else PROBED
+        if given.no_compile:
+            names = tuple(name for name in names if "compiled" not in name)
+        yield "first-step", probe_all(names)
+    rounds = QUICK_TRAINING_ROUNDS if given.quick else TRAINING_ROUNDS
+    for name in THAWS:
+        if "training" in given.parts:
+            yield "training", training_rows(name, rounds, kept=options.kept)
+    for name in QUICK_THAWS if given.quick else THAWS:
+        if "thaw" in given.parts:
+            yield "thaw", thaw_rows(name, rounds)
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write(f"{json.dumps(results, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":
-    print(f"model sizes: {', '.join(f'{k} {numbers(v()):,}' for k, v in MODELS.items())}")
     main()

@@ -79,7 +79,7 @@ def _moved(name: str, way: Way, steps: int) -> tuple[float, float, float]:
     """Return the share that moved in one step and in all, and the mean change downhill."""
     torch.manual_seed(0)
     start = torch.randn(2**20).mul_(0.05).bfloat16()
-    param = nn.Parameter(start.to(way.dtype))
+    param = nn.Parameter(start.to(way.dtype, copy=True))
     param.grad = torch.randn(2**20).sign().to(way.dtype)
     settings = {**way.settings, **({"weight_decay": 0.0} if name == "AdamW" else {})}
     optimizer = getattr(lm.optim, name)([("weight", param)], lr=SHARE_LR, **settings)

@@ -1,4 +1,4 @@
-"""The pictures of docs/optimizers: every optimizer's path on a function of two numbers.
+"""The pictures of docs/reference/optimizers: every optimizer's path on a function of two numbers.
 
 `python -m benchmarks.paths` writes one PNG for each page. A learning rate that is not given is
 the best of a grid (the lowest loss in the last tenth of the steps, among the paths that stay in the
@@ -21,7 +21,7 @@ from PIL import Image
 
 from lamina import optim
 
-OUT = Path(__file__).parents[1] / "docs" / "optimizers"
+OUT = Path(__file__).parents[1] / "docs" / "reference" / "optimizers"
 GRID = [round(digit * 10.0**power, 6) for power in range(-4, 2) for digit in (1, 2, 5)]
 GREY, BLUE, ORANGE = "#8a8a8a", "#1f6fb4", "#d9661f"
 
@@ -167,7 +167,7 @@ def walk(runner: Runner, surface: Surface, lr: float) -> Walk:
     for step in range(surface.steps):
         if runner.falling:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / surface.steps)
-        loss = float(optimizer.step(closure).detach())
+        loss = float(torch.as_tensor(optimizer.step(closure)).detach())
         losses.append(loss)
         if not math.isfinite(loss) or loss > 1e4:
             break

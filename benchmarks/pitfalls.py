@@ -1,4 +1,7 @@
-"""The figures of `docs/pitfalls.md`, measured with torch alone: `python -m benchmarks.pitfalls`."""
+"""The figures of `docs/explanation/pitfalls.md`: `python -m benchmarks.pitfalls`.
+
+They are measured with torch alone.
+"""
 
 from __future__ import annotations
 

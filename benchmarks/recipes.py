@@ -1,8 +1,8 @@
 """Each recipe beside the code that it stands for: the difference of the weights after 20 steps.
 
-`python -m benchmarks.recipes` prints the table of `docs/recipes.md`; what is not installed is left
-out. The original runs as its package has it wherever there is one; else it is written by hand from
-the formula of the paper.
+`python -m benchmarks.recipes` prints the table of `docs/how-to/recipes.md`; what is not installed
+is left out. The original runs as its package has it wherever there is one; else it is written by
+hand from the formula of the paper.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The shapes of the parameters of two models that people fine-tune."""
+"""The shapes that are measured: two models that people fine-tune, and very many or few tensors."""
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Callable
 
 Shape = tuple[int, ...]
 
@@ -57,7 +59,47 @@ def resnet18() -> dict[str, Shape]:
     return {**shapes, "fc.weight": (1000, 512), "fc.bias": (1000,)}
 
 
-MODELS = {"MiniLM": minilm, "ResNet-18": resnet18}
+def split(shapes: dict[str, Shape], count: int) -> dict[str, Shape]:
+    """The same numbers in `count` tensors: the largest is halved by rows, again and again."""
+    parts = dict(shapes)
+    # a heap gives its smallest item first, so the sizes are negative
+    heap = [(-math.prod(shape), name) for name, shape in shapes.items()]
+    heapq.heapify(heap)
+    while len(parts) < count:
+        _, name = heapq.heappop(heap)
+        rows, *rest = parts.pop(name)
+        if rows < 2:
+            raise ValueError(f"{name} has {rows} row and cannot be halved; ask for fewer tensors")
+        for half, size in enumerate((rows // 2, rows - rows // 2)):
+            parts[f"{name}.{half}"] = (size, *rest)
+            heapq.heappush(heap, (-size * math.prod(rest), f"{name}.{half}"))
+    return parts
+
+
+def minilm_in_1000() -> dict[str, Shape]:
+    """The numbers of MiniLM in 1,000 tensors, so that each can be a group of its own."""
+    return split(minilm(), 1000)
+
+
+def two_matrices() -> dict[str, Shape]:
+    """Two matrices of MiniLM: what Muon is for, and no more, since one of its steps takes long."""
+    names = ("layer.0.query.weight", "layer.0.key.weight")
+    return {name: minilm()[name] for name in names}
+
+
+def tiny(count: int) -> dict[str, Shape]:
+    """Tensors of 16 numbers: what a step costs beside its arithmetic."""
+    return {f"tiny.{index}": (16,) for index in range(count)}
+
+
+SHAPES: dict[str, Callable[[], dict[str, Shape]]] = {
+    "MiniLM": minilm,
+    "MiniLM in 1,000 tensors": minilm_in_1000,
+    "two matrices of MiniLM": two_matrices,
+    "ResNet-18": resnet18,
+    "10,000 tiny tensors": lambda: tiny(10_000),
+    "10 tiny tensors": lambda: tiny(10),
+}
 
 
 def numbers(shapes: dict[str, Shape]) -> int:

@@ -1,7 +1,7 @@
 """Starter plans for models of well-known shapes; `python -m benchmarks.starter_plans` prints them.
 
 The models are on the meta device: they have the names and shapes of the real ones, and no weights.
-With `--write` the page `docs/starter-plans.md` is written, which a test holds current.
+With `--write` the page `docs/how-to/starter-plans.md` is written, which a test holds current.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 import lamina as lm
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "starter-plans.md"
+PAGE = ROOT / "docs" / "how-to" / "starter-plans.md"
 #: the beginning of what a plan says of the names of its model
 NAMES = "# Names and shapes"
 
@@ -84,6 +84,10 @@ beside them, not tuned for your data. It ends with the names and shapes of the m
 that can be copied into a rule.
 
 ```python
+import lamina as lm
+from lamina.toy import toy_problem
+
+model = toy_problem().model
 found = lm.starter_plan(model)
 print(found)                                # the text, with comments
 print(found.plan.preview(model, steps=1000))

@@ -4,7 +4,7 @@
     lamina watch examples/three_mistakes.py
 
 It fine-tunes a small Transformer on made-up sentences: a sentence is of class 1 if one of the words
-below 30 is in it. `docs/watch.md` shows what a watch says of it.
+below 30 is in it. `docs/how-to/watch.md` shows what a watch says of it.
 """
 
 import torch

@@ -5,6 +5,9 @@ import gc
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lamina.gradients import norms
+from lamina.kernels.native import kernel as native_kernel
+
 # Examples take as long as the machine needs, so none has a deadline of its own.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("quick", max_examples=30, derandomize=True, **COMMON)
@@ -21,3 +24,10 @@ def little_to_search():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    """Let steps run as they do where Numba is not installed."""
+    monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
+    monkeypatch.setattr(norms, "squares_of", lambda tensors: None)

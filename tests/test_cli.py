@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,7 +336,7 @@ def test_inspect_says_what_a_run_holds():
     call("run", TASK, "--cpu", "--out", "made")
     result = call("inspect", "made")
     assert result.exit_code == 0, result.output
-    for part in ("checksum: right", "'training_task'", "step 14 of 14", "model.layer.0.weight"):
+    for part in ("checksum OK", "'training_task'", "step 14 of 14", "model.layer.0.weight"):
         assert part in result.stdout
 
 
@@ -446,3 +447,41 @@ def test_names_of_others_do_not_steer_the_terminal():
     assert r"\x1b]0;title\x07 float32 (2,)" in result.stdout
     assert "\x1b" not in result.output
     check_one_paragraph(call("inspect", "\x1b[31mred"), r"\x1b[31mred: there is no such file")
+
+
+def test_a_resumed_run_announces_only_what_differs():
+    plan = Path(TASK)
+    assert call("run", plan, "--cpu", "--out", "made", "--epochs", 2).exit_code == 0
+    longer = call("run", "--resume", "made", "--cpu", "--epochs", 3, "--extend", "stretch")
+    assert longer.exit_code == 0, longer.output
+    announced = longer.stdout.split("step 14: resumed")[0]
+    assert "Changes from step 14 on:" in announced
+    assert "14 steps → 21 steps" in announced
+    assert "lr over" not in announced  # the table
+    other = plan_file(training_task.PLAN.replace("lr = 1e-2", "lr = 2e-2"))
+    length = ("--epochs", 4, "--extend", "stretch")
+    changed = call("run", plan, other, "--resume", "made", "--cpu", *length, "--full")
+    assert changed.exit_code == 0, changed.output
+    assert "Changes from" not in changed.stdout
+    assert "lr over" in changed.stdout
+
+
+def test_a_resumed_run_says_what_another_plan_changes_and_when_nothing_does():
+    task = task_file(Path(TASK).read_text())
+    assert call("run", task, "--cpu", "--out", "made", "--save-every", "5 steps").exit_code == 0
+    for path in Path("made/checkpoints").iterdir():
+        if "00000014" in path.name:
+            path.unlink()
+    about = Path("made/run.json")
+    about.write_text(about.read_text().replace('"finished"', '"interrupted"'))
+    shutil.copytree("made", "other")
+    same = call("run", "--resume", "made", "--cpu").stdout
+    assert "No value of its 3 groups changes. To see the whole plan: --full." in same
+    head = '\n[[rule]]\nmatch = "head.*"\nlr = 0.5\n'
+    changed = call("run", task, plan_file(training_task.PLAN + head), "--resume", "other", "--cpu")
+    assert changed.exit_code == 0, changed.output
+    announced = changed.stdout.split("step 10: resumed")[0]
+    assert "Changes from step 10 on:" in announced
+    assert "head.* (2 parameters, 10 numbers)" in announced
+    assert "steps 10 to 13" in announced
+    assert "layer" not in announced

@@ -69,7 +69,7 @@ def test_find_lr_suggests_and_draws():
     assert result.exit_code == 0, result.output
     assert "suggestion: lr 0.0" in result.stdout
     assert "lm.Rule('*', lr=lm.times(" in result.stdout
-    assert result.stdout.endswith("drawn to lr.png\n")
+    assert result.stdout.endswith("wrote lr.png\n")
     assert left() == ["late.toml", "lr.png", "task.py"]
 
 
@@ -134,7 +134,7 @@ def test_find_lr_interrupted():
 def test_plot_draws_a_plan(name):
     result = call("plot", TASK, "--out", name)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"drawn to {name}\n"
+    assert result.stdout == f"wrote {name}\n"
     assert Path(name).stat().st_size > 1000
     assert left() == ["late.toml", name, "task.py"]
 
@@ -226,7 +226,7 @@ def test_every_help_has_an_example(command):
 
 
 def test_the_exit_codes_are_in_the_help_and_the_page():
-    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "command-line.md").read_text()
     text = " ".join(call("--help").stdout.split())
     assert "Exit codes: 0 done; 1 the answer is no" in text
     for code in ("0", "1", "2", "130", "141", "143"):

@@ -182,11 +182,11 @@ def test_show_as_json_and_with_a_picture():
     assert data["steps"] == 14
     assert {"group", "lr_start", "names", "thaw"} <= data["groups"][0].keys()
     assert "<svg" in Path("lr.svg").read_text()
-    assert "drawn to lr.svg" in result.stderr
+    assert "wrote lr.svg" in result.stderr
 
 
 def test_show_all_groups():
-    shown = call("show", TASK, "--all").stdout
+    shown = call("show", TASK, "--full").stdout
     assert shown.strip() == call("show", TASK).stdout.strip()
 
 

@@ -1,17 +1,24 @@
-"""Every ```python block of the README and the docs runs, and every link between them leads."""
+"""Every ```python block of the README and the docs runs alone, as pasted into an empty file.
+
+A block that downloads or takes minutes stands below a line `<!-- network -->` or `<!-- slow -->`,
+and runs in `make soak`. Every link between the pages leads somewhere.
+"""
 
 import ast
 import importlib
+import math
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import lamina as lm
+from lamina.toy import toy_problem
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,68 +26,33 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OWN = (lm.SGD, lm.RMSprop, lm.AdamW, lm.LBFGS, lm.Muon, lm.LARS, lm.LAMB, lm.LayerAdaptiveAdam)
 TRAINERS = ("peft", "transformers", "lightning.pytorch", "lightning.fabric", "accelerate")
 LONGEST = 5.0  # seconds of processor time for one block
-BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^<!-- (network|slow) -->\n+)?^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 
 
-class Layer(nn.Module):
-    """One layer, with the names that BERT's layers have in Transformers."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.output = nn.Module()
-        self.output.dense = nn.Linear(width, width)
-        self.output.LayerNorm = nn.LayerNorm(width)
-
-    def forward(self, x):
-        return self.output.LayerNorm(x + torch.tanh(self.output.dense(x)))
-
-
-class Stand(nn.Module):
-    """What the pages call `model`: embeddings, `encoder.layer.N`, a classifier."""
-
-    def __init__(self, words=20, width=4, layers=4, classes=2):
-        super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.word_embeddings = nn.Embedding(words, width)
-        self.embeddings.LayerNorm = nn.LayerNorm(width)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, words):
-        x = self.embeddings.LayerNorm(self.embeddings.word_embeddings(words))
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return self.classifier(x.mean(1))
-
-
 def blocks(text):
-    """The code of each block, and the line of the page on which it begins."""
-    return [(match[1], text.count("\n", 0, match.start(1))) for match in BLOCK.finditer(text)]
+    """The code of each block, the line of the page on which it begins, and its marker."""
+    return [
+        (match[2], text.count("\n", 0, match.start(2)), match[1]) for match in BLOCK.finditer(text)
+    ]
 
 
-def namespace():
-    """The names that a page may use without defining them; new for each block."""
-    torch.manual_seed(0)
-    loader = [(torch.randint(20, (8, 5)), torch.randint(2, (8,))) for _ in range(5)]
+def forget_accelerate():
+    """Reset what Accelerate shares in a process, as if the next block ran in one of its own."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
 
-    def loss(model, batch):
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    return {
-        "__name__": "a_page",
-        "torch": torch,
-        "nn": nn,
-        "lm": lm,
-        "model": Stand(),
-        "loader": loader,
-        "loss": loss,
-    }
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def run(code, page, line):
-    """Run a block, and say how long it took; a traceback shows the line of the page."""
+    """Run a block as a program, and say how long it took; a traceback shows the line of the page.
+
+    The namespace is empty: a block brings its own imports and models.
+    """
     tree = ast.increment_lineno(ast.parse(code), line)
     for trainer in TRAINERS:  # the first import of one takes seconds
         if f"import {trainer}" in code or f"from {trainer}" in code or f", {trainer}" in code:
@@ -90,21 +62,33 @@ def run(code, page, line):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=r"lightning\.")  # about workers, and of itself
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's own
-        exec(compile(tree, str(page), "exec"), namespace())
+        torch.manual_seed(0)
+        try:
+            exec(compile(tree, str(page), "exec"), {"__name__": "__main__"})
+        finally:
+            forget_accelerate()
     return time.process_time() - began
 
 
 @pytest.mark.parametrize(
-    ("page", "code", "line"),
+    ("page", "code", "line", "marker"),
     [
-        pytest.param(page, code, line, id=f"{page.relative_to(ROOT)}:{line}")
+        pytest.param(
+            page,
+            code,
+            line,
+            marker,
+            id=f"{page.relative_to(ROOT)}:{line}",
+            marks=[getattr(pytest.mark, marker)] if marker else [],
+        )
         for page in PAGES
-        for code, line in blocks(page.read_text(encoding="utf-8"))
+        for code, line, marker in blocks(page.read_text(encoding="utf-8"))
     ],
 )
-def test_block_runs(page, code, line, tmp_path, monkeypatch):
+def test_block_runs(page, code, line, marker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a block may write files
-    assert run(code, page, line) < LONGEST
+    longest = math.inf if marker else LONGEST
+    assert run(code, page, line) < longest
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -114,7 +98,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_optimizer_has_a_page_and_every_page_its_picture():
-    folder = ROOT / "docs" / "optimizers"
+    folder = ROOT / "docs" / "reference" / "optimizers"
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
     missing = [each.__name__ for each in OWN if f"lm.{each.__name__}, lr=" not in text]
     assert missing == []
@@ -124,8 +108,8 @@ def test_every_optimizer_has_a_page_and_every_page_its_picture():
 
 
 def test_canary_a_block_with_an_error_is_reported():
-    page = "# A page\n\n```python\nplan = lm.Plan(lm.AdamW, lr=1e-3)\nplan.biuld(model)\n```\n"
-    [(code, line)] = blocks(page)
+    page = "# A page\n\n```python\nplan = {}\nplan.biuld(1)\n```\n"
+    [(code, line, _)] = blocks(page)
     with pytest.raises(AttributeError, match="biuld") as report:
         run(code, "page.md", line)
     last = report.traceback[-1]
@@ -140,13 +124,48 @@ def test_canary_a_warning_is_an_error():
 def test_canary_a_slow_block_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "LONGEST", 0.0)
     with pytest.raises(AssertionError, match="run"):
-        test_block_runs("page.md", "sum(range(1000))", 7, tmp_path, monkeypatch)
+        test_block_runs("page.md", "sum(range(1000))", 7, None, tmp_path, monkeypatch)
 
 
 def test_canary_blocks_are_found():
     assert len(blocks((ROOT / "README.md").read_text(encoding="utf-8"))) >= 1
     assert blocks("```\nnot python\n```\n") == []
     assert blocks("a\n```python\nx = 1\n```\nb\n```python\ny = 2\n```\n") == [
-        ("x = 1\n", 2),
-        ("y = 2\n", 6),
+        ("x = 1\n", 2, None),
+        ("y = 2\n", 6, None),
     ]
+    assert blocks("<!-- slow -->\n\n```python\nx = 1\n```\n") == [("x = 1\n", 3, "slow")]
+
+
+def test_canary_a_block_that_needs_another_one_is_reported():
+    run("x = 1", "page.md", 0)
+    with pytest.raises(NameError, match="'x'"):
+        run("print(x)", "page.md", 0)
+
+
+def test_the_toy_problem_is_the_same_each_time_and_draws_nothing_from_torch():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model, loader, loss = toy_problem(layers=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = toy_problem(layers=2)
+    assert loss(model, loader[0]) == loss(again.model, again.loader[0])
+    assert len(model.encoder.layer) == 2
+
+
+def difference(first, second):
+    """The largest difference of a weight between the models of two programs."""
+    models = []
+    for program in (first, second):
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(program, names)
+        models.append(names["model"])
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def test_the_program_by_hand_in_the_readme_trains_the_same_weights():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (plan, _, _), (by_hand, _, _) = blocks(page)
+    assert difference(plan, by_hand) < 1e-6
+    assert difference(plan, by_hand.replace("4 * (4 - depth)", "4 * (3 - depth)")) > 1e-5

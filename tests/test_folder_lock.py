@@ -250,6 +250,6 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143, said
-    assert f"go on with: lamina run --resume {out}" in said
+    assert f"to resume: lamina run --resume {out}" in said
     assert "Traceback" not in said
     assert status(out) == "interrupted"

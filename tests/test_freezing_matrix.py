@@ -294,6 +294,7 @@ def test_what_is_frozen_by_hand_trains_again_once_it_is_thawed_by_hand():
         assert torch.equal(before, model.body[0].weight) is not moves
 
 
+@pytest.mark.usefixtures("without_numba")
 def test_the_drop_in_tier_does_as_torch_with_a_left_over_gradient():
     models = [make("plain") for _ in range(2)]
     for model, kind in zip(models, (lm.SGD, torch.optim.SGD), strict=True):

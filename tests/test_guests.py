@@ -177,7 +177,7 @@ def test_a_guest_that_moves_a_value_of_the_plan_is_named(schedule):
     optimizer = lm.Plan(Willful, lr=0.1, momentum=0.8, schedule=schedule).build(model, steps=9)
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(
-        lm.OwnershipError, match=r"guest optimizer Willful set momentum=0\.4 .*0\.8"
+        lm.OwnershipError, match=r"third-party optimizer Willful set momentum=0\.4 .*0\.8"
     ):
         optimizer.step()
     assert optimizer.clock == 1
@@ -433,7 +433,7 @@ def test_a_guest_that_fails_leaves_the_others_as_they_were():
     with pytest.raises(KeyError) as caught:
         train(model, optimizer, 1)
     [note] = caught.value.__notes__
-    assert "guest optimizer Failing" in note
+    assert "third-party optimizer Failing" in note
     assert "Updated before it: Adamax; all other weights are as they were" in note
     assert untouched(model, optimizer, ["0.weight", "2.weight", "2.bias"])
     assert not untouched(model, optimizer, ["0.bias"])
@@ -452,6 +452,7 @@ def test_a_gradient_that_is_refused_leaves_guests_as_they_were():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("without_numba")
 def test_a_kernel_that_fails_says_what_was_updated(monkeypatch):
     from lamina.kernels import fused
 

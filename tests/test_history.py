@@ -92,7 +92,7 @@ def test_each_thaw_warms_up_anew_as_one_by_one(first):
     plan = lm.Plan(lm.SGD, lr=1.0, rewarm=lm.warmup(5), thaw=thaws, freeze=freezes)
     if first == 0:
         plan = lm.Plan(lm.SGD, lr=1.0, rewarm=lm.warmup(5), thaw=thaws[1:], freeze=freezes)
-    resolved = lm.resolve(plan, nn.Linear(2, 2), Run(60, 10))
+    resolved = lm.resolve_plan(plan, nn.Linear(2, 2), Run(60, 10))
     spans = [(first, 10), (20, 30), (41, math.inf)]
 
     def by_hand(step):

@@ -35,9 +35,9 @@ def test_a_run(run):
     model = content["model"].values()
     for part in (
         str(path),
-        "checksum: right",
-        "a run of the task 'training_task' (format 1, 1 process)",
-        "step 8 of 14 · epoch 2, 1 of its batches used · ",
+        "checksum OK",
+        "a run of task 'training_task' (format 1, 1 process)",
+        "step 8 of 14 · epoch 2, batch 1 · ",
         f"last validation, at step 7: accuracy {averages['accuracy']:.4g}",
         "best val_loss so far: ",
         "seed 3",
@@ -68,7 +68,7 @@ def test_a_damaged_one_is_named_and_passed_over(run, tmp_path):
     bad.write_bytes(bad.read_bytes()[:-1])
     lines = inspect(tmp_path).splitlines()
     assert lines[0] == f"{bad.name}: checksum WRONG: the file is damaged"
-    assert lines[2] == "checksum: right"
+    assert lines[2] == "checksum OK"
     with pytest.raises(StateError, match="is damaged"):
         inspect(bad)
 
@@ -90,7 +90,7 @@ def test_a_damaged_one_is_named_and_passed_over(run, tmp_path):
 def test_other_files(tmp_path, content, parts):
     torch.save(content, tmp_path / "file.pt")
     text = inspect(tmp_path / "file.pt")
-    for part in ("checksum: none in the name", *parts):
+    for part in ("checksum not in the file name", *parts):
         assert part in text
 
 
@@ -174,7 +174,7 @@ def test_a_run_with_a_part_of_another_kind(run, tmp_path, key, value):
         told = described(tmp_path, {**whole, key: value})
     except StateError as error:
         told = str(error)
-    assert "a checkpoint of a run" in told or "its parts are not what they should be" in told
+    assert "checkpoint of a run" in told or "its parts are not what they should be" in told
 
 
 def test_a_path_that_is_too_long(tmp_path):

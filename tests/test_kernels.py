@@ -1,4 +1,7 @@
-"""The kernels against the readable rule, and the function that picks one and says why."""
+"""The kernels against the readable rule, and the function that picks one and says why.
+
+The kernels of torch, that is; those compiled by Numba are in `test_native.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from lamina.errors import PlanError
 from lamina.kernels import KERNELS, apply, choose, fused, per_tensor, step_device
 from reference.runner import DTYPES, assert_close, batch_of, run_lamina, run_torch
 from reference.table import IN_TORCH, ROWS
+
+pytestmark = pytest.mark.usefixtures("without_numba")
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ def rows_in(page):
 
 
 def test_the_page_has_what_the_command_counts():
-    page = (ROOT / "docs" / "trainers" / "README.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "trainers" / "README.md").read_text()
     counted = [command.row(driver) for driver in DRIVERS]
     assert rows_in(page) == counted
     assert rows_in(page.replace("| plain | ", "| plain | 1")) != counted

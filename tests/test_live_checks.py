@@ -229,7 +229,7 @@ STAGES = lm.Rule("encoder.layer.{depth}.*", thaw=lm.top_down(every=1))
 
 def test_more_stages_than_dynamo_compiles_is_found_only_when_compiled():
     def found(model):
-        resolved = lm.resolve(plan(rules=[STAGES]), model)
+        resolved = lm.resolve_plan(plan(rules=[STAGES]), model)
         return [f for f in resolved.findings if f.code == "recompile-limit"]
 
     assert found(encoder(range(12))) == []
@@ -268,7 +268,7 @@ FROZEN = lm.Rule("embeddings", frozen=True)
 
 def test_reentrant_checkpointing_behind_a_frozen_prefix_is_found_and_is_true():
     model = checkpointed(reentrant=True)
-    resolved = lm.resolve(plan(rules=[FROZEN]), model)
+    resolved = lm.resolve_plan(plan(rules=[FROZEN]), model)
     (finding,) = resolved.findings
     assert finding.code == "reentrant-behind-frozen"
     assert "encoder.layer.0 is under reentrant" in finding.message
@@ -284,19 +284,19 @@ def test_reentrant_checkpointing_behind_a_frozen_prefix_is_found_and_is_true():
 )
 def test_checkpointing_that_is_fine_is_not_found(reentrant, rules):
     model = checkpointed(reentrant)
-    assert lm.resolve(plan(rules=rules), model).findings == ()
+    assert lm.resolve_plan(plan(rules=rules), model).findings == ()
 
 
 def test_reentrant_with_gradual_thawing_says_from_when():
     rules = [FROZEN, lm.Rule("encoder.layer.{depth}.*", thaw=lm.top_down(every=5))]
-    (finding,) = lm.resolve(plan(rules=rules), checkpointed(True)).findings
+    (finding,) = lm.resolve_plan(plan(rules=rules), checkpointed(True)).findings
     assert "from step 5 on" in finding.message
     assert "encoder.layer.0, encoder.layer.1, encoder.layer.2" in finding.message
 
 
 def test_reentrant_behind_what_freezes_later_is_found():
     rules = [lm.Rule("embeddings", freeze=5)]
-    (finding,) = lm.resolve(plan(rules=rules), checkpointed(True)).findings
+    (finding,) = lm.resolve_plan(plan(rules=rules), checkpointed(True)).findings
     assert "encoder.layer.0 is under reentrant" in finding.message
     assert "from step 5 on" in finding.message
 
@@ -317,22 +317,22 @@ def test_reentrant_checkpointing_of_transformers_is_found():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=True)
-    found = lm.resolve(plan(rules=[FROZEN]), model).findings
+    found = lm.resolve_plan(plan(rules=[FROZEN]), model).findings
     assert codes(found) == ["reentrant-behind-frozen"]
     assert "encoder.layer.0" in found[0].message
     model.enable_input_require_grads()
-    assert lm.resolve(plan(rules=[FROZEN]), model).findings == ()
+    assert lm.resolve_plan(plan(rules=[FROZEN]), model).findings == ()
 
 
 def test_requires_grad_set_on_a_module_is_found():
     model = mlp()
     model.body.requires_grad = False
-    (finding,) = lm.resolve(plan(), model).findings
+    (finding,) = lm.resolve_plan(plan(), model).findings
     assert finding.code == "module-requires-grad"
     assert "'body' has an attribute requires_grad=False" in finding.message
     assert "lamina.freeze(model, 'body')" in finding.fix
     freeze(model, "body")
-    assert codes(lm.resolve(plan(), model).findings) == ["frozen-by-model"]
+    assert codes(lm.resolve_plan(plan(), model).findings) == ["frozen-by-model"]
 
 
 def test_what_waits_for_a_metric_is_not_missing_gradients():

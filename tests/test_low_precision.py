@@ -11,6 +11,7 @@ import torch
 import lamina as lm
 from lamina import optim
 from lamina.algorithms.base import HALF
+from processes import join_group, leave_group, run_processes
 
 HOWS = ("stochastic", "kahan", "master")
 hows = pytest.mark.parametrize("how", HOWS)
@@ -95,7 +96,9 @@ def test_kahan_is_within_a_thousandth_of_float32(name, lr):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_master_weights_are_float32_training(name, dtype):
+def test_master_weights_are_float32_training(name, dtype, request):
+    if dtype is torch.float16:  # which has no compiled loop, as its float32 copy would have
+        request.getfixturevalue("without_numba")
     torch.manual_seed(0)
     start = torch.randn(33, 40).to(dtype)
     half, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
@@ -370,6 +373,52 @@ def test_a_sparse_gradient_moves_its_rows_alone(how):
     optimizer.step()
     moved = (table.weight != before).any(dim=1).tolist()
     assert moved == [False, True, False, False, True, False]
+
+
+def _train_shards(rank: int, folder: str) -> None:
+    """Both processes train a sharded and a replicated parameter beside whole ones of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    join_group(rank, folder)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 5).bfloat16(), torch.randn(3, 6, 5).bfloat16()
+    for name in ("AdamW", "LAMB"):
+        for how in HOWS:
+            params = {
+                "sharded": torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)])),
+                "copies": torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()])),
+                "whole": torch.nn.Parameter(start.clone()),
+            }
+            optimizers = [
+                getattr(optim, name)([("w", param)], lr=1e-3, rounding=how)
+                for param in params.values()
+            ]
+            for grad in grads:
+                for param, optimizer in zip(params.values(), optimizers, strict=True):
+                    is_whole = param is params["whole"]
+                    placements = getattr(param, "placements", None)
+                    spread = None if is_whole else distribute_tensor(grad, mesh, placements)
+                    param.grad = grad.clone() if is_whole else spread
+                    optimizer.step()
+            whole = params["whole"].detach()
+            assert torch.equal(params["copies"].full_tensor(), whole)  # type: ignore[attr-defined]
+            found = params["sharded"].full_tensor()  # type: ignore[attr-defined]
+            if how == "stochastic":  # the second process begins to count at its own part
+                assert torch.equal(found[:3], whole[:3]) or name == "LAMB"
+                assert (found - whole).abs().max() < 0.05
+            else:
+                assert (found - whole).abs().max() <= 2**-7 * whole.abs().max()
+            entry = ENTRY[how]
+            if entry:
+                assert optimizers[0].state[params["sharded"]][entry].shape == start.shape
+    leave_group()
+
+
+@pytest.mark.slow
+def test_sharded_parameters(tmp_path):
+    run_processes(_train_shards, tmp_path)
 
 
 # --- what is refused, and how it is written ----------------------------------------------------

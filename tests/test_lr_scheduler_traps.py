@@ -38,7 +38,7 @@ def planned(schedule, steps=100, **settings):
     plan = lm.Plan(
         lm.SGD, lr=1e-3, schedule=schedule, rules=[lm.Rule("low.*", lr=1e-6)], **settings
     )
-    resolved = lm.resolve(plan, model, Run(steps))
+    resolved = lm.resolve_plan(plan, model, Run(steps))
     values = lm.values_at(resolved, np.arange(steps + 50))
     by_name = resolved.cell_of
     return np.stack([values.lr(by_name[f"{part}.weight"]) for part in ("top", "low")], axis=1)

@@ -8,7 +8,7 @@ from lamina.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
-PITFALLS = (ROOT / "docs" / "pitfalls.md").read_text()
+PITFALLS = (ROOT / "docs" / "explanation" / "pitfalls.md").read_text()
 
 
 def entries(page):
@@ -45,13 +45,12 @@ def test_the_tests_of_the_pitfalls_are_there():
 
 def listed_schedules(page):
     """The names in the table of schedules."""
-    table = page[page.index("| | |") : page.index("`print(lm.cosine")]
-    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+    table = page[page.index("### Every schedule") : page.index("`print(lm.cosine")]
+    return set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
 
 
 def test_the_page_of_schedules_lists_them_all():
-    page = (ROOT / "docs" / "schedules.md").read_text()
+    page = (ROOT / "docs" / "reference" / "schedules.md").read_text()
     assert listed_schedules(page) == set(SCHEDULES)
     renamed = page.replace("`multi_step`", "`multi_steps`")
     assert "multi_steps" in listed_schedules(renamed) - set(SCHEDULES)

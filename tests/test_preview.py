@@ -113,7 +113,7 @@ def test_unknown_length_shows_the_first_values():
 
 def test_feedback_changes_what_is_shown():
     plan = lm.Plan("SGD", lr=0.1)
-    resolved = lm.resolve(plan, Net(), plan.preview(Net(), steps=10).run)
+    resolved = lm.resolve_plan(plan, Net(), plan.preview(Net(), steps=10).run)
     changed = Preview(resolved, lm.Feedback(overrides={"default": [[6, {"lr": 0.7}]]}))
     (row,) = changed.rows
     assert (row.lr_start, row.lr_peak, row.lr_end) == (0.1, 0.7, 0.7)

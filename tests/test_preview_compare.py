@@ -277,7 +277,7 @@ def test_a_comparison_says_what_when_and_from_where_to_where():
     assert str(found).splitlines() == [
         "12 steps: 6 of 9 parameters change",
         "nonfinite: the default → 'skip'",
-        "layer.{0–1}.* (4 parameters, 40 numbers)",
+        "layer.0–1.* (4 parameters, 40 numbers)",
         "  lr  steps 0 to 11: 0.025…0.05 → 0.00625…0.025",
         "head.* (2 parameters, 10 numbers)",
         "  trains  steps 0 to 2: trains → frozen",

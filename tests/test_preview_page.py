@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.preview.table import MOST, text
+from lamina.preview.fold import MOST
+from lamina.preview.table import text
 from models import Tied
 from test_preview import Net, example
 
@@ -119,23 +120,23 @@ def test_a_thousand_groups_are_a_few_lines():
     assert len(lines) < 12
     assert max(map(len, lines)) <= 110
     assert lines[0].startswith("100 steps · AdamW · 1001 groups · 20,008 of 20,008 parameters")
-    (layers,) = [line for line in lines if line.startswith("layer.{0–999}.*")]
+    (layers,) = [line for line in lines if line.startswith("layer.0–999.*")]
     assert "20k in 10000" in layers
-    assert "3.68e-4 … 0.001" in layers
-    assert "1,001 groups are folded" in shown
+    assert "3.68e-4…0.001" in layers
+    assert "1,000 groups are folded" in shown
 
 
 def test_groups_that_thaw_one_by_one_say_from_when_to_when():
     preview = many_groups(thaw=lm.top_down(every=1)).preview(Many(130, 1), steps=300)
     shown = text(preview, 120, unicode=True)
-    (layers,) = [line for line in shown.splitlines() if line.startswith("layer.{")]
+    (layers,) = [line for line in shown.splitlines() if line.startswith("layer.0–")]
     assert "step 130 … step 1" in layers
 
 
 def test_frozen_groups_are_folded_apart():
     rules = [lm.Rule(f"layer.{n}.*", lr=1e-3 * (n + 1), frozen=n < 50) for n in range(150)]
     shown = str(lm.Plan("SGD", lr=0.1, rules=rules).preview(Many(150, 1), steps=10))
-    assert "layer.{50–149}.*" in shown
+    assert "layer.50–149.*" in shown
     frozen = [line for line in shown.splitlines() if "frozen" in line and line.startswith("layer")]
     assert len(frozen) == 1
 
@@ -149,11 +150,11 @@ def test_groups_without_a_common_name_are_counted():
     preview = lm.Plan("SGD", lr=0.1, rules=rules).preview(model, steps=5)
     lines = text(preview, 100).splitlines()
     (rest,) = [line for line in lines if "more groups" in line]
-    assert rest.startswith("81 more groups")
-    assert "0.001 … 0.081" in rest
+    assert rest.startswith(f"{200 - MOST + 1} more groups")
+    assert "0.001…0.177" in rest
     assert len(lines) < MOST + 10
-    assert len(text(preview, 100, most=None).splitlines()) > 200
-    assert len(preview.text(most=None, width=100).splitlines()) > 200
+    assert len(text(preview, 100, full=True).splitlines()) > 200
+    assert len(preview.text(full=True, width=100).splitlines()) > 200
 
 
 def test_few_groups_are_not_folded():
@@ -162,11 +163,83 @@ def test_few_groups_are_not_folded():
     assert f"layer.{MOST - 3}.*" in str(preview)
 
 
+def sixty_groups():
+    """A plan of 60 groups on 30 layers: decay by depth, and no weight decay on vectors."""
+    model = nn.Module()
+    model.encoder = nn.ModuleList(nn.Linear(4, 4) for _ in range(30))
+    return lm.Plan(
+        "AdamW",
+        lr=1e-3,
+        weight_decay=0.05,
+        clip_norm=1.0,
+        schedule=lm.warmup("10%") >> lm.cosine(),
+        stop=lm.early_stop("val_loss", patience=2),
+        rules=[
+            lm.Rule("encoder.{depth}.*", lr=lm.by_depth(0.8)),
+            lm.Rule("ndim<2", weight_decay=0.0, clip_norm=2.0),
+            lm.Rule("encoder.0.*", thaw="10%"),
+        ],
+    ).preview(model, epochs=3, steps_per_epoch=100)
+
+
+def test_a_plan_of_sixty_groups_fits_a_laptop_terminal():
+    preview = sixty_groups()
+    assert len(preview.rows) == 60
+    lines = text(preview, 100, unicode=True).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("encoder.1–29.*  ") for line in lines)
+    full = text(preview, 100, unicode=True, full=True).splitlines()
+    assert sum(line.startswith("encoder.") for line in full) == 60
+    assert "folded" not in "".join(full)
+
+
+def frozen_with_settings():
+    """Frozen layers that were given an lr each, and another weight decay for biases."""
+    model = nn.Module()
+    model.features = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    model.stem = nn.Linear(3, 3)
+    model.head = nn.Linear(3, 1)
+    return lm.Plan(
+        "SGD",
+        lr=0.1,
+        weight_decay=0.1,
+        rules=[
+            lm.Rule("features.{depth}.*", lr=lm.by_depth(0.9)),
+            lm.Rule("ndim<2", weight_decay=0.0),
+            lm.Rule("features.*", frozen=True),
+            lm.Rule("stem.*", frozen=True),
+        ],
+    ).preview(model, steps=10)
+
+
+def test_what_one_rule_freezes_is_one_line():
+    preview = frozen_with_settings()
+    assert len(preview.rows) > 8
+    lines = text(preview, 100, unicode=True).splitlines()
+    frozen = [line.split() for line in lines if line.endswith("frozen")]
+    assert [line[:4] for line in frozen] == [
+        ["features.*", "48", "in", "8"],
+        ["stem.*", "12", "in", "2"],  # its bias is in one group with those of the features
+    ]
+    assert sum(line.endswith("trains") for line in lines) == 2
+    full = text(preview, 100, unicode=True, full=True).splitlines()
+    assert sum(line.endswith("frozen") for line in full) == len(preview.rows) - 2
+
+
+def test_what_thaws_later_is_not_folded_with_what_never_does():
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    thaws = [lm.Rule("0.*", frozen=True), lm.Rule("1.*", thaw=5), lm.Rule("2.*", frozen=True)]
+    lines = text(lm.Plan("SGD", lr=0.1, rules=thaws).preview(model, steps=9), 100).splitlines()
+    assert sum(line.endswith("frozen") for line in lines) == 1  # one group: the settings are equal
+    assert sum(line.endswith("step 5") for line in lines) == 1
+
+
 def test_a_terminal_with_colours_folds_too():
     console = pytest.importorskip("rich.console").Console(width=110, record=True, file=None)
     with console.capture() as captured:
         console.print(many_groups(weight_decay=0.3).preview(Many(200, 1), steps=10))
-    assert "layer.{0–199}.*" in captured.get()
+    assert "layer.0–199.*" in captured.get()
     assert len(captured.get().splitlines()) < 14
 
 
@@ -212,6 +285,6 @@ def test_long_runs_evaluate_each_distinct_schedule_once_a_block(monkeypatch):
         rules=[lm.Rule("layer.{depth}.*", lr=lm.by_depth(0.97))],
     )
     preview = plan.preview(Many(100, 1), steps=100_000)
-    assert len(str(preview).splitlines()) > 100
+    assert len(preview.text(full=True).splitlines()) > 100
     assert preview.hash
     assert sum(asked) < 8 * 100_000

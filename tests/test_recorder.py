@@ -127,6 +127,7 @@ def test_weights_are_the_same_with_and_without(clip):
 
 
 @pytest.mark.parametrize(("settings", "passes"), [({"clip_norm": 1.0}, 0), ({}, 0)])
+@pytest.mark.usefixtures("without_numba")
 def test_norms_that_were_computed_anyway_are_not_computed_again(settings, passes, monkeypatch):
     model = net()
     optimizer = plan(**settings).build(model, steps=10)

@@ -108,7 +108,7 @@ def test_report_tells_of_damaged_lines(runs, tmp_path):
     lines[2] = lines[2][:20]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert lamina("report", folder)[0] == 0
-    assert "1 of metrics.jsonl were passed over" in page_of(folder / "report.html").text
+    assert "1 of metrics.jsonl were skipped" in page_of(folder / "report.html").text
 
 
 def test_a_run_with_markup_in_its_files(runs, tmp_path):

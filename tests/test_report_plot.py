@@ -31,7 +31,9 @@ def test_lines_hold_the_values_and_stop_where_frozen():
     values = lm.values_at(preview.resolved, np.arange(12))
     for index, cell in enumerate(preview.resolved.cells):
         if cell.name in lines:
-            expected = np.where(values.active(index), values.lr(index), np.nan)
+            lr = values.lr(index)
+            shown = values.active(index) & (lr > 0)  # the axis is logarithmic
+            expected = np.where(shown, lr, np.nan)
             np.testing.assert_array_equal(lines[cell.name].get_ydata(), expected)
             np.testing.assert_array_equal(lines[cell.name].get_xdata(), np.arange(12))
     assert np.isnan(lines["layer.0.*"].get_ydata()[:9]).all()
@@ -64,6 +66,48 @@ def test_log_axis_where_groups_are_far_apart(lr, scale):
     axes = plan.preview(Net(), steps=5).plot().axes[0]
     assert axes.get_yscale() == scale
     assert axes.get_ylim()[1] > lr
+
+
+@pytest.mark.parametrize(("lr", "log"), [(0.01, True), (0.5, False)])
+def test_a_zero_is_drawn_where_the_axis_has_a_place_for_it(lr, log):
+    schedule = lm.warmup(4) >> lm.linear(to=0.0)
+    plan = lm.Plan("SGD", lr=1.0, schedule=schedule, rules=[lm.Rule("head.*", lr=lr)])
+    figure = plan.preview(Net(), steps=12).plot()
+    assert figure.axes[0].get_yscale() == ("log" if log else "linear")
+    for line in drawn(figure).values():
+        assert np.isnan(line.get_ydata()[0]) == log
+        assert np.isfinite(line.get_ydata()[1:]).all()
+
+
+def test_curves_that_coincide_are_dashed_and_named():
+    rules = [
+        lm.Rule("layer.0.*", thaw=6),
+        lm.Rule("layer.1.*", thaw=3),
+        lm.Rule("layer.2.*", lr=0.05),
+    ]
+    schedule = lm.cosine(to=0.1)
+    preview = lm.Plan("SGD", lr=0.1, schedule=schedule, rules=rules).preview(Net(), steps=12)
+    figure = preview.plot()
+    lines = drawn(figure)
+    dashed = {name for name, line in lines.items() if line.get_linestyle() != "-"}
+    assert dashed == {"layer.0.*", "layer.1.*"}
+    # the dashes of the two lie beside each other, over what they hide
+    offsets = {lines[name]._unscaled_dash_pattern[0] for name in dashed}
+    assert len(offsets) == 2
+    order = list(lines)
+    assert set(order[-2:]) == dashed
+    named = [text.get_text() for text in figure.axes[-1].texts]
+    assert named == [
+        "default",
+        "layer.0.* (same lr as default)",
+        "layer.1.* (same lr as default)",
+        "layer.2.*",
+    ]
+
+
+def test_one_group_is_told_as_one():
+    figure = lm.Plan("SGD", lr=0.1).preview(Net(), steps=12).plot()
+    assert any("1 group  ·" in text.get_text() for text in figure.axes[0].texts)
 
 
 def test_epochs_are_shown_if_known():

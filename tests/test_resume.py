@@ -586,7 +586,7 @@ def test_what_another_plan_leaves_behind_is_said(stopped):
 
     with pytest.warns(LaminaWarning, match="of another optimizer: layer.0.weight"):
         again(stopped, plan=Plan(SGD, lr=0.5), listeners=[Heard()])
-    assert "restarted (another optimizer's state): " in events[0]
+    assert "restarted, since the state was another optimizer's: " in events[0]
     noted = json.loads((stopped / "run.json").read_text())["resumed"]
     assert noted[0]["changed"][0].startswith("restarted")
 

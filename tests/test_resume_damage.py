@@ -126,7 +126,7 @@ def test_damaged_lines_of_the_record_are_passed_over(stopped, tmp_path, damage):
         on_step = on_validation = lambda *_: None
 
     result = again(stopped, listeners=[Heard()])
-    assert "metrics.jsonl: 1 damaged line passed over" in events[0]
+    assert "metrics.jsonl: skipped 1 damaged line" in events[0]
     assert str(result.confirmation).startswith("applied as planned: 9 steps")
     assert metrics.read_bytes().startswith(data)
     newest = [checkpoint.newest(f / "checkpoints").content for f in (stopped, tmp_path / "whole")]

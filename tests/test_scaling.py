@@ -91,7 +91,7 @@ def test_norms_of_shards_are_those_of_the_whole_and_come_together(tmp_path):
     for rank in range(2):
         plain, found, bad, sent = torch.load(tmp_path / f"{rank}.pt")
         for p, (norms, collectives_sent) in found.items():
-            expected = torch.stack(each_norm(plain, p))
+            expected = torch.stack([*each_norm(plain, p)])
             torch.testing.assert_close(norms, expected, equal_nan=True)
             assert collectives_sent == 1
         assert (bad, sent) == ([0, 0, 1, 0, 0], 1)
@@ -201,7 +201,7 @@ def unlike(page):
 
 
 def test_the_page_has_the_tables_of_the_command():
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text()
     # What the wrappers send around frozen parts is counted only.
     page = "\n".join(
         line.replace(line.split("|")[4], "  ", 1) if "half frozen" in line else line
@@ -214,7 +214,7 @@ def test_the_page_has_the_tables_of_the_command():
 
 
 def test_every_counted_number_in_the_page_is_the_computed_one():
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text()
     (title,) = [title for title in tables_in(page) if title.startswith("Counted")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables_in(page)[title][2:]]
     assert len(rows) == 2 * len(ALL)

@@ -69,7 +69,7 @@ def theirs(name, warm=WARM, **kwargs):
 )
 def test_one_line_of_a_plan(name, kwargs, schedule):
     plan = lm.Plan(lm.AdamW, lr=LR, schedule=schedule)
-    resolved = lm.resolve(plan, nn.Linear(2, 2), Run(STEPS))
+    resolved = lm.resolve_plan(plan, nn.Linear(2, 2), Run(STEPS))
     ours = lm.values_at(resolved, np.arange(STEPS + 1)).lr(0)
     wanted = theirs(name, **kwargs)
     np.testing.assert_allclose(ours, wanted, rtol=1e-12, atol=LR * 1e-15)

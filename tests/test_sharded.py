@@ -398,7 +398,7 @@ def test_windows_toggle_the_flag_and_frozen_shards_do_not_move(both):
     assert trained["embeddings"]
     assert trained["findings"] == []
     assert trained["steps before and after saving"] == [SAVED, SAVED]
-    assert trained["kernels"]["AdamW"] == "fused: torch's fused operator, one pass over memory"
+    assert trained["kernels"]["AdamW"].startswith("fused: torch's fused operator, one pass")
     assert "is a DTensor, for which torch's fused SGD is not made" in trained["kernels"]["SGD"]
 
 

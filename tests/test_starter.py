@@ -84,7 +84,7 @@ def models():
 def names(model, pattern):
     """The parameters that a pattern selects."""
     plan = lm.Plan("SGD", lr=1.0, rules=[lm.Rule(pattern, lr=2.0)])
-    cells = lm.resolve(plan, model).cells
+    cells = lm.resolve_plan(plan, model).cells
     return {i.name for cell in cells for i in cell.parameters if cell.constants["lr"] == 2.0}
 
 

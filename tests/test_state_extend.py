@@ -203,7 +203,7 @@ def test_a_state_that_does_not_know_its_run_cannot_be_extended():
         PLAN.build(mlp(), steps=LONGER, resume=theirs.state_dict(), extend="hold")
     optimizer = PLAN.build(mlp(), steps=LONGER, resume=theirs.state_dict())
     assert optimizer.clock == 3
-    assert "goes on at step 3" in str(PLAN.preview(mlp(), steps=LONGER, resume=theirs.state_dict()))
+    assert "resumes at step 3" in str(PLAN.preview(mlp(), steps=LONGER, resume=theirs.state_dict()))
 
 
 # ---------------------------------------------------------- longer runs and second phases, by hand
@@ -279,13 +279,13 @@ def test_the_picture_shows_the_saved_run_then_the_new_one(extend):
     ax = preview.plot().axes[0]
     np.testing.assert_array_equal(lines(ax)["default, head.bias"].get_ydata(), before + after)
     assert list(lines(ax)["_resumed"].get_xdata()) == [AT, AT]
-    assert any("goes on at step 8" in text.get_text() for text in ax.texts)
+    assert any("resumes at step 8" in text.get_text() for text in ax.texts)
     assert [preview.at(step)["default"]["lr"] for step in range(LONGER)] == before + after
     for step in (AT - 1, AT):
         shown = preview.explain("head.weight", step).lines
         assert f"{(before + after)[step]:g}" in next(x.value for x in shown if x.key == "lr")
     text = str(preview)
-    assert "goes on at step 8 of a saved run" in text
+    assert "resumes at step 8 of a saved run" in text
     jumps = [finding for finding in preview.findings if finding.code == "value-jumps"]
     assert bool(jumps) is (extend == "stretch")
     assert ("lr of 'default' jumps from" in " ".join(text.split())) is (extend == "stretch")
@@ -306,7 +306,7 @@ def test_a_long_resumed_run_is_sampled_at_its_clock():
     _, state = saved(steps=5000)
     preview = PLAN.preview(mlp(), steps=50_000, resume=state, extend="stretch")
     assert {AT - 1, AT} <= set(preview.steps.tolist())
-    assert "goes on at step 8" in str(preview)
+    assert "resumes at step 8" in str(preview)
 
 
 def ended_at_zero(at=4, length=10):

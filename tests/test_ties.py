@@ -217,7 +217,7 @@ def test_views_and_transposed_are_listed_and_refused_with_a_fix():
         (("layer.weight", "turned.weight"), "transposed"),
     ]
     with pytest.raises(PlanError, match=r"lamina.tie\(model, \{'out.weight': 'embed.weight'\}\)"):
-        lm.resolve(lm.Plan("SGD", lr=0.1), model)
+        lm.resolve_plan(lm.Plan("SGD", lr=0.1), model)
     tie(model, {"out.weight": "embed.weight"})
     assert ties(model)[0].kind == "parameter"
 
@@ -226,7 +226,7 @@ def test_a_view_of_another_shape_says_to_compute_with_it():
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.detach().T)
     with pytest.raises(PlanError, match=r"shapes \(2, 3\) and \(3, 2\) differ.*`0\.weight\.T`"):
-        lm.resolve(lm.Plan("SGD", lr=0.1), model)
+        lm.resolve_plan(lm.Plan("SGD", lr=0.1), model)
     assert ties(model)[0].kind == "transposed"
 
 
@@ -289,7 +289,7 @@ def test_views_in_another_layout_are_not_to_be_tied(case):
     model = make()
     assert [(tuple(item), item.kind) for item in ties(model)] == [(("a", "b"), kind)]
     with pytest.raises(PlanError, match=f"{why}.*keep one over all of it") as told:
-        lm.resolve(lm.Plan("SGD", lr=0.1), model)
+        lm.resolve_plan(lm.Plan("SGD", lr=0.1), model)
     assert "lamina.tie" not in str(told.value)
     before = dict(model.items())
     for pairs in ({"b": "a"}, {"a": "b"}):

@@ -1,4 +1,4 @@
-"""The walks of docs/architecture.md are the calls that are made, in their order."""
+"""The walks of docs/explanation/architecture.md are the calls that are made, in their order."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from torch import nn
 
 import lamina as lm
 
-PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md").read_text()
 PACKAGE = str(Path(lm.__file__).parent)
 
 

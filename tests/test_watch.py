@@ -257,9 +257,21 @@ def test_wrong_arguments(arguments, part):
         lm.watch(*arguments)
 
 
+MODEL = nn.Linear(2, 1)
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [((3, None), "expected a torch.nn.Module"), ((nn.Linear(2, 1), []), "is empty")],
+    [
+        ((3, None), "expected a torch.nn.Module"),
+        ((nn.Linear(2, 1), []), "is empty"),
+        (
+            (OPTIMIZER, MODEL),
+            r"SGD as the model; expected the order lamina.check\(model, optimizer",
+        ),
+        ((MODEL, MODEL), "Linear as the optimizer; expected the order"),
+    ],
 )
 def test_check_refuses_wrong_arguments(arguments, part):
     with pytest.raises(lm.PlanError, match=part):

@@ -1,4 +1,4 @@
-"""Every section of docs/findings.md: its wrong code gives its finding, its right code none."""
+"""docs/reference/findings.md: wrong code gives the finding of its section, right code none."""
 
 import ast
 import contextlib
@@ -7,16 +7,24 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import lamina as lm
 from lamina.model.finding import ADVICE
-from test_docs import namespace
 
 pytestmark = pytest.mark.usefixtures("little_to_search")
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "reference" / "findings.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTION = re.compile(r"^### ([a-z0-9-]+)\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
+#: what a wrong block, which shows only the lines at fault, is put below
+OPENING = """
+import torch
+from torch import nn
+import lamina as lm
+from lamina.toy import toy_problem
+model, loader, loss = toy_problem()
+"""
 SECTIONS = {match[1]: match[2] for match in SECTION.finditer(TEXT)}
 
 
@@ -26,7 +34,8 @@ def blocks(section, language):
 
 def codes_of(code):
     """What is found in a block: by watching it, and by the `lm.check` in it."""
-    names = namespace()
+    names = {"__name__": "__main__"}
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of some of this too
         refused = contextlib.suppress(TypeError, ValueError)  # torch refuses some of it
@@ -40,7 +49,7 @@ def codes_of(code):
 def test_wrong_code_gives_its_finding_only(code, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")  # one block sets it
     (wrong,) = blocks(code, "py")
-    assert codes_of(wrong) == {code}
+    assert codes_of(OPENING + wrong) == {code}
 
 
 @pytest.mark.parametrize("code", SECTIONS)

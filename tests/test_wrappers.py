@@ -9,7 +9,7 @@ import pytest
 import wrapper_matrix
 from wrapper_matrix import CLIPS, SCENARIOS, WRAPPERS, Cell, every_cell, markdown, run_cells
 
-PAGE = Path(__file__).parents[1] / "docs" / "wrappers.md"
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "wrappers.md"
 REFUSED = r"requires_grad was off when DistributedDataParallel wrapped"
 #: one cell of each scenario and of each way to clip, over the wrappers that need only torch
 SOME = {

@@ -1,6 +1,6 @@
 """Train under every wrapper on two processes, and compare with one process on the full batch.
 
-`python tests/wrapper_matrix.py` prints the table that stands in docs/wrappers.md. A cell is a
+`python tests/wrapper_matrix.py` prints the table of docs/explanation/wrappers.md. A cell is a
 wrapper, where the plan was built, what the plan does, and who clips. Its outcome is "equal" (the
 final weights are those of one process), or the error of lamina that refused; anything else is a
 fault. All cells run in one pair of processes; a cell that breaks it gets a new pair for the rest.

@@ -1,4 +1,4 @@
-"""What a plan costs at scale: the tables of docs/scaling.md on standard output.
+"""What a plan costs at scale: the tables of docs/explanation/scaling.md on standard output.
 
 Measured: resolve, preview, build, step and state of models with many tiny tensors, and every
 collective of training steps on 2 and 4 gloo processes. Computed: the same for more processes.

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import lamina as lm
-from lamina.resolve.resolve import resolve
+from lamina.resolve.resolve import resolve_plan
 from lamina.schedules.duration import Run
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def measure(name: str, tensors: int) -> Cost:
     torch.set_num_threads(1)
     plan, model = PLANS[name](), make_model(tensors)
     _warm_up(plan)
-    run = _seconds(lambda: resolve(plan, model, Run(STEPS)))[0]
+    run = _seconds(lambda: resolve_plan(plan, model, Run(STEPS)))[0]
     preview, _ = _seconds(lambda: str(plan.preview(model, steps=STEPS)))
     before = _resident()
     build, optimizer = _seconds(lambda: plan.build(model, steps=STEPS))

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, as markdown."""
+"""The tables of docs/explanation/scaling.md, as markdown."""
 
 from __future__ import annotations
 

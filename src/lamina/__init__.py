@@ -1,4 +1,63 @@
-"""lamina: one plan for how every parameter of a PyTorch model trains."""
+"""One plan for how every parameter of a PyTorch model trains.
+
+    import lamina as lm
+
+    plan = lm.Plan("AdamW", lr=1e-3, schedule=lm.warmup("5%") >> lm.cosine(),
+                   rules=[lm.Rule("encoder.*", lr=1e-4, thaw="1 epoch")])
+    print(plan.preview(model, epochs=3, steps_per_epoch=len(loader)))
+    optimizer = plan.build(model, epochs=3, steps_per_epoch=len(loader))
+
+The public names, by purpose; `help(lamina.NAME)` explains one of them.
+
+Plans
+    Plan, Rule                  what is wanted: an optimizer, settings, rules for parts of a model
+    by_depth, times, top_down   values for rules: decay by depth, factors, thawing from the top down
+    plateau, early_stop, on_plateau         reactions to reported metrics
+    recipes, starter_plan, StarterPlan      well-known plans; a first plan for a model
+    find_lr, FoundLR            a learning-rate range test
+
+Looking before training
+    Preview, diff, PlanDiff     the run as a table, picture and data; two plans compared
+    Explanation, Finding        why a value is what it is; what is probably not meant
+    resolve_plan, Resolved, values_at, Feedback         every value at every step, as data
+    check, watch, Seen          mistakes in any training loop, with or without a plan
+
+Schedules
+    constant, linear, cosine, polynomial, exponential, inverse_sqrt, one_minus_sqrt, noam
+    step_decay, multi_step, piecewise, warmup, warm_restarts, cyclic, repeat, wsd
+    one_cycle, one_cycle_momentum
+    from_function, register_schedule, Schedule, Shape   schedules of one's own
+
+Gradients
+    clip_norm, clip_value, clip_param_norm, agc, scale_gradients        operations for rules
+    clip_grad_norm_, clip_grad_value_                   functions, as in torch.nn.utils
+
+Optimizers
+    Optimizer                   what Plan.build returns: a torch.optim.Optimizer
+    SGD, RMSprop, Adam, AdamW, LBFGS, LARS, LAMB, LayerAdaptiveAdam, Muon
+    register_optimizer          an optimizer of one's own
+    optim                       the same classes and lr_scheduler, without a plan
+    report, override, should_stop, restart_state, unwrap    for optimizers inside a wrapper
+
+Models
+    freeze, thaw, trainable, Trainable      freezing by hand
+    tie, untie, ties, Tie       weight sharing
+    ParamInfo                   what rules know of a parameter
+
+Saved state
+    checkpoint                  files that verify themselves
+    load_distributed, read_distributed      folders of torch.distributed.checkpoint
+    LoadReport                  what a load did
+
+Errors
+    LaminaError, LaminaWarning  the base of all errors; warnings
+    PlanError, PatternError, HyperparameterError, ScheduleError, TimeUnitError
+    StateError, MismatchError, NonFiniteError, OwnershipError, FrozenMovedError
+    MissingExtraError, TaskError
+
+Imported by name: lamina.integrations (Transformers, Lightning, Accelerate) and lamina.training
+(what `lamina run` does).
+"""
 
 from __future__ import annotations
 
@@ -50,9 +109,10 @@ from .plan.reactions import early_stop, on_plateau, plateau
 from .preview import PlanDiff, Preview, diff
 from .range_test import FoundLR, find_lr
 from .resolve.explain import Explanation
-from .resolve.resolve import resolve
+from .resolve.resolve import resolve_plan
 from .resolve.resolved import Resolved
 from .resolve.timeline import Feedback, values_at
+from .reuse import reuse
 from .schedules import (
     Schedule,
     Shape,
@@ -164,8 +224,9 @@ __all__ = [
     "register_schedule",
     "repeat",
     "report",
-    "resolve",
+    "resolve_plan",
     "restart_state",
+    "reuse",
     "scale_gradients",
     "should_stop",
     "starter_plan",
@@ -184,3 +245,8 @@ __all__ = [
     "watch",
     "wsd",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names, for `dir`, `help` and completion."""
+    return sorted([*__all__, "__all__", "__doc__", "__version__"])

@@ -123,6 +123,7 @@ OLDEST = {
     "plotly": "6.0",
     "rich": "13.7",
     "transformers": "4.46",
+    "numba": "0.61",
     "typer": "0.16",
 }
 
@@ -153,14 +154,14 @@ def _check_version(package: str, purpose: str) -> None:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
         return  # the import will say so
-    if oldest is not None and _release(found) < _release(oldest):
+    if oldest is not None and release_of(found) < release_of(oldest):
         raise MissingExtraError(
             f"{purpose} needs {package} {oldest} or newer, but {found} is installed. Update it "
             f"with: pip install --upgrade '{package}>={oldest}'"
         )
 
 
-def _release(version: str) -> list[int]:
+def release_of(version: str) -> list[int]:
     """Return the numbers that a version begins with: [2, 6, 0] of "2.6.0+cu124"."""
     leading = re.match(r"\d+(?:\.\d+)*", version)
     return [int(number) for number in leading[0].split(".")] if leading else []

@@ -32,11 +32,11 @@ def folded(names: Sequence[str]) -> str:
 
     Example:
         >>> folded(["layer.0.weight", "layer.1.weight", "layer.11.weight"])
-        'layer.{0–11}.weight'
+        'layer.0–11.weight'
     """
     rows = [list(map(int, _NUMBER.findall(name))) for name in names]
     spans = [(min(column), max(column)) for column in zip(*rows, strict=True)]
-    places = iter(str(low) if low == high else f"{{{low}–{high}}}" for low, high in spans)
+    places = iter(str(low) if low == high else f"{low}–{high}" for low, high in spans)
     return _NUMBER.sub(lambda _: next(places), names[0])
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import HyperparameterError
 
@@ -33,3 +34,8 @@ def check_amount(owner: str, key: str, value: Any) -> None:
 def python_number(value: Any) -> Any:
     """Convert a NumPy number to Python's; checkpoints with NumPy's do not load."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def where_positive(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return a curve with gaps where it is 0, which has no place on a logarithmic axis."""
+    return np.where(values > 0, values, np.nan)

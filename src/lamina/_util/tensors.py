@@ -12,6 +12,9 @@ from torch.nn.parameter import is_lazy
 
 #: candidates that are tried before two tensors are taken to overlap; real layouts need few
 _MAX_WORK = 1_000_000
+#: kinds of devices whose numbers the host has at once; without them, a test of the CPU steps as an
+#: accelerator does
+READ_FREELY = frozenset({"cpu"})
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
@@ -60,6 +63,15 @@ def relation(one: torch.Tensor, other: torch.Tensor) -> str:
 def is_dtensor(tensor: Any) -> bool:
     """Return whether this is a tensor of FSDP2, or of tensor parallelism."""
     return hasattr(tensor, "to_local")  # importing the class costs every user a second
+
+
+def waits(device: torch.device) -> bool:
+    """Return whether reading a number of this device on the host waits for the device.
+
+    The one place that decides whether a step may read its norms and flags, or must leave them on
+    the device.
+    """
+    return device.type not in READ_FREELY
 
 
 def _span(tensor: torch.Tensor) -> tuple[tuple[str, int], int, int] | None:

@@ -130,7 +130,8 @@ class Algorithm(Method, ABC):
     ) -> tuple[torch.Tensor, State]:
         """Return the change of `param`, and the new state; pure: no argument is modified.
 
-        `step` is the number of updates of this parameter, this one included (1 for the first).
+        `step` is the number of updates of this parameter, this one included (1 for the first). On
+        an accelerator it is a float64 scalar there, which is not to be read.
         16-bit tensors are computed with in float32 and the change is returned in float32, so that
         `param` is rounded once; the state has the dtype it had. Complex parameters arrive as pairs
         of real numbers (`torch.view_as_real`).
@@ -143,11 +144,14 @@ class Batch:
 
     `columns[key][i]` is the state tensor `key` of `params[i]`, or None where it does not exist yet;
     `steps[i]` its scalar step count (float32), counted before this update. `scale`, if given, is a
-    scalar tensor that multiplies every gradient (the clip factor).
+    scalar tensor that multiplies every gradient (the clip factor). `found_inf`, if given, is a
+    float32 scalar on the device of the parameters: 1.0 where a gradient of the step is not finite,
+    and then the update changes nothing; else 0.0.
 
-    A batch may be kept for many steps: only `grads`, `hyper` and `scale` may be changed then, or
+    A batch may be kept for many steps: only `grads`, `hyper`, `scale` and `found_inf` may be
+    changed then, or
     `kernel` must be set to None. `known_grads` is the list of gradients whose forms are as in the
-    step before, and `suited` the kernel that was ready for them.
+    step before, and `suited` the kernel that was ready for them, with the reason.
     """
 
     algorithm: Algorithm
@@ -160,16 +164,15 @@ class Batch:
     names: list[str] = field(default_factory=list)
     #: the choice made for these tensors, kept by `kernels.choose`
     kernel: Any = None
+    #: what the kernel has prepared for this batch and those that follow it
+    prepared: Any = None
     #: the name of the kernel to use where it can be
     prefer: str | None = None
     #: set when an update put new tensors into `columns`; the holder of the state stores them
     has_new_state: bool = False
     known_grads: list[torch.Tensor] | None = None
     suited: Any = None
-    #: a scalar tensor: unless it is 0, the step found what is not finite and changes nothing
     found_inf: torch.Tensor | None = None
-    #: what a kernel has made ready for these tensors, and compares with them at every step
-    prepared: Any = None
     #: names of parameters whose weights others changed while the state has a copy of them
     followed: set[str] = field(default_factory=set)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, final
 
 import torch
 
 from .._util.sharding import wholes_of
 from .adam import moments
-from .base import Algorithm, Hyper, State, betas, numbers, trust_ratio, widen
+from .base import Algorithm, Hyper, State, betas, numbers, root, trust_ratio, widen
 
 
 @final
@@ -57,8 +56,8 @@ class LAMB(Algorithm):
         beta1, beta2 = betas(hyper)
         grad, wide = widen(-grad if hyper["maximize"] else grad), widen(param)
         mean, square, new = moments(grad, state, hyper)
-        root = square.sqrt() / math.sqrt(1 - beta2**step)
-        update = mean / (1 - beta1**step) / (root + eps)
+        denominator = square.sqrt() / root(1 - beta2**step)
+        update = mean / (1 - beta1**step) / (denominator + eps)
         if weight_decay:
             update = update + weight_decay * wide
         weight_norm, norm = wholes_of([torch.linalg.vector_norm(each) for each in (wide, update)])

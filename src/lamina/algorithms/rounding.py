@@ -56,7 +56,7 @@ import torch
 
 from .._util.notices import warn
 from .._util.sharding import local_part
-from .._util.tensors import is_dtensor
+from .._util.tensors import is_dtensor, waits
 from .._util.text import listed
 from ..errors import HyperparameterError, did_you_mean
 from .base import HALF, ROUNDING_ENTRIES, Batch, Hyper, state_dtype_of
@@ -92,15 +92,15 @@ def rounding_of(param: torch.Tensor, hyper: Hyper) -> str | None:
     return None if how in (None, "nearest") or param.dtype not in HALF else how
 
 
-def entry_of(param: torch.Tensor, hyper: Hyper) -> str | None:
+def needed_entry(param: torch.Tensor, hyper: Hyper) -> str | None:
     """Return the key of the state tensor that the rounding of a parameter needs, or None."""
-    return _ENTRY_OF.get(rounding_of(param, hyper) or "")
+    return entry_of(rounding_of(param, hyper))
 
 
 def settle_entries(param: torch.Tensor, entry: dict[str, Any], hyper: Hyper) -> None:
     """Add the state tensor that the rounding of a parameter needs, and drop one of another."""
     rounding_name("a parameter group", hyper.get("rounding"))  # it may have been set by hand
-    wanted = entry_of(param, hyper)
+    wanted = needed_entry(param, hyper)
     for key in ROUNDING_ENTRIES:
         if key != wanted:
             entry.pop(key, None)
@@ -118,6 +118,11 @@ def initial_entry(param: torch.Tensor, key: str) -> torch.Tensor:
 def entry_dtype(param: torch.Tensor, key: str) -> torch.dtype:
     """Return the dtype of `compensation` or `master`, whatever `state_dtype` says."""
     return torch.float32 if key == "master" else param.dtype
+
+
+def entry_of(how: str | None) -> str | None:
+    """Return the key of the state tensor that a form of rounding needs, or None."""
+    return _ENTRY_OF.get(how or "")
 
 
 _ENTRY_OF = {"kahan": "compensation", "master": "master"}
@@ -181,7 +186,7 @@ def _mix_int32(x: torch.Tensor) -> torch.Tensor:
 
 def places_of(part: torch.Tensor, origin: int) -> torch.Tensor:
     """Return how far each element of a view lies from `origin` in memory, in elements."""
-    first, device = part.storage_offset() - origin, part.device
+    first, device = int(part.storage_offset()) - origin, part.device
     rows = list(zip(part.shape, part.stride(), strict=True))
     last = first + sum((size - 1) * stride for size, stride in rows)
     dtype = torch.int32 if last < _SIGN else torch.int64
@@ -265,13 +270,13 @@ class Rounder:
         self.batch, self.index = batch, index
         self.how = rounding_of(param, batch.hyper)
         #: the key of the state tensor of this rounding, or None
-        self.entry = entry_of(param, batch.hyper)
+        self.entry = needed_entry(param, batch.hyper)
         #: the dtype of state that begins with this update
         self.state_dtype = state_dtype_of(param, batch.hyper)
         #: where the first element lies in its storage
-        self.origin = local_part(param).storage_offset()
+        self.origin = int(local_part(param).storage_offset())
         step = batch.steps[index]
-        self._step = int(step) if step.is_cpu else step.to(torch.int64)
+        self._step = step.to(torch.int64) if waits(step.device) else int(step)
         self._seed = seed_of(batch, index)
 
     def key(self, entry: str | None = None) -> Any:
@@ -326,7 +331,7 @@ class RoundedPart:
 
     def _store_stochastically(self, value: torch.Tensor, into: torch.Tensor, key: Any) -> None:
         if self._places is None:
-            self._places = places_of(local_part(self._part), self._rounder.origin)
+            self._places = places_of(local_part(self._part), int(self._rounder.origin))
         mine = local_part(into)
         bits = random_bits(self._places, key)
         mine.copy_(round_stochastically(_local_value(value, into), bits, mine.dtype))
@@ -339,7 +344,7 @@ class RoundedPart:
             expected = part.float().add_(extra, alpha=127 / 128).to(part.dtype)
             instead = torch.zeros_like(extra)
         other = expected != part
-        if not part.is_cpu:  # asked, the host would wait for the device
+        if waits(part.device):  # asked, the host would wait for the device
             torch.where(other, instead, extra, out=extra)
         elif bool(other.any()):
             torch.where(other, instead, extra, out=extra)

@@ -17,7 +17,7 @@ _LARGEST = 5
 #: what the checkpoint of a run has
 _RUN = {"format", "task", "clock", "model", "optimizer"}
 _OF_A_RUN = ("format", "task", "processes", "clock", "steps", "epoch", "batches", "seconds")
-_CHECKED = {True: "right", False: "WRONG: the file is damaged", None: "none in the name"}
+_CHECKED = {True: "OK", False: "WRONG: the file is damaged", None: "not in the file name"}
 
 
 def inspect(path: Path) -> str:
@@ -32,7 +32,7 @@ def inspect(path: Path) -> str:
     path, content, whole, damaged = _opened(path)
     lines = [f"{name}: checksum {_CHECKED[False]}" for name in damaged]
     lines.append(str(path))
-    lines.append(f"checksum: {_CHECKED[whole]}")
+    lines.append(f"checksum {_CHECKED[whole]}")
     try:
         return "\n".join(map(printable, [*lines, *_described(content)]))
     except Exception as error:  # whatever is in a file that something else wrote
@@ -152,9 +152,9 @@ def _described(content: Any) -> list[str]:
 
 def _run(content: Mapping[str, Any]) -> list[str]:
     settings = content["settings"]
-    where = f"epoch {content['epoch'] + 1}, {content['batches']} of its batches used"
+    where = f"epoch {content['epoch'] + 1}, batch {content['batches']}"
     lines = [
-        f"a checkpoint of a run of the task {content['task']!r} (format {content['format']}, "
+        f"checkpoint of a run of task {content['task']!r} (format {content['format']}, "
         f"{content['processes']} process{'es' if content['processes'] != 1 else ''})",
         f"step {content['clock']} of {content['steps']} · {where}"
         f"{', validated' if content['validated'] else ''} · {content['seconds']:.1f} s of training",

@@ -1,4 +1,4 @@
-"""The command line; docs/command-line.md lists the commands."""
+"""The command line; docs/reference/command-line.md lists the commands."""
 
 from __future__ import annotations
 

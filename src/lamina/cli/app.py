@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 from ..checkpoint.inspect import inspect as describe
@@ -25,8 +26,13 @@ from .common import (
     EXAMPLES,
     Accumulate,
     AsJson,
+    Cpu,
     Epochs,
+    Full,
     PlanWord,
+    PlotFile,
+    Precision,
+    Steps,
     TaskOption,
     TaskWord,
     announce,
@@ -39,13 +45,57 @@ from .find_lr import find_lr
 from .init import init
 from .new_task import write_task
 from .plot import plot
+from .resumed import announce_run
 from .summary import summary
 from .watch import watch
 
+#: the commands in the order of the help: what a newcomer needs first
+_ORDER = (
+    *("run", "show", "plot", "check", "explain", "diff"),
+    *("new-task", "init", "find-lr", "tasks"),
+    *("report", "compare", "inspect", "watch"),
+)
+
+
+# The options of `lamina run` alone.
+RunSeed = Annotated[
+    int | None, typer.Option(help="Random seed for weights, dropout and data order.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="New folder for the run. [default: runs/TASK-DATE-TIME]")
+]
+Resume = Annotated[Path | None, typer.Option(help="Folder of the run to resume.")]
+Extend = Annotated[
+    str | None,
+    typer.Option(
+        help="For a resumed run of another length: 'hold' keeps its schedules, 'stretch' fits "
+        "them to the new length."
+    ),
+]
+SaveEvery = Annotated[
+    str | None,
+    typer.Option(
+        help="Time between checkpoints, such as '500 steps' or '10%'. [default: 1 epochs]"
+    ),
+]
+Keep = Annotated[
+    int | None, typer.Option(help="Checkpoints to keep, besides the best. [default: 2]")
+]
+Fsdp = Annotated[bool | None, typer.Option(help="Shard the model over all processes (FSDP2).")]
+
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the commands in the order of `_ORDER`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
 app = typer.Typer(
+    cls=_InOrder,
     help="One plan for how every parameter of a model trains.",
-    epilog="Exit codes: 0 done; 1 the answer is no (check found something, find-lr suggests "
-    "nothing); 2 an error, told in one paragraph; 130 Ctrl-C; 143 SIGTERM; 141 a closed pipe.",
+    epilog="Exit codes: 0 done; 1 the answer is no (check found a problem, find-lr has no "
+    "suggestion); 2 an error, explained on stderr; 130 Ctrl-C; 143 SIGTERM; 141 closed pipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,26 +123,19 @@ def run(
     plan: PlanWord = None,
     task_option: TaskOption = None,
     epochs: Epochs = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, dropout and the order of data.")
-    ] = None,
+    seed: RunSeed = None,
     accumulate: Accumulate = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="The folder of a run to go on with.")] = None,
-    extend: Annotated[
-        str | None, typer.Option(help="Schedules of a resumed run of other length: hold, stretch.")
-    ] = None,
-    save_every: Annotated[
-        str | None, typer.Option(help="Such as '500 steps', '1 epochs' (the default) or '10%'.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints kept, beside the best; 2.")] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
-    fsdp: Annotated[
-        bool | None, typer.Option(help="Shard the model over the processes (FSDP2).")
-    ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
+    out: Out = None,
+    resume: Resume = None,
+    extend: Extend = None,
+    save_every: SaveEvery = None,
+    keep: Keep = None,
+    mixed_precision: Precision = None,
+    fsdp: Fsdp = None,
+    cpu: Cpu = False,
+    full: Full = False,
 ) -> None:
-    """Announce the plan, train TASK by it, and show the result."""
+    """Preview the plan, train TASK with it, and print the results."""
     with cli_errors():
         saved = None if resume is None else partial(saved_task, resume, EXAMPLES)
         source, plan_file = task_and_plan(["run"], (task, plan), task_option, saved)
@@ -118,7 +161,7 @@ def run(
                 from ..training.display import display
 
                 console = Console()
-                announce(console, session.preview)
+                announce_run(console, session, full)
                 steps = session.preview.run.steps or 0
                 passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
                 with display(console, passes, steps, session.earlier) as shown:
@@ -134,13 +177,13 @@ def show(
     plan: PlanWord = None,
     task_option: TaskOption = None,
     epochs: Epochs = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    steps: Steps = None,
     accumulate: Accumulate = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Each group, however many.")] = False,
+    plot: PlotFile = None,
+    full: Full = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a plan would do with the model of TASK, without training."""
+    """Preview a plan on the model of TASK, without training."""
     with cli_errors():
         source, plan_file = task_and_plan(["show"], (task, plan), task_option)
         if epochs is not None and steps is not None:
@@ -151,10 +194,8 @@ def show(
         preview = preview_of_task(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
         if as_json:
             print_json(preview.data())
-        elif every:
-            print(preview.text(most=None))
         else:
-            announce(Console(), preview)
+            announce(Console(), preview, full)
         if plot is not None:
             try:
                 preview.plot(plot)
@@ -163,21 +204,26 @@ def show(
                     f"--plot {plot}: the picture cannot be written ({error}). Choose a .png, .svg "
                     "or .pdf file in a folder that exists."
                 ) from error
-            print(f"drawn to {plot}", file=sys.stderr if as_json else sys.stdout)
+            print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(epilog="Example: lamina explain layer.0.weight my_task.py --step 100")
 def explain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The full name of a parameter.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Full name of a parameter, such as head.weight.")
+    ],
     task: TaskWord = None,
     plan: PlanWord = None,
     task_option: TaskOption = None,
-    step: Annotated[int, typer.Option(help="Counted from 0.", min=0)] = 0,
+    step: Annotated[int, typer.Option(help="Optimizer step, counted from 0.", min=0)] = 0,
     epochs: Epochs = None,
     accumulate: Accumulate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the chain of rules behind every number of a parameter at a step."""
+    """Explain where each value of one parameter comes from.
+
+    For every setting of it: the rules that set it, in order, and the value at a step.
+    """
     with cli_errors():
         check_parameter(name, (task, plan))
         source, plan_file = task_and_plan(["explain", name], (task, plan), task_option)
@@ -191,10 +237,12 @@ def explain(
 
 @app.command(epilog="Example: lamina inspect runs/first")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint file, or the folder of a run.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a saved file holds, without loading a model or a task."""
+    """Describe a checkpoint or a run folder."""
     with cli_errors():
         if as_json:
             print_json(inspect_values(path))
@@ -204,33 +252,34 @@ def inspect(
 
 @app.command(epilog="Example: lamina report runs/first -o report.html")
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The HTML file; report.html in RUN.")
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file to write. [default: report.html in RUN]"),
     ] = None,
 ) -> None:
     """Write the report of a run, finished or not, as one HTML file."""
     with cli_errors():
         from .report import report_run
 
-        print(f"written to {report_run(path, out)}")
+        print(f"wrote {report_run(path, out)}")
 
 
 @app.command(epilog="Example: lamina compare runs/first runs/second")
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="That of another run.")],
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="Folder of another run.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="An HTML file to write it to as well.")
+        Path | None, typer.Option("--out", "-o", help="HTML file to write as well.")
     ] = None,
 ) -> None:
-    """Say how two runs differ: settings, plan, lr and metrics."""
+    """Compare two runs: settings, plan, learning rates and metrics."""
     with cli_errors():
         from .report import compare_runs
 
         print(printable(compare_runs(first, second, out)))
         if out is not None:
-            print(f"\nwritten to {out}")
+            print(f"\nwrote {out}")
 
 
 @app.command(epilog="Example: lamina tasks")
@@ -246,17 +295,19 @@ def tasks(as_json: AsJson = False) -> None:
             print(f"{name:<12} {task.about}{mark}")
         if not EXAMPLES:
             print("The example tasks come with a clone of lamina; this is an installed package.")
-        print("To begin a task of your own: lamina new-task my_task.py")
+        print("To start a task of your own: lamina new-task my_task.py")
 
 
 @app.command("new-task", epilog="Example: lamina new-task my_task.py")
 def new_task(
-    path: Annotated[Path, typer.Argument(metavar="FILE.py", help="The file to write.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE.py", help="Python file to write; it must be new.")
+    ],
 ) -> None:
-    """Write a small, complete task file to change into your own."""
+    """Write a small, complete task file to start from."""
     with cli_errors():
         write_task(path)
-        print(f"{path} is written. Train it with: lamina run {path}")
+        print(f"wrote {path}; to train it: lamina run {path}")
 
 
 def _task_values(name: str) -> dict[str, object]:

@@ -32,14 +32,15 @@ def check(
     epochs: Epochs = None,
     accumulate: Accumulate = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="CODE", help="A finding that is meant; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Code of a finding that is intended; repeatable."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for mistakes in a plan on the model of TASK, without training.
+    """Look for mistakes in a plan, without training.
 
-    Ends with 0 if nothing is wrong (advice is printed), with 1 if something probably is, and with 2
-    if the plan cannot be carried out at all.
+    Exits with 0 if there is no problem (advice is printed), with 1 if there probably is one, and
+    with 2 if the plan cannot be carried out at all.
     """
     with cli_errors():
         source, plan_file = task_and_plan(["check"], (task, plan), task_option)

@@ -1,7 +1,8 @@
 """What all commands share: how task and plan are named, how errors and results are told.
 
-Exit codes, which `docs/command-line.md` lists: 0 for done, 1 where the answer of a command is no
-(`check` found something, `find-lr` suggests nothing), 2 for an error, 128 + n after the signal n.
+Exit codes, which `docs/reference/command-line.md` lists: 0 for done, 1 where the answer of a
+command is no (`check` found something, `find-lr` suggests nothing), 2 for an error, 128 + n after
+the signal n.
 """
 
 from __future__ import annotations
@@ -36,20 +37,33 @@ TaskWord = Annotated[
     str | None,
     typer.Argument(
         metavar="TASK",
-        help=f"A Python file, or in a clone of lamina an example task ({DEFAULT} by default).",
+        help=f"Python file of the task, or the name of an example task. [default: {DEFAULT}]",
     ),
 ]
 PlanWord = Annotated[
     str | None,
-    typer.Argument(metavar="PLAN.toml", help="A plan for that task; by default its own."),
+    typer.Argument(metavar="PLAN.toml", help="Plan for the task. [default: the task's own]"),
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
+    typer.Option("--task", metavar="TASK", help="The task, instead of the TASK argument."),
 ]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON, for scripts.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Length of the run in optimizer steps, instead of --epochs.")
+]
+Accumulate = Annotated[
+    int | None, typer.Option(help="Batches per optimizer step (gradient accumulation).")
+]
+Precision = Annotated[str | None, typer.Option(help="Numeric precision: no, fp16 or bf16.")]
+Cpu = Annotated[
+    bool, typer.Option("--cpu", help="Train on the CPU, even if there is an accelerator.")
+]
+PlotFile = Annotated[
+    Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf file.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Show every group; fold none.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @contextmanager
@@ -122,10 +136,16 @@ def preview_of_task(
     return task_previews(source, [plan_file], EXAMPLES, steps=steps, **asked)[0]
 
 
-def announce(console: Console, preview: Preview) -> None:
-    """Print a preview: in colour on a terminal, as plain text into a file or a pipe."""
-    if console.is_terminal:
+def announce(console: Console, preview: Preview, full: bool = False) -> None:
+    """Print a preview: in colour on a terminal, as plain text into a file or a pipe.
+
+    Args:
+        console: where to.
+        preview: what to print.
+        full: every group, in plain text.
+    """
+    if console.is_terminal and not full:
         console.print(preview)
     else:
-        print(preview)
+        print(preview.text(full=full))
     print(flush=True)

@@ -13,7 +13,7 @@ from ..errors import TaskError, printable
 from ..preview.sparkline import can_show
 from ..preview.table import in_ascii
 from .arguments import task_and_plan
-from .common import EXAMPLES, Accumulate, AsJson, Epochs, TaskOption, print_json
+from .common import EXAMPLES, Accumulate, AsJson, Epochs, Steps, TaskOption, print_json
 from .previews import task_previews
 
 
@@ -22,16 +22,16 @@ def diff(
         list[str],
         typer.Argument(
             metavar="[TASK] [BEFORE.toml] AFTER.toml",
-            help="A task and two plans for it; with one plan, it is compared with the task's own.",
+            help="A task and two plans for it; one plan is compared with the task's own.",
         ),
     ],
     task_option: TaskOption = None,
     epochs: Epochs = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    steps: Steps = None,
     accumulate: Accumulate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what changes between two plans: which parameters, at which steps, which values."""
+    """Show what changes between two plans: parameters, steps, values."""
     source, before, after = task_and_plans(words, task_option)
     if epochs is not None and steps is not None:
         raise TaskError(

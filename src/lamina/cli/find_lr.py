@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,41 +15,52 @@ from .common import (
     NO,
     Accumulate,
     AsJson,
+    Cpu,
     Epochs,
     PlanWord,
+    PlotFile,
+    Precision,
     TaskOption,
     TaskWord,
     cli_errors,
     print_json,
 )
 
+Low = Annotated[float, typer.Option(help="Lowest learning rate to try.")]
+High = Annotated[float, typer.Option(help="Highest learning rate to try.")]
+TestedRates = Annotated[
+    int, typer.Option(help="Learning rates to try, one step each; at least 20.")
+]
+Repeats = Annotated[int, typer.Option(help="Number of tests, each on other batches; at least 3.")]
+VariedRule = Annotated[str | None, typer.Option(help="Group or pattern whose lr alone is varied.")]
+At = Annotated[
+    int | None, typer.Option(help="Step of the plan to test at. [default: that of its highest lr]")
+]
+TestSeed = Annotated[int | None, typer.Option(help="Random seed for weights, data and test.")]
+
 
 def find_lr(
     task: TaskWord = None,
     plan: PlanWord = None,
     task_option: TaskOption = None,
-    low: Annotated[float, typer.Option(help="The lowest learning rate.")] = 1e-7,
-    high: Annotated[float, typer.Option(help="The highest learning rate.")] = 10.0,
-    steps: Annotated[int, typer.Option(help="Learning rates between them, a step each.")] = 100,
-    repeats: Annotated[int, typer.Option(help="How often, each with other batches.")] = 3,
-    rule: Annotated[
-        str | None, typer.Option(help="The group or pattern whose lr alone is swept.")
-    ] = None,
-    at: Annotated[
-        int | None, typer.Option(help="The step at which the plan is held; its peak by default.")
-    ] = None,
+    low: Low = 1e-7,
+    high: High = 10.0,
+    steps: TestedRates = 100,
+    repeats: Repeats = 3,
+    rule: VariedRule = None,
+    at: At = None,
     epochs: Epochs = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data and test.")] = None,
+    seed: TestSeed = None,
     accumulate: Accumulate = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Even if there is an accelerator.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: a PNG, SVG or PDF file.")] = None,
+    mixed_precision: Precision = None,
+    cpu: Cpu = False,
+    plot: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Suggest a learning rate for TASK by a range test; nothing of it is kept.
+    """Suggest a learning rate for TASK, by a range test on a copy.
 
-    All learning rates of the plan keep their ratios, and the suggestion is that of the highest.
-    Ends with 1 if the test allows no suggestion; the reason is printed.
+    The learning rates of all groups keep their ratios; the suggestion is for the highest one.
+    Exits with 1 if the test allows no suggestion, and prints the reason.
     """
     from ..training.range_test import find_lr_of_task
 
@@ -80,6 +90,6 @@ def find_lr(
         if plot is not None:
             found.plot(plot)
             if not as_json:
-                print(printable(f"drawn to {plot}"))
+                print(printable(f"wrote {plot}"))
     if found.suggestion is None:
         raise typer.Exit(NO)

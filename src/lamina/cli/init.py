@@ -20,24 +20,26 @@ from .model_function import model_of
 def init(
     task: Annotated[
         str | None,
-        typer.Argument(metavar="TASK", help="A task, whose model() the plan is for."),
+        typer.Argument(metavar="TASK", help="Task whose model the plan is for."),
     ] = None,
     task_option: Annotated[
         str | None,
-        typer.Option("--task", metavar="TASK", help="The task, instead of the argument TASK."),
+        typer.Option("--task", metavar="TASK", help="The task, instead of the TASK argument."),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PACKAGE:FUNCTION", help="A function that returns a model, instead of a task."
+            metavar="PACKAGE:FUNCTION", help="Function that returns the model, instead of a task."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE.toml", help="A new file; printed by default."),
+        typer.Option(
+            "-o", "--out", metavar="FILE.toml", help="New file to write. [default: print]"
+        ),
     ] = None,
 ) -> None:
-    """Write a first plan for a model, with comments and the names for patterns."""
+    """Write a commented starter plan for a model."""
     if out is not None:
         _check_free(out)
     if model is not None and (task is not None or task_option is not None):
@@ -61,7 +63,7 @@ def init(
     _write(out, text)
     named = task or task_option or ("my_task.py" if model else "")
     command = shlex.join(["lamina", "show", *([named] if named else []), str(out)])
-    print(f"{printable(str(out))} is written. See what it means: {printable(command)}")
+    print(f"wrote {printable(str(out))}; to see what it means: {printable(command)}")
 
 
 def _check_free(path: Path) -> None:

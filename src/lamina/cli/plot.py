@@ -25,14 +25,16 @@ def plot(
     task: TaskWord = None,
     plan: PlanWord = None,
     task_option: TaskOption = None,
-    out: Annotated[Path, typer.Option(help="A PNG, SVG or PDF file.")] = Path("plan.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write: a .png, .svg or .pdf file.")] = Path(
+        "plan.png"
+    ),
     epochs: Epochs = None,
     accumulate: Accumulate = None,
 ) -> None:
-    """Draw the learning rate of every group over the run, and when each one trains."""
+    """Draw the learning rates of a plan, and when each group trains."""
     with cli_errors():
         source, plan_file = task_and_plan(["plot"], (task, plan), task_option)
         check_picture(out, "--out")  # before a model is loaded
         preview = preview_of_task(source, plan_file, epochs=epochs, accumulate=accumulate)
         write_picture(preview.plot(), out)
-        print(printable(f"drawn to {out}"))
+        print(printable(f"wrote {out}"))

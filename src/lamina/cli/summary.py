@@ -50,6 +50,6 @@ def interruption(result: Result) -> str:
         step = step_of(result.checkpoint)
         kept = f"the state after step {step} is in {FOLDER}/{result.checkpoint.name}"
         if step < result.steps:
-            kept += ", the last that was saved"
-        kept += f"; go on with: lamina run --resume {result.folder}"
+            kept += ", the last checkpoint"
+        kept += f"; to resume: lamina run --resume {result.folder}"
     return f"lamina: interrupted after step {result.steps}; {kept}"

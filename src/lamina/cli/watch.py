@@ -31,21 +31,24 @@ RECORD, FINDINGS, REPORT = "metrics.jsonl", "findings.json", "report.html"
 
 
 def watch(
-    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file (or see -m).")],
+    script: Annotated[
+        str, typer.Argument(metavar="SCRIPT", help="Python file to run (or a module, with -m).")
+    ],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="ARGS", help="The script's own arguments.")
     ] = None,
     module: Annotated[
-        bool, typer.Option("-m", "--module", help="SCRIPT is a module, as in python -m.")
+        bool, typer.Option("-m", "--module", help="Run SCRIPT as a module, like python -m.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The folder for what was seen; a new one.")
+        Path | None,
+        typer.Option(help="New folder for the results. [default: runs/watch-SCRIPT-DATE-TIME]"),
     ] = None,
 ) -> None:
-    """Run SCRIPT unchanged, and say what is wrong in how it trains.
+    """Run a training script unchanged, and report its mistakes.
 
-    Options of lamina come before SCRIPT; all that follows belongs to the script, whose exit code
-    is kept.
+    Options of lamina come before SCRIPT; everything after it is passed to the script. The exit code
+    is that of the script.
 
     Under torchrun, rank 0 is watched: torchrun --nproc-per-node 2 -m lamina watch train.py
     """
@@ -154,7 +157,7 @@ def summary(seen: Seen, seconds: float) -> str:
     if seen.findings:
         lines += [
             "",
-            "Each is explained, with wrong and right code, in docs/findings.md of lamina.",
+            "Each is explained, with wrong and right code, in docs/reference/findings.md.",
         ]
     if seen.failure is not None:
         lines += ["", *_wrapped(f"The watch itself failed, so it saw less: {seen.failure}", "")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
@@ -163,7 +163,7 @@ def _local(grad: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(local) if local.is_neg() else local
 
 
-def _on_host(norms: list[torch.Tensor]) -> list[float]:
+def _on_host(norms: Sequence[torch.Tensor]) -> list[float]:
     """Return all norms as numbers, with one wait for each device."""
     by_device: dict[torch.device, list[int]] = {}
     for index, norm in enumerate(norms):

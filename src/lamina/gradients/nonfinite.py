@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .._util.sharding import Shards
 from ..algorithms.base import Batch
 from ..errors import NonFiniteError
-from .norms import bad_counts, each_norm, every_finite, finite, values_of
+from .norms import bad_counts, each_norm, every_finite, finite, found_inf, largest, values_of
 
 Grads = list[torch.Tensor]
 #: the 2-norms of single gradients that were computed anyway, by group
@@ -44,7 +46,9 @@ def check_finite(
         raise nonfinite_error(name, clock)
 
 
-def keep_norms(known: Known | None, batches: Sequence[Batch], norms: Grads) -> None:
+def keep_norms(
+    known: Known | None, batches: Sequence[Batch], norms: Sequence[torch.Tensor]
+) -> None:
     """Keep the norms of all gradients of these batches, by group, if somebody asks for them."""
     if known is None:
         return
@@ -119,4 +123,79 @@ def nonfinite_error(name: str, step: int, returned: str = "") -> NonFiniteError:
     return NonFiniteError(
         f"the gradient of {name!r}{returned} is NaN or infinite at step {step}; the weights were "
         f"not changed. {_ADVICE}"
+    )
+
+
+# ------------------------------------------------------------------------ without waiting for it
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Norms that tell of a gradient that is not finite.
+
+    `flags` decide; `each` is a norm of every parameter's gradient, to name one, and `by` what had
+    returned these gradients, if not backward.
+    """
+
+    flags: Sequence[torch.Tensor]
+    names: Sequence[str]
+    each: Sequence[torch.Tensor]
+    by: object = None
+
+
+class DeferredChecks:
+    """What decides, on the device, whether all gradients of a step are finite.
+
+    The host reads nothing before the step is over. The norms of single gradients are kept until
+    then (a number each), so that the error can still name a parameter.
+    """
+
+    def __init__(self) -> None:
+        self._checks: list[_Check] = []
+
+    def __bool__(self) -> bool:
+        """Return whether anything was measured."""
+        return bool(self._checks)
+
+    def add(
+        self,
+        flags: Sequence[torch.Tensor],
+        names: Sequence[str],
+        each: Sequence[torch.Tensor],
+        by: object = None,
+    ) -> None:
+        """Take norms: `flags` decide, and `each` belongs to the parameters of these names."""
+        self._checks.append(_Check(flags, names, each, by))
+
+    def look_at(self, batches: Sequence[Batch], grads: Grads, by: object = None) -> None:
+        """Look at every number of these gradients of the batches."""
+        if grads:
+            found = largest(grads)
+            self.add(found, [name for batch in batches for name in batch.names], found, by)
+
+    def found_inf(self, device: torch.device) -> torch.Tensor:
+        """Return 1.0 as a scalar on the device if a gradient is not finite, else 0.0."""
+        return found_inf([flag for check in self._checks for flag in check.flags], device)
+
+    def error(self, step: int) -> NonFiniteError:
+        """Return the error for a step that the device has not taken; reads the norms."""
+        for check in self._checks:
+            if not finite(check.flags):
+                return _late_error(check, step)
+        raise AssertionError("all flags of the step are finite")
+
+
+def _late_error(check: _Check, step: int) -> NonFiniteError:
+    numbers = [float(norm) for norm in check.each]
+    pairs = list(zip(check.names, numbers, strict=True))
+    bad = next((name for name, number in pairs if not math.isfinite(number)), None)
+    if bad is None:
+        bad = max(pairs, key=lambda pair: pair[1])[0]
+        what = f"the norm of the gradients overflows, most of all that of {bad!r},"
+    else:
+        after = "" if check.by is None else f" that {check.by!r} returned"
+        what = f"the gradient of {bad!r}{after} is NaN or infinite, or its norm overflows,"
+    return NonFiniteError(
+        f"{what} at step {step}; the weights were not changed. On an accelerator this is known "
+        f"when that step is over. {_ADVICE}"
     )

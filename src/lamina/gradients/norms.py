@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._util.blocks import block_length, in_blocks
 from .._util.sharding import local_part, wholes_of
 from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, widen
+from ..compiled.squares import squares_of
 
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:
@@ -30,7 +32,37 @@ def all_finite(grad: torch.Tensor) -> bool:
     return not any(bad_counts([grad]))
 
 
-def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Tensor]:
+class MeasuredNorms(Sequence[torch.Tensor]):
+    """Norms that were measured on the CPU: scalar tensors, made when they are asked for."""
+
+    def __init__(self, values: np.ndarray[Any, Any], dtype: torch.dtype) -> None:
+        self.values = values
+        self._dtype = torch.float32 if dtype in HALF else dtype
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._tensor(value) for value in self.values[index]]
+        return self._tensor(self.values[index])
+
+    def total(self) -> torch.Tensor:
+        """Return the 2-norm of all of them together."""
+        largest = self.values.max()
+        if not 0 < largest < math.inf:  # zeros, or what is no number
+            return self._tensor(largest)
+        return self._tensor(largest * np.linalg.norm(self.values / largest))
+
+    def are_finite(self) -> bool:
+        """Return whether all of them are finite in their dtype."""
+        return bool(self.values.max() <= torch.finfo(self._dtype).max)  # false for NaN
+
+    def _tensor(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=self._dtype)
+
+
+def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> Sequence[torch.Tensor]:
     """Return the p-norm of each tensor (a scalar tensor on its device); sharded ones as a whole.
 
     Of sharded tensors laid out alike, all norms are put together by one collective. Norms of 16-bit
@@ -45,6 +77,10 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> list[torch.Ten
             largest.append(index)  # torch has no largest number of an empty tensor
         else:
             groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
+    if p == 2 and len(groups) == 1:
+        squares = squares_of(dense)
+        if squares is not None:
+            return MeasuredNorms(squares, dense[0].dtype)
     for (_, dtype, _), indices in groups.items():
         norms_of = _norms_of_half if dtype in HALF else torch._foreach_norm
         found: Any = norms_of([dense[i] for i in indices], p)
@@ -76,6 +112,8 @@ def total_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> torch.Tensor:
 
 def total(norms: Sequence[torch.Tensor], p: float) -> torch.Tensor:
     """Return the p-norm of what several p-norms are of."""
+    if isinstance(norms, MeasuredNorms) and p == 2:
+        return norms.total()
     device = norms[0].device
     together = torch.stack([norm.to(device) for norm in norms])
     return together.max() if math.isinf(p) else torch.linalg.vector_norm(together, p)
@@ -83,6 +121,8 @@ def total(norms: Sequence[torch.Tensor], p: float) -> torch.Tensor:
 
 def finite(norms: Sequence[torch.Tensor]) -> bool:
     """Return whether all these scalars are finite; waits for an accelerator once."""
+    if isinstance(norms, MeasuredNorms):
+        return norms.are_finite()
     if len(norms) == 1:
         return math.isfinite(float(norms[0]))
     device = norms[0].device  # each by itself: their sum may overflow though none of them did
@@ -146,3 +186,24 @@ def _place(place: Any) -> Any:
 def _most(tensor: torch.Tensor) -> torch.Tensor:
     numbers = tensor.abs()
     return widen(numbers.max() if numbers.numel() else numbers.sum())
+
+
+# ------------------------------------------------------------------------ without waiting for it
+
+
+def largest(grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return the largest |x| of each gradient: finite exactly where all its numbers are.
+
+    Other than a sum of squares it cannot overflow, so that no second look is needed.
+    """
+    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    return each_norm(real, math.inf)
+
+
+def found_inf(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return 1.0 if one of these scalars is not finite, else 0.0, as a tensor on a device.
+
+    In the form that torch's fused operators take; nothing is read on the host.
+    """
+    every = torch.stack([norm.to(device) for norm in norms])
+    return torch.isfinite(every).all().logical_not().float()

@@ -19,7 +19,7 @@ from ..algorithms.base import Batch, times, widen
 from ..errors import PlanError
 from ..model.parameters import ParamInfo
 from ..schedules import Schedule
-from .nonfinite import Known, is_any_bad, keep_norms, nonfinite_cause
+from .nonfinite import DeferredChecks, Known, is_any_bad, keep_norms, nonfinite_cause
 from .norms import clamped, each_norm, finite, total, values_of
 
 Amount = float | Schedule
@@ -48,10 +48,19 @@ class ScopeGradients:
     norms: list[torch.Tensor] = field(default_factory=list)
     made: list[tuple[Operation, Grads]] = field(default_factory=list)
     #: the 2-norm of each gradient as it was given, if an operation has computed them
-    first_norms: list[torch.Tensor] | None = None
+    first_norms: Sequence[torch.Tensor] | None = None
+    #: a norm of each gradient from the first operation that has computed them, and the function of
+    #: the user's own that ran before it: to name a parameter later
+    each: Sequence[torch.Tensor] | None = None
+    each_by: Operation | None = None
 
     def __post_init__(self) -> None:
         self._given = self.grads
+
+    @property
+    def has_new_grads(self) -> bool:
+        """Whether an operation has put other tensors in the place of the gradients."""
+        return self.grads is not self._given
 
     def settle(self) -> Grads:
         """Return the gradients with the pending factor multiplied on, as new tensors."""
@@ -60,7 +69,7 @@ class ScopeGradients:
             self.scale = None
         return self.grads
 
-    def each_norm(self, p: float) -> list[torch.Tensor]:
+    def each_norm(self, p: float) -> Sequence[torch.Tensor]:
         """Return the p-norm of each gradient; they are kept in `norms` too."""
         whole = self._norms(p)
         self.norms += whole  # also of what this process has no part of: all must judge alike
@@ -70,17 +79,25 @@ class ScopeGradients:
         """Return the p-norm of all gradients together, as if they were one vector."""
         return total(self._norms(p), p)
 
-    def _norms(self, p: float) -> list[torch.Tensor]:
+    def _norms(self, p: float) -> Sequence[torch.Tensor]:
         """Return the p-norms of all gradients of the scope, on every process."""
         if self.first is not None:
-            own, self.first = self.first, None
+            own: Sequence[torch.Tensor] = self.first
+            self.first = None
         else:
             own = each_norm(self.grads, p)
         if self.shards is not None:
             return self.shards.norms(self._names(), own, p)
+        self.note_each(own)
         if p == 2 and self.grads is self._given:
             self.first_norms = own
         return own
+
+    def note_each(self, norms: Sequence[torch.Tensor]) -> None:
+        """Keep a norm of each gradient, of the first operation that computes them."""
+        if self.each is None:
+            self.each = norms
+            self.each_by = self.made[-1][0] if self.made else None
 
     def _names(self) -> list[str]:
         return [info.name for info in self.infos]
@@ -255,7 +272,9 @@ class AGC(Operation):
             factor = torch.where(norm > amount * weight, amount * weight / norm, 1.0)
             clipped.append(times(dense, factor))
             sums.append(norm.sum())
-        work.norms += wholes_of(sums)
+        wholes = wholes_of(sums)
+        work.note_each(wholes)
+        work.norms += wholes
         work.grads = clipped
 
 
@@ -278,7 +297,8 @@ class ScaleGradients(Operation):
             return
         wide = any(grad.dtype in _DOUBLE for grad in work.grads)
         dtype = torch.float64 if wide else torch.float32
-        work.multiply(torch.tensor(amount, dtype=dtype, device=work.grads[0].device))
+        # Filled on the device: `torch.tensor` would copy the number there, which waits.
+        work.multiply(torch.full((), amount, dtype=dtype, device=work.grads[0].device))
 
 
 @dataclass(frozen=True, repr=False)
@@ -410,12 +430,14 @@ def operate(
     shards: Shards | None = None,
     first: list[torch.Tensor] | None = None,
     known: Known | None = None,
+    deferred: DeferredChecks | None = None,
 ) -> torch.Tensor | None:
     """Run a scope's operations over its batches, which then hold the changed gradients.
 
     With `every`, the gradients that come out are looked at, norm or not. With `shards`, it must be
     called on every process, also where there is no batch. `first` is what `first_norms` gave.
-    `known` receives the norms of the single gradients as they came, if they were computed.
+    `known` receives the norms of the single gradients as they came, if they were computed. With
+    `deferred`, which receives the norms that decide, nothing is read on the host or raised.
 
     Returns:
         The norm of the scope before its first `clip_norm`, or None.
@@ -432,18 +454,36 @@ def operate(
     )
     for operation, amount in steps:
         operation.run(work, amount)
-    bad = bool(work.norms) and not finite(work.norms)
     # A norm has read all of them, but for what a function of the user's made of them since.
-    if every and not bad and (not work.norms or work.made):
-        bad = is_any_bad(batches, work.grads, shards)
-    if bad:
+    look = every and (not work.norms or bool(work.made))
+    if deferred is not None:
+        _defer(deferred, work, batches, look)
+    elif _is_bad(work, batches, look):
         raise nonfinite_cause(batches, work.made, clock, shards)
     if work.first_norms is not None:
         keep_norms(known, batches, work.first_norms)
     taken = 0
     for batch in batches:
-        count = len(batch.grads)
-        batch.grads = work.grads[taken : taken + count]
         batch.scale = work.scale
-        taken += count
+        if work.has_new_grads:
+            count = len(batch.grads)
+            batch.grads = work.grads[taken : taken + count]
+            taken += count
     return work.norm
+
+
+def _is_bad(work: ScopeGradients, batches: Sequence[Batch], look: bool) -> bool:
+    if work.norms and not finite(work.norms):
+        return True
+    return look and is_any_bad(batches, work.grads, work.shards)
+
+
+def _defer(
+    deferred: DeferredChecks, work: ScopeGradients, batches: Sequence[Batch], look: bool
+) -> None:
+    """Leave it to the device whether the gradients of a scope are finite."""
+    if work.norms:
+        names = [name for batch in batches for name in batch.names]
+        deferred.add(work.norms, names, work.each or [], work.each_by)
+    if look:
+        deferred.look_at(batches, work.grads, work.made[-1][0] if work.made else None)

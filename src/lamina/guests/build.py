@@ -41,7 +41,8 @@ def build_guest(
     name = optimizer_name(optimizer)
     if _needs_closure(optimizer):
         raise PlanError(
-            f"the guest optimizer {name} evaluates the loss by itself (its step needs a closure), "
+            f"the third-party optimizer {name} evaluates the loss by itself (its step needs a "
+            "closure), "
             "which the gradients of a plan are not made for; use lamina.LBFGS, as the plan's only "
             "optimizer."
         )
@@ -53,21 +54,23 @@ def build_guest(
         made = trial_of(optimizer).made or {}
         given = {k: v for k, v in first[0].items() if k not in made or made[k] != v}
         raise PlanError(
-            f"the guest optimizer {name} refused its settings ({type(error).__name__}: {error}); "
+            f"the third-party optimizer {name} refused its settings ({type(error).__name__}: "
+            f"{error}); "
             f"beside its own defaults it was given {given}."
         ) from error
     _check_built(name, guest, cells, groups, first)
     _refuse_unlike(name, cells, groups[0]["params"][0])
     refused = rehearse(optimizer, cells, first, params)
     if refused:
-        raise PlanError(f"the guest optimizer {name} {refused}")
+        raise PlanError(f"the third-party optimizer {name} {refused}")
     for mine, theirs in zip(groups, guest.param_groups, strict=True):
         for key, value in theirs.items():
             mine.setdefault(key, value)
     memory = GuestMemory(guest)
     if guest.state and any(cell.frozen_state == "drop" for cell in cells):
         raise PlanError(
-            f"frozen_state='drop': the guest optimizer {name} makes its state when it is built and "
+            f"frozen_state='drop': the third-party optimizer {name} makes its state when it is "
+            "built and "
             "cannot begin it again; use frozen_state='keep'."
         )
     for param, entry in guest.state.items():  # some guests begin their state when they are built
@@ -88,13 +91,15 @@ def _check_built(
     inner = next((k for k, v in vars(guest).items() if isinstance(v, torch.optim.Optimizer)), "")
     if inner:
         raise PlanError(
-            f"the guest optimizer {name} wraps another one (its {inner}), whose state and values "
+            f"the third-party optimizer {name} wraps another one (its {inner}), whose state and "
+            "values "
             "the plan could not reach."
         )
     built = guest.param_groups
     if _ids(built) != _ids(groups):
         raise PlanError(
-            f"the guest optimizer {name} makes {len(built)} groups of its own where the plan has "
+            f"the third-party optimizer {name} makes {len(built)} groups of its own where the "
+            "plan has "
             f"{len(groups)}: use it without a plan."
         )
     moving = {key for cell in cells for key, _ in cell.moving}
@@ -114,7 +119,7 @@ def _check_built(
         for key in values.keys() & group.keys():
             if not alike(values[key], group[key]):
                 raise PlanError(
-                    f"the guest optimizer {name} makes {key}={group[key]!r} of "
+                    f"the third-party optimizer {name} makes {key}={group[key]!r} of "
                     f"{key}={values[key]!r} when it is built, but a plan writes the values of its "
                     f"groups itself. Give {key} a value that the constructor keeps, or the option "
                     "that turns this off."
@@ -221,7 +226,7 @@ def _refuse_unlike(name: str, cells: Sequence[Cell], like: torch.Tensor) -> None
         _tried(cells[0], [{"lr": 0.5}, {"lr": 0.25}], like)
     except Exception as error:
         raise PlanError(
-            f"the guest optimizer {name} refuses groups whose learning rates differ "
+            f"the third-party optimizer {name} refuses groups whose learning rates differ "
             f"({type(error).__name__}: {error}). Give all its parameters the same lr, schedule "
             "and plateau, and no rewarm= where windows differ."
         ) from error

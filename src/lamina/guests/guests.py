@@ -171,7 +171,8 @@ class Guests(Updates):
         for key, value in _resized(param, entry):
             kind = optimizer_name(type(self._of[group["name"]]))
             raise PlanError(
-                f"the guest optimizer {kind} made the {key} of {name!r} when it was built, of "
+                f"the third-party optimizer {kind} made the {key} of {name!r} when it was built, "
+                "of "
                 f"shape {tuple(value.shape)}, and the parameter has {tuple(param.shape)} now; "
                 "build the optimizer again from its plan. Nothing was changed."
             )
@@ -200,7 +201,8 @@ class Guests(Updates):
                     guest.step()
             except Exception as error:
                 error.add_note(
-                    f"Raised by the guest optimizer {name}, whose own weights may be updated in "
+                    f"Raised by the third-party optimizer {name}, whose own weights may be "
+                    "updated in "
                     f"part. Updated before it: {', '.join(done) or 'none'}; all other weights are "
                     "as they were before this step."
                 )
@@ -368,7 +370,7 @@ class Guests(Updates):
                         state[each] = _as_torch_casts(each, state[each])
                     continue
                 raise StateError(
-                    f"the saved state of {parameter!r} does not fit its guest optimizer "
+                    f"the saved state of {parameter!r} does not fit its third-party optimizer "
                     f"{optimizer_name(type(guest))}, whose next step would fail: {failure}. "
                     "Nothing was loaded. To begin its state anew, load with "
                     f"renamed={{{parameter!r}: None}}."
@@ -400,7 +402,8 @@ class Guests(Updates):
                 for key, value in published[group["name"]].items():
                     if group[key] is not value and group[key] != value:
                         return (
-                            f"the guest optimizer {type(guest).__name__} set {key}={group[key]!r} "
+                            f"the third-party optimizer {type(guest).__name__} set "
+                            f"{key}={group[key]!r} "
                             f"in group {group['name']!r}, where the plan has {value!r}. A value "
                             "that an optimizer moves by itself cannot be the plan's too: use the "
                             "optimizer without a plan, or another one."
@@ -456,6 +459,7 @@ def _form(value: Any, param: torch.Tensor) -> tuple[Any, ...]:
 
 def _unwritable(guest: torch.optim.Optimizer, error: Exception, place: str, key: str) -> StateError:
     return StateError(
-        f"the guest optimizer {optimizer_name(type(guest))} keeps {error} in the {place}, under "
+        f"the third-party optimizer {optimizer_name(type(guest))} keeps {error} in the {place}, "
+        "under "
         f"{key!r}, which a checkpoint cannot hold."
     )

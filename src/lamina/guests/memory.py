@@ -136,7 +136,8 @@ class GuestMemory:
                 other.load_state_dict({**other.state_dict(), **unpack(own)})
             except Exception as error:
                 raise StateError(
-                    f"the saved state does not fit the guest optimizer {type(guest).__name__}: its "
+                    f"the saved state does not fit the third-party optimizer "
+                    f"{type(guest).__name__}: its "
                     f"load_state_dict fails ({type(error).__name__}: {error}). Nothing was loaded."
                 ) from error
             attributes = own_attributes(other)
@@ -206,7 +207,7 @@ def _packed(place: str, values: Mapping[Any, Any]) -> dict[Any, Any]:
             found[key] = pack(value)
         except UnwritableError as error:
             raise StateError(
-                f"a guest optimizer keeps {error} in its {place}, under {key!r}, which a "
+                f"a third-party optimizer keeps {error} in its {place}, under {key!r}, which a "
                 "checkpoint cannot hold."
             ) from None
     return found

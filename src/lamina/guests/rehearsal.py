@@ -1,4 +1,4 @@
-"""A guest optimizer tried on small tensors before it is taken in: can it step, save and resume?
+"""Try a third-party optimizer on small tensors: can it step, save and resume?
 
 The trial goes through what a real run does: groups that rest and thaw later, a save that
 `torch.load(weights_only=True)` reads, a load into a fresh build. It leaves no trace: no warnings,
@@ -195,7 +195,7 @@ def rehearse(
     values: Sequence[Values],
     params: Sequence[Sequence[torch.Tensor]],
 ) -> str:
-    """Return why a guest cannot be taken in, in words that follow "the guest optimizer X"; or "".
+    """Return why a guest is refused, in words that follow "the third-party optimizer X"; or "".
 
     Args:
         optimizer: its class.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .differentiable import differentiate
-from .dispatch import KERNELS, apply, assign, carry_out, choose, step_device
+from .dispatch import KERNELS, apply, assign, carry_out, choose, reason_of, step_device
 
 __all__ = [
     "KERNELS",
@@ -12,5 +12,6 @@ __all__ = [
     "carry_out",
     "choose",
     "differentiate",
+    "reason_of",
     "step_device",
 ]

@@ -22,6 +22,10 @@ class Kernel(ABC):
     name: ClassVar[str]
     #: what `kernels.choose` says of it
     about: ClassVar[str]
+    #: whether `run` counts the steps itself
+    counts_steps: ClassVar[bool] = False
+    #: whether `run` itself changes nothing where `found_inf` of a batch is 1
+    masks: ClassVar[bool] = False
 
     def refusal(self, batch: Batch) -> str:
         """Return why this kernel cannot update these tensors exactly, or "" if it can.
@@ -36,7 +40,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def run(self, batches: Sequence[Batch]) -> None:
-        """Update all batches in place; their steps already include this update."""
+        """Update all batches in place; steps include this update, unless `run` counts them."""
 
 
 def missing(batch: Batch, key: str) -> list[int]:

@@ -13,13 +13,20 @@ from .base import Kernel
 from .blockwise import Blockwise
 from .foreach import Foreach
 from .fused import Fused
+from .masked import give_back, part_of, run, update
+from .native import Native
 from .readable import Readable
 from .triton import Triton
 
 #: the fastest first; each is exact where it does not refuse
 KERNELS: tuple[Kernel, ...] = (
-    *(Fused(True), Fused(False), Triton()),
-    *(Foreach(), Blockwise(), Readable()),
+    Native(),
+    Fused(True),
+    Fused(False),
+    Triton(),
+    Foreach(),
+    Blockwise(),
+    Readable(),
 )
 READABLE = KERNELS[-1]
 #: wrapped once: an operator over many scalars on the CPU would wrap a 1.0 for each of them
@@ -48,16 +55,20 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
 
     Args:
         batches: all groups of one algorithm (several algorithms are fine too).
-        prefer: the name of the kernel to use where it can be: "fused", "triton", "foreach",
-            "blockwise", "readable"; it goes before the preference of a batch.
+        prefer: the name of the kernel to use where it can be: "native", "fused",
+            "triton", "foreach", "blockwise", "readable"; it goes before the preference of a batch.
 
     Raises:
         PlanError: a gradient is sparse and the rule is not made for that.
     """
     work: KernelPlan = {}
+    last, its = None, []
     for batch in batches:
         if batch.params:
-            work.setdefault(choose(batch, prefer)[0], []).append(batch)
+            kernel = choose(batch, prefer)[0]
+            if kernel is not last:
+                last, its = kernel, work.setdefault(kernel, [])
+            its.append(batch)
     return work
 
 
@@ -67,8 +78,9 @@ def carry_out(work: KernelPlan) -> None:
     with torch.no_grad():
         for kernel, batches in work.items():
             try:
-                _count([step for batch in batches for step in batch.steps])
-                kernel.run(batches)
+                if not kernel.counts_steps:
+                    _count([step for batch in batches for step in batch.steps])
+                run(kernel, batches)
             except Exception as error:
                 error.add_note(_half_done(kernel, batches, done))
                 raise
@@ -96,14 +108,31 @@ def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
     if choice is None or choice.prefer != prefer:
         choice = batch.kernel = _choose(batch, prefer)
     known = batch.grads is batch.known_grads  # unless a gradient operation made others
-    if known and batch.suited is choice.kernel:
-        return choice.kernel, choice.reason
-    if choice.kernel.ready(batch):
-        batch.suited = choice.kernel if known else None
-        return choice.kernel, choice.reason
-    _refuse_sparse(batch)
+    if known and batch.suited is not None and batch.suited[0] is choice:
+        suited: Choice = batch.suited[1]
+    else:
+        suited = choice if choice.kernel.ready(batch) else _instead_of(choice, batch)
+        batch.suited = (choice, suited) if known else None
+    return suited.kernel, suited.reason
+
+
+def _instead_of(choice: Choice, batch: Batch) -> Choice:
+    """Choose the next best kernel for gradients that the chosen one cannot take."""
     why = "in this step a gradient is sparse, or of another dtype or layout than its parameter"
-    return READABLE, f"{READABLE.name}: {READABLE.about}; not {choice.kernel.name}: {why}"
+    for kernel in KERNELS[:-1]:
+        if kernel is not choice.kernel and not kernel.refusal(batch) and kernel.ready(batch):
+            break
+    else:
+        _refuse_sparse(batch)
+        kernel = READABLE
+    reason = f"{kernel.name}: {kernel.about}; not {choice.kernel.name}: {why}"
+    return Choice(choice.prefer, kernel, reason)
+
+
+def reason_of(batch: Batch) -> str:
+    """Return the kernel of the last update of a batch, and why it was this one."""
+    choice: Choice | None = batch.suited[1] if batch.suited else batch.kernel
+    return "none yet: it was not updated" if choice is None else choice.reason
 
 
 def step_device(param: torch.Tensor) -> torch.device:
@@ -148,10 +177,12 @@ class Split(Kernel):
 
     name: ClassVar[str] = "split"
     about: ClassVar[str] = "one part for each dtype and device"
+    counts_steps: ClassVar[bool] = True
+    masks: ClassVar[bool] = True  # it hands `found_inf` on to the kernels of the parts
 
     def __init__(self, batch: Batch, parts: list[list[int]], prefer: str | None) -> None:
         self._prefer = prefer
-        self._parts = [(indices, _part(batch, indices)) for indices in parts]
+        self._parts = [(indices, part_of(batch, indices)) for indices in parts]
         choices = [_choose(part, prefer) for _, part in self._parts]
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
@@ -165,32 +196,18 @@ class Split(Kernel):
             for indices, part in self._parts:
                 part.grads = [batch.grads[i] for i in indices]
                 part.hyper, part.scale = batch.hyper, batch.scale
-                part.found_inf = batch.found_inf
-                choose(part, self._prefer)[0].run([part])
+                part.found_inf = _found_inf_for(part, batch)
+                kernel = choose(part, self._prefer)[0]
+                if not kernel.counts_steps:
+                    _count(part.steps)
+                update(kernel, [part])
                 if part.has_new_state:
-                    _give_back(part, batch, indices)
+                    give_back(part, batch, indices)
 
 
-def _part(batch: Batch, indices: list[int]) -> Batch:
-    return Batch(
-        algorithm=batch.algorithm,
-        params=[batch.params[i] for i in indices],
-        grads=[batch.grads[i] for i in indices],
-        columns={key: [values[i] for i in indices] for key, values in batch.columns.items()},
-        steps=[batch.steps[i] for i in indices],
-        hyper=batch.hyper,
-        names=[batch.names[i] for i in indices] if batch.names else [],
-        followed=batch.followed,
-    )
-
-
-def _give_back(part: Batch, batch: Batch, indices: list[int]) -> None:
-    """Put state that a part began into the columns of the whole."""
-    for key, values in part.columns.items():
-        whole = batch.columns.setdefault(key, [None] * len(batch.params))
-        for index, value in zip(indices, values, strict=True):
-            whole[index] = value
-    part.has_new_state, batch.has_new_state = False, True
+def _found_inf_for(part: Batch, batch: Batch) -> torch.Tensor | None:
+    found = batch.found_inf
+    return None if found is None else found.to(part.params[0].device)
 
 
 def _count(steps: list[torch.Tensor]) -> None:

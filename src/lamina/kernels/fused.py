@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from .._util.blocks import is_dense
-from .._util.tensors import is_dtensor
+from .._util.tensors import is_dtensor, waits
 from ..algorithms.adam import Adam, AdamW
 from ..algorithms.base import HALF, Batch, betas
 from ..algorithms.sgd import SGD
@@ -29,6 +29,7 @@ class Fused(Kernel):
 
     name: ClassVar[str] = "fused"
     about: ClassVar[str] = "torch's fused operator, one pass over memory"
+    masks: ClassVar[bool] = True
 
     def __init__(self, contiguous: bool) -> None:
         """Set `contiguous` for batches of contiguous parameters, whose test is cheap."""
@@ -87,7 +88,7 @@ class Fused(Kernel):
 
 def _inverse(scale: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     """Return what the operators divide by; None for 1, if it is known without waiting."""
-    if scale.is_cpu and scale.item() == 1.0:
+    if not waits(scale.device) and scale.item() == 1.0:
         return None
     return scale.to(device).reciprocal()
 
@@ -113,7 +114,7 @@ def _adam(batch: Batch, grads: list[torch.Tensor], inverse: torch.Tensor | None)
         amsgrad=bool(hyper["amsgrad"]),  # 1 and 0 are as good, but not for torch's operators
         maximize=bool(hyper["maximize"]),
         grad_scale=inverse,
-        found_inf=None,
+        found_inf=batch.found_inf,
     )
 
 
@@ -149,7 +150,7 @@ def _call_sgd(
         maximize=bool(hyper["maximize"]),
         is_first_step=first,
         grad_scale=inverse,
-        found_inf=None,
+        found_inf=batch.found_inf,
     )
 
 

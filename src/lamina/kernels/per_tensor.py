@@ -9,7 +9,7 @@ import torch
 
 from .._util.blocks import in_blocks
 from .._util.sharding import wholes_of
-from .._util.tensors import is_dtensor
+from .._util.tensors import is_dtensor, waits
 from ..algorithms.base import Batch, betas, number, numbers, trust_ratio
 from ..algorithms.lamb import LAMB
 from ..algorithms.lars import LARS
@@ -143,7 +143,7 @@ def _layer_adaptive_finish(batch: Batch, work: Any, factors: Any) -> None:
 
 def _reads_freely(param: torch.Tensor) -> bool:
     """Return whether reading a number on the host waits for no device, and for no process."""
-    return param.is_cpu and not is_dtensor(param)
+    return not waits(param.device) and not is_dtensor(param)
 
 
 def _shares(counts: Sequence[int], lr: float) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 
 from .._util.blocks import PLAIN, block_length, in_blocks
+from .._util.tensors import waits
 from ..algorithms.base import Batch, State, times, widen
 from ..algorithms.rounding import RoundedPart, Rounder, rounding_of
 from .base import Kernel
@@ -27,14 +28,15 @@ class Readable(Kernel):
                 _update(batch, index, step)
 
 
-def _counts(steps: list[torch.Tensor]) -> list[int]:
-    """Return the step counts as integers; those on an accelerator are read in one go."""
-    if any(not step.is_cpu for step in steps):
-        return [int(step) for step in torch.stack([s.to(steps[0].device) for s in steps]).tolist()]
-    return [int(step) for step in steps]
+def _counts(steps: list[torch.Tensor]) -> list[Any]:
+    """Return the step counts as integers; those on an accelerator stay there, in float64.
+
+    Python computes `beta ** step` in float64; reading the count would wait for the device.
+    """
+    return [step.double() if waits(step.device) else int(step) for step in steps]
 
 
-def _update(batch: Batch, index: int, step: int) -> None:
+def _update(batch: Batch, index: int, step: Any) -> None:
     param, grad = batch.params[index], batch.grads[index]
     state: State = {
         key: values[index] for key, values in batch.columns.items() if values[index] is not None
@@ -70,7 +72,7 @@ def _as_one(
     param: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    step: int,
+    step: Any,
     rounder: Rounder | None,
 ) -> State:
     """Update a parameter; return its new state."""
@@ -88,7 +90,7 @@ def _rounded(
     param: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    step: int,
+    step: Any,
     rounder: Rounder,
 ) -> State:
     """Update a 16-bit parameter by the rule for float32, and round what comes of it."""
@@ -114,7 +116,7 @@ def _in_blocks(
     param: torch.Tensor,
     grad: torch.Tensor,
     state: State,
-    step: int,
+    step: Any,
     rounder: Rounder | None,
 ) -> State:
     """Update a large parameter block by block, its state in place; return its new state.
@@ -133,7 +135,7 @@ def _in_blocks(
 
 
 def _initial_state(
-    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: int
+    batch: Batch, param: torch.Tensor, grad: torch.Tensor, state: State, step: Any
 ) -> State:
     """Return room for the state that begins now, which an update of no elements tells."""
     few = [tensor.new_empty(0) for tensor in (param, grad, *state.values())]

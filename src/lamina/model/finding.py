@@ -40,7 +40,8 @@ def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> Iterator[F
     """
     paths = [path for path, below in seen.statistics if all(by_hand.get(name) for name in below)]
     if paths:
-        pattern = " | ".join(dict.fromkeys(_outermost(path, by_hand) for path in paths))
+        frozen = _frozen_as_a_whole(by_hand)
+        pattern = " | ".join(dict.fromkeys(_outermost(path, frozen) for path in paths))
         yield Finding(
             "statistics-drift",
             f"the parameters of {listed(paths)} were frozen by hand, but its running statistics "
@@ -51,15 +52,28 @@ def moving_statistics(by_hand: Mapping[str, bool], seen: Observed) -> Iterator[F
         )
 
 
-def _outermost(path: str, by_hand: Mapping[str, bool]) -> str:
+def _frozen_as_a_whole(by_hand: Mapping[str, bool]) -> set[str]:
+    """Return the paths of all modules that have parameters, each of them frozen by hand."""
+    paths: set[str] = set()
+    with_others: set[str] = set()
+    for name, frozen in by_hand.items():
+        around = _paths_around(name)
+        paths.update(around)
+        if not frozen:
+            with_others.update(around)
+    return paths - with_others
+
+
+def _paths_around(name: str) -> list[str]:
+    """Return the paths of the modules around a parameter, from the outermost to the innermost."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts))]
+
+
+def _outermost(path: str, frozen: set[str]) -> str:
     """Return the pattern of the largest part around a module that is frozen by hand as a whole."""
-    parts = path.split(".")
-    for length in range(len(parts) + 1):
-        prefix = ".".join([*parts[:length], ""]) if length else ""
-        below = [frozen for name, frozen in by_hand.items() if name.startswith(prefix)]
-        if below and all(below):
-            return ".".join(parts[:length]) or "*"
-    return path
+    around = (*_paths_around(path), path)
+    return next((outer or "*" for outer in around if outer in frozen), path)
 
 
 def stray_findings(seen: Observed) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..errors import PatternError, shortened
+from .name_index import ParameterIndex, needed_in_glob, needed_in_regex
 from .parameters import ParamInfo
 
 PatternLike = str | Callable[[ParamInfo], bool]
@@ -52,27 +53,55 @@ class Pattern:
     """A pattern that was read.
 
     `matches` tells whether a parameter is selected (a tied one: by any of its names), `depths`
-    which layer numbers are captured from its names; `captures` is how many `{depth}` there are.
+    which layer numbers are captured from its names; `captures` is how many `{depth}` there are;
+    `candidates` finds the parameters of which alone some can match, or None for all.
     """
 
     matches: Callable[[ParamInfo], bool]
     depths: Callable[[ParamInfo], frozenset[int]] = lambda info: frozenset()
     captures: int = 0
+    candidates: Callable[[ParameterIndex], Collection[int] | None] = lambda index: None
+
+    def places(self, index: ParameterIndex) -> list[int]:
+        """Return the places of the selected parameters, in order."""
+        found = self.candidates(index)
+        tried = range(len(index.infos)) if found is None else sorted(found)
+        return [place for place in tried if self.matches(index.infos[place])]
 
 
 def _of_names(text: str, is_regex: bool, captures: int) -> Pattern:
     """Return the pattern of a glob or a regular expression over whole parameter names."""
+    needed = needed_in_regex(text) if is_regex else needed_in_glob(_glob_parts(text))
 
     def matches(info: ParamInfo) -> bool:
         return any(_matched(text, is_regex, name) for name in info.matched_names)
 
+    def candidates(index: ParameterIndex) -> Collection[int] | None:
+        return index.names.holding(needed)
+
     if not captures:
-        return Pattern(matches)
-    return Pattern(matches, lambda info: _depths(text, is_regex, info), captures)
+        return Pattern(matches, candidates=candidates)
+    return Pattern(matches, lambda info: _depths(text, is_regex, info), captures, candidates)
+
+
+def _of_types(text: str) -> Pattern:
+    """Return the pattern of a glob over the classes of the modules that own a parameter."""
+    needed = needed_in_glob(_glob_parts(text))
+    return Pattern(
+        lambda info: any(_matched(text, False, name) for name in info.types),
+        candidates=lambda index: index.types.holding(needed),
+    )
 
 
 def _combined(parts: list[Pattern], decide: Callable[[Iterable[bool]], bool]) -> Pattern:
     """Return the pattern of several parts, of which `any` or `all` have to match."""
+
+    def candidates(index: ParameterIndex) -> Collection[int] | None:
+        found = [part.candidates(index) for part in parts]
+        known = [its for its in found if its is not None]
+        if decide is all:
+            return min(known, key=len, default=None)
+        return set().union(*known) if len(known) == len(found) else None
 
     def depths(info: ParamInfo) -> frozenset[int]:
         return frozenset().union(*(part.depths(info) for part in parts if part.matches(info)))
@@ -81,6 +110,7 @@ def _combined(parts: list[Pattern], decide: Callable[[Iterable[bool]], bool]) ->
         lambda info: decide(part.matches(info) for part in parts),
         depths,
         sum(part.captures for part in parts),
+        candidates,
     )
 
 
@@ -153,7 +183,7 @@ def _compile_glob(text: str) -> regex.Pattern[str]:
     never taken up again: a name is read once, however many `*` there are. That needs a part of one
     length; others (`{a,bcd}`, `{depth}`) may be tried at several places.
     """
-    parts = _PARTS.findall(re.sub(r"\*+", "*", text))
+    parts = _glob_parts(text)
     if not any(part in "*?" or part.startswith("[") for part in parts):
         return regex.compile("".join(map(_part, parts)) + r"(?:\..*)?", regex.DOTALL)
     stars = [index for index, part in enumerate(parts) if part == "*"]
@@ -169,6 +199,11 @@ def _compile_glob(text: str) -> regex.Pattern[str]:
 
 
 _PARTS = re.compile(r"\{[^{}]*\}|\[[^\]]+\]|.", re.DOTALL)
+
+
+def _glob_parts(text: str) -> list[str]:
+    """Split a glob into characters, wildcards, sets and words."""
+    return _PARTS.findall(re.sub(r"\*+", "*", text))
 
 
 def _part(part: str) -> str:
@@ -335,7 +370,7 @@ class _Parser:
         self.position = word.end()
         text = word[0]
         if of_type:
-            return Pattern(lambda info: any(_matched(text, False, name) for name in info.types))
+            return _of_types(text)
         return _of_names(text, False, text.count("{depth}"))
 
     def regex(self) -> Pattern:

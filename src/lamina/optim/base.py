@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ from .._util.numbers import is_number, python_number
 from .._util.text import listed
 from ..algorithms import ALGORITHMS
 from ..algorithms.base import ROUNDING_ENTRIES, Batch, Method, dtype_name, state_dtype_of
-from ..algorithms.rounding import entry_dtype, entry_of, rounding_name, tell_followed
+from ..algorithms.rounding import entry_dtype, needed_entry, rounding_name, tell_followed
 from ..errors import HyperparameterError, PlanError, StateError, did_you_mean
 from ..kernels.base import short
+from ..kernels.capture import refuse_host_reads
 from ..model.suggestions import ALIASES
 from .engine import Engine, shown_names
 from .loading import check_form, loss_of_digits, matching_groups
@@ -181,6 +182,8 @@ class DropIn(Engine):
         for batch in batches:
             if batch.hyper.get("capturable"):
                 _refuse_uncapturable(batch)
+        if batches and batches[0].params[0].is_cuda:
+            refuse_host_reads(batches)
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
@@ -212,8 +215,8 @@ class DropIn(Engine):
         for old, new in zip(self.param_groups, saved, strict=True):
             # Not a hyperparameter as torch's are: what was asked for here is not lost.
             new["state_dtype"] = old["state_dtype"] or new.get("state_dtype")
-            saved_rounding = rounding_name("the state", new.get("rounding"))
-            new["rounding"] = old.get("rounding") or saved_rounding
+            asked = rounding_name("the state", new.get("rounding"))
+            new["rounding"] = old.get("rounding") or asked
             names = new.get("param_names") or [f"parameter number {key}" for key in new["params"]]
             rows = zip(new["params"], old["params"], names, strict=True)
             params.update({key: (param, new, name) for key, param, name in rows})
@@ -228,21 +231,12 @@ class DropIn(Engine):
                 continue
             param, group, name = params[key]
             state[param] = _fit_entry(name, param, group, entry)
-            dropped += (
-                [name]
-                if any(k in entry and k not in state[param] for k in ROUNDING_ENTRIES)
-                else []
-            )
+            if any(k in entry and k not in state[param] for k in ROUNDING_ENTRIES):
+                dropped.append(name)
             lost = _lost_digits(entry, state[param]) if group["state_dtype"] is None else None
             if lost is not None:
                 converted.setdefault(lost, []).append(name)
-        for (before, now), its in converted.items():
-            warn(loss_of_digits(its, before, now))
-        if dropped:
-            warn(
-                f"the saved state has a 'master' or 'compensation' of {listed(dropped)}, which the "
-                "rounding here does not use: it was dropped."
-            )
+        _tell_of_losses(converted, dropped)
         self.state.clear()
         self.state.update(state)
         self._kept_batches.clear()
@@ -297,6 +291,19 @@ def _refuse_uncapturable(batch: Batch) -> None:
         raise PlanError(f"capturable=True needs an accelerator and a fast kernel, but {what}.")
 
 
+def _tell_of_losses(
+    converted: Mapping[tuple[str, str], Sequence[str]], dropped: Sequence[str]
+) -> None:
+    """Warn of what a load does not keep: digits, and state of another rounding."""
+    for (before, now), its in converted.items():
+        warn(loss_of_digits(its, before, now))
+    if dropped:
+        warn(
+            f"the saved state has a 'master' or 'compensation' of {listed(dropped)}, which the "
+            "rounding here does not use: it was dropped."
+        )
+
+
 def _lost_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the dtypes of a state before and now, if it has less precision than was saved."""
     for key, value in saved.items():
@@ -330,7 +337,7 @@ def _fit_entry(
                 )
         if key not in ROUNDING_ENTRIES:
             fitted[key] = _fit(param, state_dtype_of(param, group), value)
-        elif key == entry_of(param, group):
+        elif key == needed_entry(param, group):
             fitted[key] = _fit(param, entry_dtype(param, key), value)
     return fitted
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
+from ..kernels import reason_of
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
-from .updates import Group, KeptBatch, KeptBatches, KernelUpdates, Updates, preferred_kernel
+from .updates import (
+    Group,
+    KeptBatch,
+    KeptBatches,
+    KeptStep,
+    KernelUpdates,
+    Updates,
+    preferred_kernel,
+)
 
 Closure = Callable[[], Any]
 #: a group with its parameters that have a gradient, and the gradients
@@ -107,10 +116,20 @@ class Engine(torch.optim.Optimizer):
         self._follow_exchanged()
         rows = [(group, *self._gather(group)) for group in groups]
         rows = [row for row in rows if row[1]]
+        if known := self._kept_batches.step:
+            batches = known.batches(rows, self.state)
+            if batches is not None:
+                return batches
+            self._kept_batches.step = None
         kept = [self._kept_batch(*row) for row in rows]
         changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
         if changed:
             self._refuse_misfits(changed)
+        elif len(rows) > 1 and all(
+            self._updates_for(row[0]) is self._kernel_updates for row in rows
+        ):
+            groups = [group for group, _, _ in rows]
+            self._kept_batches.step = KeptStep(groups, cast("list[Batch]", kept), self.state)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)
@@ -161,6 +180,29 @@ class Engine(torch.optim.Optimizer):
         batch = updates.batch(group, params, grads, self.state)
         self._kept_batches[id(group)] = KeptBatch(batch, updates.watched(params, self.state))
         return batch
+
+    def kernels(self) -> dict[str, str]:
+        """Return which kernel carried out the last update of each group, and why.
+
+        Returns:
+            A text for each group, by its name, or by its number where it has none. It says what
+            kept faster kernels from it, such as Numba that is not installed.
+
+        Example:
+            >>> import torch, lamina as lm
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> optimizer = lm.SGD(layer.parameters(), fused=False)
+            >>> layer(torch.ones(2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.kernels()
+            {'0': 'readable: the update rule as written, one tensor at a time'}
+        """
+        found = {}
+        for index, group in enumerate(self.param_groups):
+            known = self._kept_batches.get(id(group))
+            text = "none yet: it was not updated" if known is None else reason_of(known.batch)
+            found[str(group.get("name", index))] = text
+        return found
 
     def _store_new_state(self, batches: Sequence[Batch]) -> None:
         """Store the state tensors that an update brought into being."""

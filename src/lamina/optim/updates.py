@@ -175,6 +175,10 @@ def preferred_kernel(group: Group) -> str | None:
     return "readable" if fused is False or foreach is False else None
 
 
+def _preferences(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
+    return [(group.get("fused"), group.get("foreach")) for group in groups]
+
+
 class KeptBatch:
     """A batch that is kept from step to step, and how all its tensors lay when it was made."""
 
@@ -232,11 +236,78 @@ class KeptBatch:
         return [*self._tensors, *(each._local_tensor for each in self._shards)]
 
 
+class KeptStep:
+    """The batches of all groups of a step, whose tensors are compared in one go.
+
+    A few calls in C for each group would take longer than the update of many small groups.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], batches: Sequence[Batch], state: OptimizerState
+    ) -> None:
+        self._groups = list(groups)
+        self._preferences = _preferences(groups)
+        self._batches = list(batches)
+        self._counts = [len(batch.params) for batch in batches]
+        columns = [column for batch in batches for column in batch.columns.values()]
+        together = Batch(
+            batches[0].algorithm,
+            [param for batch in batches for param in batch.params],
+            [grad for batch in batches for grad in batch.grads],
+            {"all": [value for column in columns for value in column]},
+            [],
+            {},
+        )
+        self._known = KeptBatch(together, [state[param] for param in together.params])
+
+    def batches(
+        self,
+        rows: Sequence[tuple[Group, Tensors, list[torch.Tensor]]],
+        state: OptimizerState,
+    ) -> list[Batch] | None:
+        """Return the batches for the gradients of a step, or None where a tensor has changed.
+
+        Args:
+            rows: the groups that have gradients, each with its parameters and the gradients.
+            state: the state of the optimizer.
+        """
+        known = self._known
+        groups = [group for group, _, _ in rows]
+        params = [its for _, its, _ in rows]
+        grads = [its for _, _, its in rows]
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+            return None
+        if list(map(len, params)) != self._counts or _preferences(groups) != self._preferences:
+            return None
+        flat = [*chain.from_iterable(params)]
+        if not known.holds(flat, list(map(state.__getitem__, flat))):
+            return None
+        if not known.fits([*chain.from_iterable(grads)]):
+            return None
+        for batch, group, its in zip(self._batches, groups, grads, strict=True):
+            batch.grads = batch.known_grads = its
+            batch.hyper, batch.scale = group, None
+        return self._batches
+
+
 class KeptBatches(dict[int, KeptBatch]):
     """The batches of the last step, by the id of their group; a copy of it is empty.
 
     A copied optimizer has tensors of its own, which these batches do not hold.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: all of them together, if that step was like the one before
+        self.step: KeptStep | None = None
+
+    def clear(self) -> None:
+        super().clear()
+        self.step = None
+
+    def pop(self, *arguments: Any) -> Any:
+        self.step = None
+        return super().pop(*arguments)
 
     def __reduce__(self) -> tuple[type[KeptBatches], tuple[()]]:
         return KeptBatches, ()

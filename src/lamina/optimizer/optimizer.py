@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from ..algorithms.lbfgs import lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..algorithms.rounding import tell_followed
 from ..errors import NonFiniteError, OwnershipError, PlanError
-from ..gradients.nonfinite import check_finite
+from ..gradients.nonfinite import DeferredChecks, check_finite
 from ..gradients.operations import first_norms, operate
 from ..guests.guests import GUEST, Guests
+from ..kernels.capture import refuse_captured_plan
 from ..model.finding import Finding
 from ..model.parameters import Owned, ParamInfo, observe, walk
 from ..model.ties import TieWatch
@@ -37,14 +39,14 @@ from ..record.recorder import Recorder, Recorders
 from ..resolve.explain import Explanation, explain
 from ..resolve.resolve import resolve_owned
 from ..resolve.resolved import Cell, Resolved
-from ..resolve.timeline import Feedback, FixedStep, values_at
+from ..resolve.timeline import Feedback, FixedStep, Values, values_at
 from ..runtime.agreement import Agreement
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim
 from ..runtime.exchange import BeforeForward, Exchange
 from ..runtime.freezing import Freezer
 from ..runtime.gradient_tracker import GradientTracker
-from ..runtime.monitor import Monitor
+from ..runtime.monitor import Monitor, Sample
 from ..runtime.overrides import check_chosen, select_groups
 from ..runtime.ownership import refuse_foreign_writes
 from ..runtime.reports import begin_all, changes, check_report, from_rank_zero, observe_all
@@ -56,6 +58,7 @@ from ..state.report import LoadReport
 from ..state.schema import FORMAT, run_record
 from .checks import examine
 from .contradictions import Contradictions
+from .pending_step import PendingStep, may_stay_on_device
 from .run_state import RunState
 from .scheduler_view import SchedulerView
 
@@ -161,6 +164,8 @@ class Optimizer(Engine):
     @property
     def clock(self) -> int:
         """How many steps were taken; the step that comes next, counted from 0."""
+        if self._run_state.pending is not None:
+            self.synchronize()
         return int(self.param_groups[0]["clock"])
 
     @property
@@ -172,16 +177,22 @@ class Optimizer(Engine):
     @property
     def applied(self) -> dict[str, dict[str, Any]]:
         """The hyperparameters of every group in the step just done, by name; empty before it."""
+        self.synchronize()
         return {name: dict(hyper) for name, hyper in self._run_state.applied.items()}
 
     @property
     def norms(self) -> dict[str, torch.Tensor]:
-        """The gradient norm of each clip scope in the step just done, by the rule's name."""
+        """The gradient norm of each clip scope in the step just done, by the rule's name.
+
+        On an accelerator nothing is waited for: until it is known whether the step was taken, they
+        are its norms in either case.
+        """
         return dict(self._run_state.norms)
 
     @property
     def skipped(self) -> int:
         """How many steps were not taken because a gradient was not finite."""
+        self.synchronize()
         return self._run_state.skipped
 
     @property
@@ -274,12 +285,36 @@ class Optimizer(Engine):
         if every is None:
             steps = self._resolved.run.steps
             every = 10 if steps is None else max(1, steps // 1000)
-        recorder = self._recorders.add(writers, every, updates, record)
+        recorder = self._recorders.add(writers, every, updates, record, self.synchronize)
         for finding in self.findings:
             recorder.record.finding(finding)
         return recorder
 
     # --- the step ------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait until it is known whether the last step was taken.
+
+        On an accelerator a step decides about NaN and infinite gradients on the device. The host
+        learns of it at the begin of the next step, or when something asks for it: `clock`,
+        `skipped`, `applied`, `state_dict()` and whatever else depends on it call this. After a loop
+        that reads none of them, call it by hand. On the CPU there is nothing to wait for.
+
+        Raises:
+            NonFiniteError: under `nonfinite="raise"`, if a gradient was not finite. Weights, state
+                and clock are those before that step.
+
+        Example:
+            >>> import torch, lamina as lm
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = lm.Plan(lm.SGD, lr=0.1).build(model)
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.synchronize()
+        """
+        pending = self._run_state.pending
+        if pending is not None and self._conclude(pending):
+            pending.deliver_numbers()
 
     def _step(self, closure: Closure | None) -> Any:
         try:
@@ -291,21 +326,23 @@ class Optimizer(Engine):
 
     def _update(self) -> None:
         """Take a step; nothing is changed before all that may refuse it has been asked."""
+        self.synchronize()
         batches = self._collect_trained()
         if self._recorders.on:
             self._recorders.collected(batches)
+        pending = self._defer(batches)
         try:
-            self._operate(batches)
+            self._operate(batches, pending)
         except NonFiniteError as error:
             self._skip(error)
             return
         if self._recorders.on:
             self._recorders.begin(self.clock, batches)
-        self._apply(batches)
+        self._apply(batches, pending)
         written_by_guest = ""
         if self._guests.present:
             written_by_guest = self._guests.own_writes(self._run_state.published)
-        self._advance()
+        self._advance(pending)
         tell_followed(batches)
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
@@ -336,7 +373,7 @@ class Optimizer(Engine):
         published = self._run_state.published
         for group in self.param_groups:
             hyper = published[group["name"]]
-            if any(key not in group or group[key] is not value for key, value in hyper.items()):
+            if not all(map(is_, map(group.get, hyper), hyper.values())):
                 refuse_foreign_writes(published, self.param_groups, self.clock)
         if self._audit.on:
             self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
@@ -352,8 +389,26 @@ class Optimizer(Engine):
         for cell, names in self._freezer.drop(self.param_groups):
             self._contradictions.report_flags(cell, names, on=True)
 
-    def _operate(self, batches: Sequence[Batch]) -> None:
-        """Check that gradients are finite, and run the gradient operations of every scope."""
+    def _defer(self, batches: Sequence[Batch]) -> PendingStep | None:
+        """Return the step as one that an accelerator decides on; None where the host has to.
+
+        Guests and audits cannot wait, and parts of FSDP1 are judged together by all processes.
+        """
+        for batch in batches:
+            batch.found_inf = None
+        if self._guests.present or self._audit.on or self._exchange.shards is not None:
+            return None
+        if not may_stay_on_device(batches):
+            return None
+        refuse_captured_plan(batches[0].params[0].device)
+        run = self._run_state
+        return PendingStep(self.clock, DeferredChecks(), run.norms, run.applied)
+
+    def _operate(self, batches: Sequence[Batch], pending: PendingStep | None) -> None:
+        """Check that gradients are finite, and run the gradient operations of every scope.
+
+        Where a step is pending, the device checks it, and the batches receive its flag.
+        """
         every = self.plan.nonfinite_check == "all"
         shards = self._exchange.shards
         members = self._sharded_scopes() if shards is not None else {}
@@ -365,20 +420,28 @@ class Optimizer(Engine):
             else:
                 members.setdefault(scope, []).append(batch)
         known = self._recorders.norms if self._recorders.on else None
-        if every and (without_scope or shards is not None):
+        checks = pending.checks if pending is not None else None
+        if checks is not None and every:
+            checks.look_at(without_scope, [g for batch in without_scope for g in batch.grads])
+        elif every and (without_scope or shards is not None):
             check_finite(without_scope, self.clock, shards, known)
         run = self._run_state
         norms: dict[str, torch.Tensor] = {}
         first = first_norms(members, run.operations) if is_distributed() else {}
         for scope, its in members.items():
             parts = self._exchange.shards_by_scope.get(scope)
-            given = (self._infos, self.clock, every, parts, first.get(scope), known)
+            given = (self._infos, self.clock, every, parts, first.get(scope), known, checks)
             norm = operate(its, run.operations[scope], *given)
             if norm is not None:
                 norms[self._resolved.scopes[scope].name] = norm
         run.norms = norms
+        if pending is not None:
+            pending.decide(batches)
         if norms and self._monitor.clip.open:
-            self._monitor.measured(norms)
+            if pending is not None:
+                pending.request([*norms.values()], self._monitor.measured)
+            else:
+                self._monitor.measured([float(norm) for norm in norms.values()])
 
     def _sharded_scopes(self) -> dict[int, list[Batch]]:
         """Return the scopes in whose norms every process takes part, with a gradient or not."""
@@ -387,7 +450,7 @@ class Optimizer(Engine):
         spread = self._exchange.shards_by_scope
         return {scope: [] for scope in scopes if scope is not None and scope in spread}
 
-    def _apply(self, batches: Sequence[Batch]) -> None:
+    def _apply(self, batches: Sequence[Batch], pending: PendingStep | None) -> None:
         """Update the weights. Kernels may refuse a gradient, and so may guests: both come first."""
         own = batches
         if self._guests.present:
@@ -398,17 +461,50 @@ class Optimizer(Engine):
         sample = self._monitor.sample(own, self.clock) if self._monitor.samples else None
         kernels.carry_out(assigned)
         if sample is not None:
-            self._monitor.compare(sample, self.clock)
+            self._compare(sample, pending)
+        if pending is not None:
+            pending.begun = self._begun(own)
         self._store_new_state(own)
 
-    def _advance(self) -> None:
-        """Count the step, publish the values of the next one, and open or close windows."""
+    def _compare(self, sample: Sample, pending: PendingStep | None) -> None:
+        compare = partial(self._monitor.compare, sample, self.clock, sample.batch.hyper["lr"])
+        counts = sample.counts()
+        if pending is not None:
+            pending.request(counts, compare)
+        else:
+            compare([float(count) for count in counts])
+
+    def _begun(self, batches: Sequence[Batch]) -> list[tuple[torch.Tensor, str]]:
+        """Return the entries of the state that begin with this step."""
+        return [
+            (param, key)
+            for batch in batches
+            if batch.has_new_state
+            for key, column in batch.columns.items()
+            for param, tensor in zip(batch.params, column, strict=True)
+            if tensor is not None and key not in self.state[param]
+        ]
+
+    def _advance(self, pending: PendingStep | None = None) -> None:
+        """Count the step, publish the values of the next one, and open or close windows.
+
+        What opens or closes after a step that was not taken could not be undone, and nothing may
+        come after the last step: there the host waits for the flag of this very step.
+        """
         was = self._freezer.active
         run = self._run_state
+        step = self.clock
+        values = run.fixed or values_at(self._resolved, step + 1, self._feedback)
+        if pending is not None and pending.has_result:
+            pending.send()
+            last = step + 1 == self._resolved.run.steps
+            if (last or self._active_in(values) != was) and not self._conclude(pending):
+                return
+        is_open = pending is not None and pending.is_open
         run.applied = run.published
-        self._publish(self.clock + 1, run.published)
+        self._publish(step + 1, run.published, values)
         if self._recorders.on:
-            self._recorders.end(self.clock - 1, run.applied, run.norms)
+            self._recorders.end(step, run.applied, run.norms, held=is_open)
             if self._freezer.active != was and self.clock != self._resolved.run.steps:
                 self._recorders.windows(self.clock, was, self._freezer.active, run.applied)
         if self._freezer.active != was:  # a step is taken in training mode: so is what thaws now
@@ -418,6 +514,46 @@ class Optimizer(Engine):
         if self.clock >= self._monitor.next_look:
             seen = self.param_groups[0]["feedback"]
             self._monitor.after_step(self.clock, self.skipped, seen)
+        if pending is not None and is_open:
+            pending.published = True
+            run.pending = pending
+        elif pending is not None:
+            pending.deliver_numbers()
+
+    def _conclude(self, pending: PendingStep) -> bool:
+        """Read whether a step was taken, and undo on the host what was done as if it had been.
+
+        Raises:
+            NonFiniteError: if it was not, and the plan says `nonfinite="raise"`.
+        """
+        run = self._run_state
+        run.pending = None
+        taken = pending.was_taken()
+        if not taken:
+            self._roll_back(pending)
+        self._recorders.release(taken)
+        if not taken:
+            self._skip(pending.checks.error(pending.step))
+        return taken
+
+    def _roll_back(self, pending: PendingStep) -> None:
+        """Bring the host back to before a step that the device has not taken."""
+        run = self._run_state
+        run.norms = pending.norms
+        for param, key in pending.begun:
+            self.state[param].pop(key, None)
+        if pending.begun:
+            self._kept_batches.clear()
+        if not pending.published:
+            return
+        run.applied = pending.applied
+        foreign = [
+            (group, {k: group[k] for k, value in hyper.items() if group.get(k, value) is not value})
+            for group, hyper in zip(self.param_groups, run.published.values(), strict=True)
+        ]
+        self._publish(pending.step)
+        for group, written in foreign:  # by somebody else: the next step tells of it
+            group.update(written)
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.plan.nonfinite == "raise":
@@ -481,18 +617,29 @@ class Optimizer(Engine):
         changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
         return Feedback(changed, self.param_groups[0]["feedback"])
 
-    def _publish(self, clock: int, before: Mapping[str, dict[str, Any]] | None = None) -> None:
+    def _active_in(self, values: Values) -> list[bool]:
+        """Return which groups train in the step of these values."""
+        return [*map(values.active, range(len(self._resolved.cells)))]
+
+    def _publish(
+        self,
+        clock: int,
+        before: Mapping[str, dict[str, Any]] | None = None,
+        values: Values | None = None,
+    ) -> None:
         """Write the values of a step into the groups, and open or close windows.
 
         Args:
             clock: the number of the step.
             before: what the groups hold now, which cells whose values never change keep.
+            values: the values of the step, if they are worked out already.
         """
         resolved = self._resolved
         if self._audit.on:
             self._audit.check(self.param_groups, self._freezer.active, self.clock, clock)
         run = self._run_state
-        values = run.fixed or values_at(resolved, clock, self._feedback)
+        if values is None:
+            values = run.fixed or values_at(resolved, clock, self._feedback)
         published: dict[str, dict[str, Any]] = {}
         for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
             hyper = before.get(cell.name) if before else None
@@ -502,8 +649,7 @@ class Optimizer(Engine):
             published[cell.name] = hyper
             group["clock"] = clock
         was = self._freezer.active
-        active = [*map(values.active, range(len(resolved.cells)))]
-        self._freezer.follow(self.param_groups, active, clock)
+        self._freezer.follow(self.param_groups, self._active_in(values), clock)
         self._drop_states(was)
         if self._audit.on:
             self._audit.begin(self.param_groups, self._freezer.active)
@@ -603,9 +749,12 @@ class Optimizer(Engine):
     def _follow_model(self) -> bool:
         """Adopt the parameters that FSDP2 has put into the model, with the state of the old ones.
 
+        Whatever reads or changes state comes here first, so that a pending step is concluded too.
+
         Returns:
             Whether there were any.
         """
+        self.synchronize()
         adopted = self._exchange.adopt(self.param_groups)
         self._follow_exchanged()
         return adopted
@@ -761,6 +910,7 @@ class Optimizer(Engine):
         return self._infos[group["param_names"][place]]
 
     def _restart(self, chosen: Sequence[tuple[Group, torch.Tensor, int]]) -> None:
+        self.synchronize()
         if self._searches_whole_vector:  # one memory over all parameters, which lies with the first
             chosen = [(g, p, i) for g in self.param_groups for i, p in enumerate(g["params"])]
         super()._restart(chosen)
@@ -801,6 +951,7 @@ class Optimizer(Engine):
         self._freezer.put_back()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
         own = (*Engine.__annotations__, *Optimizer.__annotations__)
         parts = {name: self.__dict__[name] for name in own if name in self.__dict__}
         return {**super().__getstate__(), **parts}

@@ -17,6 +17,7 @@ from .._util.notices import Notices
 from ..gradients.operations import Operation
 from ..resolve.timeline import Values
 from ..state.report import LoadReport
+from .pending_step import PendingStep
 
 
 @dataclass(eq=False)
@@ -26,7 +27,8 @@ class RunState:
     `published` are the values of the next
     step by group name, `applied` those of the step just done; `operations` the gradient operations
     of each scope with their numbers for the next step; `norms` the gradient norm of each scope in
-    the step just done. `fixed` stands for the values of every step, in a range test.
+    the step just done. `fixed` stands for the values of every step, in a range test. `pending` is
+    the last step, while only an accelerator knows whether it was taken.
     """
 
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -35,5 +37,6 @@ class RunState:
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skipped: int = 0
     fixed: Values | None = None
+    pending: PendingStep | None = None
     last_load: LoadReport | None = None
     notices: Notices = field(default_factory=Notices)

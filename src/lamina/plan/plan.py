@@ -111,7 +111,8 @@ class Plan:
         optimizer: an optimizer class (`lamina.AdamW`) or its registered name (`"AdamW"`).
         rules: later rules win, setting by setting.
         nonfinite: what to do about a NaN or infinite gradient: `"raise"` with the parameter's
-            name, or `"skip"` the step; where it is looked for is the next argument's.
+            name, or `"skip"` the step; where it is looked for is the next argument's. On an
+            accelerator the error comes with the next step (`Optimizer.synchronize`).
         nonfinite_check: which gradients are looked at: `"all"`, each by the norm of its rule, or
             once more where none is computed; or `"norms"`, only where a norm is computed anyway.
         stop: when to set `optimizer.should_stop`: `early_stop(...)`.

@@ -123,11 +123,18 @@ class PlanDiff:
         }
 
 
-def compare(before: Shown, after: Shown) -> PlanDiff:
-    """Return what a later preview does otherwise; see `Preview.diff`."""
+def compare(before: Shown, after: Shown, since: int = 0) -> PlanDiff:
+    """Return what a later preview does otherwise; see `Preview.diff`.
+
+    Args:
+        before: the earlier preview.
+        after: the later one.
+        since: the first step that counts.
+    """
     lengths = before.run.steps, after.run.steps
     known = [length for length in lengths if length is not None]
     steps = steps_of(min(known, default=None))
+    steps = steps[steps >= since]
     places = [
         {info.name: (index, info) for index, cell in enumerate(each.resolved.cells)
          for info in cell.parameters}

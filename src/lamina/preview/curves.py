@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,50 @@ def courses(preview: Shown) -> list[Course]:
         Course(tuple(row.group for row in rows), rows[0].lr, rows[0].active)
         for rows in merged.values()
     ]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A course with the lr of another one wherever both train.
+
+    Args:
+        base: the place of the other one, which trains for longer.
+        rank: its place among the twins of that one, from 0.
+        count: how many twins that one has.
+    """
+
+    base: int
+    rank: int
+    count: int
+
+
+def twins(found: Sequence[Course]) -> dict[int, Twin]:
+    """Return the courses that would hide another one in a picture, by their places.
+
+    Each is the twin of one course alone, which is no twin itself.
+    """
+    order = sorted(range(len(found)), key=lambda place: -int(found[place].active.sum()))
+    bases: list[int] = []
+    alike: dict[int, list[int]] = {}
+    for place in order:
+        base = next((other for other in bases if _coincide(found[place], found[other])), None)
+        if base is None:
+            bases.append(place)
+        else:
+            alike.setdefault(base, []).append(place)
+    return {
+        place: Twin(base, rank, len(places))
+        for base, places in alike.items()
+        for rank, place in enumerate(places)
+    }
+
+
+def _coincide(one: Course, other: Course) -> bool:
+    """Return whether two courses both train at some steps, with the same lr at all of them."""
+    both = one.active & other.active
+    if np.count_nonzero(both) < 2:
+        return False
+    return bool(np.allclose(one.lr[both], other.lr[both], rtol=1e-6, atol=0.0))
 
 
 def colours(found: list[Course]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .._util.text import listed
 from ..runtime.flags import REDUCED
+from .reactions import reaction_lines
 from .rows import epochs, span
 from .shown import Shown
 
@@ -25,15 +26,13 @@ def header(preview: Shown) -> list[str]:
     if common:
         lines.append(" · ".join(common))
     if preview.resumed is not None:
-        lines.append(_resumed(preview, preview.resumed))
+        lines.append(resumed_line(preview, preview.resumed))
     if preview.run.steps is None:
         lines.append("Pass steps=, or epochs= and steps_per_epoch=, to see the whole run.")
     frozen = _freezing(preview)
     if frozen:
         lines.append(frozen)
-    for key, reaction in preview.resolved.reactions:
-        lines.append(f"{key} reacts to reports: {reaction!r}; shown for what was reported so far.")
-    return lines
+    return [*lines, *reaction_lines(preview)]
 
 
 def facts(preview: Shown) -> dict[str, str]:
@@ -70,17 +69,19 @@ def _length(preview: Shown) -> str:
     return f"{text} ({amount} epoch{'s' if amount != '1' else ''} of {run.steps_per_epoch:,})"
 
 
-def _resumed(preview: Shown, resumed: Resumed) -> str:
+def resumed_line(preview: Shown, resumed: Resumed) -> str:
     """Return where a saved run goes on, and what became of its schedules."""
-    text = f"goes on at step {resumed.clock:,} of a saved run"
+    text = f"resumes at step {resumed.clock:,} of a saved run"
     if resumed.saved_run is None or resumed.saved_run.steps is None:
         return f"{text} whose length is unknown"
     planned = preview.resolved.planned
     if resumed.settled_anew:
-        return f"{text} of {resumed.saved_run.steps:,} steps; schedules fit the new length"
+        return (
+            f"{text} of {resumed.saved_run.steps:,} steps; schedules are fitted to the new length"
+        )
     if planned is None or planned.steps is None:
         return text
-    return f"{text}; schedules are those of {planned.steps:,} steps, then hold their last values"
+    return f"{text}; schedules are those for {planned.steps:,} steps, then hold their last value"
 
 
 def _groups(preview: Shown, said: dict[str, str]) -> list[str]:

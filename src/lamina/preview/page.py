@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 from ..errors import printable
+from .fold import Line, shown_lines
 from .header import header
 from .shown import Shown
-from .table import MARK, Column, Line, columns, notes, shown_lines
+from .table import MARK, Column, columns, notes
 
 _PRE = "white-space:pre-wrap;font-family:monospace;line-height:1.3;margin:0"
 _CELL = "padding:1px 12px 1px 0;white-space:pre;border:0;vertical-align:bottom"
@@ -37,7 +38,7 @@ def _table(found: Sequence[Column], lines: Sequence[Line]) -> str:
     head = [_cell("th", "<br>".join(map(_text, each.title)), left=each.left) for each in found]
     rows = [f"<tr>{''.join(head)}</tr>"]
     for line, cells in zip(lines, zip(*(each.cells for each in found), strict=True), strict=True):
-        faint = ' style="opacity:.6"' if all(row.first is None for row in line.rows) else ""
+        faint = "" if line.trains else ' style="opacity:.6"'
         body = [
             _cell("td", _text(cell), left=each.left)
             for each, cell in zip(found, cells, strict=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._util.numbers import where_positive
 from ..errors import TimeUnitError, require
-from .curves import Course, colours, courses
+from .curves import Course, Twin, colours, courses, twins
 from .header import facts, training
 from .rows import epochs
 from .shown import Shown
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: peaks further apart than this are drawn on a logarithmic axis
 _LOG_RATIO = 20.0
+#: length of a dash, in widths of the line
+_DASH = 4.0
 #: so many bars are tall enough for a name inside
 _NAMED = 14
 _INK, _FAINT, _GRID = "#24292f", "#6e7781", "#e4e7eb"
@@ -79,12 +83,19 @@ def _below(ax: Axes, height: float) -> Any:
 
 
 def _curves(ax: Axes, preview: Shown, found: list[Course], palette: list[Any]) -> None:
-    steps = preview.steps
-    for course, colour in zip(found, palette, strict=True):
+    steps, log, hiding = preview.steps, _far_apart(found), twins(found)
+    # Dashed ones last: what lies below shows between the dashes.
+    for place in sorted(range(len(found)), key=lambda place: place in hiding):
+        course, colour = found[place], palette[place]
         if not course.active.any():
             continue
         lr = np.where(course.active, course.lr, np.nan)
-        ax.plot(steps, lr, color=colour, linewidth=1.8, label=course.label, solid_capstyle="round")
+        if log:  # a 0 would be drawn as a line down to the axis
+            lr = where_positive(lr)
+        ax.plot(
+            steps, lr, color=colour, linewidth=1.8, label=course.label, solid_capstyle="round",
+            linestyle=_style(hiding.get(place)), dash_capstyle="butt",
+        )  # fmt: skip
         for first, last in course.spans():
             if first > 0:
                 ax.plot(steps[first], lr[first], "o", color=colour, markersize=4)
@@ -104,28 +115,46 @@ def _curves(ax: Axes, preview: Shown, found: list[Course], palette: list[Any]) -
     _epochs(ax, preview)
 
 
+def _style(twin: Twin | None) -> Any:
+    """Return how a curve is drawn: one that lies on another in dashes, in turn with its likes."""
+    if twin is None:
+        return "-"
+    return (_DASH * twin.rank, (_DASH, _DASH * twin.count))
+
+
+def _peaks(found: Sequence[Course]) -> list[float]:
+    peaks = [float(course.lr[course.active].max()) for course in found if course.active.any()]
+    return [peak for peak in peaks if peak > 0]
+
+
+def _far_apart(found: Sequence[Course]) -> bool:
+    """Return whether groups are so far apart that only a logarithmic axis shows all."""
+    peaks = _peaks(found)
+    return bool(peaks) and max(peaks) >= _LOG_RATIO * min(peaks)
+
+
 def _clock(ax: Axes, step: int) -> None:
     """Return a line where a saved run goes on."""
     ax.axvline(step, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="_resumed")
     ax.annotate(
-        f"goes on at step {step:,}", (step, 1), (5, -4), xycoords=("data", "axes fraction"),
+        f"resumes at step {step:,}", (step, 1), (5, -4), xycoords=("data", "axes fraction"),
         textcoords="offset points", va="top", fontsize=8.5, color=_INK,
     )  # fmt: skip
 
 
 def _scale(ax: Axes, found: list[Course]) -> None:
     """Set a logarithmic axis where groups are far apart, cut where curves end."""
-    trained = [course.lr[course.active] for course in found if course.active.any()]
-    peaks = [float(lr.max()) for lr in trained if lr.max() > 0]
+    peaks = _peaks(found)
     if not peaks:
         ax.set_ylim(0, 1)
         return
-    if max(peaks) < _LOG_RATIO * min(peaks):
+    if not _far_apart(found):
         ax.set_ylim(0, 1.06 * max(peaks))
         # Whole numbers on each tick: a common power of ten would lie over the title.
         ax.yaxis.set_major_formatter(lambda lr, _: f"{lr:.4g}")
         return
-    positive = min(float(lr[lr > 0].min()) for lr in trained if lr.max() > 0)
+    trained = np.concatenate([course.lr[course.active] for course in found])
+    positive = float(trained[trained > 0].min())
     ax.set_yscale("log", nonpositive="clip")
     ax.set_ylim(max(positive, min(peaks) / 300) / 1.5, 1.8 * max(peaks))
 
@@ -135,7 +164,8 @@ def _title(ax: Axes, preview: Shown) -> None:
     optimizers = said.get("optimizer") or " and ".join(
         dict.fromkeys(row.optimizer for row in preview.rows)
     )
-    size = f"{preview.run.steps:,} steps  ·  {len(preview.rows)} groups"
+    many = len(preview.rows)
+    size = f"{preview.run.steps:,} steps  ·  {many} group{'s' * (many != 1)}"
     detail = f"{optimizers}  ·  {size}  ·  {training(preview)}"
     above = 26 if preview.run.steps_per_epoch else 10
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -171,6 +201,7 @@ def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> N
     steps, total = preview.steps, int(preview.run.steps or 0)
     named = len(found) <= _NAMED
     high = 0.8 if named else 1.0
+    labels = _labels(found)
     for place, (course, colour) in enumerate(zip(found, palette, strict=True)):
         low = place - high / 2
         ax.broken_barh(
@@ -183,7 +214,7 @@ def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> N
         ]
         ax.broken_barh([(a, b - a) for a, b in spans], (low, high), facecolor=colour, linewidth=0)
         if named:
-            _name(ax, place, course, colour, spans, total)
+            _name(ax, place, labels[place], colour, spans, total)
     ax.set_ylim(len(found) - 0.5, -0.5)
     hatched = any(not course.active.all() for course in found)
     key = "   (filled: trains, hatched: frozen)" if hatched else ""
@@ -192,15 +223,25 @@ def _bars(ax: Any, preview: Shown, found: list[Course], palette: list[Any]) -> N
     ax.xaxis.set_major_formatter("{x:,.0f}")
     every, end = -(-len(found) // 18), len(found) - 1
     shown = [] if named else [*range(0, end - every + 1, every), end]
-    ax.set_yticks(shown, [found[place].label for place in shown], fontsize=7.5)
+    ax.set_yticks(shown, [labels[place] for place in shown], fontsize=7.5)
     ax.spines[:].set_visible(False)
 
 
+def _labels(found: Sequence[Course]) -> list[str]:
+    """Return what to call each course; of those that lie on another one, on which."""
+    hiding = twins(found)
+    return [
+        f"{course.label} (same lr as {found[hiding[place].base].label})" if place in hiding
+        else course.label
+        for place, course in enumerate(found)
+    ]  # fmt: skip
+
+
 def _name(
-    ax: Any, place: int, course: Course, colour: Any, spans: list[tuple[int, int]], total: int
+    ax: Any, place: int, label: str, colour: Any, spans: list[tuple[int, int]], total: int
 ) -> None:
     """Write the name of a course inside its bar, where it is filled if that is wide enough."""
-    need = total * min(0.9, 0.012 * len(course.label) + 0.02)
+    need = total * min(0.9, 0.012 * len(label) + 0.02)
     filled = next((begin for begin, end in spans if end - begin >= need), None)
     dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour[:3], strict=True)) < 0.62
     style: dict[str, Any] = {"color": "white" if dark else _INK}
@@ -208,4 +249,4 @@ def _name(
         box = {"facecolor": "#f6f8fa", "edgecolor": "none", "pad": 1.2}
         style = {"color": _INK, "bbox": box}
     x = (filled or 0) + 0.008 * total
-    ax.text(x, place, course.label, va="center_baseline", fontsize=8, clip_on=True, **style)
+    ax.text(x, place, label, va="center_baseline", fontsize=8, clip_on=True, **style)

@@ -242,17 +242,17 @@ class Preview:
 
         write_report(Record(), path, planned=self.planned(), title=title)
 
-    def text(self, *, width: int | None = None, most: int | None = 120) -> str:
+    def text(self, *, width: int | None = None, full: bool = False) -> str:
         """Return the table as text.
 
         Args:
             width: in characters; that of the terminal by default.
-            most: so many groups are shown one by one; more are folded, first those whose names
-                differ only in numbers. None shows all.
+            full: one line for each group. By default, what one rule freezes is one line, and of
+                more than 24 lines, those whose names differ only in numbers become one.
         """
         from .table import text
 
-        return text(self, width, most=most)
+        return text(self, width, full=full)
 
     def data(self) -> dict[str, Any]:
         """Return the run, each group, findings and the hash as plain data, such as JSON holds."""

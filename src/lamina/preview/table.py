@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .._util.folding import family, folded
 from .._util.text import listed
 from ..errors import require
+from .fold import Line, shown_lines
 from .header import PLAIN_NORM, facts, header
 from .rows import number, span
 from .shown import Row, Shown
@@ -29,18 +29,6 @@ _MIN_NAME = 20
 _TIES, _SCOPES = 12, 40
 _GAP = "  "
 _ASCII = str.maketrans({"–": "-", "→": ">", "…": "~", "─": "-", "·": "|", "×": "x"})
-
-
-#: more groups than this are folded: those whose names differ only in numbers become one line
-MOST = 120
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table: a group, or several that are told as one."""
-
-    label: str
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ def text(
     width: int | None = None,
     *,
     unicode: bool | None = None,
-    most: int | None = MOST,
+    full: bool = False,
 ) -> str:
     """Return a preview as plain text.
 
@@ -71,11 +59,11 @@ def text(
         preview: what to show.
         width: in characters; the terminal's by default.
         unicode: whether to use characters beyond ASCII; by default, if standard output can.
-        most: so many lines at most; more groups are folded. None folds nothing.
+        full: one line for each group; by default, groups that are alike are folded.
     """
     width = width or shutil.get_terminal_size((_WIDTH, 24)).columns
     unicode = can_show() if unicode is None else unicode
-    lines_shown = shown_lines(preview, most)
+    lines_shown = shown_lines(preview, full)
     shown, dropped = fit(columns(preview, lines_shown, unicode), width)
     lines = [*_wrapped(header(preview), width), ""]
     for titles in zip_longest(*(column.title[::-1] for column in shown), fillvalue=""):
@@ -115,41 +103,11 @@ def rich_parts(preview: Shown, width: int, *, unicode: bool = True) -> Iterator[
             no_wrap=True,
         )
     for line, cells in zip(lines, zip(*(c.cells for c in shown), strict=True), strict=True):
-        frozen = all(row.first is None for row in line.rows)
         # Text, not str: rich would read brackets in a pattern as markup.
-        table.add_row(*map(rich_text.Text, cells), style="dim" if frozen else "")
+        table.add_row(*map(rich_text.Text, cells), style="" if line.trains else "dim")
     yield table
     for note in notes(preview, lines, dropped, width):
         yield rich_text.Text(note, style="yellow" if note.startswith(MARK) else "")
-
-
-# --- many groups --------------------------------------------------------------------------------
-
-
-def shown_lines(preview: Shown, most: int | None = MOST) -> list[Line]:
-    """Return the lines of the table: a group each, or folded if there are more than `most`.
-
-    First, groups whose names differ only in numbers and that train at alike times become one; if
-    there are still too many, those with the fewest parameters become the last line.
-    """
-    if most is None or len(preview.rows) <= most:
-        return [Line(row.group, (row,)) for row in preview.rows]
-    alike: dict[tuple[Any, ...], list[Row]] = {}
-    for row in preview.rows:
-        kind = (family(row.group), row.optimizer, row.first is None, family(row.gradients))
-        alike.setdefault(kind, []).append(row)
-    lines = [Line(folded([row.group for row in rows]), tuple(rows)) for rows in alike.values()]
-    if len(lines) <= most:
-        return lines
-    by_size = sorted(lines, key=_parameters, reverse=True)
-    kept = {id(line) for line in by_size[: most - 1]}
-    rest = [line for line in lines if id(line) not in kept]
-    rows = tuple(row for line in rest for row in line.rows)
-    return [line for line in lines if id(line) in kept] + [Line(f"{len(rows):,} more groups", rows)]
-
-
-def _parameters(line: Line) -> int:
-    return sum(row.parameters for row in line.rows)
 
 
 # --- columns ------------------------------------------------------------------------------------
@@ -169,7 +127,7 @@ def columns(preview: Shown, lines: Sequence[Line], unicode: bool = True) -> list
         return Column(title, tuple(map(cell, lines)), rank, left)
 
     def tensors(line: Line) -> str:
-        return f"{count(_parameters(line))} in {sum(row.tensors for row in line.rows)}"
+        return f"{count(line.parameters)} in {sum(row.tensors for row in line.rows)}"
 
     found = [
         column("group", cell=lambda line: line.label, left=True),
@@ -207,7 +165,7 @@ def _numbers(value_of: Callable[[Row], float | None], line: Line) -> str:
     if not values:
         return number(None)
     low, high = number(min(values)), number(max(values))
-    return low if low == high else f"{low} … {high}"
+    return low if low == high else f"{low}…{high}"
 
 
 def _curve(line: Line, unicode: bool) -> str:
@@ -327,10 +285,11 @@ def notes(
         width: at which lines are wrapped; None for no wrapping.
     """
     lines = []
-    if len(shown) < len(preview.rows):
+    folded = len({row.group for line in shown if len(line.rows) > 1 for row in line.rows})
+    if folded:
         lines.append(
-            f"{len(preview.rows):,} groups are folded: a … b is the range over the groups of a "
-            "line; preview.rows has each."
+            f"{folded:,} groups are folded: a…b is the range over the groups of a line. To see "
+            "each: preview.text(full=True), or --full on the command line."
         )
     if "gradients" not in facts(preview):
         norms = _only_norms(preview.rows)

@@ -66,6 +66,9 @@ class Trial:
         try:
             if self._scaler is None:
                 self.optimizer.step(closure)
+                synchronize = getattr(self.optimizer, "synchronize", None)
+                if callable(synchronize):  # an accelerator tells of this step with the next one
+                    synchronize()
             else:
                 closure()
                 self._scaler.step(self.optimizer)

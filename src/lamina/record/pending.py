@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .._util.host_copy import HostCopy
+
 #: takes a number that was read: its series, its step, its value
 Deliver = Callable[[Any, int, float], None]
 #: batches on their way; a device that tells nothing of its copies is waited for beyond that
@@ -71,26 +73,14 @@ class _Copy:
 
     def __init__(self, entries: list[tuple[Any, int, torch.Tensor]]) -> None:
         self.entries = entries
-        self._event: Any = None
         with torch.no_grad():
-            together = torch.stack([value for _, _, value in entries])
-        self._host = together  # stays on its device, unless a copy is known not to wait
-        if together.device.type == "cuda":
-            shape, dtype = together.shape, together.dtype
-            self._host = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-            self._host.copy_(together, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(together.device))
+            self._numbers = HostCopy(torch.stack([value for _, _, value in entries]))
 
     @property
     def done(self) -> bool:
         """Whether reading it waits for nothing."""
-        if self._event is not None:
-            return bool(self._event.query())
-        return self._host.device.type == "cpu"
+        return self._numbers.done
 
     def read(self) -> list[float]:
         """Return the numbers; waits until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(number) for number in self._host.tolist()]
+        return self._numbers.read()

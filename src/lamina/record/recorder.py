@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Recorder:
         updates: bool,
         record: Record | None,
         detach: Callable[[Recorder], None],
+        synchronize: Callable[[], None],
     ) -> None:
         if type(every) is not int or every < 1:
             raise PlanError(f"recorder was given every={every!r}; expected a whole number from 1.")
@@ -46,6 +48,8 @@ class Recorder:
         self._record = Record() if record is None else record
         self._rows = Rows(self._emit)
         self._detach = detach
+        self._synchronize = synchronize
+        self._held: _Held | None = None
         #: the last row that was complete
         self.last: Row | None = None
         self._measuring: _Measuring | None = None
@@ -59,6 +63,7 @@ class Recorder:
     @property
     def record(self) -> Record:
         """The record so far; reading it waits for numbers that are still on an accelerator."""
+        self._synchronize()
         self._rows.flush()
         return self._record
 
@@ -68,19 +73,23 @@ class Recorder:
         Args:
             **values: names, and numbers or scalar tensors, which are read later.
         """
-        self._rows.add(self._step, {}, values)
+        self._add(self._step, {}, values)
 
     def flush(self) -> None:
         """Read all numbers and write them out, which waits for an accelerator."""
+        self._synchronize()
         self._rows.flush()
 
     def close(self) -> None:
         """Write out everything and record no more; a logger that was given stays open."""
-        self._detach(self)
-        self.flush()
-        for writer in self._writers:
-            writer.close()
-        self._writers.clear()
+        try:
+            self._synchronize()
+        finally:
+            self._detach(self)
+            self._rows.flush()
+            for writer in self._writers:
+                writer.close()
+            self._writers.clear()
 
     def __enter__(self) -> Recorder:
         return self
@@ -119,6 +128,7 @@ class Recorder:
         applied: Mapping[str, Mapping[str, Any]],
         scales: Mapping[str, torch.Tensor],
         norms: Mapping[str, torch.Tensor],
+        held: bool = False,
     ) -> None:
         """Record a step that was taken.
 
@@ -127,7 +137,9 @@ class Recorder:
             applied: the hyperparameters of every group.
             scales: the factor on the gradients, of the groups that have one.
             norms: the gradient norm of each clip scope.
+            held: only an accelerator knows yet whether it was taken; `release` follows.
         """
+        self._held = _Held(self._step) if held else None
         self._step = step
         rows: dict[str, dict[str, Any]] = {}
         for group, hyper in applied.items():
@@ -138,7 +150,18 @@ class Recorder:
             for group, values in self._measuring.after().items():
                 rows.setdefault(group, {}).update(values)
             self._measuring = None
-        self._rows.add(step, rows, {f"norm/{scope}": norm for scope, norm in norms.items()})
+        self._add(step, rows, {f"norm/{scope}": norm for scope, norm in norms.items()})
+
+    def release(self, taken: bool) -> None:
+        """Record what was held back; of a step that was not taken, only metrics given since."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if not taken:  # as if it had never begun: metrics belong to the last step that was taken
+            self._step = held.step_before
+            held.rows = [(held.step_before, groups, its) for _, groups, its in held.rows[1:]]
+        for row in held.rows:
+            self._rows.add(*row)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics that were reported to the plan."""
@@ -150,6 +173,12 @@ class Recorder:
         self._record.event(event.step, event.kind, event.text, event.groups)
         for writer in tuple(self._writers):
             self._guarded(writer, writer.event, event)
+
+    def _add(self, step: int, groups: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        if self._held is None:
+            self._rows.add(step, groups, metrics)
+        else:
+            self._held.rows.append((step, groups, metrics))
 
     # --- parts ---------------------------------------------------------------------------------
 
@@ -181,6 +210,14 @@ class Recorder:
             self._told_of_parts = True
             text = "FSDP1 gives each process a part of each tensor: no norms by group are measured"
             self.event(RecordEvent(step, "not-measured", text))
+
+
+@dataclass(eq=False)
+class _Held:
+    """Rows of a step that may not have been taken; the first one is the step's own."""
+
+    step_before: int
+    rows: list[tuple[int, Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
 
 
 class _Measuring:
@@ -241,10 +278,18 @@ class Recorders:
         self._scales: dict[str, torch.Tensor] = {}
 
     def add(
-        self, writers: Sequence[Any], every: int, updates: bool, record: Record | None
+        self,
+        writers: Sequence[Any],
+        every: int,
+        updates: bool,
+        record: Record | None,
+        synchronize: Callable[[], None],
     ) -> Recorder:
-        """Return a new recorder that is told of each step from now on; arguments as there."""
-        recorder = Recorder(writers, every, updates, record, self._remove)
+        """Return a new recorder that is told of each step from now on; arguments as there.
+
+        `synchronize` is called before a record is read: it concludes a step that is pending.
+        """
+        recorder = Recorder(writers, every, updates, record, self._remove, synchronize)
         self._each.append(recorder)
         self.on = True
         return recorder
@@ -279,11 +324,17 @@ class Recorders:
         step: int,
         applied: Mapping[str, Mapping[str, Any]],
         norms: Mapping[str, torch.Tensor],
+        held: bool = False,
     ) -> None:
-        """Record a step that was taken."""
+        """Record a step that was taken, or of which only an accelerator knows it yet (`held`)."""
         for recorder in self._each:
-            recorder.end(step, applied, self._scales, norms)
+            recorder.end(step, applied, self._scales, norms, held)
         self._params, self._grads, self._scales, self.norms = {}, {}, {}, {}
+
+    def release(self, taken: bool) -> None:
+        """Tell what became of a step that was held."""
+        for recorder in self._each:
+            recorder.release(taken)
 
     def windows(self, step: int, before: Sequence[Any], now: Sequence[Any], names: Any) -> None:
         """Record which groups thaw or freeze at a step."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._util.numbers import where_positive
 from ..record.record import METRICS
 from ..record.series import Floats, Steps, thin
 from .html import plain
@@ -67,19 +68,16 @@ def lr_chart(source: Source) -> Chart | None:
         look = {"group": source.groups.index(group), "width": 2}
         if recorded:
             planned = {**look, "name": "planned", "dash": "dot", "width": 1.5}
-            curves.append(
-                ({**look, "name": "applied"}, _where_positive(source.actual(group, "lr")))
-            )
+            curves.append(({**look, "name": "applied"}, _positive(source.actual(group, "lr"))))
         else:
             planned = {**look, "name": "planned"}
-        curves.append((planned, _where_positive(source.planned_lr(group))))
+        curves.append((planned, _positive(source.planned_lr(group))))
     return lines("lr", "learning rate", curves)
 
 
-def _where_positive(curve: Curve) -> Curve:
-    """Return a curve with gaps where it is 0, which has no place on a logarithmic axis."""
+def _positive(curve: Curve) -> Curve:
     steps, values = curve
-    return steps, np.where(values == 0, np.nan, values)
+    return steps, where_positive(values)
 
 
 def group_chart(source: Source, chart: str, title: str, name: str) -> Chart | None:
@@ -87,7 +85,7 @@ def group_chart(source: Source, chart: str, title: str, name: str) -> Chart | No
     curves = [
         (
             {"group": source.groups.index(group), "name": title, "width": 1.5},
-            _where_positive(source.actual(group, name)),
+            _positive(source.actual(group, name)),
         )
         for group in source.drawn
     ]

@@ -10,6 +10,7 @@ from .._util.numbers import check_amount, python_number
 from ..algorithms.registry import hyperparameters, known_hyperparameter
 from ..errors import HyperparameterError, PatternError, PlanError
 from ..gradients.operations import ClipNorm, Operation
+from ..model.name_index import ParameterIndex
 from ..model.parameters import ParamInfo
 from ..model.patterns import Pattern, compile_pattern
 from ..model.suggestions import nothing_matched
@@ -73,8 +74,9 @@ def cascade(plan: Plan, infos: Sequence[ParamInfo], run: Run) -> list[Draft]:
             draft.note("the model", "window", "requires_grad=False", "frozen")
         _apply(draft, dict(plan.settings), "plan", 0, info, 0, run)
         drafts.append(draft)
+    by_name = ParameterIndex(infos)
     for index, rule in enumerate(plan.rules, 1):
-        _apply_rule(rule, index, drafts, run)
+        _apply_rule(rule, index, drafts, by_name, run)
     return drafts
 
 
@@ -82,16 +84,17 @@ def _defaults(optimizer: type) -> dict[str, Setting | tuple[Setting, ...]]:
     return {key: each_part(value, Setting) for key, value in hyperparameters(optimizer).items()}
 
 
-def _apply_rule(rule: Rule, index: int, drafts: Sequence[Draft], run: Run) -> None:
+def _apply_rule(
+    rule: Rule, index: int, drafts: Sequence[Draft], by_name: ParameterIndex, run: Run
+) -> None:
     pattern = compile_pattern(rule.match)
-    matched = [draft for draft in drafts if pattern.matches(draft.info)]
+    matched = [drafts[place] for place in pattern.places(by_name)]
     if not matched:
-        infos = [draft.info for draft in drafts]
-        raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, infos)}")
+        raise PatternError(f"rule {rule.label!r} {nothing_matched(rule.match, by_name.infos)}")
     depths = {draft.info.name: _depth_of(draft.info, pattern, rule) for draft in matched}
     layers = sorted({depth for depth in depths.values() if depth is not None})
     ranks = {depth: rank for rank, depth in enumerate(layers)}
-    ends = _ends(rule, drafts, depths)
+    ends = _ends(rule, drafts, by_name, depths)
     for draft in matched:
         depth = depths[draft.info.name]
         rank = None if depth is None else ranks[depth]
@@ -122,7 +125,10 @@ def _depth_of(info: ParamInfo, pattern: Pattern, rule: Rule) -> int | None:
 
 
 def _ends(
-    rule: Rule, drafts: Sequence[Draft], depths: Mapping[str, int | None]
+    rule: Rule,
+    drafts: Sequence[Draft],
+    by_name: ParameterIndex,
+    depths: Mapping[str, int | None],
 ) -> list[tuple[str, str, str, list[Draft]]]:
     """Return what `by_depth` counts as layers beside those that the rule's pattern captures.
 
@@ -139,11 +145,10 @@ def _ends(
             if text is None:
                 continue
             pattern = compile_pattern(text)
-            at_end = [draft for draft in drafts if pattern.matches(draft.info)]
+            at_end = [drafts[its] for its in pattern.places(by_name)]
             where = f"rule {rule.label!r}, {key}: {place}={text!r}"
             if not at_end:
-                infos = [draft.info for draft in drafts]
-                raise PatternError(f"{where} {nothing_matched(text, infos)}")
+                raise PatternError(f"{where} {nothing_matched(text, by_name.infos)}")
             for name in (draft.info.name for draft in at_end):
                 if name in taken:
                     raise PatternError(

@@ -149,7 +149,7 @@ def explain(resolved: Resolved, name: str, step: int, feedback: Feedback) -> Exp
         )
         together = f"{shown} (all of rule {resolved.scopes[cell.scope].name!r} together)"
         lines.append(Line("gradients", together, chains.get("gradients", ())))
-    names = next(info.names for info in cell.parameters if name in info.names)
+    names = resolved.info_of[name].names
     steps = resolved.run.steps
     end = steps if steps is not None and step >= steps else None
     active = bool(values.active(index))

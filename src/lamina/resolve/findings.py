@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from .._util.text import listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
@@ -270,14 +272,11 @@ def _unchecked(plan: Plan, cells: Sequence[Cell], scopes: Sequence[Scope]) -> It
 def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> Iterator[Finding]:
     """Find rules of which later ones override every setting for all their parameters."""
     effective = {index for d in drafts for rules in d.sources.values() for index in rules}
+    beside = _rules_beside(set(range(1, len(plan.rules) + 1)) - effective, drafts)
     for index, rule in enumerate(plan.rules, 1):
         if index in effective:
             continue
-        beside = 0  # every rule that matches a parameter of this one
-        for draft in drafts:
-            if draft.matched >> index & 1:
-                beside |= draft.matched
-        later = beside >> (index + 1)
+        later = beside.get(index, 0) >> (index + 1)
         if not later:  # top_down on parameters without a layer number says nothing of them
             continue
         others = [rule for place, rule in enumerate(plan.rules[index:]) if later >> place & 1]
@@ -288,6 +287,23 @@ def _rules_without_effect(plan: Plan, drafts: Sequence[Draft]) -> Iterator[Findi
             f"set again by {quoted(other.label for other in others)}.",
             "Put general rules first and special ones after them: move it behind them, or drop it.",
         )
+
+
+def _rules_beside(indices: set[int], drafts: Sequence[Draft]) -> dict[int, int]:
+    """Return for each of some rules all that match a parameter of it too, as bits.
+
+    Each parameter is looked at once, and only its own rules: both may be thousands.
+    """
+    asked = sum(1 << index for index in indices)
+    found: dict[int, int] = {}
+    for matched in {draft.matched for draft in drafts}:
+        left = matched & asked
+        while left:
+            lowest = left & -left
+            index = lowest.bit_length() - 1
+            found[index] = found.get(index, 0) | matched
+            left ^= lowest
+    return found
 
 
 def _suspicious(cells: Sequence[Cell], run: Run) -> Iterator[Finding]:
@@ -407,17 +423,25 @@ def _too_many_stages(windows: Mapping[str, Windows], run: Run, seen: Observed) -
 
 
 def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> Iterator[Finding]:
-    order = list(windows)
+    if not seen.reentrant:
+        return
+    order = {name: place for place, name in enumerate(windows)}
     moments = sorted(
         {step for spans in windows.values() for span in spans for step in span if type(step) is int}
     )
+    first_active = _first_active(windows, moments)
     cut: dict[str, int] = {}
     for path, below in seen.reentrant:
-        first = min(order.index(name) for name in below if name in windows)
-        for step in moments:
-            active = {name for name in windows if _trains(windows[name], step)}
-            if active & below and not active.intersection(order[:first]):
-                cut.setdefault(path, step)
+        its = [name for name in below if name in windows]
+        first = min(order[name] for name in its)
+        steps = [
+            moments[begin + int(np.argmax(behind))]
+            for spans in {windows[name] for name in its}
+            for begin, end in _trained_moments(spans, moments)
+            if (behind := first_active[begin:end] >= first).any()
+        ]
+        if steps:
+            cut.setdefault(path, min(steps))
     if cut:
         yield Finding(
             "reentrant-behind-frozen",
@@ -428,8 +452,28 @@ def _reentrant_behind_frozen(windows: Mapping[str, Windows], seen: Observed) -> 
         )
 
 
-def _trains(windows: Windows, step: int) -> bool:
-    return any(
-        isinstance(begin, int) and begin <= step and (end is None or step < end)
-        for begin, end in windows
-    )
+def _first_active(windows: Mapping[str, Windows], moments: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return for each of some steps the place of the first parameter that trains then.
+
+    Where none does, it is the number of parameters.
+    """
+    earliest: dict[Windows, int] = {}
+    for place, spans in enumerate(windows.values()):
+        earliest.setdefault(spans, place)
+    found = np.full(len(moments), len(windows))
+    for spans, place in reversed(earliest.items()):  # what comes first is written last
+        for begin, end in _trained_moments(spans, moments):
+            found[begin:end] = place
+    return found
+
+
+def _trained_moments(spans: Windows, moments: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the spans of a window as ranges of indices into sorted steps."""
+    return [
+        (
+            bisect_left(moments, begin),
+            len(moments) if end is None else bisect_left(moments, end),
+        )
+        for begin, end in spans
+        if isinstance(begin, int)
+    ]

@@ -33,8 +33,27 @@ from .timeline import judged_values, product
 _HORIZON = 1000
 
 
-def resolve(plan: Plan, model: nn.Module, run: Run | None = None) -> Resolved:
-    """Settle a plan for a model and a run; raises `PlanError` with the user's own words."""
+def resolve_plan(plan: Plan, model: nn.Module, run: Run | None = None) -> Resolved:
+    """Apply a plan to a model: the groups, when each trains, findings, the origin of each value.
+
+    `plan.preview(...)` does so as well, and takes the length of the run in steps or epochs.
+
+    Args:
+        plan: what is wanted.
+        model: the model; it may be on the meta device.
+        run: the length of the run, such as `preview.run`; unknown by default.
+
+    Returns:
+        Data without tensors; `values_at` gives the values of any step of it.
+
+    Raises:
+        PlanError: if the plan cannot be carried out on this model.
+
+    Example:
+        >>> resolved = resolve_plan(Plan("SGD", lr=0.1), nn.Linear(2, 1))
+        >>> [cell.name for cell in resolved.cells]
+        ['default']
+    """
     owned = walk(model)
     return resolve_owned(plan, owned, run or Run(), observe(model, owned))
 

@@ -166,3 +166,10 @@ class Resolved:
             for info in cell.parameters
             for name in info.names
         }
+
+    @cached_property
+    def info_of(self) -> dict[str, ParamInfo]:
+        """The parameter of each name (all names of tied parameters)."""
+        return {
+            name: info for cell in self.cells for info in cell.parameters for name in info.names
+        }

@@ -187,7 +187,8 @@ class Exchange:
                     )
             if method_of(cell.optimizer) is None and not works_on_parts(cell):
                 raise PlanError(
-                    f"the guest optimizer {optimizer_name(cell.optimizer)} updates a tensor in "
+                    f"the third-party optimizer {optimizer_name(cell.optimizer)} updates a tensor "
+                    "in "
                     f"parts otherwise than as a whole, and {_FSDP1} gives each process a part of "
                     f"{info.name!r}; use FSDP2 (fully_shard), or an optimizer that treats each "
                     "number by itself, such as AdamW."

@@ -197,9 +197,9 @@ class Monitor:
                 )
             self._without_gradient = clock
 
-    def measured(self, norms: Mapping[str, torch.Tensor]) -> None:
-        """Look at the norms of a step, which were read on the host already."""
-        limit = self.clip.after_step([float(norm) for norm in norms.values()])
+    def measured(self, norms: list[float]) -> None:
+        """Look at the norms of all scopes in a step, in their order."""
+        limit = self.clip.after_step(norms)
         if limit is not None:
             self._tell(
                 "clipped-elsewhere",
@@ -229,9 +229,17 @@ class Monitor:
         _, batch, index = max(found, key=lambda each: each[0])
         return Sample(batch, index)
 
-    def compare(self, sample: Sample, clock: int) -> None:
-        """Tell if most of the sampled numbers with a gradient are what they were."""
-        lr, share = float(sample.batch.hyper["lr"]), sample.unchanged()
+    def compare(self, sample: Sample, clock: int, lr: float, counts: list[float]) -> None:
+        """Tell if most of the sampled numbers with a gradient are what they were.
+
+        Args:
+            sample: what was sampled.
+            clock: the number of the step.
+            lr: the learning rate in it.
+            counts: the numbers of `sample.counts()`.
+        """
+        unchanged, moving = counts
+        share = unchanged / max(1.0, moving)
         if lr and share > 0.5 and lr >= 0.5 * self._peak(sample.batch.hyper["name"]):
             name = sample.batch.name_of(sample.index)
             kind = str(sample.param.dtype).removeprefix("torch.")
@@ -373,10 +381,10 @@ class Sample:
         flat = tensor.detach().reshape(-1)
         return flat[:: max(1, flat.numel() // _NUMBERS)]
 
-    def unchanged(self) -> float:
-        """Return the share of the numbers with a gradient that are what they were."""
+    def counts(self) -> list[torch.Tensor]:
+        """Return how many numbers with a gradient are what they were, and how many have one."""
         same = (self._some(self.param) == self._before) & self._moves
-        return float(same.sum()) / max(1.0, float(self._moves.sum()))
+        return [same.sum(), self._moves.sum()]
 
 
 def count_processes() -> int:

@@ -10,7 +10,7 @@ import torch
 
 from ..algorithms.base import ROUNDING_ENTRIES, Algorithm, state_dtype_of
 from ..algorithms.registry import OPTIMIZERS, algorithm_of, method_of, optimizer_name
-from ..algorithms.rounding import entry_dtype, entry_of
+from ..algorithms.rounding import entry_dtype, needed_entry
 from ..algorithms.trial import trial_of
 from ..errors import StateError
 from ..guests.packing import unpack
@@ -93,7 +93,7 @@ def another_rounding(
     """Return the name, the saved and the present entry of a rounding, where these differ."""
     values = {key: value for key, value in (entry.values or {}).items() if value is not None}
     saved = next((key for key in ROUNDING_ENTRIES if key in values), "")
-    now = entry_of(param, cell.constants) or ""
+    now = needed_entry(param, cell.constants) or ""
     updated = number_of_steps(name, values.get("step", 0)) > 0
     return [(name, saved, now)] if updated and saved != now else []
 
@@ -145,7 +145,7 @@ def own_entry(
     steps = number_of_steps(info.name, saved.pop("step")) if "step" in saved else None
     fitted = initial_state(param, steps or 0)
     left = [key for key in saved if key not in algorithm.tensors]
-    wanted = entry_of(param, cell.constants)
+    wanted = needed_entry(param, cell.constants)
     # In this order on every process, or their collectives mix it up.
     keys = algorithm.buffers if wanted is None else (*algorithm.buffers, wanted)
     if steps == 0 and not any(map(_filled, saved.values())):

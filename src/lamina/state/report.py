@@ -80,9 +80,11 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{_count(len(self.kept), 'parameter')} kept their state, at step {self.clock}"]
         if self.clock_from == "steps":
-            lines.append("no clock in the state: taken from the updates of the parameters")
+            lines.append(
+                "no clock in the state: the step was taken from the update counts of the parameters"
+            )
         elif self.clock_from == "nothing":
-            lines.append("no clock in the state, nor any count of updates: it begins at 0")
+            lines.append("no clock and no update counts in the state: the step count starts at 0")
         if self.matched_by == "positions":
             lines.append("matched by position: the state has no names")
         if self.saved_run not in (None, self.run):
@@ -96,12 +98,12 @@ class LoadReport:
         named = [f"{old} -> {new}" for old, new in self.renamed]
         rows: list[tuple[str, Sequence[str]]] = [
             ("new", self.new),
-            ("restarted (another optimizer's state)", self.restarted),
+            ("restarted, since the state was another optimizer's", self.restarted),
             ("renamed", named),
             ("dropped", self.dropped),
             ("state in another dtype", _changes(self.converted)),
             ("state of another rounding", _changes(self.rounding)),
-            ("the plan's value stays", [str(row) for row in self.hyperparameters]),
+            ("changed by the new plan", [str(row) for row in self.hyperparameters]),
         ]
         lines += [f"{what}: {listed(texts)}" for what, texts in rows if texts]
         return "\n".join(lines)

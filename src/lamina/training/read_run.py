@@ -63,7 +63,7 @@ def _settings(about: Mapping[str, Any], record: Record) -> dict[str, str]:
     if isinstance(baseline, dict) and baseline:
         found["baseline"] = ", ".join(f"{key} {value}" for key, value in baseline.items())[:500]
     if record.damaged_lines:
-        found["damaged lines"] = f"{record.damaged_lines} of {METRICS} were passed over"
+        found["damaged lines"] = f"{record.damaged_lines} of {METRICS} were skipped"
     return found
 
 

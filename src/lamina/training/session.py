@@ -30,6 +30,7 @@ from .resume import check_fits, restore
 from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
 from .saver import Saver
 from .sharding import choose_blocks
+from .snapshot import Snapshot
 
 
 @dataclass
@@ -127,12 +128,12 @@ class Session(ReadyRun):
         if snapshot.processes != self.accelerator.num_processes:
             changed.append(self._dealt_anew(snapshot.processes))
         if unread:
-            changed.append(f"{METRICS}: {unread} damaged line{'s' * (unread > 1)} passed over")
+            changed.append(f"{METRICS}: skipped {unread} damaged line{'s' * (unread > 1)}")
         seen = {"from": start.path.name, "step": snapshot.clock, "passed_over": passed}
         folder.resume(self.plan, self.preview, self._about(), **seen, changed=changed)
-        text = f"resumed from {start.path.name}"
+        text = f"resumed from {start.path.name} ({_place(snapshot)})"
         if passed:
-            text += f"; passed over, since they are damaged: {', '.join(passed)}"
+            text += f"; skipped damaged checkpoints: {', '.join(passed)}"
         text = "; ".join([text, *changed])
         for listener in listeners:
             listener.on_event(Event(snapshot.clock, snapshot.epoch, "resumed", text))
@@ -213,3 +214,10 @@ class Session(ReadyRun):
         if kind is None:  # no process may end its group while another still talks to it
             self.accelerator.wait_for_everyone()
         self.close()
+
+
+def _place(snapshot: Snapshot) -> str:
+    """Return where in the data a snapshot was taken."""
+    if snapshot.batches == 0:
+        return f"start of epoch {snapshot.epoch + 1}"
+    return f"epoch {snapshot.epoch + 1}, batch {snapshot.batches}"

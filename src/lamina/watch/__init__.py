@@ -1,4 +1,4 @@
-"""Watch what a training run really does, whatever trains; see docs/watch.md."""
+"""Watch what a training run really does, whatever trains; see docs/how-to/watch.md."""
 
 from .session import Seen, watch
 from .static import check

@@ -34,8 +34,8 @@ def check(
         scheduler: the scheduler, or a sequence of them.
 
     Returns:
-        The findings, each with a stable code, the cause and the fix; see docs/findings.md. Those
-        whose `severity` is `"advice"` may well be meant.
+        The findings, each with a stable code, the cause and the fix; see
+        docs/reference/findings.md. Those whose `severity` is `"advice"` may well be meant.
 
     Raises:
         PlanError: if the model is no module or the optimizer no optimizer.
@@ -47,6 +47,8 @@ def check(
         >>> [finding.code for finding in check(model, optimizer)]
         ['not-in-optimizer']
     """
+    if isinstance(model, torch.optim.Optimizer):
+        raise _swapped(model, "model")
     owned = collect(model)
     optimizers = _listed(optimizer, torch.optim.Optimizer, "optimizer", "a torch.optim.Optimizer")
     schedulers = [] if scheduler is None else _sequence(scheduler)
@@ -71,6 +73,8 @@ def _sequence(given: Any) -> list[Any]:
 def _listed(given: Any, kind: type, argument: str, expected: str) -> list[Any]:
     items = _sequence(given)
     for item in items:
+        if isinstance(item, nn.Module):
+            raise _swapped(item, argument)
         if not isinstance(item, kind):
             raise PlanError(
                 f"{argument} is of type {type(item).__name__}; expected {expected}, or a sequence "
@@ -79,6 +83,14 @@ def _listed(given: Any, kind: type, argument: str, expected: str) -> list[Any]:
     if not items:
         raise PlanError(f"{argument} is empty; expected {expected}.")
     return items
+
+
+def _swapped(given: Any, argument: str) -> PlanError:
+    """Return the error for an argument that was given in the place of another one."""
+    return PlanError(
+        f"check was given {type(given).__name__} as the {argument}; expected the order "
+        "lamina.check(model, optimizer, scheduler)."
+    )
 
 
 def model_findings(

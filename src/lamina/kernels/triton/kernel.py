@@ -18,7 +18,7 @@ from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
 from ...algorithms.rmsprop import RMSprop
-from ...algorithms.rounding import entry_of, rounding_of
+from ...algorithms.rounding import needed_entry, rounding_of
 from ..base import Kernel, begin_momentum, short
 from ..fused import step_refusal
 from .table import BLOCK, Table, float32_on
@@ -203,7 +203,7 @@ def _launch_of(batch: Batch) -> Launch:
         grad=batch.grads[0].dtype,
         state=used[0] if used else param.dtype,
         rounding=rounding_of(param, hyper) or "nearest",
-        keys=(*state, entry_of(param, hyper)),
+        keys=(*state, needed_entry(param, hyper)),
         variant=tuple(form.variant(hyper).items()),
     )
 

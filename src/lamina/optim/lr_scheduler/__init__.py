@@ -1,7 +1,7 @@
 """`torch.optim.lr_scheduler` by name, signature and default: change the import, keep the code.
 
-Torch everywhere inside a schedule's planned range; `docs/differences-from-torch.md` lists what
-differs, with the reasons.
+Torch everywhere inside a schedule's planned range; `docs/explanation/differences-from-torch.md`
+lists what differs, with the reasons.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""Norms of many tensors by a compiled loop, in one pass over memory and without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._util.blocks import PLAIN
+from .._util.tensors import addresses, waits
+from .chunks import ELEMENTS, chunks_of
+from .loader import failure, loop, unavailable
+from .workers import WORKERS
+
+Array = np.ndarray[Any, Any]
+
+
+def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
+    """Return the 2-norm of each tensor in float64, the same for any number of threads.
+
+    Returns:
+        An array; None where tensors are not all of one dtype, contiguous and on the CPU, or where
+        there are no compiled loops.
+    """
+    first = tensors[0]
+    if waits(first.device) or first.dtype not in ELEMENTS or not _is_compiled(first.dtype):
+        return None
+    dtype = first.dtype
+    for tensor in tensors:
+        if tensor.dtype is not dtype or type(tensor) not in PLAIN or not tensor.is_cpu:
+            return None
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            return None
+    sizes = tuple(map(torch.Tensor.numel, tensors))
+    chunks = _chunks(sizes)
+    where = np.asarray(addresses(tensors), dtype=np.int64)
+    if (where % first.element_size()).any():
+        return None
+    sums, norms = np.zeros(len(chunks)), np.empty(len(sizes))
+    arguments = (np.zeros(1, dtype=np.int64), chunks, where, sums, ELEMENTS[dtype])
+    WORKERS.run(loop("squares_of"), arguments, sum(sizes))
+    loop("norms_of")(chunks, sums, norms)
+    return norms
+
+
+@lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...]) -> Array:
+    return chunks_of(sizes)
+
+
+@cache
+def _is_compiled(dtype: torch.dtype) -> bool:
+    if unavailable():
+        return False
+    nothing, chunks = np.zeros(0), np.zeros((0, 3), dtype=np.int64)
+    counter, where = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    calls = {
+        "squares_of": (counter, chunks, where, nothing, ELEMENTS[dtype]),
+        "norms_of": (chunks, nothing, nothing),
+    }
+    return not failure(calls)

@@ -1,0 +1,59 @@
+"""Threads for compiled loops: those of Python, as the loops run without the interpreter lock.
+
+There is no second OpenMP runtime beside torch's, whose threads would fight for the cores, and which
+no process may fork. The number of threads is torch's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+#: elements below which waking a thread costs more than it saves
+_WORTH_A_THREAD = 65_536
+
+
+class Workers:
+    """A pool that begins with its first use, and anew in a forked process."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pool, self._size = None, 0  # the threads are those of the parent
+
+    def run(self, function: Callable[..., None], arguments: tuple[Any, ...], elements: int) -> None:
+        """Call a function on several threads at once, each of which takes what is left to do.
+
+        It does not matter how many of them come: this thread does the rest.
+        """
+        wanted = min(torch.get_num_threads(), elements // _WORTH_A_THREAD + 1)
+        helpers = [self._submit(function, arguments) for _ in range(wanted - 1)]
+        try:
+            function(*arguments)
+        finally:
+            for helper in helpers:
+                if helper is not None and not helper.cancel():
+                    helper.result()
+
+    def _submit(
+        self, function: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> Future[None] | None:
+        wanted = torch.get_num_threads() - 1
+        if self._pool is None or self._size < wanted:
+            self._pool = ThreadPoolExecutor(wanted, thread_name_prefix="lamina")
+            self._size = wanted
+        try:
+            return self._pool.submit(function, *arguments)
+        except RuntimeError:  # the interpreter is going down, and takes no new work
+            return None
+
+
+WORKERS = Workers()

@@ -1,0 +1,189 @@
+"""A step of all batches by compiled loops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...algorithms.base import Batch
+from ...algorithms.sgd import SGD
+from ...compiled.loader import loop
+from ...compiled.workers import WORKERS
+from ..base import begin_momentum
+from .arrays import FOLLOWED, NEW, Form, check_bounds, overlap, table_of, written_by
+from .loops import LOOPS
+
+_choice = attrgetter("kernel")
+
+
+#: whether all addresses are compared with the tensors before each step, for tests and for doubt
+CHECK_BOUNDS = bool(os.environ.get("LAMINA_CHECK_BOUNDS"))
+
+
+class Step:
+    """The tables of batches that are updated together, kept until one of their tensors changes."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._choices = list(map(_choice, batches))
+        fresh = [set(_begin_momentum(batch)) for batch in batches]
+        by_form: dict[Form, list[int]] = {}
+        for index, batch in enumerate(batches):
+            by_form.setdefault(Form.of(batch), []).append(index)
+        # One thread goes through them in order where they have memory in common, as torch does.
+        threads = not overlap(chain.from_iterable(map(written_by, batches)))
+        self._parts = []
+        for form, indices in by_form.items():
+            part = Part(form, [batches[index] for index in indices], threads)
+            if form.algorithm is SGD:  # whose buffer begins as the gradient; others begin as zeros
+                new = [
+                    place in fresh[i] for i in indices for place in range(len(batches[i].params))
+                ]
+                part.table.flags[new] |= NEW
+            self._parts.append((indices, part))
+
+    def holds(self, batches: Sequence[Batch]) -> bool:
+        """Return whether these are the batches of the tables, with the same tensors.
+
+        A batch gets another choice of its kernel when a tensor of it changes.
+        """
+        choices = list(map(_choice, batches))
+        return len(choices) == len(self._choices) and all(map(is_, choices, self._choices))
+
+    def run(self, batches: Sequence[Batch]) -> bool:
+        """Update all batches; return False, and do nothing, if a form of one has changed."""
+        works = [(part, [batches[i] for i in indices]) for indices, part in self._parts]
+        if not all(part.prepare(its) for part, its in works):
+            return False
+        for part, its in works:
+            part.run(its)
+        return True
+
+
+class Part:
+    """The batches of one form."""
+
+    def __init__(self, form: Form, batches: Sequence[Batch], threads: bool) -> None:
+        loops = LOOPS[form.algorithm]
+        self._form, self._threads = form, threads
+        self._elements = form.elements()
+        self._read = itemgetter(*loops.settings)
+        sign = ("maximize",) if "maximize" in batches[0].algorithm.defaults else ()
+        kinds = (*loops.needs.values(), *loops.options, *sign)
+        self._read_kinds = itemgetter(*kinds) if kinds else len
+        self._last: list[Any] | None = None
+        self._last_kinds: list[Any] | None = None
+        self._signs = np.ones(len(batches))
+        values = self._read(batches[0].hyper)
+        self.table = table_of(form, batches, 1 + len(loops.numbers(values)))
+        self._step_addresses = np.asarray(
+            [step.data_ptr() for batch in batches for step in batch.steps], dtype=np.int64
+        )
+        sizes = [param.numel() for batch in batches for param in batch.params]
+        self._sizes = np.asarray(sizes, dtype=np.float64)
+        self._total = sum(sizes)
+        self._sums = np.zeros((len(self.table.chunks), loops.sums))
+        self._totals = np.zeros((len(sizes), loops.sums))
+
+    def mark_new(self, batches: Sequence[Batch], fresh: Sequence[set[int]]) -> None:
+        """Note which buffers begin with this update, by the positions in each batch."""
+        rows = zip(batches, fresh, strict=True)
+        new = [index in its for batch, its in rows for index in range(len(batch.params))]
+        self.table.flags[new] |= NEW
+
+    def prepare(self, batches: Sequence[Batch]) -> bool:
+        """Read this step's settings; return whether they go with the form."""
+        table = self.table
+        values = [self._read(batch.hyper) for batch in batches]
+        kinds = [self._read_kinds(batch.hyper) for batch in batches]
+        if kinds != self._last_kinds:
+            if any(Form.of(batch) != self._form for batch in batches):
+                return False
+            self._signs[:] = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
+            self._last_kinds = kinds
+        if not self._are_known(values):
+            numbers = LOOPS[self._form.algorithm].numbers
+            table.settings[:, 1:] = [numbers(each) for each in values]
+            tensors = any(isinstance(value, torch.Tensor) for value in _flat(values))
+            self._last = None if tensors else values  # a tensor may change in place
+        scales: dict[int, float] = {}
+        for batch in batches:
+            if batch.scale is not None and id(batch.scale) not in scales:
+                scales[id(batch.scale)] = float(batch.scale)
+        factors = [scales[id(batch.scale)] if batch.scale is not None else 1.0 for batch in batches]
+        table.settings[:, 0] = np.multiply(factors, self._signs)
+        table.addresses[1] = [grad.data_ptr() for batch in batches for grad in batch.grads]
+        return True
+
+    def _are_known(self, values: list[Any]) -> bool:
+        try:
+            return values == self._last
+        except RuntimeError:  # a tensor of several numbers
+            return False
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """Update the weights and the state."""
+        table, loops = self.table, LOOPS[self._form.algorithm]
+        if CHECK_BOUNDS:
+            check_bounds(table, batches)
+        loop("count")(self._step_addresses, table.steps)
+        if loops.sums:
+            self._call(f"{loops.update}_sums", (table, self._sums))
+            loop("sum_chunks")(table.chunks, self._sums, self._totals)
+            loop(f"{loops.update}_factors")(table, self._totals, self._sizes)
+        self._call(loops.update, (table,))
+        flags = table.flags
+        if self._form.rounding in ("kahan", "master") and (flags & FOLLOWED).any():
+            self._tell_followed(batches)
+        flags[:] = 0
+
+    def calls(self) -> dict[str, tuple[Any, ...]]:
+        """Return the calls of all loops of this form, in one thread."""
+        table, loops = self.table, LOOPS[self._form.algorithm]
+        calls: dict[str, tuple[Any, ...]] = {"count": (self._step_addresses, table.steps)}
+        if loops.sums:
+            calls[f"{loops.update}_sums"] = (table, self._sums, *self._elements)
+            calls["sum_chunks"] = (table.chunks, self._sums, self._totals)
+            calls[f"{loops.update}_factors"] = (table, self._totals, self._sizes)
+        return {**calls, loops.update: (table, *self._elements)}
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.table.counter[0] = 0
+        elements = self._total if self._threads else 0
+        WORKERS.run(loop(name), (*arguments, *self._elements), elements)
+
+    def _tell_followed(self, batches: Sequence[Batch]) -> None:
+        tensor = 0
+        for batch in batches:
+            for index in range(len(batch.params)):
+                if self.table.flags[tensor] & FOLLOWED:
+                    batch.followed.add(batch.name_of(index))
+                tensor += 1
+
+
+def _begin_momentum(batch: Batch) -> list[int]:
+    """Make room for buffers that begin now; return the positions of their parameters."""
+    uses = zip(batch.algorithm.buffers, Form.of(batch).uses, strict=True)
+    if ("momentum_buffer", True) not in uses:
+        return []
+    return begin_momentum(batch)
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for each in values:
+        for value in each if isinstance(each, (tuple, list)) else (each,):
+            found += value if isinstance(value, (tuple, list)) else [value]
+    return found
+
+
+def empty_calls(form: Form, batch: Batch) -> dict[str, tuple[Any, ...]]:
+    """Return calls of all loops of a form that update nothing, to compile them."""
+    nothing = Batch(batch.algorithm, [], [], {}, [], batch.hyper)
+    part = Part(form, [nothing], threads=False)
+    return part.calls()
