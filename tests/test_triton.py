@@ -23,6 +23,7 @@ from lamina.kernels.triton import Triton, kernel, table
 from reference.runner import batch_of
 
 CASES = Path(__file__).with_name("triton_cases.py")
+pytestmark = pytest.mark.usefixtures("without_numba")
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs Triton: pip install triton"
 )
