@@ -184,7 +184,7 @@ def rounded_pair(name, how, dtype, state):
 
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("how", ["stochastic", "kahan", "master"])
-def test_rounding_follows_the_definition_to_the_bit(name, how):
+def test_rounded_weights_are_nearly_always_those_of_the_rule(name, how):
     """State in bfloat16 is drawn too; what stays in float32 may differ in its last digit."""
     is_half = name in ("RMSprop", "LAMB")
     dtype, state = (torch.float16, "float32") if is_half else (torch.bfloat16, None)
