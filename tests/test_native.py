@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -187,6 +188,25 @@ def test_all_groups_are_updated_in_one_call(monkeypatch):
         torch.testing.assert_close(
             old - new, 1e-3 * (i + 1) * (1 + 0.01 * old), rtol=1e-4, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("plan", [False, True])
+def test_gradients_are_let_go_after_a_step(groups, plan):
+    """A batch that kept them would double their memory in the next backward pass."""
+    model = torch.nn.ParameterList([torch.randn(4) for _ in range(3)])
+    if plan:
+        rules = [lm.Rule(str(i), lr=0.1 * (i + 1)) for i in range(groups)]
+        optimizer = lm.Plan(lm.AdamW, lr=1.0, clip_norm=1.0, rules=rules).build(model, steps=9)
+    else:
+        optimizer = lm.AdamW([{"params": list(model)[i::groups]} for i in range(groups)])
+    for _ in range(4):
+        for param in model:
+            param.grad = torch.ones(4)
+        alive = [weakref.ref(param.grad) for param in model]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [ref() for ref in alive] == [None] * 3
 
 
 def test_settings_and_forms_may_change_between_steps():

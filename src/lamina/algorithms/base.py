@@ -176,6 +176,10 @@ class Batch:
     #: names of parameters whose weights others changed while the state has a copy of them
     followed: set[str] = field(default_factory=set)
 
+    def forget_gradients(self) -> None:
+        """Let go of the gradients after a step, so that `zero_grad` frees their memory."""
+        self.grads = self.known_grads = []
+
     def name_of(self, index: int) -> str:
         """Return what an error calls the parameter at `index`."""
         if index < len(self.names):

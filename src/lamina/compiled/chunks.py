@@ -10,7 +10,7 @@ import torch
 
 Array = np.ndarray[Any, Any]
 #: elements that a thread takes at a time: few enough that threads end together
-CHUNK = 32_768
+CHUNK = 65_536
 #: how loops see the elements of a tensor; a bfloat16 is 16 bits to NumPy
 ELEMENTS: dict[torch.dtype, Any] = {
     torch.float32: np.float32(0),

@@ -201,6 +201,7 @@ class Split(Kernel):
                 if not kernel.counts_steps:
                     _count(part.steps)
                 update(kernel, [part])
+                part.grads = []
                 if part.has_new_state:
                     give_back(part, batch, indices)
 

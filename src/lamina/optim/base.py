@@ -189,6 +189,8 @@ class DropIn(Engine):
                 kernels.differentiate(batch)
         kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
         self._store_new_state(batches)
+        for batch in batches:
+            batch.forget_gradients()
         tell_followed(batches)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -259,6 +259,7 @@ class KeptStep:
             {},
         )
         self._known = KeptBatch(together, [state[param] for param in together.params])
+        together.forget_gradients()
 
     def batches(
         self,

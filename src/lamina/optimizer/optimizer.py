@@ -343,6 +343,8 @@ class Optimizer(Engine):
         if self._guests.present:
             written_by_guest = self._guests.own_writes(self._run_state.published)
         self._advance(pending)
+        for batch in batches:
+            batch.forget_gradients()
         tell_followed(batches)
         if written_by_guest:
             raise OwnershipError(f"{written_by_guest} The step was taken.")
