@@ -120,7 +120,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
 def test_a_case_of_many_groups_has_one_group_beside_it():
     done = compare.compare(Case("small", "AdamW", CLIP_STEP, groups=3, beside=1), QUICK)
     assert {"torch fused, 1 group", "lamina plan, 1 group"} <= done["rows"].keys()
-    assert tables.fastest_other(done["rows"]) in ("torch fused", "torch foreach", "torch default")
+    assert not tables.fastest_other(done["rows"]).startswith("lamina")
 
 
 def test_the_kernels_that_an_optimizer_tells_are_in_the_row():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -413,12 +414,14 @@ def _train_shards(rank: int, folder: str) -> None:
             entry = ENTRY[how]
             if entry:
                 assert optimizers[0].state[params["sharded"]][entry].shape == start.shape
+    Path(folder, f"{rank}.done").touch()
     leave_group()
 
 
 @pytest.mark.slow
 def test_sharded_parameters(tmp_path):
     run_processes(_train_shards, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.done")} == {"0.done", "1.done"}
 
 
 # --- what is refused, and how it is written ----------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import lamina as lm
 
 #: public functions that hide the package of the same name
-HIDING = {"watch"}
+HIDING = {"reuse", "watch"}
 
 
 def test_dir_shows_the_public_names_only():

@@ -142,7 +142,7 @@ def test_preview_tells_the_space_that_is_used_and_what_is_saved():
     assert (first.replayed, second.replayed) == (("layer.2",), ("layer.1",))
     assert first.bytes_per_example == 8 * 16 * 4
     assert forecast.space == 24 * 2 * 8 * 16 * 4
-    assert first.saved > second.saved > 0.2
+    assert first.saved > second.saved > 0
     training.run(1)
     stored = sum(
         len(shelf.slots) * sum(shelf.form.widths())

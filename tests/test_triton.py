@@ -182,7 +182,7 @@ def test_compiles_for_older_and_for_other_devices(name, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- what they compute
 
 
-def _run_cases(mark):
+def assert_cases_pass(mark):
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "-m", mark]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -200,10 +200,10 @@ def _run_cases(mark):
 
 @needs_triton
 def test_against_the_readable_rule():
-    _run_cases("not slow")
+    assert_cases_pass("not slow")
 
 
 @needs_triton
 @pytest.mark.slow
 def test_every_option_against_the_readable_rule():
-    _run_cases("slow")
+    assert_cases_pass("slow")

@@ -20,6 +20,7 @@ Looking before training
     Preview, diff, PlanDiff     the run as a table, picture and data; two plans compared
     Explanation, Finding        why a value is what it is; what is probably not meant
     resolve_plan, Resolved, values_at, Feedback         every value at every step, as data
+    reuse                       computes what is frozen once per example
     check, watch, Seen          mistakes in any training loop, with or without a plan
 
 Schedules

@@ -232,7 +232,7 @@ def round_stochastically(
     rounded = exact.to(dtype)
     # Infinity and what rounds to it are not, nor is NaN, which is not below anything.
     is_kept = torch.abs(values, out=within) < _RANGE[dtype]
-    if values.is_cpu and bool(is_kept.all()):
+    if not waits(values.device) and bool(is_kept.all()):
         return rounded
     return torch.where(is_kept, rounded, values.to(dtype))
 
