@@ -172,6 +172,7 @@ def test_a_weight_that_others_changed_is_followed_and_told():
 
 
 def test_all_groups_are_updated_in_one_call(monkeypatch):
+    torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(5, 4)) for _ in range(30)]
     optimizer = lm.AdamW([{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)])
     calls = []
