@@ -410,6 +410,20 @@ def test_an_optimizer_says_which_kernels_it_uses(monkeypatch):
     assert "not native: Numba is not installed" in other.kernels()["0"]
 
 
+def test_what_no_kernel_updates_is_told_too():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    plan = lm.Plan(lm.AdamW, lr=0.1, rules=[lm.Rule("1.*", optimizer=torch.optim.NAdam, lr=0.1)])
+    optimizer = plan.build(model, steps=3)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    texts = [text.split(":")[0] for text in optimizer.kernels().values()]
+    assert sorted(texts) == ["native", "third-party"]
+    search = lm.LBFGS(model.parameters())
+    assert search.kernels() == {
+        "0": "one vector: the search of L-BFGS over all parameters together"
+    }
+
+
 def test_code_that_cannot_be_compiled_is_a_reason(monkeypatch):
     monkeypatch.setattr(native_kernel, "_FAILURES", {})
     monkeypatch.setattr(loader, "_leave_cache", lambda: None)

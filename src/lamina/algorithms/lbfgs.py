@@ -140,6 +140,10 @@ class Memory:
         return r
 
 
+#: what `kernels()` says of it
+WHOLE_VECTOR = "one vector: the search of L-BFGS over all parameters together"
+
+
 def lbfgs_step(
     closure: Closure | None, groups: Sequence[dict[str, Any]], entry: dict[str, Any]
 ) -> Any:

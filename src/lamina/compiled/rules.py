@@ -52,6 +52,14 @@ def penalty(decay: Any, weight: Any) -> Any:
 
 
 @compiled
+def moments(
+    grad: Any, mean: Any, square: Any, beta1: Any, rest1: Any, beta2: Any, rest2: Any
+) -> Any:
+    """Return the two running means of Adam; `rest` is 1 - beta, rounded once."""
+    return beta1 * mean + rest1 * grad, beta2 * square + rest2 * (grad * grad)
+
+
+@compiled
 def sgd(
     table: Any,
     theta: Any,
@@ -203,8 +211,8 @@ def adam(
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
             grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
-            mean = beta1 * load(means, i, m, 2) + rest1 * grad
-            square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
+            old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
+            mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
             write(means, i, m, 2, noise, key_m, mean)
             write(squares, i, v, 3, noise, key_v, square)
             if x is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .access import as_number, claim, compiled, compiled_sums, load
-from .rules import FOLLOWED, penalty
+from .rules import FOLLOWED, moments, penalty
 from .weights16 import key_of, read_weight, write, write_weight
 
 
@@ -143,6 +143,12 @@ def lars(
             table.flags[tensor] |= FOLLOWED
 
 
+@compiled
+def lamb_update(mean: Any, root: Any, decay: Any, weight: Any) -> Any:
+    """Return u of LAMB from the corrected means."""
+    return mean / root + penalty(decay, weight)
+
+
 @compiled_sums
 def lamb_sums(
     table: Any,
@@ -181,9 +187,9 @@ def lamb_sums(
         for i in range(start, end):
             weight, _ = read_weight(thetas, extras, i, theta, compensation, master)
             grad = factor * load(grads, i, g, 1)
-            mean = beta1 * load(means, i, m, 2) + rest1 * grad
-            square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
-            update = (mean * first) / (np.sqrt(square) * second + eps) + penalty(decay, weight)
+            old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
+            mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
+            update = lamb_update(mean * first, np.sqrt(square) * second + eps, decay, weight)
             weights += np.float64(weight) * np.float64(weight)
             updates += np.float64(update) * np.float64(update)
         sums[chunk, 0], sums[chunk, 1] = weights, updates
@@ -240,9 +246,9 @@ def lamb(
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
             grad = factor * load(grads, i, g, 1)
-            mean = beta1 * load(means, i, m, 2) + rest1 * grad
-            square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
-            update = (mean * first) / (np.sqrt(square) * second + eps) + penalty(decay, weight)
+            old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
+            mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
+            update = lamb_update(mean * first, np.sqrt(square) * second + eps, decay, weight)
             write(means, i, m, 2, noise, key_m, mean)
             write(squares, i, v, 3, noise, key_v, square)
             result = weight - rate * update
@@ -288,8 +294,8 @@ def layer_adaptive_sums(
         for i in range(start, end):
             weight, _ = read_weight(thetas, extras, i, theta, compensation, master)
             grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
-            mean = beta1 * load(means, i, m, 2) + rest1 * grad
-            square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
+            old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
+            mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
             if x is not None:
                 square = np.maximum(load(largest, i, x, 4), square)
             total += np.float64(np.abs(mean) / (np.sqrt(square) + eps))
@@ -345,8 +351,8 @@ def layer_adaptive(
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
             followed |= told
             grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
-            mean = beta1 * load(means, i, m, 2) + rest1 * grad
-            square = beta2 * load(squares, i, v, 3) + rest2 * (grad * grad)
+            old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
+            mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
             write(means, i, m, 2, noise, key_m, mean)
             write(squares, i, v, 3, noise, key_v, square)
             if x is not None:

@@ -141,6 +141,10 @@ class Guests(Updates):
         """Return nothing: what a guest keeps is its own, and may change at every step."""
         return []
 
+    def kernel_of(self, batch: Batch) -> str:
+        """Return that the optimizer of somebody else does it."""
+        return "third-party: the step of the optimizer itself"
+
     def fits(self, group: Group, params: Tensors, grads: Tensors, state: OptimizerState) -> bool:
         """Return whether the parameters have the shapes that the guest knows, and the gradients."""
         known = [list(param.shape) for param in group["params"]] == group["param_shapes"]

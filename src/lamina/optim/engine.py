@@ -11,7 +11,6 @@ import torch
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
-from ..kernels import reason_of
 from ..kernels.memory_check import Misfit, message, wrong_with_grad, wrong_with_param
 from ..model.parameters import ParamInfo
 from ..model.selection import described, select_parameters
@@ -197,12 +196,14 @@ class Engine(torch.optim.Optimizer):
             >>> optimizer.kernels()
             {'0': 'readable: the update rule as written, one tensor at a time'}
         """
-        found = {}
-        for index, group in enumerate(self.param_groups):
-            known = self._kept_batches.get(id(group))
-            text = "none yet: it was not updated" if known is None else reason_of(known.batch)
-            found[str(group.get("name", index))] = text
-        return found
+        groups = enumerate(self.param_groups)
+        return {str(group.get("name", index)): self._kernel_of(group) for index, group in groups}
+
+    def _kernel_of(self, group: Group) -> str:
+        known = self._kept_batches.get(id(group))
+        if known is None:
+            return "none yet: it was not updated"
+        return self._updates_for(group).kernel_of(known.batch)
 
     def _store_new_state(self, batches: Sequence[Batch]) -> None:
         """Store the state tensors that an update brought into being."""

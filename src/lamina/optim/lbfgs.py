@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..algorithms import METHODS
 from ..algorithms.base import Method
-from ..algorithms.lbfgs import lbfgs_step
+from ..algorithms.lbfgs import WHOLE_VECTOR, lbfgs_step
 from ..errors import HyperparameterError
 from .base import DropIn, arguments
 from .engine import Closure
@@ -61,6 +61,9 @@ class LBFGS(DropIn):
         params = (param for group in self.param_groups for param in group["params"])
         first = next(params, None)  # holds the state, as in torch
         return lbfgs_step(closure, self.param_groups, {} if first is None else self.state[first])
+
+    def _kernel_of(self, group: dict[str, Any]) -> str:
+        return WHOLE_VECTOR
 
     def _restart(self, chosen: Sequence[tuple[dict[str, Any], torch.Tensor, int]]) -> None:
         """Drop the memory, which is one over all parameters."""

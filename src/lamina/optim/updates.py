@@ -52,6 +52,10 @@ class Updates(ABC):
     def initial_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state of a parameter before its first update."""
 
+    def kernel_of(self, batch: Batch) -> str:
+        """Return what carried out the last update of a batch, and why it was this."""
+        return kernels.reason_of(batch)
+
     def restarted_state(self, group: Group, param: torch.Tensor) -> dict[str, Any]:
         """Return the state with which a parameter starts again, whose size may have changed."""
         return self.initial_state(group, param)

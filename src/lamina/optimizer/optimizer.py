@@ -19,7 +19,7 @@ from .._util.notices import warn
 from .._util.sharding import is_distributed, is_sharded
 from .._util.text import listed
 from ..algorithms.base import Batch
-from ..algorithms.lbfgs import lbfgs_step
+from ..algorithms.lbfgs import WHOLE_VECTOR, lbfgs_step
 from ..algorithms.registry import is_whole_vector, optimizer_name
 from ..algorithms.rounding import tell_followed
 from ..errors import NonFiniteError, OwnershipError, PlanError
@@ -599,6 +599,9 @@ class Optimizer(Engine):
         if self._guests.present and group["name"] in self._guests:
             return self._guests
         return self._kernel_updates
+
+    def _kernel_of(self, group: Group) -> str:
+        return WHOLE_VECTOR if self._searches_whole_vector else super()._kernel_of(group)
 
     def _new_batch(
         self, group: Group, params: list[torch.Tensor], grads: list[torch.Tensor]
