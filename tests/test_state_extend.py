@@ -284,7 +284,7 @@ def test_the_picture_shows_the_saved_run_then_the_new_one(extend):
     for step in (AT - 1, AT):
         shown = preview.explain("head.weight", step).lines
         assert f"{(before + after)[step]:g}" in next(x.value for x in shown if x.key == "lr")
-    text = str(preview)
+    text = " ".join(str(preview).split())  # lines are wrapped to the width
     assert "resumes at step 8 of a saved run" in text
     jumps = [finding for finding in preview.findings if finding.code == "value-jumps"]
     assert bool(jumps) is (extend == "stretch")
