@@ -289,7 +289,7 @@ def test_the_picture_shows_the_saved_run_then_the_new_one(extend):
     jumps = [finding for finding in preview.findings if finding.code == "value-jumps"]
     assert bool(jumps) is (extend == "stretch")
     assert ("lr of 'default' jumps from" in " ".join(text.split())) is (extend == "stretch")
-    assert ("those of 20 steps" in text) is (extend == "hold")
+    assert ("those for 20 steps" in text) is (extend == "hold")
 
 
 def test_a_preview_shows_what_a_resumed_optimizer_applies():

@@ -54,7 +54,7 @@ def test_hold_then_stretch_names_the_jumps_everywhere():
     assert told.startswith("lr of 'default' jumps from")
     assert found(preview) == ["value-jumps"]
     assert told in preview.findings[0].message
-    assert "schedules fit the new length" in " ".join(str(preview).split())
+    assert "schedules are fitted to the new length" in " ".join(str(preview).split())
 
 
 @pytest.mark.parametrize("extend", [None, "hold"])
@@ -65,7 +65,7 @@ def test_a_held_run_that_stays_held_names_none(caplog, extend):
         preview = COSINE.preview(mlp(), steps=steps, resume=state, extend=extend)
         assert optimizer.last_load.jumps == ()
         assert found(preview) == []
-        assert "schedules are those of 10 steps" in " ".join(str(preview).split())
+        assert "schedules are those for 10 steps" in " ".join(str(preview).split())
     assert caplog.text == ""
 
 
