@@ -21,6 +21,10 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 steppers = pytest.mark.parametrize("case", STEPPERS, ids=str)
 
 
+def first_of(name):
+    return next(case for case in CASES if case.name == name)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
@@ -81,8 +85,9 @@ def test_equals_torch_in_every_layout(row, dtype):
 
 @pytest.mark.parametrize("row", [row for row in IN_PAPER if row.torch_class is None], ids=str)
 def test_equals_the_paper_in_every_layout(row):
+    exact = run_scalar(row, 10)
     for layout in LAYOUTS:
-        assert_close(drop_in(row, torch.float64, layout, 10), run_scalar(row, 10), 1e-12)
+        assert_close(drop_in(row, torch.float64, layout, 10), exact, 1e-12)
 
 
 @pytest.mark.parametrize("row", IN_PAPER, ids=str)
@@ -229,7 +234,14 @@ def test_overflow_under_a_grad_scaler_leaves_everything(case):
     assert_close(problem.weights(), plain.weights(), 1e-2 if case.name == "Muon" else 1e-5)
 
 
-@cases
+#: options change nothing of what is traced, so one case of an algorithm stands for the others
+TRACED = [
+    pytest.param(case, marks=[] if case is first_of(case.name) else pytest.mark.slow)
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", TRACED, ids=str)
 def test_a_compiled_step_equals_the_eager_one(case):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
