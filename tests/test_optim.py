@@ -21,10 +21,6 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 steppers = pytest.mark.parametrize("case", STEPPERS, ids=str)
 
 
-def first_of(name):
-    return next(case for case in CASES if case.name == name)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
@@ -234,14 +230,7 @@ def test_overflow_under_a_grad_scaler_leaves_everything(case):
     assert_close(problem.weights(), plain.weights(), 1e-2 if case.name == "Muon" else 1e-5)
 
 
-#: options change nothing of what is traced, so one case of an algorithm stands for the others
-TRACED = [
-    pytest.param(case, marks=[] if case is first_of(case.name) else pytest.mark.slow)
-    for case in CASES
-]
-
-
-@pytest.mark.parametrize("case", TRACED, ids=str)
+@cases
 def test_a_compiled_step_equals_the_eager_one(case):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
