@@ -330,6 +330,6 @@ def steps_to_check(steps: int, marks: Iterable[int] = ()) -> Floats:
     kept = np.array(sorted(step for step in beside if 0 <= step < steps), dtype=np.int64)
     # Both are in order, so that doubles are neighbours and the few are put among the many unsorted.
     spread = spread[np.diff(spread, prepend=-1) > 0]
-    places = np.searchsorted(spread, kept)
-    new = spread[np.minimum(places, len(spread) - 1)] != kept
-    return np.insert(spread, places[new], kept[new]).astype(np.float64)
+    before = np.searchsorted(spread, kept)
+    new = spread[np.minimum(before, len(spread) - 1)] != kept
+    return np.insert(spread, before[new], kept[new]).astype(np.float64)
