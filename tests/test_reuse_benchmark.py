@@ -191,14 +191,14 @@ def test_targets_are_held_against_what_was_measured():
 
 def test_the_page_shows_the_figures_of_reuse_beside_the_others(tmp_path):
     (tmp_path / "benchmarks.md").write_text(
-        f"{page.BEGIN}\nkept\n{page.END}\n{page.REUSE[0]}\nold\n{page.REUSE[1]}\nThe end.\n"
+        f"{page.BEGIN}\nkept\n{page.END}\n{page.REUSE[0]}\nstale\n{page.REUSE[1]}\nThe end.\n"
     )
     found = results()
     for _ in range(2):
         page.write(found, tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "kept" in text
-    assert "old" not in text
+    assert "stale" not in text
     assert text.count("a tower:") == 1
     assert text.endswith("The end.\n")
     assert json.loads((tmp_path / "benchmarks" / "reuse.json").read_text()) == found

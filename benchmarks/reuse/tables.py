@@ -21,9 +21,9 @@ def stages(found: Sequence[dict[str, Any]]) -> str:
         "middle half, ms",
         "epoch, s",
         "ratio",
-        "foretold",
+        "predicted",
         "stored, MB",
-        "foretold, MB",
+        "predicted, MB",
         "same bits",
     )
     return markdown(head, [_stage_row(each, name) for each in found for name in each["rows"]])
@@ -58,7 +58,7 @@ def tunes(found: Sequence[dict[str, Any]]) -> str:
         "with, s",
         "ratio",
         "stored, MB",
-        "foretold, MB",
+        "predicted, MB",
         "same bits",
     )
     body = []

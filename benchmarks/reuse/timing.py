@@ -140,7 +140,7 @@ def side_by_side(
         folder: of a third one, whose outputs are stored in files.
 
     Returns:
-        The trained ones, and what the preview foretold before the first step.
+        The trained ones, and what the preview predicted before the first step.
     """
 
     def build(reuse: bool, where: Path | None = None) -> Trainee:
@@ -151,7 +151,7 @@ def side_by_side(
         trainees[FILES] = build(True, folder)
     reused = trainees[MEMORY].reused
     assert reused is not None
-    foretold = reused.preview(workload.count, *workload.arguments(workload.epoch(0)[0]))
+    predicted = reused.preview(workload.count, *workload.arguments(workload.epoch(0)[0]))
     draw, names = random.Random(0), list(trainees)
     for epoch in range(epochs):
         for batch in workload.epoch(epoch):
@@ -161,14 +161,14 @@ def side_by_side(
     for trainee in trainees.values():
         if trainee.reused is not None:
             trainee.reused.close()
-    return trainees, foretold
+    return trainees, predicted
 
 
 def stage_rows(workload: Workload, stage: Stage, epochs: int) -> dict[str, Any]:
     """A stage: the steps from the second epoch on, and the space that is used."""
     with tempfile.TemporaryDirectory() as folder:
         plan = stage_plan(workload, stage)
-        trainees, foretold = side_by_side(workload, plan, epochs, Path(folder))
+        trainees, predicted = side_by_side(workload, plan, epochs, Path(folder))
         rows = {name: each.row(trainees[WITHOUT]) for name, each in trainees.items()}
     return {
         "workload": workload.name,
@@ -177,8 +177,8 @@ def stage_rows(workload: Workload, stage: Stage, epochs: int) -> dict[str, Any]:
         "limit": stage.limit,
         "epochs": epochs,
         "steps_per_epoch": workload.steps_per_epoch,
-        "estimated_bytes": foretold.space,
-        "estimated_saved": round(foretold.stages[0].saved, 4),
+        "estimated_bytes": predicted.space,
+        "estimated_saved": round(predicted.stages[0].saved, 4),
         "rows": rows,
     }
 
@@ -186,7 +186,7 @@ def stage_rows(workload: Workload, stage: Stage, epochs: int) -> dict[str, Any]:
 def tune_rows(workload: Workload, stage: Stage, probe: int, after: int) -> dict[str, Any]:
     """A linear probe, then fine-tuning: the time of the whole run, preparation included."""
     plan = tune_plan(workload, stage, probe)
-    trainees, foretold = side_by_side(workload, plan, probe + after)
+    trainees, predicted = side_by_side(workload, plan, probe + after)
     base, reused = trainees[WITHOUT], trainees[MEMORY]
     return {
         "workload": workload.name,
@@ -194,7 +194,7 @@ def tune_rows(workload: Workload, stage: Stage, probe: int, after: int) -> dict[
         "then": stage.label,
         "limit": stage.limit,
         "epochs": [probe, after],
-        "estimated_bytes": foretold.space,
+        "estimated_bytes": predicted.space,
         "stored_bytes": reused.stored_bytes,
         "epochs_ms": {
             name: [round(value, 1) for value in each.epoch_ms()] for name, each in trainees.items()
