@@ -187,6 +187,10 @@ def test_targets_are_held_against_what_was_measured():
     found["stages"][0]["limit"] = 0.4
     assert [row["verdict"] for row in tables.targets(found)] == ["missed"]
     assert "missed" in tables.target_table(tables.targets(found))
+    found["accuracy"] = {"limit": 0.6, "time_ratio": 0.6}
+    assert [row["verdict"] for row in tables.targets(found)] == ["missed", "met"]
+    found["accuracy"]["limit"] = None  # a try with small models is held against nothing
+    assert len(tables.targets(found)) == 1
 
 
 def test_the_page_shows_the_figures_of_reuse_beside_the_others(tmp_path):

@@ -23,6 +23,7 @@ from lamina.files.atomic import atomic
 from ..machine import about_machine
 from . import tables
 from .accuracy import (
+    LIMIT,
     first_of_each,
     reviews_texts,
     search_and_judge,
@@ -56,7 +57,8 @@ def main() -> None:
         print(f"\n{text}", flush=True)
         results["targets"] = tables.targets(results)
         save(given.json, results)
-    print(f"\n{tables.target_table(results['targets'])}")
+    if results["targets"]:
+        print(f"\n{tables.target_table(results['targets'])}")
     print(f"\n{time.monotonic() - start:.0f} s; written: {given.json}")
 
 
@@ -101,6 +103,7 @@ def accuracy(given: argparse.Namespace, results: dict[str, Any]) -> Iterator[str
     tried = first_of_each(sides(3)) if given.quick else sides(6)
     for found in search_and_judge(texts, tried, 1 if given.quick else given.seeds):
         words = "random words" if given.quick else "the texts of `reviews`"
+        found["limit"] = None if given.quick else LIMIT
         found["title"] = f"Full fine-tuning and a staged plan with reuse, {words}"
         results["accuracy"] = found
         if found.get("differences"):

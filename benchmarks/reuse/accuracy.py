@@ -160,7 +160,7 @@ def search_and_judge(
     texts: Texts, tried: dict[str, list[Trial]], seeds: int
 ) -> Iterator[dict[str, Any]]:
     """Yield what is found so far: after the search, and after each seed."""
-    found: dict[str, Any] = {"seeds": seeds, "limit": LIMIT, "search": {}, "sides": {}}
+    found: dict[str, Any] = {"seeds": seeds, "search": {}, "sides": {}}
     chosen = {}
     for name, trials in tried.items():
         runs = [trained(trial, texts.train, texts.search, SEARCH_SEED) for trial in trials]

@@ -16,10 +16,10 @@ def stages(found: Sequence[dict[str, Any]]) -> str:
     head = (
         "trains",
         "",
-        "first epoch, ms",
+        "step of the first epoch, ms",
         "step, ms",
         "middle half, ms",
-        "epoch, s",
+        "epochs, s",
         "ratio",
         "predicted",
         "stored, MB",
@@ -33,14 +33,13 @@ def _stage_row(found: dict[str, Any], name: str) -> list[str]:
     row = found["rows"][name]
     low, high = row["middle_half_ms"]
     plain = "stored_bytes" not in row
-    later = statistics.median(row["epochs_ms"][1:])
     return [
         found["stage"],
         name,
         f"{row['first_epoch_step_ms']:.1f}",
         f"{row['median_ms']:.1f}",
         f"{low:.1f} to {high:.1f}",
-        f"{later / 1e3:.2f}",
+        " / ".join(f"{value / 1e3:.2f}" for value in row["epochs_ms"]),
         f"{row['ratio']:.3f}",
         "" if plain else f"{1 - found['estimated_saved']:.3f}",
         "" if plain else f"{row.get('disk_bytes', row['stored_bytes']) / MEGABYTE:.1f}",
@@ -138,7 +137,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
             case = f"{each['workload']}, {epochs} epochs, then {each['then']}: time of the run"
             rows.append(_target(case, each["limit"], each["ratio"]))
     found = results.get("accuracy")
-    if found and "time_ratio" in found:
+    if found and found["limit"] is not None and "time_ratio" in found:
         case = "reviews, staged with reuse: time of the training"
         rows.append(_target(case, found["limit"], found["time_ratio"]))
     return rows
