@@ -157,7 +157,17 @@ def context_of(model: nn.Module) -> str:
 
 def modes_of(model: nn.Module) -> str:
     """Return which modules are in training mode."""
-    return "".join("t" if module.training else "e" for module in model.modules())
+    found = []
+    seen = set()
+    # At every pass; `model.modules()` takes several times as long.
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            found.append("t" if module.training else "e")
+            waiting.extend(module._modules.values())
+    return "".join(found)
 
 
 def device_type(model: nn.Module) -> str:

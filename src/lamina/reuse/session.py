@@ -332,7 +332,8 @@ class Reuse:
                 f"{name} {reason}: neither it nor what is computed from it is reused."
             )
         trains = [self._trained, *(bits for _, bits in self.watch.later())]
-        if not self.refused and not any(profile.stage(bits).needed for bits in trains):
+        unused = not self.refused and not any(self.counts.values())
+        if unused and not any(profile.stage(bits).needed for bits in trains):
             self.notices.tell(
                 "Nothing is reused: nothing is frozen at any time that is not computed from "
                 "something that trains. Freeze the bottom of the model, or leave reuse out."
