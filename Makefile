@@ -116,9 +116,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo,dev]'
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+# The pages are built from the source, which is read and not imported: neither torch nor lamina is needed.
+$(VENV)/.docs: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing what builds the documentation"
-	@$(PIP) install --no-build-isolation $(PINS) -e '.[docs]'
+	@$(PIP) install $(PINS) $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 # torch 2.6 comes with CUDA where it has no build for the CPU alone: about 3 GB are fetched and 5 GB
