@@ -1,6 +1,8 @@
 # lamina: `make` lists the targets. Needs Python >= 3.11, make and git; everything else goes into .venv.
 
 PYTHON ?= python3
+# Those with which `make dist` tries the wheel.
+PYTHONS ?= $(PYTHON)
 VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
@@ -22,7 +24,7 @@ test test-oldest soak coverage: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest check coverage bench soak dist docs pictures format clean
+.PHONY: help demo test test-oldest check coverage bench soak dist tried docs pictures format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' \
@@ -57,21 +59,27 @@ soak: $(VENV)/.dev  ## the slow tests, those that download, and more examples of
 coverage: $(VENV)/.dev  ## the tests with the share of lines that they run
 	@$(BIN)/python -m pytest $(PARALLEL) --cov=lamina --cov-report=term:skip-covered $(ARGS)
 
-# The wheel is installed without extras, as a user has it, and the README's first program run with it.
-# Last, mypy and pyright read a typed program against it.
-dist: $(VENV)/.dev  ## build wheel and sdist, and try the wheel in a clean environment
+# The wheel is tried in an environment for each of PYTHONS.
+dist: $(VENV)/.torch  ## build wheel and sdist, and try the wheel in a clean environment (PYTHONS="python3.11 python3.13")
 	@rm -rf dist build/dist
 	@$(BIN)/python -m hatchling build
 	@tar -tzf dist/*.tar.gz | grep -q /tests/test_plan.py
-	@$(PYTHON) -m venv build/dist
-	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) $(TORCH)
-	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) dist/*.whl
-	@$(BIN)/python benchmarks/first_program.py > build/dist/first_program.py
-	@cd build/dist && bin/python -W error first_program.py
-	@build/dist/bin/lamina 2>&1 | grep -q "pip install"  # without its extra, it says what to install
-	@build/dist/bin/python -m pip --disable-pip-version-check -qq install $(PINS) mypy "pyright[nodejs]"
-	@build/dist/bin/python -m benchmarks.typed
+	@set -e; for python in $(PYTHONS); do $(MAKE) --no-print-directory tried TRIED=$$python; done
 	@echo "dist/ holds: $$(ls dist)"
+
+# It is installed without extras, as a user has it, and the README's first program run with it.
+# Last, mypy and pyright read a typed program against it.
+tried: NEW := build/dist/$(notdir $(TRIED))
+tried:
+	@echo "trying the wheel with $$($(TRIED) --version)"
+	@$(TRIED) -m venv $(NEW)
+	@$(NEW)/bin/python -m pip --disable-pip-version-check -qq install $(PINS) $(TORCH)
+	@$(NEW)/bin/python -m pip --disable-pip-version-check -qq install $(PINS) dist/*.whl
+	@$(NEW)/bin/python benchmarks/first_program.py > $(NEW)/first_program.py
+	@cd $(NEW) && bin/python -W error first_program.py > /dev/null
+	@$(NEW)/bin/lamina 2>&1 | grep -q "pip install"  # without its extra, it says what to install
+	@$(NEW)/bin/python -m pip --disable-pip-version-check -qq install $(PINS) mypy "pyright[nodejs]"
+	@$(NEW)/bin/python -m benchmarks.typed
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/site, to open from the file system
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -115,9 +123,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@$(INSTALL) --no-build-isolation -e '.[demo,dev]'
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+# The pages are built from the source, which is read and not imported: neither torch nor lamina is needed.
+$(VENV)/.docs: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing what builds the documentation"
-	@$(INSTALL) --no-build-isolation -e '.[docs]'
+	@$(INSTALL) $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 # torch 2.6 comes with CUDA where it has no build for the CPU alone: about 3 GB are fetched and 5 GB

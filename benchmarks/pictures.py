@@ -3,6 +3,8 @@
 `python -m benchmarks.pictures` writes `docs/pictures/`, and the printed preview in the README.
 Each PNG holds its curves as JSON in a text chunk; `tests/test_pictures.py` computes the curves anew
 and compares numbers, not pixels.
+
+A picture has no background, and its colours can be read on white and on the dark page of the site.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from lamina.toy import toy_problem
 OUT = Path(__file__).parents[1] / "docs" / "pictures"
 README = Path(__file__).parents[1] / "README.md"
 KEY = "curves"
+#: text and axes; and the one curve of a small picture
+INK, CURVE = "#7d8590", "#6478f0"
+#: the curves of a large picture, in turn
+PALETTE = ("#4d86e8", "#d9822b", "#2f9e62", "#e0574f", "#a070dc", "#b07a4e")
 #: a curve: the places on the horizontal axis, and the values there
 Curve = tuple[list[float], list[float]]
 Curves = dict[str, Curve]
@@ -173,11 +179,11 @@ def draw_small(curves: Curves, path: Path) -> None:
     figure = Figure(figsize=(1.6, 0.7), layout="constrained")
     axes = figure.add_subplot()
     for places, values in curves.values():
-        axes.plot(places, values, color="#4051b5", linewidth=1.6)
+        axes.plot(places, values, color=CURVE, linewidth=1.6)
         axes.set_ylim(min(0.0, *values), 1.08 * max(values))
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[["top", "right"]].set_visible(False)
+    use_ink(axes)
     save(figure, curves, path, dpi=80)
 
 
@@ -187,6 +193,7 @@ def draw_large(curves: Curves, path: Path, x: str, y: str) -> None:
 
     figure = Figure(figsize=(7.0, 3.2), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=PALETTE)
     for number, (name, (places, values)) in enumerate(curves.items()):
         if any(values):
             shown = np.where(np.asarray(values) > 0, values, np.nan)
@@ -197,16 +204,25 @@ def draw_large(curves: Curves, path: Path, x: str, y: str) -> None:
             axes.plot([], [], " ", label=f"{name}: frozen")
     axes.set(xlabel=x, ylabel=y)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    axes.grid(color=INK, alpha=0.3)
+    use_ink(axes)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False, labelcolor=INK)
     save(figure, curves, path, dpi=110)
+
+
+def use_ink(axes: Any) -> None:
+    """Draw axes and their text in a grey for light and dark pages."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
 
 
 def save(figure: Any, curves: Curves, path: Path, dpi: int) -> None:
     """Write a picture with its numbers; without matplotlib's version, which is no content."""
     metadata = {KEY: json.dumps(curves), "Software": None}
-    figure.savefig(path, dpi=dpi, metadata=metadata)
+    figure.savefig(path, dpi=dpi, metadata=metadata, transparent=True)
 
 
 def shown(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages that lie in the root of the repository, and their links.
+"""Hooks of the documentation site: its version, pages in the root of the repository, and links.
 
 On disk a page links to `../CHANGELOG.md` and to files of the source, so that its links lead
 somewhere when the repository itself is read. A site has only its own pages: the texts of the root
@@ -18,6 +18,20 @@ ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.m
 #: the first page of the site stands for the README of the repository
 PAGES_BY_PATH = {**ROOT_PAGES, "README.md": "README.md"}
 _LINK = re.compile(r"(!?\[(?P<text>[^\]]*)\])\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def version() -> str:
+    """Return the version of lamina that the pages describe."""
+    source = (ROOT / "src" / "lamina" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def on_config(config: Any) -> None:
+    """Put the version into the title and the footer of every page."""
+    config.site_name = f"{config.site_name} {version()}"
+    config.copyright = f"The pages of {config.site_name}"
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import training_task
-from lamina import LaminaWarning, Plan, TaskError, checkpoint
+from lamina import LaminaWarning, Plan, TaskError, __version__, checkpoint
 from lamina.cli import main
 from lamina.cli.app import app
 
@@ -135,7 +135,7 @@ def test_tasks_lists_them():
 
 
 def test_version():
-    assert call("--version").stdout == "lamina 0.1.0\n"
+    assert call("--version").stdout == f"lamina {__version__}\n"
 
 
 # -------------------------------------------------------------------------------------------- bad
@@ -239,7 +239,7 @@ def test_main_runs_the_app(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
-    assert capsys.readouterr().out == "lamina 0.1.0\n"
+    assert capsys.readouterr().out == f"lamina {__version__}\n"
 
 
 # ------------------------------------------------------------------------------------ interrupted

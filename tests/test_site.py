@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmarks.site_hooks import site_links
+from benchmarks import site_versions
+from benchmarks.site_hooks import site_links, version
 
+import lamina
 from browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,30 @@ BUILDS = pytest.mark.skipif(
 )
 def test_links_lead_to_pages_of_the_site(page, link, expected):
     assert site_links(f"text {link}.", page) == f"text {expected}."
+
+
+def test_the_site_has_the_version_of_lamina():
+    assert version() == lamina.__version__
+
+
+def test_sites_of_several_versions_stand_beside_each_other_the_newest_first(tmp_path):
+    site, folder = tmp_path / "site", tmp_path / "all"
+    site.mkdir()
+    for name in ("0.9.0", "0.10.0", "0.2.0", "0.10.0"):
+        (site / "index.html").write_text(f"pages of {name}")
+        versions = site_versions.keep(site, folder, name)
+    assert versions == ["0.10.0", "0.9.0", "0.2.0"]
+    page = (folder / "index.html").read_text()
+    assert page.index('href="0.10.0/index.html"') < page.index('href="0.9.0/index.html"')
+    assert {path.name for path in folder.iterdir()} == {*versions, "index.html"}
+    assert (folder / "0.9.0" / "index.html").read_text() == "pages of 0.9.0"
+
+
+def test_a_site_that_was_not_built_replaces_none(tmp_path):
+    (tmp_path / "all" / "0.2.0").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="run make docs first"):
+        site_versions.keep(tmp_path / "site", tmp_path / "all", "0.2.0")
+    assert (tmp_path / "all" / "0.2.0").is_dir()
 
 
 def built(folder, root=ROOT):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamina import errors
+from lamina import __version__, errors
 from lamina._util import compat
 from lamina.errors import LaminaError, MissingExtraError, require
 
@@ -35,6 +35,27 @@ def pinned(file):
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {name.replace("_", "-").lower(): version for name, version in pins}
+
+
+def releases(changelog):
+    return re.findall(r"^## \[([^\]]+)\](?: - ([\d-]+))?$", changelog, re.MULTILINE)
+
+
+def test_the_version_is_that_of_the_newest_release_in_every_text():
+    unreleased, newest, *_ = releases((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert unreleased == ("Unreleased", "")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = re.search(r"^version: (.*)\ndate-released: (.*)$", citation, re.MULTILINE)
+    assert newest == cited.groups()
+    assert newest[0] == __version__
+
+
+def test_canary_a_release_without_a_date_or_out_of_place_is_seen():
+    assert releases("## [Unreleased]\n\n## [0.2.0] - 2026-11-26\n### Added\n") == [
+        ("Unreleased", ""),
+        ("0.2.0", "2026-11-26"),
+    ]
+    assert releases("# [Unreleased]\n## 0.2.0\n") == []
 
 
 def test_every_requirement_has_a_lower_bound():

@@ -143,7 +143,7 @@ from .state.report import LoadReport
 from .watch.session import Seen, watch
 from .watch.static import check
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LAMB",
