@@ -15,7 +15,9 @@ from ..checkpoint.distributed import load_distributed
 from ..errors import PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import reuse_settings
 from .common import as_plan, batches_in
+from .reusing import begin_reuse
 
 require("accelerate", "train", "lamina.integrations.accelerate")
 
@@ -33,6 +35,7 @@ def prepare(
     audit: bool = False,
     resume: Mapping[str, Any] | None = None,
     extend: str | None = None,
+    reuse: bool | Mapping[str, Any] = False,
 ) -> tuple[Any, ...]:
     """Build a plan, and prepare model, optimizer and loaders in the order that works everywhere.
 
@@ -50,6 +53,9 @@ def prepare(
         audit: as in `Plan.build`.
         resume: as in `Plan.build`; `accelerator.load_state` loads it too.
         extend: as in `Plan.build`.
+        reuse: compute the outputs of what is frozen once per example, with the same bits: True, or
+            settings of `lamina.reuse` such as `{"space": "8 GB"}`. `accelerator.reused` says what
+            became of it.
 
     Returns:
         The model, the optimizer, and the loaders, all prepared. The optimizer is Accelerate's
@@ -65,6 +71,7 @@ def prepare(
         ... )  # doctest: +SKIP
     """
     plan = as_plan(plan)
+    settings = reuse_settings(reuse)
     _check(accelerator, loaders)
     ready = [accelerator.prepare(loader) for loader in loaders]
     optimizer = plan.build(
@@ -77,9 +84,11 @@ def prepare(
         resume=dict(resume) if resume is not None else None,
         extend=extend,
     )
-    model, wrapped = accelerator.prepare(model, optimizer)
+    inner = model
+    model, wrapped = accelerator.prepare(inner, optimizer)
     if getattr(accelerator.state, "is_fsdp2", False):
         _load_all_of(accelerator, optimizer, len(accelerator._optimizers) - 1)
+    accelerator.reused = begin_reuse(inner, model, optimizer, settings)
     return (model, wrapped, *ready)
 
 
