@@ -75,8 +75,11 @@ def reuse(
         {'replayed': 2, 'skipped': 0, 'stored': 16}
 
     References:
-        Brock et al., "FreezeOut" (arXiv:1706.04983), skip the backward pass of frozen layers;
-        "precomputing features" for linear probes, as in Alain & Bengio (arXiv:1610.01644).
+        Brock, Lim, Ritchie & Weston, "FreezeOut: Accelerate Training by Progressively Freezing
+        Layers" (arXiv:1706.04983): frozen layers are left out of the backward pass; their forward
+        pass, which is what is reused here, is still made. Alain & Bengio, "Understanding
+        intermediate layers using linear classifier probes" (arXiv:1610.01644): a linear head on
+        the outputs of layers that stay as they are.
     """
     if not isinstance(model, nn.Module):
         raise PlanError(
