@@ -67,6 +67,7 @@ class Reuse:
         self._trained = 0
         self._held = 0
         self._dropped: set[str] = set()
+        self._added: list[Any] = []
         #: what was compared with a second computation, of other batches: place and context
         self._verified: set[tuple[Place, str]] = set()
         self._pass: Pass | None = None
@@ -156,9 +157,18 @@ class Reuse:
         if self._pass is not None or torch.compiler.is_compiling():
             return
         self._pass = Pass(self, args, kwargs)
+        added: list[Any] = []
         for module, stub in self._stubs:
             stub.before = module.__dict__.get("forward")
             module.__dict__["forward"] = stub
+            added.append((stub.before, [*module._forward_hooks], [*module._forward_pre_hooks]))
+        if added != self._added:
+            # A hook or a forward put on a module in the middle of a run: what was seen of the
+            # model, and found to be the same again, was seen without it.
+            self._added = added
+            self._profiles.clear()
+            self._plans.clear()
+            self._forget(lambda place: False)
         if any(profile and profile.lineage.reads for profile in self._profiles.values()):
             self._reading = ReadWatch(self._pass.on_read)
             self._reading.__enter__()
