@@ -185,7 +185,8 @@ def in_trainer(rank, driver, port, stored):
             model, callback = trainers.by_lightning(None, "top down", reuse, **options)
             metrics, reused = model.metrics, callback.reused
         else:
-            model, metrics, reused = trainers.by_loop("accelerate", "top down", reuse)
+            options = {"precision": "bf16", "accumulate": 2}
+            model, metrics, reused = trainers.by_loop("accelerate", "top down", reuse, **options)
         found.append((metrics, dict(model.state_dict()), reused and reused.counts))
     return found
 

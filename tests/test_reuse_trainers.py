@@ -349,18 +349,19 @@ def by_loop(driver, stages, reuse, precision="no", accumulate=1, epochs=4):
     wrapped, optimizer, loader, held_out = made
     for _ in range(epochs):
         for number, batch in enumerate(loader, start=1):
-            loss = wrapped(**batch).loss
-            metrics.append(loss.item())
             if driver == "accelerate":
                 with owner.accumulate(wrapped):
+                    loss = wrapped(**batch).loss
                     owner.backward(loss)
                     optimizer.step()
                     optimizer.zero_grad()
-                continue
-            owner.backward(loss / accumulate)
-            if number % accumulate == 0 or number == len(loader):
-                optimizer.step()
-                optimizer.zero_grad()
+            else:
+                loss = wrapped(**batch).loss
+                owner.backward(loss / accumulate)
+                if number % accumulate == 0 or number == len(loader):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            metrics.append(loss.item())
         wrapped.eval()
         with torch.no_grad():
             metrics += [wrapped(**batch).loss.item() for batch in held_out]

@@ -44,8 +44,7 @@ def reuse(
     left alone (see docs/how-to/reuse.md).
 
     Args:
-        model: the model, as it is given to the loop, or the module inside a wrapper for several
-            processes.
+        model: the model, or the module inside of a wrapper for several processes.
         optimizer: built by `Plan.build` for it, or a wrapper of that.
         space: how much may be stored: bytes, or a text such as "500 MB" or "2 GiB".
         folder: where to store it as files, so that a later process with the same weights can go
@@ -75,16 +74,10 @@ def reuse(
         {'replayed': 2, 'skipped': 0, 'stored': 16}
 
     References:
-        Brock, Lim, Ritchie & Weston, "FreezeOut: Accelerate Training by Progressively Freezing
-        Layers" (arXiv:1706.04983): frozen layers are left out of the backward pass; their forward
-        pass, which is what is reused here, is still made. Alain & Bengio, "Understanding
-        intermediate layers using linear classifier probes" (arXiv:1610.01644): a linear head on
-        the outputs of layers that stay as they are.
+        Brock et al., "FreezeOut" (arXiv:1706.04983): frozen layers are left out of the backward
+        pass; the forward pass, which is reused here, is still made. Alain & Bengio
+        (arXiv:1610.01644): linear probes on the outputs of layers that do not train.
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(
-            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
-        )
     _check_settings(folder, debug, preprocessing)
     amount = parse_space(space)
     _check_model(model)
@@ -161,8 +154,12 @@ def _check_settings(folder: Any, debug: Any, preprocessing: Any) -> None:
         raise PlanError("reuse: preprocessing must be a text.")
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     """Raise `PlanError` for a model whose passes cannot be followed."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
+        )
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
         raise PlanError(
             "reuse: a model in a wrapper for several processes was given. Give the module inside: "

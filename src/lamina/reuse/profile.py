@@ -6,6 +6,7 @@ A context is everything but the examples: modes, autocast, gradient mode, the fo
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -87,7 +88,10 @@ class Profile:
             by_storage[key] = by_storage.get(key, 0) | self.bits[name]
             if asks_for_gradients(self.model.get_submodule(name.rpartition(".")[0])):
                 by_storage[key] |= ATTACHED
-        with same_randomness(torch.device(device_type(self.model))):
+        with (
+            same_randomness(torch.device(device_type(self.model))),
+            warnings.catch_warnings(action="ignore"),  # the model itself gives them too
+        ):
             tampered = {**tampered_modules(self.model), **self.refused}
             lineage = trace(without_compiled(twin), self._stubbed, inputs, by_storage, tampered)
         for call in lineage.calls.values():
@@ -203,6 +207,7 @@ class Profile:
         run = Run(set(keys))
         with (
             same_randomness(torch.device(device_type(self.model))),
+            warnings.catch_warnings(action="ignore"),
             torch.inference_mode(False),
             ExitStack() as undo,
         ):
