@@ -88,7 +88,7 @@ def prepare(
 
 
 def _load_all_of(accelerator: Any, optimizer: Optimizer, index: int) -> None:
-    """With FSDP2, let `load_state` load all of a state: torch would leave out what is frozen now.
+    """Let `load_state` load all of an FSDP2 state: torch would leave out what is frozen for now.
 
     A state in one file finds room for all; one in a folder of shards is loaded by name, and is kept
     from Accelerate meanwhile.

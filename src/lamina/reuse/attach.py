@@ -21,7 +21,7 @@ class _ZeroGradients(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *(param.new_zeros(()).expand_as(param) for param in ctx.params)
 
 
