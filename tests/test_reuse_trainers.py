@@ -18,6 +18,7 @@ import lamina as lm
 from lamina.integrations import accelerate as for_accelerate
 from lamina.integrations import lightning as for_lightning
 from lamina.integrations.lightning import PlanCallback
+from lamina.integrations.lightning_reuse import LightningReuse
 from lamina.integrations.reusing import begin_reuse
 from lamina.integrations.transformers import use_plan
 from scenario import ResumableLoader, eval_data, in_order, train_data
@@ -404,7 +405,21 @@ def test_what_makes_reuse_impossible_is_named_and_training_goes_on(wrapper, said
     optimizer = plan_of("head only").build(model, epochs=1, steps_per_epoch=7)
     with pytest.warns(lm.LaminaWarning, match=f"Nothing is reused, and training goes on.*{said}"):
         assert begin_reuse(model, wrapper(model), optimizer, {}) is None
+    if wrapper is torch.compile:
+        compiled = torch.compile(model)
+        with pytest.warns(lm.LaminaWarning, match=said):
+            assert begin_reuse(compiled, compiled, optimizer, {}) is None
     assert not model._forward_pre_hooks
+
+
+def test_a_compiled_module_of_lightning_is_told():
+    module = pl.utilities.compile.from_compiled(torch.compile(Module(), backend="eager"))
+    reusing = LightningReuse({})
+    with pytest.warns(lm.LaminaWarning, match="the module is compiled as a whole"):
+        reusing.follow(module, module, None)
+    reusing.begin()
+    assert reusing.session is None
+    assert not any(part._forward_pre_hooks for part in module.modules())
 
 
 @pytest.mark.parametrize(

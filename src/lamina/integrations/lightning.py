@@ -404,7 +404,6 @@ def setup(
         resume=dict(resume) if resume is not None else None,
         extend=extend,
     )
-    inner = model
-    model, wrapped = fabric.setup(inner, optimizer)
-    fabric.reused = begin_reuse(inner, model._forward_module, optimizer, settings)
-    return (model, wrapped, *ready)
+    prepared, wrapped = fabric.setup(model, optimizer)
+    fabric.reused = begin_reuse(model, prepared._forward_module, optimizer, settings)
+    return (prepared, wrapped, *ready)

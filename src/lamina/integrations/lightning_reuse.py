@@ -39,7 +39,15 @@ class LightningReuse:
         """
         self.end()
         self.session = None
-        if self._settings is not None:
+        if self._settings is None:
+            return
+        if getattr(module, "_compiler_ctx", None) is not None:  # set by `trainer.fit(compiled)`
+            tell(
+                "Nothing is reused, and training goes on without: the module is compiled as a "
+                "whole, as one piece of which nothing can be left out. Compile the parts that "
+                "train instead, e.g. module.head = torch.compile(module.head)."
+            )
+        else:
             self._module, self._optimizer = module, optimizer
             # A wrapper such as DDP is given training_step as the forward pass of the module, which
             # cannot be repeated on a copy; the parts that it calls can.

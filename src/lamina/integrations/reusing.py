@@ -56,6 +56,9 @@ def begin_reuse(
 
 def _check_wrappers(model: nn.Module, wrapped: nn.Module) -> None:
     """Raise `PlanError` for a wrapper that does not simply call the model."""
+    name = type(model).__name__
+    if name in _REFUSED:
+        raise PlanError(f"the model {_REFUSED[name]}.")
     while wrapped is not model:
         name = type(wrapped).__name__
         if name not in _TRANSPARENT:
