@@ -54,14 +54,20 @@ def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
+def forget_accelerators():
+    """Let the next test choose its precision, and find no loader that is not read to its end."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def _quiet():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lamina").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     yield
+    forget_accelerators()
     logging.getLogger("lamina").setLevel(logging.NOTSET)
 
 
