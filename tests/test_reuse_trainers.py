@@ -395,6 +395,41 @@ def test_loops_of_ones_own_give_the_same_bits(driver, stages, options):
     assert not reused.refused
 
 
+def in_two_epochs(folder, reuse, resume):
+    """Two epochs with Accelerate; `resume` goes on after the first with what was saved."""
+    model, losses = bert(), []
+    if resume:  # the weights of another model, until the saved ones are loaded
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(0.1)
+    owner, loader = Accelerator(cpu=True), DataLoader(train_data(), 4)
+    made = for_accelerate.prepare(owner, plan_of("head only"), model, loader, epochs=2, reuse=reuse)
+    wrapped, optimizer, loader = made
+    if resume:
+        for batch in loader:
+            wrapped(**batch)
+        owner.load_state(folder)
+    for epoch in range(int(resume), 2):
+        for batch in loader:
+            loss = wrapped(**batch).loss
+            losses.append(loss.item())
+            owner.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not resume and epoch == 0:
+            owner.save_state(folder)
+    return model, losses, owner.reused
+
+
+def test_a_state_that_accelerate_loads_drops_what_was_stored_before(tmp_path):
+    whole, losses, _ = in_two_epochs(tmp_path, False, resume=False)
+    forget_accelerators()
+    resumed, same, reused = in_two_epochs(tmp_path, True, resume=True)
+    assert_same_bits(resumed, whole)
+    assert same == losses[7:]
+    assert reused.counts == {"replayed": 0, "skipped": 0, "stored": 2 * 28}
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
