@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._util.blocks import is_dense
+from ..model.reducers import has_zero_gradients
 from ..optimizer.optimizer import Optimizer
 from ..resolve.timeline import values_at
 from .keys import as_bytes, row_bytes
@@ -66,12 +67,25 @@ class FrozenWatch:
         """Return the bits of what trains in the step that comes next, by plan or by hand."""
         found = 0
         for param, bit in self._params:
-            if param.requires_grad:
+            # The plan keeps the flag on of what a reducer holds, and its gradients at zero.
+            if param.requires_grad and not has_zero_gradients(param):
                 found |= bit
         for bits, active in zip(self._groups, self._optimizer._freezer.active, strict=True):
             if active:
                 found |= bits
         return found
+
+    def held(self) -> int:
+        """Return the bits of frozen parameters whose gradients a reducer waits for."""
+        found = 0
+        for param, bit in self._params:
+            if param.requires_grad and has_zero_gradients(param):
+                found |= bit
+        return found
+
+    def params_of(self, bits: int) -> list[torch.Tensor]:
+        """Return the parameters of some bits."""
+        return [param for param, bit in self._params if bit & bits]
 
     def later(self) -> list[tuple[int, int]]:
         """Return the step of each thaw and freeze to come, and the bits of what trains then."""
