@@ -18,6 +18,9 @@ from .keys import as_bytes, row_bytes
 from .lineage import FIRST_BIT, storage_key
 from .profile import named_tensors
 
+#: the types of a module's attributes that are settings of it
+_PLAIN = (bool, int, float, str)
+
 
 class FrozenWatch:
     """Follows the parameters and buffers of a model, each by a bit.
@@ -51,6 +54,15 @@ class FrozenWatch:
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
             if tensor is not None
+        ]
+        self._settings: list[object] = []
+        self._public = [
+            (held, name)
+            for module in self._model.modules()
+            for held in (vars(module),)
+            for name, value in held.items()
+            # The key of an entry has the mode; what begins with _ is for bookkeeping.
+            if isinstance(value, _PLAIN) and name != "training" and not name.startswith("_")
         ]
         bit_of = {id(tensor): bit for tensor, bit in self._tensors}
         self._groups = [
@@ -121,6 +133,17 @@ class FrozenWatch:
         if found or trained != self._trained:
             self._settle(trained)
         return found
+
+    def note_settings(self) -> None:
+        """Remember the settings of all modules, such as `eps`, as a pass has left them."""
+        self._settings = self._read_settings()
+
+    def has_other_settings(self) -> bool:
+        """Return whether a setting was changed since then, so not by the modules themselves."""
+        return bool(self._settings) and self._settings != self._read_settings()
+
+    def _read_settings(self) -> list[object]:
+        return [held.get(name) for held, name in self._public]
 
     def _settle(self, trained: int) -> None:
         self._trained = trained

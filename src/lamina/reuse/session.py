@@ -162,9 +162,9 @@ class Reuse:
             stub.before = module.__dict__.get("forward")
             module.__dict__["forward"] = stub
             added.append((stub.before, [*module._forward_hooks], [*module._forward_pre_hooks]))
-        if added != self._added:
-            # A hook or a forward put on a module in the middle of a run: what was seen of the
-            # model, and found to be the same again, was seen without it.
+        if added != self._added or self.watch.has_other_settings():
+            # A hook or a forward was put on a module in the middle of a run, or a setting was
+            # changed: what was seen of the model, and found to be the same again, is past.
             self._added = added
             self._profiles.clear()
             self._plans.clear()
@@ -184,6 +184,7 @@ class Reuse:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = stub.before
+        self.watch.note_settings()
         self._pass = None
 
     def _stub(self, path: str, module: nn.Module) -> Stub:
