@@ -338,7 +338,7 @@ def test_a_setting_that_is_changed_in_the_middle_is_followed():
                     value.backward()
                     optimizer.step()
                     optimizer.zero_grad()
-                    losses.append(float(value))
+                    losses.append(value.item())
         return losses, reuse and reuse.counts["replayed"]
 
     with_reuse, replayed = run(True)
