@@ -203,6 +203,26 @@ def test_an_epoch_that_a_loaded_state_begins_in_the_middle_is_not_judged(monkeyp
     assert codes(lambda: take(model, resumed, 1)) == []
 
 
+@pytest.mark.parametrize("batches", [7, 20])
+def test_a_loader_that_was_left_at_its_end_is_not_that_of_this_loop(monkeypatch, batches):
+    stands_in = types.SimpleNamespace(GradientState=Accelerate)
+    monkeypatch.setitem(sys.modules, "accelerate.state", stands_in)
+    monkeypatch.setattr(Accelerate, "active_dataloader", range(batches))
+    monkeypatch.setattr(Accelerate, "end_of_dataloader", True)  # by an earlier loop, for good
+    model, optimizer = built({"epochs": 4, "steps_per_epoch": 20})
+    assert codes(lambda: take(model, optimizer, 40)) == []
+
+
+def test_an_epoch_of_one_step_is_told(monkeypatch):
+    stands_in = types.SimpleNamespace(GradientState=Accelerate)
+    monkeypatch.setitem(sys.modules, "accelerate.state", stands_in)
+    monkeypatch.setattr(Accelerate, "active_dataloader", range(4))
+    monkeypatch.setattr(Accelerate, "num_steps", 4)
+    monkeypatch.setattr(Accelerate, "end_of_dataloader", True)  # every step is the last one
+    model, optimizer = built({"epochs": 4, "steps_per_epoch": 20})
+    assert codes(lambda: take(model, optimizer, 1)) == ["another-length"]
+
+
 @pytest.mark.parametrize(("first", "told"), [(10, ["another-length"]), (20, []), (5, [])])
 def test_a_first_report_after_the_share_of_a_process_is_told(monkeypatch, first, told):
     monkeypatch.setattr("lamina.runtime.monitor.count_processes", lambda: 2)

@@ -296,10 +296,11 @@ class FirstEpoch:
         self.open = planned is not None
         self._planned = planned or 0
         self._begin: int | None = None
+        self._inside = False
 
     def forget(self) -> None:
         """Begin anew, with the next whole epoch."""
-        self._begin = None
+        self._begin, self._inside = None, False
 
     def after_step(self, clock: int, skipped: int) -> int | None:
         """Return the length of the epoch once it has ended; it is looked at no more then."""
@@ -308,10 +309,14 @@ class FirstEpoch:
         states = sys.modules.get("accelerate.state")
         if states is None or not states.GradientState._shared_state:  # no Accelerator was made
             self.open = False
-        elif (state := states.GradientState()).end_of_dataloader:
-            if self._begin is not None:
-                self.open = False
-                return self._length(clock + skipped - self._begin, state)
+        elif not (state := states.GradientState()).end_of_dataloader:
+            self._inside = True
+        elif not self._inside and _steps_of(state) > 1:
+            pass  # the end of another loader, which somebody left there and which is still shown
+        elif self._begin is not None:
+            self.open = False
+            return self._length(clock + skipped - self._begin, state)
+        else:
             self._begin = clock + skipped
         return None
 
@@ -320,13 +325,17 @@ class FirstEpoch:
 
         Then a GradScaler has left out the missing ones, or batches are accumulated by hand.
         """
-        loader = state.active_dataloader
-        try:
-            batches = len(loader)
-        except TypeError:  # over an IterableDataset, also where the loader has a `__len__`
-            batches = 0
-        enough = math.ceil(batches / state.num_steps) >= self._planned
+        enough = _steps_of(state) >= self._planned
         return None if taken < self._planned and enough else taken
+
+
+def _steps_of(state: Any) -> int:
+    """Return the steps in an epoch of the loader that Accelerate goes through; 0 if unknown."""
+    try:
+        batches = len(state.active_dataloader)
+    except TypeError:  # over an IterableDataset, also where the loader has a `__len__`
+        batches = 0
+    return math.ceil(batches / state.num_steps)
 
 
 class ClippedElsewhere:
