@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from .._util.numbers import is_number, is_whole
 from .._util.sharding import is_flattened, is_sharded
 from ..errors import PlanError
 from ..optimizer.wrapped import unwrap
 from .copies import compiled_paths
+from .options import check_options, parse_dtype, parse_space
 from .session import Reuse
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def reuse(
@@ -28,6 +25,7 @@ def reuse(
     folder: str | os.PathLike[str] | None = None,
     debug: float = 0.0,
     preprocessing: str = "",
+    store_dtype: str | torch.dtype | None = None,
 ) -> Reuse:
     """Compute what is frozen once per example, and reuse its outputs with the same bits.
 
@@ -49,7 +47,10 @@ def reuse(
             on; by default in memory. Each process needs a folder of its own.
         debug: the share of the replayed calls that are made all the same, to compare bits.
         preprocessing: a text that says how inputs were prepared before they became tensors; what
-            is stored under another one is not used.
+            is stored under another one is removed, with a word about it.
+        store_dtype: "bfloat16" rounds wider outputs where they are stored, to take
+            less space. What is replayed then has other bits than what is computed, so that results
+            are no longer the same as without reuse; by default nothing is rounded.
 
     Returns:
         What is reused: `counts`, `refused`, `preview(...)`, `close()`. It may be used in `with`.
@@ -75,49 +76,23 @@ def reuse(
         Brock et al., "FreezeOut" (arXiv:1706.04983), skip the backward pass of frozen layers;
         "precomputing features" for linear probes, as in Alain & Bengio (arXiv:1610.01644).
     """
-    _check_arguments(model, debug, preprocessing)
+    check_options(space, debug, preprocessing, store_dtype)
     _check_model(model)
-    amount = parse_space(space)
+    try:
+        inner = unwrap(optimizer)
+    except PlanError as error:
+        raise PlanError(f"reuse: {error}") from error
     place = None if folder is None else Path(folder)
-    return Reuse(model, unwrap(optimizer), amount, place, debug, preprocessing)
+    amount, narrow = parse_space(space), parse_dtype(store_dtype)
+    return Reuse(model, inner, amount, place, debug, preprocessing, narrow)
 
 
-def parse_space(given: int | str) -> int:
-    """Return a number of bytes.
-
-    Raises:
-        PlanError: if it cannot be read.
-
-    Example:
-        >>> parse_space("1.5 GB"), parse_space("2 MiB"), parse_space(10)
-        (1500000000, 2097152, 10)
-    """
-    if is_whole(given) and given >= 0:
-        return int(given)
-    match = re.fullmatch(
-        r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?i?B)\s*", str(given), re.IGNORECASE
-    )
-    if isinstance(given, str) and match:
-        return int(float(match[1]) * _UNITS[match[2].upper()])
-    raise PlanError(
-        f"reuse: space={given!r} was given; expected bytes, or a text such as '500 MB' or '2 GiB'."
-    )
-
-
-def _check_arguments(model: Any, debug: Any, preprocessing: Any) -> None:
-    """Raise `PlanError` for an argument of the wrong type or out of its range."""
+def _check_model(model: Any) -> None:
+    """Raise `PlanError` for what is no model, or one whose passes cannot be followed."""
     if not isinstance(model, nn.Module):
         raise PlanError(
             f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
         )
-    if not is_number(debug) or not 0 <= debug <= 1:
-        raise PlanError(f"reuse: debug={debug!r} was given; expected a share from 0 to 1.")
-    if not isinstance(preprocessing, str):
-        raise PlanError("reuse: preprocessing must be a text.")
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise `PlanError` for a model whose passes cannot be followed."""
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
         raise PlanError(
             "reuse: a model in a wrapper for several processes was given. Give the module inside: "

@@ -63,8 +63,8 @@ class Profile:
         self.refused: dict[str, str] = {}
         #: the dimension of the examples in each tensor that a call returns
         self.dims: dict[str, tuple[int | None, ...]] = {}
-        #: how many bytes an example takes in the outputs of a call
-        self.widths: dict[str, int] = {}
+        #: the form of what a call returns
+        self.forms: dict[str, OutputForm] = {}
         #: how long each call took in the last check
         self.seconds: dict[str, float] = {}
         self._compiled = compiled_paths(model)
@@ -154,8 +154,7 @@ class Profile:
         if not any(reasons.values()):
             for key in wanted:
                 self.dims[key] = trial.dims[key]
-                form = OutputForm.of(trial.first.outputs[key], self.dims[key])
-                self.widths[key] = sum(form.widths())
+                self.forms[key] = OutputForm.of(trial.first.outputs[key], self.dims[key])
             return True
         self.refuse(self._culprit(inputs) or self._named(reasons), inputs)
         return False

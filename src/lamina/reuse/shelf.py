@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,10 +54,18 @@ class OutputForm:
         plain = (TensorForm, str, int, float, bool, type(None))
         return all(isinstance(leaf, plain) for leaf in self.leaves)
 
-    def widths(self) -> list[int]:
-        """Return the bytes of an example in each tensor; 0 for what is the same for all."""
+    def widths(self, narrow: torch.dtype | None = None) -> list[int]:
+        """Return the bytes of an example in each tensor; 0 for what is the same for all.
+
+        Args:
+            narrow: what wider tensors are rounded to.
+        """
         return [
-            0 if dim is None else form.size_in_bytes() // form.shape[dim]
+            0
+            if dim is None
+            else math.prod(form.shape)
+            // form.shape[dim]
+            * stored_dtype(form.dtype, narrow).itemsize
             for form, dim in zip(self.tensors, self.dims, strict=True)
         ]
 
@@ -64,6 +73,18 @@ class OutputForm:
     def tensors(self) -> list[TensorForm]:
         """The forms of its tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
+
+
+def stored_dtype(dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
+    """Return what tensors of a dtype are stored as, if wider ones are rounded to another."""
+    if narrow is None or not dtype.is_floating_point or dtype.itemsize <= narrow.itemsize:
+        return dtype
+    return narrow
+
+
+def rounded(tensor: torch.Tensor, narrow: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor as it comes back from where it was stored."""
+    return tensor.to(stored_dtype(tensor.dtype, narrow)).to(tensor.dtype)
 
 
 class Rows:
@@ -120,12 +141,13 @@ class Rows:
 class Shelf:
     """The outputs of one call, for all examples that were seen in batches of one layout.
 
-    `rows` holds each tensor by example, None for one that is the same for all. Of what another
+    `narrow` is what wider tensors are rounded to. `rows` holds each tensor by example, None for one that is the same for all. Of what another
     process has written, `sums` are the checksums by slot, and `unchecked` the slots that were not
     compared with them yet; `written` is told of new rows, `damaged` if a checksum differs.
     """
 
     form: OutputForm
+    narrow: torch.dtype | None = None
     rows: list[Rows | None] = field(default_factory=list)
     slots: dict[bytes, int] = field(default_factory=dict)
     sums: dict[int, list[int]] = field(default_factory=dict)
@@ -162,7 +184,8 @@ class Shelf:
         for rows, tensor, dim in zip(self.rows, tensors, self.form.dims, strict=True):
             if rows is None or dim is None:
                 continue
-            data = as_bytes(tensor.detach().movedim(dim, 0)).cpu()[places]
+            kept = tensor.detach().to(stored_dtype(tensor.dtype, self.narrow))
+            data = as_bytes(kept.movedim(dim, 0)).cpu()[places]
             rows.write(first, data)
             for own, row in zip(sums, data if self.written else (), strict=False):
                 own.append(checksum(row))
@@ -184,7 +207,7 @@ class Shelf:
         """Return the tensors of an output for these examples, new ones each time."""
         forms = zip(self.rows, self._shared, self.form.tensors, self.form.dims, strict=True)
         return [
-            shared.clone() if shared is not None else _rebuilt(rows, slots, form, dim)
+            shared.clone() if shared is not None else _rebuilt(rows, slots, form, dim, self.narrow)
             for rows, shared, form, dim in forms
         ]
 
@@ -208,14 +231,18 @@ class Shelf:
 
 
 def _rebuilt(
-    rows: Rows | None, slots: torch.Tensor, form: TensorForm, dim: int | None
+    rows: Rows | None,
+    slots: torch.Tensor,
+    form: TensorForm,
+    dim: int | None,
+    narrow: torch.dtype | None,
 ) -> torch.Tensor:
     assert rows is not None
     assert dim is not None
     shape = list(form.shape)
     shape.insert(0, shape.pop(dim))
-    found = rows.gather(slots).view(form.dtype).reshape(shape)
-    found = found.movedim(0, dim).to(form.device)
+    found = rows.gather(slots).view(stored_dtype(form.dtype, narrow)).reshape(shape)
+    found = found.movedim(0, dim).to(form.device, form.dtype)
     if found.stride() == form.stride:
         return found
     # Kernels choose by the order of elements in memory, and another kernel gives other bits.
