@@ -32,6 +32,8 @@ from .common import (
     PlanWord,
     PlotFile,
     Precision,
+    Reuse,
+    ReuseSpace,
     Steps,
     TaskOption,
     TaskWord,
@@ -39,6 +41,7 @@ from .common import (
     cli_errors,
     preview_of_task,
     print_json,
+    reuse_setting,
 )
 from .diff import diff
 from .find_lr import find_lr
@@ -132,6 +135,8 @@ def run(
     keep: Keep = None,
     mixed_precision: Precision = None,
     fsdp: Fsdp = None,
+    reuse: Reuse = None,
+    reuse_space: ReuseSpace = None,
     cpu: Cpu = False,
     full: Full = False,
 ) -> None:
@@ -149,6 +154,7 @@ def run(
             save_every=save_every,
             keep=keep,
             fsdp=fsdp,
+            reuse=reuse_setting(reuse, reuse_space),
             cpu=cpu,
             out=out,
             resume=resume,

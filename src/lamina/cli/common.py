@@ -59,11 +59,38 @@ Precision = Annotated[str | None, typer.Option(help="Numeric precision: no, fp16
 Cpu = Annotated[
     bool, typer.Option("--cpu", help="Train on the CPU, even if there is an accelerator.")
 ]
+Reuse = Annotated[
+    bool | None,
+    typer.Option(help="Compute what is frozen once per example, with the same results."),
+]
+ReuseSpace = Annotated[
+    str | None,
+    typer.Option(help="Space for that, such as '500 MB'; with it, --reuse is on. [default: 2 GB]"),
+]
 PlotFile = Annotated[
     Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf file.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Show every group; fold none.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def reuse_setting(reuse: bool | None, space: str | None) -> bool | dict[str, str] | None:
+    """Return the setting `reuse` that two options stand for; None for what task or run say.
+
+    Args:
+        reuse: `--reuse` or `--no-reuse`.
+        space: `--reuse-space`.
+
+    Raises:
+        LaminaError: if space is given for nothing.
+    """
+    if space is None:
+        return reuse
+    if reuse is False:
+        raise LaminaError(
+            f"--no-reuse and --reuse-space {space!r} contradict each other; leave out one of them."
+        )
+    return {"space": space}
 
 
 @contextmanager

@@ -338,9 +338,11 @@ class Reuse:
                 f"{name} {reason}: neither it nor what is computed from it is reused."
             )
         trains = [self._trained, *(bits for _, bits in self.watch.later())]
-        if not self.refused and not any(profile.stage(bits).needed for bits in trains):
+        if self.refused or self.counts["stored"] or self.counts["replayed"]:
+            return
+        if not any(profile.stage(bits).needed for bits in trains):
             self.notices.tell(
-                "Nothing is reused: nothing is frozen at any time that is not computed from "
+                "Nothing is reused: nothing is frozen, now or later, that is not computed from "
                 "something that trains. Freeze the bottom of the model, or leave reuse out."
             )
 

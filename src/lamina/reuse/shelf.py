@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .journal import checksum
 from .keys import as_bytes
-from .lazy import TensorForm
+from .lazy import TensorForm, stored_dtype
 
 #: a piece of memory that rows are stored in is made for about so many bytes
 _PIECE = 4 * 2**20
@@ -60,26 +59,13 @@ class OutputForm:
         Args:
             narrow: what wider tensors are rounded to.
         """
-        return [
-            0
-            if dim is None
-            else math.prod(form.shape)
-            // form.shape[dim]
-            * stored_dtype(form.dtype, narrow).itemsize
-            for form, dim in zip(self.tensors, self.dims, strict=True)
-        ]
+        pairs = zip(self.tensors, self.dims, strict=True)
+        return [0 if dim is None else form.row_in_bytes(dim, narrow) for form, dim in pairs]
 
     @property
     def tensors(self) -> list[TensorForm]:
         """The forms of its tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
-
-
-def stored_dtype(dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
-    """Return what tensors of a dtype are stored as, if wider ones are rounded to another."""
-    if narrow is None or not dtype.is_floating_point or dtype.itemsize <= narrow.itemsize:
-        return dtype
-    return narrow
 
 
 def rounded(tensor: torch.Tensor, narrow: torch.dtype | None) -> torch.Tensor:
@@ -141,9 +127,10 @@ class Rows:
 class Shelf:
     """The outputs of one call, for all examples that were seen in batches of one layout.
 
-    `narrow` is what wider tensors are rounded to. `rows` holds each tensor by example, None for one that is the same for all. Of what another
-    process has written, `sums` are the checksums by slot, and `unchecked` the slots that were not
-    compared with them yet; `written` is told of new rows, `damaged` if a checksum differs.
+    `narrow` is what wider tensors are rounded to. `rows` holds each tensor by example, None for one
+    that is the same for all. Of what another process has written, `sums` are the checksums by slot,
+    and `unchecked` the slots that were not compared with them yet; `written` is told of new rows,
+    `damaged` if a checksum differs.
     """
 
     form: OutputForm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,7 @@ def prepare_run(
     save_every: TimeLike | None = None,
     keep: int | None = None,
     fsdp: bool | None = None,
+    reuse: bool | Mapping[str, Any] | None = None,
     cpu: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -56,6 +57,10 @@ def prepare_run(
         save_every: the time between checkpoints, such as "500 steps"; by default an epoch.
         keep: how many checkpoints to keep, beside the best; by default 2.
         fsdp: shard the model over the processes (FSDP2), instead of a copy in each (DDP).
+        reuse: compute what is frozen once per example (see `lamina.reuse`): True, or some of its
+            options as a mapping; with True the options of the task or the resumed run are kept.
+            `folder` is True for the folder of the run, where outputs stay until the run has ended,
+            False for memory, or the path of another.
         cpu: train on the CPU even if there is an accelerator.
         out: the folder of the run; by default a new one under `runs`.
         resume: the folder of a run to go on with, from its newest checkpoint that is whole; plan
@@ -70,7 +75,7 @@ def prepare_run(
     task, folder = load_task(task), None if out is None else Path(out)
     asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every}
-    asked |= {"keep": keep, "fsdp": fsdp}
+    asked |= {"keep": keep, "fsdp": fsdp, "reuse": reuse}
     with ExitStack() as undo:
         start = None if resume is None else _resumption(Path(resume), folder, task, undo)
         if start is None:

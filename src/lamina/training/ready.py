@@ -20,6 +20,7 @@ from .dealing import Dealing
 from .position import Position
 from .records import Validation
 from .run_folder import ABOUT, plan_text
+from .run_reuse import RunReuse
 from .settings import FREE, Settings
 from .snapshot import Snapshot
 from .task import Data, Task
@@ -90,6 +91,7 @@ class ReadyRun:
     extend: str | None = None
     #: undone when the session is closed: the lock of the folder, what Accelerate began
     undo: ExitStack = field(default_factory=ExitStack)
+    reuse: RunReuse = field(init=False)
     train_loader: Any = field(init=False)
     validation_loader: Any = field(init=False)
     optimizer: Optimizer = field(init=False)

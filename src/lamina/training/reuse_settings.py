@@ -26,7 +26,11 @@ class ReuseSettings:
 
     def __post_init__(self) -> None:
         check_options(self.space, self.debug, self.preprocessing, self.store_dtype)
-        if not isinstance(self.folder, (bool, str)) or not self.folder and self.folder != 0:
+        if not isinstance(self.store_dtype, (str, type(None))):  # it is written to run.json
+            raise LaminaError(
+                f"reuse: store_dtype={self.store_dtype!r} was given; expected the name 'bfloat16'."
+            )
+        if not isinstance(self.folder, (bool, str)) or self.folder == "":
             raise LaminaError(
                 f"reuse: folder={self.folder!r} was given; expected True for the folder of the "
                 "run, False for memory, or the path of a folder."
