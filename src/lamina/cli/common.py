@@ -24,6 +24,7 @@ from rich.console import Console
 from .._util import startup as _startup
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
+from ..reuse import Forecast
 from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
 from .previews import task_previews
@@ -72,6 +73,16 @@ PlotFile = Annotated[
 ]
 Full = Annotated[bool, typer.Option("--full", help="Show every group; fold none.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def announce_reuse(forecast: Forecast | None) -> None:
+    """Print what reuse will store and save, stage by stage; nothing without reuse.
+
+    Args:
+        forecast: as it was made for the run.
+    """
+    if forecast is not None:
+        print(f"What is frozen is computed once per example (--reuse):\n{forecast}\n", flush=True)
 
 
 def reuse_setting(reuse: bool | None, space: str | None) -> bool | dict[str, str] | None:

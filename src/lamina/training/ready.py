@@ -14,6 +14,7 @@ from .._util.randomness import Randomness
 from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import Forecast
 from ..state.extend import WAYS
 from ..state.schema import is_count, short
 from .dealing import Dealing
@@ -92,6 +93,8 @@ class ReadyRun:
     #: undone when the session is closed: the lock of the folder, what Accelerate began
     undo: ExitStack = field(default_factory=ExitStack)
     reuse: RunReuse = field(init=False)
+    #: what reuse will save; None if nothing is reused, or that is not known
+    forecast: Forecast | None = field(init=False)
     train_loader: Any = field(init=False)
     validation_loader: Any = field(init=False)
     optimizer: Optimizer = field(init=False)

@@ -14,6 +14,7 @@ from .._util.randomness import Randomness
 from ..checkpoint import tidy
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
+from ..reuse import Forecast
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
 from .devices import naming_lost_processes
@@ -28,6 +29,7 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import check_fits, restore
+from .reuse_forecast import forecast_run
 from .reuse_settings import ReuseSettings
 from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
 from .run_reuse import RunReuse
@@ -64,6 +66,14 @@ class Session(ReadyRun):
         self.last = None if self.start is None else self.start.snapshot.last
         self.begins = Position() if self.start is None else restore(self.start, self)
         check_watched(self)
+        self.forecast = self._forecast()
+
+    def _forecast(self) -> Forecast | None:
+        """Return what reuse will save, on the process that says so."""
+        if self.reuse.settings is None or not self.is_main:
+            return None
+        given = (self.reuse.settings, self.task, self.data, self.model, self.optimizer)
+        return forecast_run(*given, self.accelerator.device, self.accelerator.autocast())
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
