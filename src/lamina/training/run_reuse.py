@@ -56,7 +56,6 @@ class RunReuse:
 
     def __init__(self, settings: ReuseSettings | None, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._own_folder: Path | None = None
         self._reused: Reuse | None = None
         self.settings = settings
         if settings is not None and is_sharded(accelerator):
@@ -130,8 +129,7 @@ class RunReuse:
 
             broadcast_object_list(known)
         assert known[0] is not None
-        self._own_folder = Path(known[0]) / STORED
-        return self._own_folder / own
+        return Path(known[0]) / STORED / own
 
     def report(self) -> ReuseReport | None:
         """Return what was reused; None if nothing was to be."""
@@ -141,11 +139,16 @@ class RunReuse:
         space, refused = self._reused.store.used, tuple(sorted(self._reused.refused))
         return ReuseReport(counts["replayed"], counts["skipped"], seconds, space, refused)
 
-    def finish(self) -> None:
-        """Remove what lies in the folder of the run: it is only there for a run that goes on."""
+    def finish(self, home: Path) -> None:
+        """Remove what lies in the folder of the run: it is only there for a run that goes on.
+
+        Args:
+            home: the folder of the run.
+        """
         self.close()
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
+        asked = None if self.settings is None else self.settings.folder
+        if not isinstance(asked, str):  # or it might be that very folder
+            shutil.rmtree(home / STORED, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the model and of the files."""

@@ -117,7 +117,7 @@ class Session(ReadyRun):
                 stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
                 folder.end("finished", baseline=baseline, **self._found())
-                self.reuse.finish()
+                self.reuse.finish(folder.path)
         return self._result(
             began,
             folder=folder.path,
