@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from typer.testing import CliRunner
 import lamina as lm
 import reuse_task
 from lamina import checkpoint
-from lamina.cli import app
+from lamina.cli.app import app
 from lamina.reuse.keys import Inputs
 from lamina.training import Task, fit, prepare_run
 from lamina.training.named_examples import NamedBatch, named_loader
 from lamina.training.run_reuse import STORED, ReuseReport
 from lamina.training.settings import Settings
+from test_resume import assert_same
 
 FILE = reuse_task.__file__
 PLANS = {
@@ -55,33 +57,28 @@ def train(folder, task=reuse_task, plan=None, **settings):
     return fit(task, plan, out=folder, cpu=True, **settings)
 
 
-def content(folder):
-    return checkpoint.newest(folder / "checkpoints").content
+def drawn(folder):
+    """What every random source is at, at the end of a run."""
+    content = checkpoint.newest(folder / "checkpoints").content
+    states = [state[name] for state in content["random"] for name in ("start", "before", "after")]
+    return [
+        (state["python"], state["numpy"][1].tolist(), state["torch"].tolist())
+        for state in states
+        if state is not None
+    ]
 
 
-def validations(folder):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row["averages"] for row in rows if row["kind"] == "validation"]
-
-
-def losses(folder):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if row["kind"] == "step"]
-
-
-def same_run(one, other):
-    """Whether two runs have the same losses, metrics, weights, state and random sources."""
-    first, second = content(one), content(other)
-    for key in ("model", "optimizer", "random"):
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True)
-    return losses(one) == losses(other) and validations(one) == validations(other)
+def assert_same_run(one, other):
+    """Two runs have the same losses, metrics, weights, state and random sources."""
+    assert_same(one, other)
+    assert drawn(one) == drawn(other)
 
 
 def both(tmp_path, task=reuse_task, plan=None, *, reuse=True, **settings):
     """A run without reuse and one with it, and what was reused."""
     train(tmp_path / "without", task, plan, **settings)
     result = train(tmp_path / "with", task, plan, reuse=reuse, **settings)
-    assert same_run(tmp_path / "without", tmp_path / "with")
+    assert_same_run(tmp_path / "without", tmp_path / "with")
     return result.reuse
 
 
@@ -111,9 +108,7 @@ def test_other_settings(tmp_path, settings):
 def test_held_out_examples_have_entries_of_their_own(tmp_path):
     """Their indices are those of training examples too."""
     found = both(tmp_path, plan=reuse_task.HEAD, epochs=3)
-    # 6 whole batches of training and 2 of held-out examples, and the smaller one of these, each in
-    # the epochs but the first; the smaller one of training has other examples in each epoch.
-    assert found.replayed == 2 * (6 + 3)
+    assert found.replayed == 2 * (6 + 3)  # every batch in the epochs after the first
 
 
 def test_without_reuse_a_run_is_what_it_was(out):
@@ -136,10 +131,9 @@ def test_indices_stand_for_examples(out, monkeypatch):
     )
     result = train(out, plan=reuse_task.HEAD, epochs=4, reuse=True)
     assert result.reuse.replayed > 20
-    # In the first two epochs all, then one example of a batch; the smaller batch of training has
-    # others in each epoch.
-    assert hashed.count(None) == 2 * (7 + 3) + 2
-    assert len(hashed) == 4 * (7 + 3)
+    # In the first two epochs all of a batch, then one example of it.
+    assert hashed.count(None) == 2 * (6 + 3)
+    assert len(hashed) == 4 * (6 + 3)
 
 
 def test_the_hooks_are_gone_after_the_run(out):
@@ -327,46 +321,56 @@ fit(reuse_task, out=sys.argv[1], cpu=True, save_every=5, reuse=True, listeners=[
 """
 
 
-def killed(folder, step):
-    """A run that was killed in a process of its own after a step."""
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A whole run without reuse, and one with reuse that was killed after the step 16 of 24."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
+        train(folder / "whole", save_every=5)
     paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    threads = str(torch.get_num_threads())
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), str(step), str(torch.get_num_threads())],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        timeout=120,
+        [sys.executable, "-c", KILLED, str(folder / "killed"), "16", threads],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads},
+        timeout=300,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
+    return folder
 
 
-def test_a_killed_run_goes_on_with_what_was_stored(tmp_path):
-    train(tmp_path / "whole", save_every=5)
-    killed(tmp_path / "killed", 16)
-    stored = tmp_path / "killed" / STORED
-    assert list(stored.glob("*.rows"))
-    with prepare_run(reuse_task, resume=tmp_path / "killed", cpu=True) as session:
+def test_a_killed_run_goes_on_with_what_was_stored(begun, tmp_path):
+    shutil.copytree(begun / "killed", tmp_path / "run")
+    assert list((tmp_path / "run" / STORED).glob("*.rows"))
+    with prepare_run(reuse_task, resume=tmp_path / "run", cpu=True) as session:
         assert session.settings.reuse is True
-        counts = session.reuse
         result = session.train()
-        assert counts._reused.counts["stored"] < 50  # of what a run stores of it from the start
+        assert session.reuse._reused.counts["stored"] == 0
     assert result.reuse.replayed > 0
-    assert same_run(tmp_path / "whole", tmp_path / "killed")
-    assert not stored.exists()
+    assert_same_run(begun / "whole", tmp_path / "run")
+    assert not (tmp_path / "run" / STORED).exists()
 
 
-@pytest.mark.parametrize("damage", ["rows", "journal", "gone"])
-def test_damaged_outputs_of_a_killed_run_are_computed_again(tmp_path, damage, recwarn):
-    train(tmp_path / "whole", save_every=5)
-    killed(tmp_path / "killed", 16)
-    for path in (tmp_path / "killed" / STORED).iterdir():
-        if damage == "gone":
-            path.unlink()
-        elif (path.suffix == ".rows") == (damage == "rows"):
-            path.write_bytes(b"\1" * path.stat().st_size)
-    fit(reuse_task, resume=tmp_path / "killed", cpu=True)
-    assert same_run(tmp_path / "whole", tmp_path / "killed")
+def damage_rows(path):
+    if path.suffix == ".rows":
+        path.write_bytes(b"\1" * path.stat().st_size)
+
+
+def damage_journal(path):
+    if path.suffix != ".rows":
+        path.write_bytes(b"junk\n" + path.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [damage_rows, damage_journal, Path.unlink])
+def test_damaged_outputs_of_a_killed_run_are_computed_again(begun, tmp_path, damage, recwarn):
+    shutil.copytree(begun / "killed", tmp_path / "run")
+    for path in (tmp_path / "run" / STORED).iterdir():
+        damage(path)
+    fit(reuse_task, resume=tmp_path / "run", cpu=True)
+    assert_same_run(begun / "whole", tmp_path / "run")
     told = [str(warning.message) for warning in recwarn if "damaged" in str(warning.message)]
-    assert bool(told) == (damage != "gone")
+    assert bool(told) == (damage is not Path.unlink)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -378,7 +382,7 @@ def test_reuse_may_begin_or_end_when_a_run_is_resumed(tmp_path, first):
     result = fit(reuse_task, resume=folder, cpu=True, reuse=not first)
     assert (result.reuse is None) == first
     assert not (folder / STORED).exists()
-    assert same_run(tmp_path / "whole", folder)
+    assert_same_run(tmp_path / "whole", folder)
 
 
 class Interrupts:
@@ -527,23 +531,27 @@ def test_a_full_budget_is_told_and_kept(tmp_path):
 def test_the_forecast_tells_the_stages_and_moves_nothing(out):
     with prepare_run(reuse_task, out=out, cpu=True, reuse=True) as session:
         first, second, third = session.forecast.stages
-        assert [stage.first for stage in session.forecast.stages] == [0, 7, 14]
+        assert [stage.first for stage in session.forecast.stages] == [0, 6, 12]
         assert [stage.replayed for stage in (first, second, third)] == [
             ("layer.1",),
             ("layer.0",),
             ("stem",),
         ]
         assert first.saved > second.saved > third.saved >= 0
-        assert session.forecast.examples == 72
-        assert session.forecast.space == 72 * 3 * 8 * 4
-        assert all(not module.training for module in session.model.modules())  # as without
+        assert session.forecast.examples == 70
+        assert session.forecast.space == 70 * 3 * 8 * 4
+        modes = [module.training for module in session.model.modules()]
+        state = session.randomness.now()
+    with prepare_run(reuse_task, out=out, cpu=True) as session:
+        assert modes == [module.training for module in session.model.modules()]
+        assert torch.equal(state["torch"], session.randomness.now()["torch"])
 
 
 def test_the_command_line(out):
     run = CliRunner().invoke(app, ["run", FILE, "--reuse", "--cpu", "--out", str(out)])
     assert run.exit_code == 0, run.output
     assert "What is frozen is computed once per example (--reuse):" in run.output
-    assert "0 to 6" in run.output
+    assert "0 to 5" in run.output
     assert "layer.1" in run.output
     assert "of 1907 MiB" in run.output
     (row,) = [line for line in run.output.splitlines() if line.startswith("reuse ")]

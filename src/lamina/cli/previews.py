@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .._util.notices import warn
+from ..errors import PlanError
 from ..optimizer.optimizer import Optimizer
 from ..preview import Preview
 from ..reuse import Forecast
@@ -80,4 +82,8 @@ def task_forecast(
         # Not by plan.build, which warns of the findings: the preview prints them.
         optimizer = Optimizer(plan, model, run)
     cpu = torch.device("cpu")
-    return forecast_run(reuse, task, data, model, optimizer, cpu, nullcontext())
+    try:
+        return forecast_run(reuse, task, data, model, optimizer, cpu, nullcontext())
+    except PlanError as error:
+        warn(f"The run would go on without reuse: {error}")
+        return None

@@ -27,7 +27,7 @@ except ImportError:  # on Windows, where a second run in the folder is not notic
     fcntl = None  # type: ignore[assignment]
 
 _NAME = "reuse.jsonl"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,10 @@ from .journal import checksum
 from .keys import as_bytes
 from .lazy import TensorForm, stored_dtype
 
-#: a piece of memory that rows are stored in is made for about so many bytes
+#: a piece of memory that rows are stored in is made for at most about so many bytes, or 64 rows
 _PIECE = 4 * 2**20
+#: the rows of the first piece: of some layouts there is one batch only
+_FIRST = 16
 
 
 #: (number of the piece, rows, bytes of a row) -> memory, or None if there is no room left
@@ -74,7 +77,7 @@ def rounded(tensor: torch.Tensor, narrow: torch.dtype | None) -> torch.Tensor:
 
 
 class Rows:
-    """Rows of bytes of one width, in pieces of memory.
+    """Rows of bytes of one width, in pieces of memory, each of twice the rows of the last.
 
     Args:
         width: the bytes of a row.
@@ -85,7 +88,9 @@ class Rows:
         self._width = width
         self._allocate = allocate
         self._pieces: list[torch.Tensor] = []
-        self._per_piece = max(64, _PIECE // max(1, width))
+        self._most = max(64, _PIECE // max(1, width))
+        #: the first row of each piece, and of the one to come
+        self._starts = [0]
 
     @property
     def size(self) -> int:
@@ -94,20 +99,24 @@ class Rows:
 
     def grow(self, count: int) -> bool:
         """Make room for so many rows in all; return False if there is none."""
-        while len(self._pieces) * self._per_piece < count:
-            piece = self._allocate(len(self._pieces), self._per_piece, self._width)
+        while self._starts[-1] < count:
+            last = len(self._pieces[-1]) if self._pieces else _FIRST // 2
+            rows = min(2 * last, self._most)
+            piece = self._allocate(len(self._pieces), rows, self._width)
             if piece is None:
                 return False
             self._pieces.append(piece)
+            self._starts.append(self._starts[-1] + rows)
         return True
 
     def write(self, first: int, rows: torch.Tensor) -> None:
         """Write rows into slots that there is room for."""
         done = 0
         while done < len(rows):
-            piece, place = divmod(first + done, self._per_piece)
-            step = min(len(rows) - done, self._per_piece - place)
-            self._pieces[piece][place : place + step].copy_(rows[done : done + step])
+            number = bisect_right(self._starts, first + done) - 1
+            piece, place = self._pieces[number], first + done - self._starts[number]
+            step = min(len(rows) - done, len(piece) - place)
+            piece[place : place + step].copy_(rows[done : done + step])
             done += step
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
@@ -115,10 +124,10 @@ class Rows:
         if len(self._pieces) == 1:
             return self._pieces[0].index_select(0, slots)
         found = torch.empty(len(slots), self._width, dtype=torch.uint8)
-        piece_of = slots // self._per_piece
+        piece_of = torch.bucketize(slots, torch.tensor(self._starts[1:-1]), right=True)
         for piece in piece_of.unique().tolist():
             here = (piece_of == piece).nonzero()[:, 0]
-            rows = self._pieces[piece].index_select(0, slots[here] - piece * self._per_piece)
+            rows = self._pieces[piece].index_select(0, slots[here] - self._starts[piece])
             found.index_copy_(0, here, rows)
         return found
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._util.notices import warn
 from .._util.randomness import Randomness
-from ..errors import LaminaError
+from ..errors import LaminaError, PlanError
 from ..optimizer.optimizer import Optimizer
 from ..reuse import Forecast, reuse
 from .reuse_settings import ReuseSettings
@@ -45,8 +45,8 @@ def forecast_run(
         device: that of the run.
         autocast: the precision of the run.
 
-    Example:
-        `lamina run` prints the forecast after the plan; `lamina show --reuse` prints it too.
+    Raises:
+        PlanError: if the model cannot be followed.
     """
     sources = Randomness(device, data.train, data.validation)
     before, modes = sources.now(), [(module, module.training) for module in model.modules()]
@@ -58,6 +58,8 @@ def forecast_run(
         options = {"space": settings.space, "store_dtype": settings.store_dtype}
         with autocast, reuse(model, optimizer, **options) as reused:
             return reused.preview(examples, *args, **kwargs)
+    except PlanError:
+        raise
     except Exception as error:  # whatever a task's own code raises outside of a run
         warn(f"What reuse will save is not known before the run: {_reason(error)}")
         return None

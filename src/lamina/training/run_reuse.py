@@ -112,7 +112,16 @@ class RunReuse:
                 raise PlanError("the launcher asked Accelerate to compile the whole model")
             self._reused = reuse(model, optimizer, **options)
         except PlanError as error:
-            warn(f"The run goes on without reuse: {error}")
+            self.give_up(error)
+
+    def give_up(self, error: PlanError) -> None:
+        """Train without reuse, and say why.
+
+        Args:
+            error: what keeps the model from being followed.
+        """
+        self.settings = None
+        warn(f"The run goes on without reuse: {error}")
 
     def _folder(self, home: Path | None) -> Path | None:
         """Return where this process stores outputs; None for memory."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from .._util.randomness import Randomness
 from ..checkpoint import tidy
+from ..errors import PlanError
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
 from ..reuse import Forecast
@@ -73,7 +74,11 @@ class Session(ReadyRun):
         if self.reuse.settings is None or not self.is_main:
             return None
         given = (self.reuse.settings, self.task, self.data, self.model, self.optimizer)
-        return forecast_run(*given, self.accelerator.device, self.accelerator.autocast())
+        try:
+            return forecast_run(*given, self.accelerator.device, self.accelerator.autocast())
+        except PlanError as error:
+            self.reuse.give_up(error)
+            return None
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
