@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from lamina.training import Task, fit, prepare_run
 from lamina.training.named_examples import NamedBatch, named_loader
 from lamina.training.run_reuse import STORED, ReuseReport
 from lamina.training.settings import Settings
+from processes import free_port, run_processes
 from test_resume import assert_same
 
 FILE = reuse_task.__file__
@@ -404,6 +406,27 @@ def interrupted(folder, step, **settings):
     return result
 
 
+def train_one_of_two(rank, folder, port, settings):
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in variables.items()})
+    torch.set_num_threads(1)
+    train(Path(folder) / "run", plan=reuse_task.HEAD, epochs=3, **settings)
+
+
+@pytest.mark.slow
+def test_two_processes_store_what_each_sees(tmp_path):
+    for name, settings in (("without", {}), ("with", {"reuse": True})):
+        (tmp_path / name).mkdir()
+        work = partial(train_one_of_two, port=free_port(), settings=settings)
+        run_processes(work, tmp_path / name, limit=300)
+    runs = [tmp_path / name / "run" for name in ("without", "with")]
+    assert_same_run(*runs)
+    about = json.loads((runs[1] / "run.json").read_text())
+    assert about["processes"] == 2
+    assert about["reused"]["replayed"] > 0
+
+
 def test_a_folder_of_ones_own_stays_for_other_runs(tmp_path):
     """Another learning rate of the head, with the same frozen weights."""
     reuse = {"folder": str(tmp_path / "kept")}
@@ -516,13 +539,13 @@ def test_augmentation_is_found(tmp_path):
 
     with pytest.warns(lm.LaminaWarning, match="random augmentation"):
         found = both(tmp_path, variant(data=data), reuse_task.HEAD, epochs=3)
-    assert found.replayed == 2 * 3  # held-out batches
+    assert found.replayed == 3  # held-out batches, in the epoch after that was found
 
 
 def test_a_full_budget_is_told_and_kept(tmp_path):
-    found = both(tmp_path, plan=reuse_task.HEAD, reuse={"space": 4000, "folder": False})
-    assert found.space <= 4000
-    assert found.replayed == 0
+    with pytest.warns(lm.LaminaWarning, match="stored for some examples only"):
+        found = both(tmp_path, plan=reuse_task.HEAD, reuse={"space": 1000})
+    assert 0 < found.space <= 1000
 
 
 # ---------------------------------------------------------------------------- what a user is shown
@@ -589,6 +612,50 @@ def test_wrong_options_are_told_in_one_paragraph(out, options, match):
 
 
 def test_a_report_says_what_was_spared():
-    report = ReuseReport(1200, 1, 2.345, 3 * 2**20)
-    assert str(report) == "1,200 calls replayed, 1 skipped; spared about 2.3 s with 3.0 MiB"
-    assert str(ReuseReport(1, 0, 0.0, 0)) == "1 call replayed; spared about 0.0 s with 0.0 MiB"
+    some, none = ReuseReport(1200, 5, 1, 2.345, 3 * 2**20), ReuseReport(0, 1, 0, 0.0, 0)
+    assert str(some) == "1,200 of 1,205 calls replayed, 1 skipped; spared about 2.3 s with 3.0 MiB"
+    assert str(none) == "0 of 1 call replayed; spared about 0.0 s with 0.0 MiB"
+    assert str(ReuseReport(0, 0, 0, 0.0, 0)) == "nothing was replayed"
+
+
+class Texts(torch.utils.data.Dataset):
+    """Examples of their own lengths, up to a longest one."""
+
+    def __init__(self, dataset, longest):
+        self.dataset, self.longest = dataset, longest
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        points, label = self.dataset[index]
+        return points.expand(min(self.longest, 1 + index % 23), 4), label
+
+
+def pad(items):
+    longest = max(len(points) for points, _ in items)
+    padded = [nn.functional.pad(points, (0, 0, 0, longest - len(points))) for points, _ in items]
+    return torch.stack(padded), torch.stack([label for _, label in items])
+
+
+class OfTexts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean(1))
+
+
+@pytest.mark.parametrize("longest", [1, 23])
+def test_padding_to_lengths_of_their_own_is_told_before_the_run(tmp_path, longest):
+    def data():
+        parts = [Texts(part, longest) for part in reuse_task.points()]
+        order = torch.Generator().manual_seed(0)
+        train, held_out = (DataLoader(p, 8, collate_fn=pad, generator=order) for p in parts)
+        return {"train": train, "validation": held_out}
+
+    task = variant(data=data, model=OfTexts)
+    both(tmp_path, task, reuse_task.HEAD, epochs=2)
+    with prepare_run(task, reuse_task.HEAD, out=tmp_path / "b", cpu=True, reuse=True) as session:
+        assert ("Batches have different lengths" in str(session.forecast)) == (longest > 1)

@@ -34,6 +34,8 @@ class Forecast:
     space: int
     budget: int
     refused: tuple[tuple[str, str], ...]
+    #: what the figures do not tell
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return a table."""
@@ -50,6 +52,7 @@ class Forecast:
         if self.space > self.budget:
             lines.append("More than fits: what a later stage needs is left out first.")
         lines += [f"{path or 'the model'} is not reused: it {why}." for path, why in self.refused]
+        lines += self.notes
         return "\n".join(lines)
 
     def __str__(self) -> str:

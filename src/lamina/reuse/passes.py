@@ -26,6 +26,7 @@ class Owner(Protocol):
 
     counts: dict[str, int]
     spared_seconds: float
+    missed: int
     forms: dict[Place, OutputForm]
     device: str
 
@@ -188,6 +189,7 @@ class Pass:
         with self._working():
             tensors = self.owner.replay(self, key)
         if tensors is None:
+            self.owner.missed += 1
             return self._compute(key, original, args, kwargs)
         self.owner.counts["replayed"] += 1
         self._spare(key, 1)

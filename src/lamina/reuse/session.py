@@ -56,6 +56,8 @@ class Reuse:
         self.counts = {"replayed": 0, "skipped": 0, "stored": 0}
         #: how long the calls that were left out would have taken, as they did when they were tried
         self.spared_seconds = 0.0
+        #: how many calls would have been replayed, had their outputs been stored
+        self.missed = 0
         self.refused: dict[str, str] = {}
         #: the form of what each call returns
         self.forms: dict[Place, OutputForm] = {}
@@ -380,6 +382,12 @@ class Reuse:
         elif later:
             least = max(later, key=lambda key: plan.profile.call(key).index)
         else:
+            if not self.store.disk_is_full:
+                self.notices.tell(
+                    f"The outputs of {plan.profile.call(place[0]).path!r} are stored for some "
+                    f"examples only: all take more than {self.store.space / 2**20:.0f} MiB. Give "
+                    "more space=."
+                )
             return
         self._dropped.add(least)
         self._plans.clear()

@@ -45,6 +45,8 @@ class Store:
         self.narrow = narrow
         self.used = 0
         self.full = False
+        #: whether it was the disk that had no room, which is told
+        self.disk_is_full = False
         self.shelves: dict[Place, Shelf] = {}
         self._tell = tell
         self._journal = None if folder is None else Journal.open(folder, tell, preprocessing)
@@ -112,7 +114,7 @@ class Store:
             try:
                 mapped = stored.piece(leaf, piece, size)
             except OSError as error:
-                self.full = True
+                self.full = self.disk_is_full = True
                 self._tell(
                     f"Nothing more is stored: {stored.folder} cannot take another "
                     f"{size / 2**20:.0f} MiB ({error.strerror or error}). What is stored goes on "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from ..optimizer.optimizer import Optimizer
 from ..reuse import Forecast, reuse
 from .reuse_settings import ReuseSettings
 from .task import Data, Task
+
+#: for data of which each batch is padded to its own length
+_LENGTHS = (
+    "Batches have different lengths, and an example is only found again in the length that it had. "
+    "The figures hold for one length: let the task pad all batches alike."
+)
 
 
 class _CalledError(Exception):
@@ -52,12 +59,13 @@ def forecast_run(
     before, modes = sources.now(), [(module, module.training) for module in model.modules()]
     try:
         model.train()  # what is wholly frozen stays in eval mode
-        batch = _first_batch(data.train, device)
+        batch, other = _first_batches(data.train, device)
         args, kwargs = _call_of(task, model, batch)
         examples = _length(data.train) + _length(data.validation)
         options = {"space": settings.space, "store_dtype": settings.store_dtype}
         with autocast, reuse(model, optimizer, **options) as reused:
-            return reused.preview(examples, *args, **kwargs)
+            found = reused.preview(examples, *args, **kwargs)
+        return found if _lengths(batch) == _lengths(other) else replace(found, notes=(_LENGTHS,))
     except PlanError:
         raise
     except Exception as error:  # whatever a task's own code raises outside of a run
@@ -69,16 +77,33 @@ def forecast_run(
         sources.set(before)
 
 
-def _first_batch(loader: DataLoader[Any], device: torch.device) -> Any:
-    """Return a batch of the first examples; the loader's sampler would move on."""
+def _first_batches(loader: DataLoader[Any], device: torch.device) -> list[Any]:
+    """Return a batch of the first examples and one of those that follow, else the same again.
+
+    They are not taken from the loader, whose sampler would move on.
+    """
     from accelerate.utils import send_to_device
 
     size = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(loader.dataset, IterableDataset) or not isinstance(size, int):
         raise LaminaError("the data is a stream, or its sampler does not say the size of a batch.")
-    count = min(size, _length(loader))
-    items = [loader.dataset[index] for index in range(count)]
-    return send_to_device(loader.collate_fn(items), device)
+    whole = _length(loader)
+    first, second = range(min(size, whole)), range(whole)[size : 2 * size]
+    batches = []
+    for places in (first, second if len(second) == size else first):
+        items = [loader.dataset[index] for index in places]
+        batches.append(send_to_device(loader.collate_fn(items), device))
+    return batches
+
+
+def _lengths(batch: Any) -> list[torch.Size]:
+    """Return the shapes of what a batch holds."""
+    if isinstance(batch, torch.Tensor):
+        return [batch.shape]
+    parts = batch.values() if hasattr(batch, "values") else batch
+    if isinstance(parts, (str, bytes)) or not hasattr(parts, "__iter__"):
+        return []
+    return [shape for part in parts for shape in _lengths(part)]
 
 
 def _call_of(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:

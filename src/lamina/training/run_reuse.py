@@ -28,19 +28,23 @@ STORED = "reuse"
 class ReuseReport:
     """What was reused since the run began or was resumed, in this process.
 
-    `seconds` is about how long the calls that were left out would have taken. `space` is in bytes.
+    Of the calls whose outputs something reads, `replayed` came from storage and `missed` were made.
+    `skipped` are those that only such calls would read. `seconds` is about how long the calls that
+    were left out would have taken. `space` is in bytes.
     """
 
     replayed: int
+    missed: int
     skipped: int
     seconds: float
     space: int
     refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if not self.replayed:
+        total = self.replayed + self.missed
+        if not total:
             return "nothing was replayed"
-        calls = f"{self.replayed:,} call{'s' * (self.replayed != 1)} replayed"
+        calls = f"{self.replayed:,} of {total:,} call{'s' * (total != 1)} replayed"
         if self.skipped:
             calls += f", {self.skipped:,} skipped"
         return f"{calls}; spared about {self.seconds:.1f} s with {self.space / 2**20:.1f} MiB"
@@ -144,9 +148,15 @@ class RunReuse:
         """Return what was reused; None if nothing was to be."""
         if self._reused is None:
             return None
-        counts, seconds = self._reused.counts, self._reused.spared_seconds
-        space, refused = self._reused.store.used, tuple(sorted(self._reused.refused))
-        return ReuseReport(counts["replayed"], counts["skipped"], seconds, space, refused)
+        reused = self._reused
+        return ReuseReport(
+            reused.counts["replayed"],
+            reused.missed,
+            reused.counts["skipped"],
+            reused.spared_seconds,
+            reused.store.used,
+            tuple(sorted(reused.refused)),
+        )
 
     def finish(self, home: Path) -> None:
         """Remove what lies in the folder of the run: it is only there for a run that goes on.
