@@ -267,9 +267,10 @@ def test_kinds_of_loaders(tmp_path, make):
 
 def test_a_named_loader_gives_the_batches_of_the_loader():
     data, _ = reuse_task.points()
-    loader = DataLoader(data, 8, sampler=Counting(), pin_memory=False)
+    order = Counting()
+    loader = DataLoader(data, 8, sampler=order)
     named = list(named_loader(loader, "train"))
-    loader.sampler.passes = 0
+    order.passes = 0
     for with_names, batch in zip(named, loader, strict=True):
         assert all(map(torch.equal, with_names.batch, batch))
         places = [int(name.removeprefix("train ")) for name in with_names.names]

@@ -203,7 +203,7 @@ def show(
                 f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass "
                 "one."
             )
-        asked = {"epochs": epochs, "accumulate": accumulate}
+        asked: dict[str, Any] = {"epochs": epochs, "accumulate": accumulate}
         preview = preview_of_task(source, plan_file, steps, **asked)
         asked["reuse"] = reuse_setting(reuse, reuse_space)
         forecast = task_forecast(source, plan_file, EXAMPLES, preview.run, **asked)

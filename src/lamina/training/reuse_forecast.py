@@ -62,8 +62,8 @@ def forecast_run(
         batch, other = _first_batches(data.train, device)
         args, kwargs = _call_of(task, model, batch)
         examples = _length(data.train) + _length(data.validation)
-        options = {"space": settings.space, "store_dtype": settings.store_dtype}
-        with autocast, reuse(model, optimizer, **options) as reused:
+        space, narrow = settings.space, settings.store_dtype
+        with autocast, reuse(model, optimizer, space=space, store_dtype=narrow) as reused:
             found = reused.preview(examples, *args, **kwargs)
         return found if _lengths(batch) == _lengths(other) else replace(found, notes=(_LENGTHS,))
     except PlanError:

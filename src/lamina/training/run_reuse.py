@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,11 @@ class RunReuse:
         """
         if not isinstance(given, NamedBatch):
             yield given
-            return
-        named = self._reused is not None and given.names is not None
-        with self._reused.batch(given.names) if named else nullcontext():
+        elif self._reused is None or given.names is None:
             yield given.batch
+        else:
+            with self._reused.batch(given.names):
+                yield given.batch
 
     def begin(
         self, model: nn.Module, prepared: nn.Module, optimizer: Optimizer, home: Path | None
@@ -104,17 +105,19 @@ class RunReuse:
         """
         if self.settings is None:
             return
-        options = {
-            "space": self.settings.space,
-            "folder": self._folder(home),
-            "debug": self.settings.debug,
-            "preprocessing": self.settings.preprocessing,
-            "store_dtype": self.settings.store_dtype,
-        }
+        folder = self._folder(home)
         try:
             if type(prepared).__name__ == "OptimizedModule":
                 raise PlanError("the launcher asked Accelerate to compile the whole model")
-            self._reused = reuse(model, optimizer, **options)
+            self._reused = reuse(
+                model,
+                optimizer,
+                space=self.settings.space,
+                folder=folder,
+                debug=self.settings.debug,
+                preprocessing=self.settings.preprocessing,
+                store_dtype=self.settings.store_dtype,
+            )
         except PlanError as error:
             self.give_up(error)
 

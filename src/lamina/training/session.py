@@ -108,7 +108,7 @@ class Session(ReadyRun):
             with folder.closing(self._found):
                 with closing(Recorder(folder.path / METRICS)) as recorder:
                     saver = Saver(self, recorder)
-                    heard = [recorder, confirmer, *listeners]
+                    heard: list[Listener] = [recorder, confirmer, *listeners]
                     loop = self._loop(heard, asked_to_stop, saver, folder.path)
                     stopped = self._run(loop, saver)
                 if stopped:
