@@ -39,7 +39,7 @@ TOP_DOWN = (
     + '[[rule]]\nmatch = "{bottom}"\nfrozen = true\n'
     + '[[rule]]\nmatch = "{layers}"\nthaw = "top_down(every=1 epochs, start=1 epochs)"\n'
 )
-PROBE_THEN_ALL = BASE + '[[rule]]\nmatch = "!{head}"\nthaw = "2 epochs"\n'
+PROBE_THEN_ALL = BASE + '[[rule]]\nmatch = "!{head}"\nthaw = "3 epochs"\n'
 PLANS = {"head": HEAD_ONLY, "top down": TOP_DOWN, "probe, then all": PROBE_THEN_ALL}
 MODULES = {"reviews": reviews, "digits": digits}
 
@@ -55,6 +55,7 @@ def small(name):
     """A task with a few of its examples."""
     reviews.TRAIN_TEXTS, reviews.HELD_OUT_TEXTS = 40, 16
     digits.TRAIN_IMAGES, digits.HELD_OUT_IMAGES = 40, 20
+    MODULES[name].DEFAULTS = {**MODULES[name].DEFAULTS, "batch_size": 8}
     return Task(name, MODULES[name])
 
 
@@ -64,7 +65,8 @@ def _few(monkeypatch):
     monkeypatch.setattr("lamina.training.run_folder.RunFolder.picture", lambda *_: None)
     for module in MODULES.values():
         monkeypatch.setattr(module, "baseline", lambda data: {})
-        for name in [name for name in vars(module) if name.endswith(("_TEXTS", "_IMAGES"))]:
+        ends = ("_TEXTS", "_IMAGES", "DEFAULTS")
+        for name in [name for name in vars(module) if name.endswith(ends)]:
             monkeypatch.setattr(module, name, getattr(module, name))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._util.sharding import is_flattened, is_sharded
 from ..errors import PlanError
+from ..optimizer.optimizer import Optimizer
 from ..optimizer.wrapped import unwrap
 from .copies import compiled_paths
 from .options import check_options, parse_dtype, parse_space
@@ -29,14 +30,10 @@ def reuse(
 ) -> Reuse:
     """Compute what is frozen once per example, and reuse its outputs with the same bits.
 
-    A training step of a model of which a part is frozen computes
-
-        loss(trained(frozen(x)))
-
-    and frozen(x) is the same in every epoch. From now on every forward pass of the model stores
-    the outputs of frozen modules that something else reads, and replays them when the same
-    examples come again. Results do not change: whatever may differ from pass to pass is found and
-    left alone (see docs/how-to/reuse.md).
+    A training step of a model of which a part is frozen computes `loss(trained(frozen(x)))`, and
+    `frozen(x)` is the same in every epoch. From now on every forward pass of the model stores the
+    outputs of frozen modules that something else reads, and replays them when the same examples
+    come again. What may differ from pass to pass is left alone (see docs/how-to/reuse.md).
 
     Args:
         model: the model, as it is given to the loop, or the module inside a wrapper for several
@@ -48,9 +45,8 @@ def reuse(
         debug: the share of the replayed calls that are made all the same, to compare bits.
         preprocessing: a text that says how inputs were prepared before they became tensors; what
             is stored under another one is removed, with a word about it.
-        store_dtype: "bfloat16" rounds wider outputs where they are stored, to take
-            less space. What is replayed then has other bits than what is computed, so that results
-            are no longer the same as without reuse; by default nothing is rounded.
+        store_dtype: "bfloat16" rounds wider outputs where they are stored, for half the space; then
+            results have other bits than without reuse. By default nothing is rounded.
 
     Returns:
         What is reused: `counts`, `refused`, `preview(...)`, `close()`. It may be used in `with`.
@@ -73,18 +69,22 @@ def reuse(
         {'replayed': 2, 'skipped': 0, 'stored': 16}
 
     References:
-        Brock et al., "FreezeOut" (arXiv:1706.04983), skip the backward pass of frozen layers;
-        "precomputing features" for linear probes, as in Alain & Bengio (arXiv:1610.01644).
+        Brock et al., "FreezeOut" (arXiv:1706.04983); Alain and Bengio, linear probes (1610.01644).
     """
     check_options(space, debug, preprocessing, store_dtype)
     _check_model(model)
-    try:
-        inner = unwrap(optimizer)
-    except PlanError as error:
-        raise PlanError(f"reuse: {error}") from error
+    inner = _unwrapped(optimizer)
     place = None if folder is None else Path(folder)
     amount, narrow = parse_space(space), parse_dtype(store_dtype)
     return Reuse(model, inner, amount, place, debug, preprocessing, narrow)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer under a plan; an error begins with what was called."""
+    try:
+        return unwrap(optimizer)
+    except PlanError as error:
+        raise PlanError(f"reuse: {error}") from error
 
 
 def _check_model(model: Any) -> None:

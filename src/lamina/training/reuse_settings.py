@@ -14,8 +14,9 @@ from ..reuse.options import check_options
 class ReuseSettings:
     """How a run reuses the outputs of frozen modules; the arguments of `lamina.reuse`.
 
-    `folder` is True for the folder of the run, False for memory, or a path, whose files other runs
-    with the same weights find again.
+    True alone keeps the options of the task, or of the run that is resumed. `folder` is True for
+    the folder of the run, False for memory, or a path, whose files other runs with the same weights
+    find again.
     """
 
     space: int | str = "2 GB"
