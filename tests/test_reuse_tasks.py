@@ -55,7 +55,7 @@ def small(name):
     """A task with a few of its examples."""
     reviews.TRAIN_TEXTS, reviews.HELD_OUT_TEXTS = 40, 16
     digits.TRAIN_IMAGES, digits.HELD_OUT_IMAGES = 40, 20
-    MODULES[name].DEFAULTS = {**MODULES[name].DEFAULTS, "batch_size": 8}
+    vars(MODULES[name])["DEFAULTS"] = {**reviews.DEFAULTS, "batch_size": 8}
     return Task(name, MODULES[name])
 
 
