@@ -70,10 +70,21 @@ def drawn(folder):
     ]
 
 
+def generators(folder):
+    """What the generators of the loaders are at, by place."""
+    content = checkpoint.newest(folder / "checkpoints").content
+    return [
+        {place: tuple(state.tolist()) for place, state in random["after"]["generators"].items()}
+        for random in content["random"]
+    ]
+
+
 def assert_same_run(one, other):
     """Two runs have the same losses, metrics, weights, state and random sources."""
     assert_same(one, other)
     assert drawn(one) == drawn(other)
+    for before, after in zip(generators(one), generators(other), strict=True):
+        assert before.items() <= after.items()
 
 
 def both(tmp_path, task=reuse_task, plan=None, *, reuse=True, **settings):
@@ -174,10 +185,10 @@ class Fetching(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, name):
-        return self.dataset[int(name.removeprefix("point "))]
+        torch.rand(1, generator=self.generator)  # belongs to the state of a run
+        return self.dataset[int(str(name).removeprefix("point "))]
 
     def __getitems__(self, names):
-        torch.rand(1, generator=self.generator)  # belongs to the state of a run
         return [self[name] for name in names]
 
 
@@ -553,7 +564,8 @@ def test_a_full_budget_is_told_and_kept(tmp_path):
 
 
 def test_the_forecast_tells_the_stages_and_moves_nothing(out):
-    with prepare_run(reuse_task, out=out, cpu=True, reuse=True) as session:
+    plan = "feedback = \"plateau('val_loss')\"\n" + reuse_task.TOP_DOWN  # measures a batch first
+    with prepare_run(reuse_task, plan, out=out, cpu=True, reuse=True) as session:
         first, second, third = session.forecast.stages
         assert [stage.first for stage in session.forecast.stages] == [0, 6, 12]
         assert [stage.replayed for stage in (first, second, third)] == [
@@ -566,7 +578,7 @@ def test_the_forecast_tells_the_stages_and_moves_nothing(out):
         assert session.forecast.space == 70 * 3 * 8 * 4
         modes = [module.training for module in session.model.modules()]
         state = session.randomness.now()
-    with prepare_run(reuse_task, out=out, cpu=True) as session:
+    with prepare_run(reuse_task, plan, out=out, cpu=True) as session:
         assert modes == [module.training for module in session.model.modules()]
         assert torch.equal(state["torch"], session.randomness.now()["torch"])
 
