@@ -514,6 +514,7 @@ def test_a_model_that_is_called_in_parts_is_told(tmp_path):
     assert str(found) == "nothing was replayed"
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_trained_without(tmp_path):
     def model():
         made = reuse_task.Net()
