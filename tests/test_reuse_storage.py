@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from torch import nn
 
 import lamina as lm
 from lamina.reuse import journal
-from lamina.reuse.door import parse_space
 from lamina.reuse.keys import modes_of
+from lamina.reuse.options import parse_space
 from lamina.reuse.shelf import Rows
-from reuse_models import MiniLM, Training, freeze, same_result, thaw_top_down, words
+from reuse_models import MiniLM, Training, freeze, plain, same_result, thaw_top_down, words
 
 FROZEN = freeze("!classifier.*")
 
@@ -108,7 +109,9 @@ def test_debug_compares_what_is_replayed():
 
 def test_without_space_everything_is_computed():
     without, reusing = pair(space=1000)
-    assert same_result(without.run(3), reusing.run(3))
+    with pytest.warns(lm.LaminaWarning, match="stored for some examples only"):
+        reusing.run(3)
+    assert same_result(without.run(3), reusing)
     assert reusing.reused.counts["replayed"] == 0
     assert reusing.reused.store.used <= 1000
 
@@ -177,22 +180,87 @@ def test_a_later_process_goes_on_with_the_files(tmp_path):
     assert again.reused.counts["stored"] == 0
 
 
-@pytest.mark.parametrize("option", ["weights", "preprocessing"])
-def test_files_of_another_model_are_not_used(tmp_path, option):
+def test_files_of_another_model_are_not_used(tmp_path):
     other_process(tmp_path)
-    without, second = pair(
-        folder=tmp_path, preprocessing="lower case" if option == "preprocessing" else ""
-    )
-    for training in (without, second) if option == "weights" else ():
+    without, second = pair(folder=tmp_path)
+    for training in (without, second):
         write(training)
-    expected = pytest.warns(lm.LaminaWarning, match="other weights or by another model")
-    if option == "weights":
-        with expected:
-            second.run(1)
-    else:
+    with pytest.warns(lm.LaminaWarning, match="other weights or by another model"):
         second.run(1)
     assert second.reused.counts == {"replayed": 0, "skipped": 0, "stored": 24}
     assert same_result(without.run(1), second)
+
+
+def test_files_of_another_preprocessing_are_told_and_not_used(tmp_path):
+    other_process(tmp_path, preprocessing="lower case")
+    files = set(tmp_path.glob("*.rows"))
+    with pytest.warns(lm.LaminaWarning, match="preprocessing='lower case', and this run has ''"):
+        again = other_process(tmp_path)
+    assert again.reused.counts == {"replayed": 0, "skipped": 0, "stored": 24}
+    assert set(tmp_path.glob("*.rows")) == files  # those of old are gone, their numbers taken
+    assert other_process(tmp_path).reused.counts["stored"] == 0
+
+
+def test_other_inputs_under_an_index_of_an_earlier_process_are_not_replayed(tmp_path):
+    """A data set that was sorted anew: its indices stand for other examples."""
+
+    def trained(seed, reuse):
+        training = Training(MiniLM, FROZEN, words(seed=seed), reuse=reuse)
+        for places in torch.arange(24).split(8):
+            batch = [part[places] for part in training.data]
+            named = training.reused.batch(places) if training.reused else nullcontext()
+            with named:
+                loss = plain(training.model(*batch))
+            training.optimizer.zero_grad()
+            loss.backward()
+            training.optimizer.step()
+            training.losses.append(loss.item())
+        return training
+
+    trained(1, {"folder": tmp_path}).reused.close()
+    again = trained(2, {"folder": tmp_path})
+    assert again.reused.counts["stored"] == 24
+    assert same_result(again, trained(2, None))
+    again.reused.close()
+    assert trained(2, {"folder": tmp_path}).reused.counts["stored"] == 0
+
+
+# ------------------------------------------------------------------------------------- store_dtype
+
+
+def test_rounded_outputs_take_half_the_space_and_train_alike(tmp_path):
+    exact = Training(MiniLM, FROZEN, words(), reuse={}).run(3)
+    for folder in (None, tmp_path, tmp_path):
+        narrow = {"store_dtype": "bfloat16", "folder": folder, "debug": 1.0}
+        rounded = Training(MiniLM, FROZEN, words(), reuse=narrow).run(3)
+        assert rounded.reused.counts["replayed"] >= 6
+        assert not same_result(exact, rounded)
+        assert rounded.losses == pytest.approx(exact.losses, rel=1e-2)
+        rounded.reused.close()
+    batch = [part[:8] for part in words()]
+    wide, half = exact.reused.preview(24, *batch), rounded.reused.preview(24, *batch)
+    assert half.space * 2 == wide.space
+
+
+def test_what_is_narrow_already_is_stored_as_it_is():
+    def trained(reuse):
+        training = Training(MiniLM, FROZEN, words(), reuse=reuse)
+        training.model.bfloat16()
+        ids, mask = training.data
+        training.data = ids, mask.bfloat16()
+        return training.run(3)
+
+    reusing = trained({"store_dtype": torch.bfloat16})
+    assert reusing.reused.counts["replayed"] == 6
+    assert same_result(trained(None), reusing)
+
+
+def test_rounded_and_exact_outputs_in_one_folder_are_kept_apart(tmp_path):
+    rounded = other_process(tmp_path, epochs=2, store_dtype="bfloat16")
+    assert rounded.reused.counts["stored"] == 24
+    exact = other_process(tmp_path, epochs=2)
+    assert exact.reused.counts["stored"] == 24
+    assert same_result(exact, pair()[0].run(2))
 
 
 def damage_rows(folder):
@@ -346,7 +414,9 @@ def test_a_run_that_was_resumed_between_stages_ends_with_the_same_bits(tmp_path,
     ("change", "match"),
     [
         ({"model": None}, "expected a torch.nn.Module"),
-        ({"optimizer": None}, "expected an optimizer built by Plan.build"),
+        ({"optimizer": None}, "^reuse: .*expected an optimizer built by Plan.build"),
+        ({"store_dtype": "float16"}, "expected 'bfloat16'"),
+        ({"store_dtype": torch.float32}, "store_dtype=torch.float32 was given"),
         ({"debug": 2}, "expected a share from 0 to 1"),
         ({"debug": "x"}, "expected a share from 0 to 1"),
         ({"preprocessing": 1}, "preprocessing must be a text"),
@@ -408,7 +478,7 @@ def test_rows_of_several_pieces_come_in_the_order_that_is_asked_for(width):
         return pieces[-1]
 
     rows = Rows(width, allocate)
-    rows._per_piece = 8
+    rows._most = 8
     assert rows.grow(30)
     assert len(pieces) == 4
     stored = torch.randint(256, (30, width), generator=torch.Generator().manual_seed(0)).byte()

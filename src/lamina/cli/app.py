@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,19 +33,24 @@ from .common import (
     PlanWord,
     PlotFile,
     Precision,
+    Reuse,
+    ReuseSpace,
     Steps,
     TaskOption,
     TaskWord,
     announce,
+    announce_reuse,
     cli_errors,
     preview_of_task,
     print_json,
+    reuse_setting,
 )
 from .diff import diff
 from .find_lr import find_lr
 from .init import init
 from .new_task import write_task
 from .plot import plot
+from .previews import task_forecast
 from .resumed import announce_run
 from .summary import summary
 from .watch import watch
@@ -132,6 +138,8 @@ def run(
     keep: Keep = None,
     mixed_precision: Precision = None,
     fsdp: Fsdp = None,
+    reuse: Reuse = None,
+    reuse_space: ReuseSpace = None,
     cpu: Cpu = False,
     full: Full = False,
 ) -> None:
@@ -149,6 +157,7 @@ def run(
             save_every=save_every,
             keep=keep,
             fsdp=fsdp,
+            reuse=reuse_setting(reuse, reuse_space),
             cpu=cpu,
             out=out,
             resume=resume,
@@ -162,6 +171,7 @@ def run(
 
                 console = Console()
                 announce_run(console, session, full)
+                announce_reuse(session.forecast)
                 steps = session.preview.run.steps or 0
                 passes = -(-steps // (session.preview.run.steps_per_epoch or 1))
                 with display(console, passes, steps, session.earlier) as shown:
@@ -179,6 +189,8 @@ def show(
     epochs: Epochs = None,
     steps: Steps = None,
     accumulate: Accumulate = None,
+    reuse: Reuse = None,
+    reuse_space: ReuseSpace = None,
     plot: PlotFile = None,
     full: Full = False,
     as_json: AsJson = False,
@@ -191,11 +203,16 @@ def show(
                 f"--epochs {epochs:g} and --steps {steps} both give the length of the run; pass "
                 "one."
             )
-        preview = preview_of_task(source, plan_file, steps, epochs=epochs, accumulate=accumulate)
+        asked: dict[str, Any] = {"epochs": epochs, "accumulate": accumulate}
+        preview = preview_of_task(source, plan_file, steps, **asked)
+        asked["reuse"] = reuse_setting(reuse, reuse_space)
+        forecast = task_forecast(source, plan_file, EXAMPLES, preview.run, **asked)
         if as_json:
-            print_json(preview.data())
+            found = {} if forecast is None else {"reuse": asdict(forecast)}
+            print_json({**preview.data(), **found})
         else:
             announce(Console(), preview, full)
+            announce_reuse(forecast)
         if plot is not None:
             try:
                 preview.plot(plot)

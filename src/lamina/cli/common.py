@@ -24,6 +24,7 @@ from rich.console import Console
 from .._util import startup as _startup
 from ..errors import LaminaError, LaminaWarning, printable
 from ..preview import Preview
+from ..reuse import Forecast
 from ..training.example_tasks import DEFAULT, example_tasks
 from ..training.interrupts import raising_on_terminate, signal_of
 from .previews import task_previews
@@ -59,11 +60,48 @@ Precision = Annotated[str | None, typer.Option(help="Numeric precision: no, fp16
 Cpu = Annotated[
     bool, typer.Option("--cpu", help="Train on the CPU, even if there is an accelerator.")
 ]
+Reuse = Annotated[
+    bool | None,
+    typer.Option(help="Compute what is frozen once per example, with the same results."),
+]
+ReuseSpace = Annotated[
+    str | None,
+    typer.Option(help="Space for that, such as '500 MB'; with it, --reuse is on. [default: 2 GB]"),
+]
 PlotFile = Annotated[
     Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf file.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Show every group; fold none.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def announce_reuse(forecast: Forecast | None) -> None:
+    """Print what reuse will store and save, stage by stage; nothing without reuse.
+
+    Args:
+        forecast: as it was made for the run.
+    """
+    if forecast is not None:
+        print(f"What is frozen is computed once per example (--reuse):\n{forecast}\n", flush=True)
+
+
+def reuse_setting(reuse: bool | None, space: str | None) -> bool | dict[str, str] | None:
+    """Return the setting `reuse` that two options stand for; None for what task or run say.
+
+    Args:
+        reuse: `--reuse` or `--no-reuse`.
+        space: `--reuse-space`.
+
+    Raises:
+        LaminaError: if space is given for nothing.
+    """
+    if space is None:
+        return reuse
+    if reuse is False:
+        raise LaminaError(
+            f"--no-reuse and --reuse-space {space!r} contradict each other; leave out one of them."
+        )
+    return {"space": space}
 
 
 @contextmanager

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .._util.notices import warn
+from ..errors import PlanError
+from ..optimizer.optimizer import Optimizer
 from ..preview import Preview
+from ..reuse import Forecast
+from ..schedules.duration import Run
 from ..training.load import choose_plan, error_location, load_task
 from ..training.ready import batches
+from ..training.reuse_forecast import forecast_run
+from ..training.reuse_settings import ReuseSettings
 from ..training.settings import Settings
 
 
@@ -47,3 +57,33 @@ def task_previews(
                 )
             )
     return found
+
+
+def task_forecast(
+    source: str, plan_file: Path | None, examples: Mapping[str, str], run: Run, **asked: Any
+) -> Forecast | None:
+    """Return what reuse will store and save in a run; None if it reuses nothing.
+
+    Args:
+        source: the task.
+        plan_file: that of the plan; None for the task's own.
+        examples: the example tasks, by name.
+        run: the length of the run.
+        **asked: settings of the run.
+    """
+    task = load_task(source, examples)
+    settings = Settings.of(task, **asked)
+    reuse = ReuseSettings.of(settings.reuse)
+    if reuse is None:
+        return None
+    plan, place = choose_plan(task, plan_file)
+    data, model = task.data(settings.seed), task.model()
+    with error_location(place):
+        # Not by plan.build, which warns of the findings: the preview prints them.
+        optimizer = Optimizer(plan, model, run)
+    cpu = torch.device("cpu")
+    try:
+        return forecast_run(reuse, task, data, model, optimizer, cpu, nullcontext())
+    except PlanError as error:
+        warn(f"The run would go on without reuse: {error}")
+        return None

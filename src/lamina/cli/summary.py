@@ -24,6 +24,8 @@ def summary(console: Console, result: Result) -> None:
     rows += [(name, f"{value:.4g}") for name, value in result.baseline.items()]
     rows.append(("plan", str(result.confirmation)))
     rows.append(("time", f"{result.seconds:.1f} s for {result.steps:,} steps"))
+    if result.reuse is not None:
+        rows.append(("reuse", str(result.reuse)))
     rows.append(("folder", str(result.folder)))
     rows.append(("files", ", ".join(sorted(result.saved))))
     if result.checkpoint is not None:

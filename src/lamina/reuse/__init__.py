@@ -1,8 +1,9 @@
 """Reuse the outputs of what is frozen, with the same bits; see docs/how-to/reuse.md."""
 
-from .door import reuse, reuse_settings
+from .door import reuse
 from .examples import IndexedDataset
 from .forecast import Forecast, StageForecast
+from .options import reuse_settings
 from .session import Reuse
 
 __all__ = ["Forecast", "IndexedDataset", "Reuse", "StageForecast", "reuse", "reuse_settings"]

@@ -79,8 +79,10 @@ class IndexedCollate:
 class Examples:
     """The names of the examples of the passes that come.
 
-    A name that the user gives is trusted once the inputs of that example came back the same; one
-    example of each later batch is compared again.
+    A name that the user gives stands for the hash of the inputs that came with it, so that what a
+    later process finds in a folder is never that of other inputs under the same name. It is trusted
+    once the inputs of that example came back the same; one example of each later batch is compared
+    again.
     """
 
     def __init__(self, notices: Notices) -> None:
@@ -126,7 +128,7 @@ class Examples:
             self._trusted.update(name for name in names if name in self._hashes)
             self._hashes.update(pairs)
         if same:
-            return [f"{type(one).__name__} {one}".encode() for one in self._ids]
+            return [self._hashes[name] for name in names]
         self._use_ids = False
         self.distrusted = True
         self._notices.tell(

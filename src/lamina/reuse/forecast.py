@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .lineage import ROOT_KEY
@@ -34,6 +34,8 @@ class Forecast:
     space: int
     budget: int
     refused: tuple[tuple[str, str], ...]
+    #: what the figures do not tell
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return a table."""
@@ -50,6 +52,7 @@ class Forecast:
         if self.space > self.budget:
             lines.append("More than fits: what a later stage needs is left out first.")
         lines += [f"{path or 'the model'} is not reused: it {why}." for path, why in self.refused]
+        lines += self.notes
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -58,6 +61,7 @@ class Forecast:
 
 def forecast(
     profile: Profile,
+    widths: Mapping[str, int],
     moments: Sequence[tuple[int, int]],
     end: int | None,
     examples: int,
@@ -67,6 +71,7 @@ def forecast(
 
     Args:
         profile: of the model, with its boundaries checked.
+        widths: the bytes that an example takes in the outputs of each call that can be stored.
         moments: the first step of each stage, and the bits of what trains in it.
         end: the length of the run in steps, if it is known.
         examples: how many there are.
@@ -77,18 +82,18 @@ def forecast(
     for place, (first, trained) in enumerate(moments):
         last = moments[place + 1][0] if place + 1 < len(moments) else end
         stage = profile.stage(trained)
-        needed = [key for key in stage.needed if key in profile.widths]
+        needed = [key for key in stage.needed if key in widths]
         keys.update(needed)
         stages.append(
             StageForecast(
                 first,
                 last,
                 tuple(sorted(profile.call(key).path for key in needed)),
-                sum(profile.widths[key] for key in needed),
+                sum(widths[key] for key in needed),
                 _saved(profile, list(stage.skipped), trained),
             )
         )
-    space = examples * sum(profile.widths[key] for key in keys)
+    space = examples * sum(widths[key] for key in keys)
     refused = tuple(sorted(profile.refused.items()))
     return Forecast(tuple(stages), examples, space, budget, refused)
 

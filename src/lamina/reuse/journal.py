@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import LaminaError
+from ..errors import LaminaError, shortened
 
 try:
     import fcntl
@@ -27,7 +27,7 @@ except ImportError:  # on Windows, where a second run in the folder is not notic
     fcntl = None  # type: ignore[assignment]
 
 _NAME = "reuse.jsonl"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -101,17 +101,26 @@ class Journal:
         tell: called with what is wrong with it.
     """
 
-    def __init__(self, folder: Path, file: BinaryIO, tell: Any) -> None:
+    def __init__(self, folder: Path, file: BinaryIO, tell: Any, preprocessing: str = "") -> None:
         self.folder = folder
+        self._preprocessing = preprocessing
         self._file = file
         self._tell = tell
         self._shelves: dict[int, Stored] = {}
         weakref.finalize(self, file.close)  # also where nobody calls `close`
-        self._read()
+        before = self._read()
+        if before != preprocessing:
+            self._begin_anew(before)
 
     @classmethod
-    def open(cls, folder: Path, tell: Any) -> Journal | None:
-        """Open the journal of a folder; None, with a word why, if that cannot be done."""
+    def open(cls, folder: Path, tell: Any, preprocessing: str = "") -> Journal | None:
+        """Open the journal of a folder; None, with a word why, if that cannot be done.
+
+        Args:
+            folder: where it lies; it is made if it is not there.
+            tell: called with what is wrong.
+            preprocessing: how inputs were prepared; what was stored under another is removed.
+        """
         file = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +141,7 @@ class Journal:
                 "memory instead; choose another folder."
             )
             return None
-        return cls(folder, file, tell)
+        return cls(folder, file, tell, preprocessing)
 
     def stored(self, place: tuple[str, str], fingerprint: str, widths: list[int]) -> Stored:
         """Return what is there of a shelf; what belongs to other weights is removed."""
@@ -181,12 +190,26 @@ class Journal:
         """Let go of the folder."""
         self._file.close()
 
+    def _begin_anew(self, before: str) -> None:
+        """Remove what was prepared in another way, if there is any, and note how it is now."""
+        if self._shelves:
+            self._tell(
+                f"{self.folder}: what is stored there was prepared with "
+                f"preprocessing={shortened(repr(before))}, and this run has "
+                f"{shortened(repr(self._preprocessing))}. It is removed, and computed again; give "
+                "another folder to keep both."
+            )
+        for number in list(self._shelves):
+            self._remove(number)
+        self.write({"preprocessing": self._preprocessing})
+
     def _remove(self, number: int) -> None:
         self._shelves.pop(number).remove_files()
         self.write({"removed": number})
 
-    def _read(self) -> None:
-        """Read the journal up to the first line that is not whole."""
+    def _read(self) -> str:
+        """Read the journal up to the first line that is not whole; return its preprocessing."""
+        preprocessing = ""
         self._file.seek(0)
         text = self._file.read()
         good = 0
@@ -194,7 +217,11 @@ class Journal:
             for line in text.splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break  # the process was killed while it wrote this
-                self._take(json.loads(line))
+                entry = json.loads(line)
+                if "preprocessing" in entry:
+                    preprocessing = str(entry["preprocessing"])
+                else:
+                    self._take(entry)
                 good += len(line)
         except (ValueError, KeyError, TypeError, AttributeError, LaminaError, RecursionError):
             self._tell(
@@ -203,6 +230,7 @@ class Journal:
             )
         if good < len(text):
             self._file.truncate(good)
+        return preprocessing
 
     def _take(self, line: dict[str, Any]) -> None:
         if "removed" in line:

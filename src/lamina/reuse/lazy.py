@@ -56,6 +56,23 @@ class TensorForm:
         """Return how many bytes its elements take."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def row_in_bytes(self, dim: int, narrow: torch.dtype | None = None) -> int:
+        """Return how many bytes each index of a dimension takes where it is stored.
+
+        Args:
+            dim: the dimension.
+            narrow: what wider tensors are rounded to.
+        """
+        count = math.prod(self.shape) // self.shape[dim]
+        return count * stored_dtype(self.dtype, narrow).itemsize
+
+
+def stored_dtype(dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
+    """Return what tensors of a dtype are stored as, if wider ones are rounded to another."""
+    if narrow is None or not dtype.is_floating_point or dtype.itemsize <= narrow.itemsize:
+        return dtype
+    return narrow
+
 
 class LazyTensor(torch.Tensor):
     """Stands for an output of a call that was left out; any use of its values makes the call.

@@ -25,6 +25,8 @@ class Owner(Protocol):
     """What a pass asks of the session that it belongs to."""
 
     counts: dict[str, int]
+    spared_seconds: float
+    missed: int
     forms: dict[Place, OutputForm]
     device: str
 
@@ -190,12 +192,19 @@ class Pass:
         with self._working():
             tensors = self.owner.replay(self, key)
         if tensors is None:
+            self.owner.missed += 1
             return self._compute(key, original, args, kwargs)
         self.owner.counts["replayed"] += 1
+        self._spare(key, 1)
         if self.owner.is_examined():
             args, kwargs = real((args, kwargs))
             self.owner.compare(self, key, self.run(key, original, args, kwargs), tensors)
         return self.owner.forms[self.place(key)].filled(tensors)
+
+    def _spare(self, key: str, sign: int) -> None:
+        """Count the time that a call took when it was tried, as time that is not spent."""
+        assert self.plan is not None
+        self.owner.spared_seconds += sign * self.plan.profile.seconds.get(key, 0.0)
 
     def _compute(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = real((args, kwargs))
@@ -208,10 +217,12 @@ class Pass:
         if form is None or not form.is_plain:
             return self._compute(key, original, args, kwargs)
         self.owner.counts["skipped"] += 1
+        self._spare(key, 1)
         given = [one for one in tensors_in((args, kwargs)) if not isinstance(one, LazyTensor)]
 
         def make() -> Any:
             self.owner.counts["skipped"] -= 1
+            self._spare(key, -1)
             return self._compute(key, original, args, kwargs)
 
         deferred = Deferred(make, self.owner.device, given)

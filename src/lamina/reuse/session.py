@@ -24,7 +24,7 @@ from .keys import Inputs, UnhashableInputError, context_of, device_type, modes_o
 from .lineage import ATTACHED, Call, ReadWatch, tensors_in
 from .passes import Pass, Plan
 from .profile import Profile, mixed, same_bits
-from .shelf import OutputForm
+from .shelf import OutputForm, rounded
 from .store import Place, Store
 
 #: a model that is called in more ways than so many is not worth a trace for each
@@ -47,20 +47,26 @@ class Reuse:
         folder: Path | None,
         debug: float,
         preprocessing: str,
+        narrow: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.notices = Notices()
-        self.store = Store(space, folder, self.notices.tell)
+        self.store = Store(space, folder, self.notices.tell, preprocessing, narrow)
         self.device = device_type(model)
         self.counts = {"replayed": 0, "skipped": 0, "stored": 0}
+        #: how long the calls that were left out would have taken, as they did when they were tried
+        self.spared_seconds = 0.0
+        #: how many calls would have been replayed, had their outputs been stored
+        self.missed = 0
         self.refused: dict[str, str] = {}
         #: the form of what each call returns
         self.forms: dict[Place, OutputForm] = {}
         self.watch = FrozenWatch(model, optimizer)
         self.examples = Examples(self.notices)
         self._debug = debug
-        self._preprocessing = preprocessing
+        #: what else an example is stored under
+        self._kind = preprocessing if narrow is None else f"{preprocessing} {narrow}"
         self._random = random.Random(0)
         self._profiles: dict[str, Profile | None] = {}
         self._plans: dict[str, Plan] = {}
@@ -132,7 +138,8 @@ class Reuse:
             if profile.check(wanted, inputs):
                 break
         end = self.optimizer.resolved.run.steps
-        return forecast(profile, moments, end, examples, self.store.space)
+        widths = {key: sum(form.widths(self.store.narrow)) for key, form in profile.forms.items()}
+        return forecast(profile, widths, moments, end, examples, self.store.space)
 
     def close(self) -> None:
         """Take the hooks from the model and let go of the folder; the run goes on without reuse."""
@@ -223,7 +230,7 @@ class Reuse:
         plan = self._plan(context, profile, inputs)
         if not plan.stored and not plan.stage.needed:
             return None
-        text = flags + inputs.layout() + self._preprocessing
+        text = flags + inputs.layout() + self._kind
         current.unbatched = inputs.unbatched()
         current.inputs, current.context = inputs, context
         current.layout = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -294,7 +301,8 @@ class Reuse:
 
     def compare(self, current: Pass, key: str, output: Any, stored: list[torch.Tensor]) -> None:
         """Raise `LaminaError` if a call returned other bits than are stored."""
-        if not all(map(same_bits, tensors_in(output), stored)):
+        computed = [rounded(tensor, self.store.narrow) for tensor in tensors_in(output)]
+        if not all(map(same_bits, computed, stored)):
             assert current.plan is not None
             raise LaminaError(
                 f"{current.plan.profile.call(key).path!r} gives other bits than are stored of it, "
@@ -312,7 +320,7 @@ class Reuse:
             return "is called for some batches only"
         for computed, kept, dim in zip(tensors_in(output), stored, form.dims, strict=True):
             expected = kept if dim is None else kept.index_select(dim, places.to(kept.device))
-            if not same_bits(computed, expected):
+            if not same_bits(rounded(computed, self.store.narrow), expected):
                 return "gives an example other bits in another batch"
         return ""
 
@@ -363,10 +371,11 @@ class Reuse:
                 f"{name} {reason}: neither it nor what is computed from it is reused."
             )
         trains = [self._trained, *(bits for _, bits in self.watch.later())]
-        unused = not self.refused and not any(self.counts.values())
-        if unused and not any(profile.stage(bits).needed for bits in trains):
+        if self.refused or self.counts["stored"] or self.counts["replayed"]:
+            return
+        if not any(profile.stage(bits).needed for bits in trains):
             self.notices.tell(
-                "Nothing is reused: nothing is frozen at any time that is not computed from "
+                "Nothing is reused: nothing is frozen, now or later, that is not computed from "
                 "something that trains. Freeze the bottom of the model, or leave reuse out."
             )
 
@@ -405,6 +414,12 @@ class Reuse:
         elif later:
             least = max(later, key=lambda key: plan.profile.call(key).index)
         else:
+            if not self.store.disk_is_full:
+                self.notices.tell(
+                    f"The outputs of {plan.profile.call(place[0]).path!r} are stored for some "
+                    f"examples only: all take more than {self.store.space / 2**20:.0f} MiB. Give "
+                    "more space=."
+                )
             return
         self._dropped.add(least)
         self._plans.clear()

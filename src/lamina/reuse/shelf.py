@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .journal import checksum
 from .keys import as_bytes
-from .lazy import TensorForm
+from .lazy import TensorForm, stored_dtype
 
-#: a piece of memory that rows are stored in is made for about so many bytes
+#: a piece of memory that rows are stored in is made for at most about so many bytes, or 64 rows
 _PIECE = 4 * 2**20
+#: the rows of the first piece: of some layouts there is one batch only
+_FIRST = 16
 
 
 #: (number of the piece, rows, bytes of a row) -> memory, or None if there is no room left
@@ -53,12 +56,14 @@ class OutputForm:
         plain = (TensorForm, str, int, float, bool, type(None))
         return all(isinstance(leaf, plain) for leaf in self.leaves)
 
-    def widths(self) -> list[int]:
-        """Return the bytes of an example in each tensor; 0 for what is the same for all."""
-        return [
-            0 if dim is None else form.size_in_bytes() // form.shape[dim]
-            for form, dim in zip(self.tensors, self.dims, strict=True)
-        ]
+    def widths(self, narrow: torch.dtype | None = None) -> list[int]:
+        """Return the bytes of an example in each tensor; 0 for what is the same for all.
+
+        Args:
+            narrow: what wider tensors are rounded to.
+        """
+        pairs = zip(self.tensors, self.dims, strict=True)
+        return [0 if dim is None else form.row_in_bytes(dim, narrow) for form, dim in pairs]
 
     @property
     def tensors(self) -> list[TensorForm]:
@@ -66,8 +71,13 @@ class OutputForm:
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
 
 
+def rounded(tensor: torch.Tensor, narrow: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor as it comes back from where it was stored."""
+    return tensor.to(stored_dtype(tensor.dtype, narrow)).to(tensor.dtype)
+
+
 class Rows:
-    """Rows of bytes of one width, in pieces of memory.
+    """Rows of bytes of one width, in pieces of memory, each of twice the rows of the last.
 
     Args:
         width: the bytes of a row.
@@ -78,7 +88,9 @@ class Rows:
         self._width = width
         self._allocate = allocate
         self._pieces: list[torch.Tensor] = []
-        self._per_piece = max(64, _PIECE // max(1, width))
+        self._most = max(64, _PIECE // max(1, width))
+        #: the first row of each piece, and of the one to come
+        self._starts = [0]
 
     @property
     def size(self) -> int:
@@ -87,20 +99,24 @@ class Rows:
 
     def grow(self, count: int) -> bool:
         """Make room for so many rows in all; return False if there is none."""
-        while len(self._pieces) * self._per_piece < count:
-            piece = self._allocate(len(self._pieces), self._per_piece, self._width)
+        while self._starts[-1] < count:
+            last = len(self._pieces[-1]) if self._pieces else _FIRST // 2
+            rows = min(2 * last, self._most)
+            piece = self._allocate(len(self._pieces), rows, self._width)
             if piece is None:
                 return False
             self._pieces.append(piece)
+            self._starts.append(self._starts[-1] + rows)
         return True
 
     def write(self, first: int, rows: torch.Tensor) -> None:
         """Write rows into slots that there is room for."""
         done = 0
         while done < len(rows):
-            piece, place = divmod(first + done, self._per_piece)
-            step = min(len(rows) - done, self._per_piece - place)
-            self._pieces[piece][place : place + step].copy_(rows[done : done + step])
+            number = bisect_right(self._starts, first + done) - 1
+            piece, place = self._pieces[number], first + done - self._starts[number]
+            step = min(len(rows) - done, len(piece) - place)
+            piece[place : place + step].copy_(rows[done : done + step])
             done += step
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
@@ -108,20 +124,25 @@ class Rows:
         if len(self._pieces) == 1:
             return self._pieces[0].index_select(0, slots)
         # Rows are long: copying each in one piece is faster than an index_copy_ byte by byte.
-        places = (divmod(slot, self._per_piece) for slot in slots.tolist())
-        return torch.stack([self._pieces[piece][place] for piece, place in places])
+        found = []
+        for slot in slots.tolist():
+            number = bisect_right(self._starts, slot) - 1
+            found.append(self._pieces[number][slot - self._starts[number]])
+        return torch.stack(found)
 
 
 @dataclass
 class Shelf:
     """The outputs of one call, for all examples that were seen in batches of one layout.
 
-    `rows` holds each tensor by example, None for one that is the same for all. Of what another
-    process has written, `sums` are the checksums by slot, and `unchecked` the slots that were not
-    compared with them yet; `written` is told of new rows, `damaged` if a checksum differs.
+    `narrow` is what wider tensors are rounded to. `rows` holds each tensor by example, None for one
+    that is the same for all. Of what another process has written, `sums` are the checksums by slot,
+    and `unchecked` the slots that were not compared with them yet; `written` is told of new rows,
+    `damaged` if a checksum differs.
     """
 
     form: OutputForm
+    narrow: torch.dtype | None = None
     rows: list[Rows | None] = field(default_factory=list)
     slots: dict[bytes, int] = field(default_factory=dict)
     sums: dict[int, list[int]] = field(default_factory=dict)
@@ -158,7 +179,8 @@ class Shelf:
         for rows, tensor, dim in zip(self.rows, tensors, self.form.dims, strict=True):
             if rows is None or dim is None:
                 continue
-            data = as_bytes(tensor.detach().movedim(dim, 0)).cpu()[places]
+            kept = tensor.detach().to(stored_dtype(tensor.dtype, self.narrow))
+            data = as_bytes(kept.movedim(dim, 0)).cpu()[places]
             rows.write(first, data)
             for own, row in zip(sums, data if self.written else (), strict=False):
                 own.append(checksum(row))
@@ -180,7 +202,7 @@ class Shelf:
         """Return the tensors of an output for these examples, new ones each time."""
         forms = zip(self.rows, self._shared, self.form.tensors, self.form.dims, strict=True)
         return [
-            shared.clone() if shared is not None else _rebuilt(rows, slots, form, dim)
+            shared.clone() if shared is not None else _rebuilt(rows, slots, form, dim, self.narrow)
             for rows, shared, form, dim in forms
         ]
 
@@ -204,14 +226,18 @@ class Shelf:
 
 
 def _rebuilt(
-    rows: Rows | None, slots: torch.Tensor, form: TensorForm, dim: int | None
+    rows: Rows | None,
+    slots: torch.Tensor,
+    form: TensorForm,
+    dim: int | None,
+    narrow: torch.dtype | None,
 ) -> torch.Tensor:
     assert rows is not None
     assert dim is not None
     shape = list(form.shape)
     shape.insert(0, shape.pop(dim))
-    found = rows.gather(slots).view(form.dtype).reshape(shape)
-    found = found.movedim(0, dim).to(form.device)
+    found = rows.gather(slots).view(stored_dtype(form.dtype, narrow)).reshape(shape)
+    found = found.movedim(0, dim).to(form.device, form.dtype)
     if found.stride() == form.stride:
         return found
     # Kernels choose by the order of elements in memory, and another kernel gives other bits.

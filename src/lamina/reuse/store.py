@@ -29,15 +29,27 @@ class Store:
         space: how many bytes they may take.
         folder: where they lie as files; by default they are in memory.
         tell: called with what went wrong with a file.
+        preprocessing: how inputs were prepared.
+        narrow: what wider outputs are rounded to.
     """
 
-    def __init__(self, space: int, folder: Path | None, tell: Tell) -> None:
+    def __init__(
+        self,
+        space: int,
+        folder: Path | None,
+        tell: Tell,
+        preprocessing: str = "",
+        narrow: torch.dtype | None = None,
+    ) -> None:
         self.space = space
+        self.narrow = narrow
         self.used = 0
         self.full = False
+        #: whether it was the disk that had no room, which is told
+        self.disk_is_full = False
         self.shelves: dict[Place, Shelf] = {}
         self._tell = tell
-        self._journal = None if folder is None else Journal.open(folder, tell)
+        self._journal = None if folder is None else Journal.open(folder, tell, preprocessing)
 
     @property
     def on_disk(self) -> bool:
@@ -54,8 +66,8 @@ class Store:
         """
         if place in self.shelves:
             return self.shelves[place]
-        widths = form.widths()
-        shelf = Shelf(form)
+        widths = form.widths(self.narrow)
+        shelf = Shelf(form, self.narrow)
         if self._journal is None:
             shelf.rows = [Rows(width, self._allocate) if width else None for width in widths]
         else:
@@ -102,7 +114,7 @@ class Store:
             try:
                 mapped = stored.piece(leaf, piece, size)
             except OSError as error:
-                self.full = True
+                self.full = self.disk_is_full = True
                 self._tell(
                     f"Nothing more is stored: {stored.folder} cannot take another "
                     f"{size / 2**20:.0f} MiB ({error.strerror or error}). What is stored goes on "

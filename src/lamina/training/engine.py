@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,7 @@ def prepare_run(
     save_every: TimeLike | None = None,
     keep: int | None = None,
     fsdp: bool | None = None,
+    reuse: bool | Mapping[str, Any] | None = None,
     cpu: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -56,21 +57,20 @@ def prepare_run(
         save_every: the time between checkpoints, such as "500 steps"; by default an epoch.
         keep: how many checkpoints to keep, beside the best; by default 2.
         fsdp: shard the model over the processes (FSDP2), instead of a copy in each (DDP).
+        reuse: compute what is frozen once per example: True, or options (see `ReuseSettings`).
         cpu: train on the CPU even if there is an accelerator.
         out: the folder of the run; by default a new one under `runs`.
-        resume: the folder of a run to go on with, from its newest checkpoint that is whole; plan
-            and settings are those of the run, except for what is given.
-        extend: for a resumed run of other `epochs`: "hold" keeps its schedules, then their last
-            values; "stretch" fits them to the new length.
+        resume: the folder of a run to go on with; plan and settings are its own if none is given.
+        extend: for a resumed run of other `epochs`: "hold" its schedules, or "stretch" them.
 
     Raises:
         LaminaError: for a task, plan or setting that does not work, or a run that cannot go on.
     """
     _check_setting(fsdp)
     task, folder = load_task(task), None if out is None else Path(out)
-    asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate}
+    asked: dict[str, Any] = {"epochs": epochs, "seed": seed, "accumulate": accumulate, "keep": keep}
     asked |= {"mixed_precision": mixed_precision, "save_every": save_every}
-    asked |= {"keep": keep, "fsdp": fsdp}
+    asked |= {"fsdp": fsdp, "reuse": reuse}
     with ExitStack() as undo:
         start = None if resume is None else _resumption(Path(resume), folder, task, undo)
         if start is None:
@@ -83,9 +83,9 @@ def prepare_run(
         undo.callback(end, accelerator)
         check_alike(accelerator, chosen, settings, start)
         data = _data(task, settings.seed, seed if accelerator.is_main_process else None)
-        made = (task, settings, accelerator, task.model(), chosen, data)
+        made = (task, settings, accelerator, task.model(), chosen, data, dealing, folder)
         with error_location(place):
-            session = Session(*made, dealing, folder, start, extend)
+            session = Session(*made, start, extend)
         session.undo = undo.pop_all()
     return session
 

@@ -59,8 +59,9 @@ def _measure(
 def _batches(session: ReadyRun) -> Iterator[tuple[Any, bool]]:
     """Return this process' batches, and whether each counts; equally many if it is sharded."""
     if not is_sharded(session.accelerator):
-        for batch in session.validation_loader:
-            yield batch, True
+        for given in session.validation_loader:
+            with session.reuse.batch(given) as batch:
+                yield batch, True
         return
     from accelerate.utils import gather_object, send_to_device
 

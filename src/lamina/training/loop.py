@@ -133,10 +133,11 @@ class Loop:
             if self.position.after is None:
                 self.position = replace(self.position, after=before)
             try:
-                batch = next(batches)
+                given = next(batches)
             except StopIteration:
                 return
-            yield Position(epoch, number, start=start, before=before), batch
+            with self.session.reuse.batch(given) as batch:
+                yield Position(epoch, number, start=start, before=before), batch
 
     def _gradients(self, index: int, batch: Any) -> torch.Tensor:
         """Add the gradients of a batch; returns its loss."""

@@ -14,12 +14,14 @@ from .._util.randomness import Randomness
 from ..errors import LaminaError, StateError, TaskError
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import Forecast
 from ..state.extend import WAYS
 from ..state.schema import is_count, short
 from .dealing import Dealing
 from .position import Position
 from .records import Validation
 from .run_folder import ABOUT, plan_text
+from .run_reuse import RunReuse
 from .settings import FREE, Settings
 from .snapshot import Snapshot
 from .task import Data, Task
@@ -90,6 +92,9 @@ class ReadyRun:
     extend: str | None = None
     #: undone when the session is closed: the lock of the folder, what Accelerate began
     undo: ExitStack = field(default_factory=ExitStack)
+    reuse: RunReuse = field(init=False)
+    #: what reuse will save; None if nothing is reused, or that is not known
+    forecast: Forecast | None = field(init=False)
     train_loader: Any = field(init=False)
     validation_loader: Any = field(init=False)
     optimizer: Optimizer = field(init=False)

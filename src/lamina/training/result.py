@@ -7,6 +7,7 @@ from pathlib import Path
 from signal import Signals
 
 from ..preview.verify import Confirmation
+from .run_reuse import ReuseReport
 from .task import Task
 
 
@@ -27,3 +28,5 @@ class Result:
     confirmation: Confirmation | None = None
     #: the signal that stopped the run before its end (SIGINT, SIGTERM); None if it was not stopped
     interrupted: Signals | None = None
+    #: what was replayed; None if the run did not reuse
+    reuse: ReuseReport | None = None

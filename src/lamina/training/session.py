@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
 from .._util.randomness import Randomness
 from ..checkpoint import tidy
+from ..errors import PlanError
 from ..optimizer.optimizer import Optimizer
 from ..preview import preview_of
+from ..reuse import Forecast
 from ..schedules.duration import run_of
 from .confirmer import Confirmer
 from .devices import naming_lost_processes
@@ -27,7 +30,10 @@ from .recorder import Recorder, cut_back, recorded_lr
 from .records import Event, Listener
 from .result import Result
 from .resume import check_fits, restore
+from .reuse_forecast import forecast_run
+from .reuse_settings import ReuseSettings
 from .run_folder import FILES, METRICS, RunFolder, check_free, make_folder
+from .run_reuse import RunReuse
 from .saver import Saver
 from .sharding import choose_blocks
 from .snapshot import Snapshot
@@ -40,8 +46,11 @@ class Session(ReadyRun):
     def __post_init__(self) -> None:
         accelerator, seed = self.accelerator, self.settings.seed
         self.dealing.cut(self.data.train)
-        self.train_loader = training_loader(accelerator, self.data.train)
-        self.validation_loader = validation_loader(accelerator, self.data.validation, seed)
+        self.reuse = RunReuse(ReuseSettings.of(self.settings.reuse), accelerator)
+        train = self.reuse.loader(self.data.train, "train")
+        validation = self.reuse.loader(self.data.validation, "validation")
+        self.train_loader = training_loader(accelerator, train)
+        self.validation_loader = validation_loader(accelerator, validation, seed)
         self.randomness = Randomness(accelerator.device, self.train_loader, self.validation_loader)
         if self.start is not None:
             check_fits(self.start, self)
@@ -58,6 +67,18 @@ class Session(ReadyRun):
         self.last = None if self.start is None else self.start.snapshot.last
         self.begins = Position() if self.start is None else restore(self.start, self)
         check_watched(self)
+        self.forecast = self._forecast()
+
+    def _forecast(self) -> Forecast | None:
+        """Return what reuse will save, on the process that says so."""
+        if self.reuse.settings is None or not self.is_main:
+            return None
+        given = (self.reuse.settings, self.task, self.data, self.model, self.optimizer)
+        try:
+            return forecast_run(*given, self.accelerator.device, self.accelerator.autocast())
+        except PlanError as error:
+            self.reuse.give_up(error)
+            return None
 
     def train(self, listeners: Sequence[Listener] = ()) -> Result:
         """Train; a run that is interrupted saves its last whole step and says so.
@@ -77,16 +98,18 @@ class Session(ReadyRun):
             self.accelerator.wait_for_everyone()
         if not self.is_main:
             saver = Saver(self)
-            loop = self._loop([], lambda: None, saver)
+            loop = self._loop([], lambda: None, saver, None)
             loop.run()
             saver.finish(loop)
+            self.reuse.close()
             return self._result(began)
         with graceful_interrupt(self.accelerator.num_processes == 1) as asked_to_stop:
             folder, confirmer = self._folder(listeners)
             with folder.closing(self._found):
                 with closing(Recorder(folder.path / METRICS)) as recorder:
                     saver = Saver(self, recorder)
-                    loop = self._loop([recorder, confirmer, *listeners], asked_to_stop, saver)
+                    heard: list[Listener] = [recorder, confirmer, *listeners]
+                    loop = self._loop(heard, asked_to_stop, saver, folder.path)
                     stopped = self._run(loop, saver)
                 if stopped:
                     folder.end("interrupted", **self._found())
@@ -99,6 +122,7 @@ class Session(ReadyRun):
                 stopped = signal_of(error)
             finally:  # written once: a run that says so has nothing left to do
                 folder.end("finished", baseline=baseline, **self._found())
+                self.reuse.finish(folder.path)
         return self._result(
             began,
             folder=folder.path,
@@ -173,15 +197,24 @@ class Session(ReadyRun):
     def _result(self, began: float, **more: Any) -> Result:
         metrics, examples = (self.last.averages, self.last.examples) if self.last else ({}, 0)
         seconds = time.perf_counter() - began
+        more["reuse"] = self.reuse.report()
         return Result(self.task, metrics, examples, self.optimizer.clock, seconds, **more)
 
-    def _loop(self, heard: Sequence[Listener], pressed: Callable[[], object], saver: Saver) -> Loop:
+    def _loop(
+        self,
+        heard: Sequence[Listener],
+        pressed: Callable[[], object],
+        saver: Saver,
+        home: Path | None,
+    ) -> Loop:
         from accelerate.utils import set_seed
 
         choose_blocks(self.accelerator, self.model)
         model, wrapped = self.accelerator.prepare(self.model, self.optimizer)
         # Processes must draw different dropout masks, now that all have the same model.
         set_seed(self.settings.seed, device_specific=True)
+        self.reuse.begin(self.model, model, self.optimizer, home)
+        self.undo.callback(self.reuse.close)
         return Loop(self, model, wrapped, heard, pressed, saver.at_rest)
 
     def _about(self) -> dict[str, Any]:
@@ -201,6 +234,8 @@ class Session(ReadyRun):
         found: dict[str, Any] = {"steps_taken": self.optimizer.clock}
         if self.last is not None:
             found["validation"] = asdict(self.last)
+        if (reused := self.reuse.report()) is not None:
+            found["reused"] = asdict(reused)
         return found
 
     def close(self) -> None:

@@ -11,20 +11,22 @@ from .._util.numbers import is_number
 from ..errors import LaminaError, StateError, TimeUnitError, did_you_mean
 from ..schedules import duration as time
 from ..schedules.duration import TimeLike
+from .reuse_settings import ReuseSettings, with_options
 from .task import Task
 
 PRECISIONS = ("no", "fp16", "bf16")
 #: with another one of these a run would not go on as it began
 EXACT = ("seed", "accumulate", "mixed_precision")
 #: what may differ when a run goes on
-FREE = ("epochs", "save_every", "keep", "fsdp")
+FREE = ("epochs", "save_every", "keep", "fsdp", "reuse")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Checked; `mixed_precision` is None for whatever `accelerate launch` was told.
 
-    `fsdp` shards the model over the processes, if there are several.
+    `fsdp` shards the model over the processes, if there are several. `reuse` is True, False, or a
+    mapping of options as `ReuseSettings` has them.
     """
 
     epochs: float = 1
@@ -34,12 +36,13 @@ class Settings:
     save_every: TimeLike = "1 epochs"
     keep: int = 2
     fsdp: bool = False
+    reuse: bool | Mapping[str, Any] = False
 
     @classmethod
     def of(cls, task: Task, **given: Any) -> Settings:
         """Return what was asked for, else the task's defaults, else those of the class."""
         own = {key: value for key, value in task.defaults.items() if key in _NAMES}
-        return cls(**{**own, **_asked(given)})
+        return cls(**_joined(own, given))
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], **given: Any) -> Settings:
@@ -57,7 +60,7 @@ class Settings:
                     "a new run."
                 )
         known = {name: value for name, value in saved.items() if name in _NAMES}
-        return cls(**{**known, **asked})
+        return cls(**_joined(known, asked))
 
     def __post_init__(self) -> None:
         if not is_number(self.epochs) or not 0 < self.epochs < math.inf:
@@ -83,6 +86,7 @@ class Settings:
             raise LaminaError(f"fsdp={self.fsdp!r}: expected True or False.")
         if not isinstance(self.keep, int) or self.keep < 1:
             raise LaminaError(f"keep={self.keep!r}: expected a whole number of at least 1.")
+        ReuseSettings.of(self.reuse)
 
 
 _NAMES = frozenset(asdict(Settings()))
@@ -90,3 +94,10 @@ _NAMES = frozenset(asdict(Settings()))
 
 def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _joined(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those that were asked for in their place."""
+    reuse = with_options(own.get("reuse"), given.get("reuse"))
+    joined = {**own, **_asked(given)}
+    return joined if reuse is None else {**joined, "reuse": reuse}

@@ -35,7 +35,7 @@ from ..errors import LaminaError, TaskError, did_you_mean
 from ..plan.plan import Plan
 
 NEEDED = ("model", "data", "loss")
-DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision")
+DEFAULTS = ("epochs", "batch_size", "seed", "accumulate", "mixed_precision", "reuse")
 
 
 class Data(NamedTuple):
