@@ -178,7 +178,7 @@ def test_the_program_by_hand_in_the_readme_trains_the_same_weights():
 def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path):
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = page.partition("## At the command line")[2].split("```")[1].strip().splitlines()
-    assert len(commands) >= 9
+    assert len(commands) >= 8
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     for command in commands:
         words = shlex.split(command, comments=True)
