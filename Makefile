@@ -6,9 +6,10 @@ PYTHONS ?= $(PYTHON)
 VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 PINS   := -c constraints.txt
 TORCH  := torch==2.13.0
+# A module is compiled when it is first imported; pip would compile all of them, one after the other.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile $(PINS)
 
 # The oldest versions that are supported, in an environment of their own.
 OLDEST_PYTHON ?= $(if $(shell command -v python3.11),python3.11,$(PYTHON))
@@ -32,8 +33,14 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## install, then train an example task: lamina run
 	@$(BIN)/lamina run $(ARGS)
 
-test: check  ## every gate: lint, format, types, tests (ARGS="-k name" picks tests)
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+# mypy uses one core, so the tests run beside it. What it says is shown if it finds something: the last
+# line of a run without mistakes is that of pytest.
+test: $(VENV)/.dev  ## every gate: lint, format, types, tests (ARGS="-k name" picks tests)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; \
+		$(BIN)/python -m pytest $(PARALLEL) $(ARGS); tests=$$?; \
+		wait $$types || { cat $(VENV)/types.txt; exit 1; }; exit $$tests
 
 test-oldest: $(OLDEST)/.dev  ## the core tests with the oldest Python, torch, NumPy and extras
 	@$(OLDEST)/bin/python -m pytest $(PARALLEL) $(CORE) $(ARGS)
@@ -103,23 +110,23 @@ $(VENV)/.venv:
 
 $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	@echo "installing $(TORCH) (some minutes the first time)"
-	@$(PIP) install $(PINS) $(TORCH) hatchling editables
+	@$(INSTALL) $(TORCH) hatchling editables
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing lamina with what the demo needs"
-	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo]'
+	@$(INSTALL) --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing lamina with what the tests need"
-	@$(PIP) install --no-build-isolation $(PINS) -e '.[demo,dev]'
+	@$(INSTALL) --no-build-isolation -e '.[demo,dev]'
 	@touch $@
 
 # The pages are built from the source, which is read and not imported: neither torch nor lamina is needed.
 $(VENV)/.docs: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing what builds the documentation"
-	@$(PIP) install $(PINS) $$($(BIN)/python -c 'import tomllib; \
+	@$(INSTALL) $$($(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 

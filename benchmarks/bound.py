@@ -2,6 +2,8 @@
 
 Without clipping, AdamW reads weight, gradient and two states, and writes all but the gradient: 4
 reads and 3 writes of each number. SGD with momentum and RMSprop keep one state: 3 reads, 2 writes.
+The tensors are those of the case, and the threads and the way to reach memory are those of
+lamina's compiled loops, so that only the arithmetic is missing.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from .candidates import imported
@@ -18,25 +21,44 @@ from .measure import Contestant
 from .shapes import Shape, numbers
 
 #: numbers that a thread takes at a time; the fastest is used
-CHUNKS = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
+CHUNKS = (1 << 13, 1 << 16, 1 << 19)
 #: how many states an optimizer keeps of each number
 STATES = {"AdamW": 2, "SGD": 1, "RMSprop": 1}
 NAME = "bandwidth bound"
 
 
 def bandwidth_bound(shapes: dict[str, Shape], algorithm: str) -> Contestant:
-    """The bound for tensors that lie one behind the other."""
-    run = _kernel(STATES[algorithm])
-    count = numbers(shapes)
-    # allocated and written by torch, as the tensors of the others are
-    arrays = [torch.zeros(count).numpy() for _ in range(2 + STATES[algorithm])]
-    grad = torch.randn(count)
+    """The bound for tensors of these shapes, with new gradients at every step."""
+    imported("numba", "numba")
+    from lamina.compiled import chunks
+    from lamina.compiled.workers import WORKERS
+
+    kernel = _kernel(STATES[algorithm])
+    kept = [[torch.zeros(shape) for shape in shapes.values()] for _ in range(STATES[algorithm] + 1)]
+    source = [torch.randn(shape) for shape in shapes.values()]
+    count, sizes = numbers(shapes), [tensor.numel() for tensor in source]
+    tables = {}
+    for size in CHUNKS:
+        each = np.asarray([-(-n // size) for n in sizes])
+        owners = np.repeat(np.arange(len(sizes)), each)
+        first = np.concatenate([np.arange(n) for n in each]) * size
+        ends = np.minimum(first + size, np.asarray(sizes)[owners])
+        tables[size] = np.ascontiguousarray(np.stack([owners, first, ends], axis=1))
+    counter, places = np.zeros(1, dtype=np.int64), np.zeros((4, len(sizes)), dtype=np.int64)
+    grads: list[torch.Tensor] = []
 
     def fill() -> None:
-        arrays[0] = grad.clone().numpy()
+        grads[:] = [tensor.clone() for tensor in source]
 
-    chunk = min(CHUNKS, key=lambda size: _median(lambda: run(size, *arrays), fill))
-    return Contestant(lambda: run(chunk, *arrays), before=fill)
+    def run(size: int) -> None:
+        counter[0] = 0
+        for row, tensors in enumerate([grads, *kept]):
+            places[row] = [tensor.data_ptr() for tensor in tensors]
+        element = chunks.ELEMENTS[torch.float32]
+        WORKERS.run(kernel, (counter, tables[size], places, element), count)
+
+    best = min(CHUNKS, key=lambda size: _median(lambda: run(size), fill))
+    return Contestant(lambda: run(best), before=fill, after=grads.clear)
 
 
 def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
@@ -51,23 +73,34 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
 
 def _kernel(states: int) -> Any:
     """Compile the kernel; it adds the gradient to the weight and to each state."""
-    numba = imported("numba", "numba")
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    compile_ = numba.njit(parallel=True, fastmath=True, nogil=True)
+    import numba
 
-    def two(chunk, grad, weight, first, second):
-        for part in numba.prange((grad.size + chunk - 1) // chunk):
-            for i in range(part * chunk, min(grad.size, (part + 1) * chunk)):
-                number = grad[i]
-                first[i] += number
-                second[i] += number
-                weight[i] += number
+    from lamina.compiled.access import claim, load, store
 
-    def one(chunk, grad, weight, first):
-        for part in numba.prange((grad.size + chunk - 1) // chunk):
-            for i in range(part * chunk, min(grad.size, (part + 1) * chunk)):
-                number = grad[i]
-                first[i] += number
-                weight[i] += number
+    def two(counter, chunks, places, like):
+        while True:
+            chunk = claim(counter)
+            if chunk >= len(chunks):
+                return
+            tensor, start, end = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
+            grads, weights = places[0, tensor], places[1, tensor]
+            first, second = places[2, tensor], places[3, tensor]
+            for i in range(start, end):
+                number = load(grads, i, like, 0)
+                store(first, i, like, 1, load(first, i, like, 1) + number)
+                store(second, i, like, 2, load(second, i, like, 2) + number)
+                store(weights, i, like, 3, load(weights, i, like, 3) + number)
 
-    return compile_({1: one, 2: two}[states])
+    def one(counter, chunks, places, like):
+        while True:
+            chunk = claim(counter)
+            if chunk >= len(chunks):
+                return
+            tensor, start, end = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
+            grads, weights, first = places[0, tensor], places[1, tensor], places[2, tensor]
+            for i in range(start, end):
+                number = load(grads, i, like, 0)
+                store(first, i, like, 1, load(first, i, like, 1) + number)
+                store(weights, i, like, 3, load(weights, i, like, 3) + number)
+
+    return numba.njit(nogil=True)({1: one, 2: two}[states])

@@ -1,7 +1,8 @@
 """The figures of docs/benchmarks.md: `python -m benchmarks.page build/benchmarks.json`.
 
 Copies the results to docs/benchmarks/results.json, draws docs/benchmarks/steps.png from them, and
-writes their tables between the markers of the page.
+writes their tables between the markers of the page. What `python -m benchmarks.reuse` wrote
+(build/reuse.json) goes to docs/benchmarks/reuse.json, with its tables between markers of their own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from typing import Any
 from lamina.files.atomic import atomic
 
 from . import tables
+from .reuse import tables as reuse_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+REUSE = "<!-- reuse: begin -->", "<!-- reuse: end -->"
+NO_REUSE = (
+    "There are no figures yet: run `python -m benchmarks.reuse`, then "
+    "`python -m benchmarks.page build/reuse.json`."
+)
 NOT_MEASURED = "There are no figures yet: run `make bench`, then `python -m benchmarks.page`."
 COLORS = {"lamina": "#d9661f", "bandwidth": "#3b7d4f", "other": "#8fa3b8"}
 #: panels of the picture
@@ -45,13 +52,19 @@ def figures(results: dict[str, Any] | None) -> str:
     return "\n\n".join(parts)
 
 
-def replaced(page: str, text: str) -> str:
+def reuse_figures(results: dict[str, Any] | None) -> str:
+    """All tables of a run of `python -m benchmarks.reuse` in Markdown."""
+    return NO_REUSE if results is None else reuse_tables.figures(results)
+
+
+def replaced(page: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The page with this text between the markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise SystemExit(f"the page lacks the lines {BEGIN} and {END}, between which figures go")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise SystemExit(f"the page lacks the lines {first} and {last}, between which figures go")
+    return f"{before}{first}\n\n{text}\n\n{last}{after}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,13 +80,16 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(results: dict[str, Any], docs: Path) -> None:
     """Write results, picture and page; the page last, so that it never shows what is not there."""
-    page = docs / "benchmarks.md"
-    text = replaced(page.read_text(encoding="utf-8"), figures(results))
-    folder = docs / "benchmarks"
+    page, folder = docs / "benchmarks.md", docs / "benchmarks"
+    text = page.read_text(encoding="utf-8")
+    if "stages" in results:
+        name, text = "reuse.json", replaced(text, reuse_figures(results), REUSE)
+    else:
+        name, text = "results.json", replaced(text, figures(results))
     folder.mkdir(exist_ok=True)
     if results.get("cases"):
         draw(results["cases"], folder / "steps.png")
-    _save(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    _save(folder / name, json.dumps(results, indent=1) + "\n")
     _save(page, text)
 
 
@@ -121,7 +137,7 @@ def _panel(axes: Any, case: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
-    parser.add_argument("results", type=Path, help="what `make bench` wrote")
+    parser.add_argument("results", type=Path, help="what a benchmark wrote")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
     given = parser.parse_args()
     write(read(given.results), given.docs)

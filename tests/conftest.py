@@ -5,6 +5,7 @@ import gc
 import pytest
 from hypothesis import HealthCheck, settings
 
+from accelerate_state import forget_accelerate
 from lamina.gradients import norms
 from lamina.kernels.native import kernel as native_kernel
 
@@ -15,15 +16,29 @@ settings.register_profile("full", max_examples=100, **COMMON)
 settings.load_profile("quick")  # `--hypothesis-profile=full` replaces it
 
 
+def set_aside():
+    """Take all objects that live now out of what `gc` collects and returns.
+
+    A test run has a million objects from its imports and its list of tests, and every full
+    collection and every search for optimizers, models or wrappers would visit them all.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    set_aside()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_module_begins_without_accelerate():
+    forget_accelerate()
+
+
 @pytest.fixture(scope="module")
 def little_to_search():
-    """What is there before the tests of a module is no model of theirs: a watch need not search it.
-
-    The search is through all objects of the process, of which a test run has a million.
-    """
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    """What is there before the tests of a module is no model of theirs: no search visits it."""
+    set_aside()
 
 
 @pytest.fixture

@@ -103,7 +103,8 @@ def run_pytest(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "test_canary.py").write_text(text, encoding="utf-8")
     settings = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder))
     command = (sys.executable, "-m", "pytest", *settings, "-p", "no:cacheprovider", str(folder))
-    return run(*command, cwd=folder)
+    # No setting is for a plugin, and to load them takes longer than all the rest.
+    return run(*command, cwd=folder, extra={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
 
 
 def test_pytest_turns_warnings_into_errors_and_refuses_stale_xfails(tmp_path):
@@ -136,6 +137,35 @@ def test_ci_runs_every_gate():
     lines = run("make", "-n", "test").stdout.splitlines()
     for gate in ("ruff check", "ruff format --check", "bin/mypy", "-m pytest"):
         assert any(gate in line for line in lines), gate
-    assert "-m pytest" in lines[-1]  # so that pytest's closing line is the last one printed
     oldest = run("make", "-n", "test-oldest").stdout.splitlines()
     assert ".venv-oldest/bin/python -m pytest" in oldest[-1]
+
+
+def make_test(folder: Path, failing: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `make test` with programs that only print a line, one of which fails."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("ruff", "mypy", "python"):
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\necho {name} $*\nexit {int(name == failing)}\n")
+        program.chmod(0o755)
+    for age, stamp in enumerate((".dev", ".torch", ".venv")):
+        (folder / stamp).touch()
+        os.utime(folder / stamp, (2**32 - age,) * 2)  # newer than what they are made from
+    return run("make", "test", f"VENV={folder}", "ARGS=-k some")
+
+
+def test_pytests_closing_line_is_the_last_one_printed(tmp_path):
+    result = make_test(tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert said[:2] == ["ruff check", "ruff format --check"]
+    assert said[2:] == ["python -m pytest --numprocesses=auto --dist=worksteal -k some"]
+
+
+@pytest.mark.parametrize(("gate", "said"), [("ruff", 1), ("mypy", 4), ("python", 3)])
+def test_a_gate_that_fails_fails_the_whole_and_is_seen(tmp_path, gate, said):
+    result = make_test(tmp_path, gate)
+    assert result.returncode != 0
+    lines = result.stdout.splitlines()
+    assert lines[-1].startswith(gate)
+    assert len(lines) == said

@@ -110,11 +110,20 @@ def test_short_runs_are_looked_at_step_by_step_and_long_ones_at_every_mark():
     assert list(steps_to_check(5)) == [0, 1, 2, 3, 4]
     steps = steps_to_check(10**9, {7, 123_456_789})
     assert len(steps) < 2 * EXACT
-    assert {0, 6, 7, 8, 123_456_788, 123_456_789, 123_456_790, 10**9 - 1} <= set(
-        steps[steps % 1 == 0]
-    )
+    given = [0, 6, 7, 8, 123_456_788, 123_456_789, 123_456_790, 10**9 - 1]
+    assert bool(np.isin(given, steps).all())
     assert bool((np.diff(steps) > 0).all())
-    assert len(np.unique(steps.astype(np.int64) % 1000)) == 1000  # of a cycle, all places
+    assert bool(np.bincount(steps.astype(np.int64) % 1000, minlength=1000).all())  # of a cycle
+
+
+@pytest.mark.parametrize("steps", [EXACT + 1, 10**9, 10**15])
+def test_the_steps_of_a_long_run_are_in_order_each_once(steps):
+    marks = (-3, 0, 1, 7, steps // 3, steps - 2, steps + 5)
+    checked = steps_to_check(steps, marks)
+    assert bool((np.diff(checked) > 0).all())
+    beside = {mark + shift for mark in marks for shift in (-1, 0, 1)}
+    assert bool(np.isin([step for step in beside if 0 <= step < steps], checked).all())
+    assert (checked[0], checked[-1]) == (0, steps - 1)
 
 
 def test_the_longest_run_is_previewed_and_its_mistakes_are_found():

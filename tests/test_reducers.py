@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 
 import pytest
@@ -15,6 +14,8 @@ import lamina as lm
 from lamina.model.reducers import measure
 from models import equal, mlp
 from processes import end_group
+
+pytestmark = pytest.mark.usefixtures("little_to_search")
 
 WRAPPINGS = {
     "plain": {},
@@ -35,14 +36,6 @@ def group(tmp_path):
     )
     yield
     end_group()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_search():
-    gc.collect()
-    gc.freeze()  # what was imported is not searched for wrappers
-    yield
-    gc.unfreeze()
 
 
 def held(model, of=None):

@@ -1,7 +1,7 @@
 """Reuse changes no bit: models of many shapes, stages and ways to train."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lamina as lm
 from lamina.reuse import IndexedDataset
 from lamina.reuse.keys import Inputs
+from lamina.toy import toy_problem
 from reuse_models import (
     GPT2,
     EfficientNet,
@@ -316,3 +317,30 @@ def test_a_loader_without_indices_is_told():
     _, reusing = both(MiniLM, freeze("!classifier.*"), words())
     with pytest.raises(lm.LaminaError, match="IndexedDataset"):
         next(reusing.reused.batches([words()]))
+
+
+def test_a_setting_that_is_changed_in_the_middle_is_followed():
+    def run(reused):
+        torch.manual_seed(0)
+        model, loader, loss = toy_problem()
+        rules = [lm.Rule("!classifier.*", frozen=True)]
+        optimizer = lm.Plan(lm.AdamW, lr=1e-2, rules=rules).build(
+            model, epochs=4, steps_per_epoch=5
+        )
+        using = lm.reuse(model, optimizer) if reused else nullcontext()
+        losses = []
+        with using as reuse:
+            for epoch in range(4):
+                if epoch >= 2:  # twice, so that a second change is seen as well
+                    model.embeddings.LayerNorm.eps = 0.5 * epoch
+                for batch in loader:
+                    value = loss(model, batch)
+                    value.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    losses.append(float(value))
+        return losses, reuse and reuse.counts["replayed"]
+
+    with_reuse, replayed = run(True)
+    assert with_reuse == run(False)[0]
+    assert replayed == 5  # the second epoch; each of the last two has another eps

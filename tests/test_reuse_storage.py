@@ -14,6 +14,8 @@ from torch import nn
 import lamina as lm
 from lamina.reuse import journal
 from lamina.reuse.door import parse_space
+from lamina.reuse.keys import modes_of
+from lamina.reuse.shelf import Rows
 from reuse_models import MiniLM, Training, freeze, same_result, thaw_top_down, words
 
 FROZEN = freeze("!classifier.*")
@@ -395,3 +397,44 @@ def test_a_plan_whose_bottom_trains_is_told():
     with pytest.warns(lm.LaminaWarning, match="Nothing is reused: nothing is frozen"):
         reusing = Training(MiniLM, freeze("layer.2.*"), words(), reuse={}).run(2)
     assert same_result(Training(MiniLM, freeze("layer.2.*"), words()).run(2), reusing)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_rows_of_several_pieces_come_in_the_order_that_is_asked_for(width):
+    pieces = []
+
+    def allocate(piece, rows, width):
+        pieces.append(torch.empty(rows, width, dtype=torch.uint8))
+        return pieces[-1]
+
+    rows = Rows(width, allocate)
+    rows._per_piece = 8
+    assert rows.grow(30)
+    assert len(pieces) == 4
+    stored = torch.randint(256, (30, width), generator=torch.Generator().manual_seed(0)).byte()
+    for first in (0, 13):
+        rows.write(first, stored[first : first + 17])
+    slots = torch.tensor([29, 0, 7, 8, 7, 23, 15, 16])
+    assert torch.equal(rows.gather(slots), stored[slots])
+    slots = torch.tensor([24, 25])  # all in one piece, which is not the first
+    assert torch.equal(rows.gather(slots), stored[slots])
+
+
+def test_modes_tell_of_each_module_once_at_any_depth():
+    model = MiniLM()
+    model.again = model.layer[0]
+    modules = list(model.modules())
+    seen = {modes_of(model)}
+    assert len(seen.copy().pop()) == len(modules)
+    for module in modules:
+        module.training = False
+        seen.add(modes_of(model))
+        module.training = True
+    assert len(seen) == 1 + len(modules)
+
+
+def test_after_a_probe_nobody_is_told_that_nothing_is_reused(recwarn):
+    rules = [lm.Rule("*", thaw="2 epochs"), lm.Rule("classifier.*", frozen=False)]
+    training = Training(MiniLM, rules, words(), epochs=3, reuse={}).run()
+    assert training.reused.counts["replayed"] == 3
+    assert not [one for one in recwarn if "Nothing is reused" in str(one.message)]

@@ -207,3 +207,12 @@ def test_a_run_notes_the_build_of_torch(version, monkeypatch):
 
     monkeypatch.setattr(torch, "__version__", version)
     assert versions()["torch"] == version
+
+
+def test_the_version_of_a_package_is_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr(metadata, "version", lambda name: read.append(name) or "99.0")
+    for _ in range(3):
+        require("filelock", "train", "this test")
+        assert errors.version_of("accelerate") == "99.0"
+    assert sorted(read) == ["accelerate", "filelock"]

@@ -24,7 +24,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 
@@ -150,15 +151,32 @@ def _check_version(package: str, purpose: str) -> None:
     It is not imported for that: what is too old may fail in many ways while it is imported.
     """
     oldest = OLDEST.get(package)
+    if oldest is None:
+        return
     try:
-        found = metadata.version(package)
+        found = version_of(package)
     except metadata.PackageNotFoundError:
         return  # the import will say so
-    if oldest is not None and release_of(found) < release_of(oldest):
+    if release_of(found) < release_of(oldest):
         raise MissingExtraError(
             f"{purpose} needs {package} {oldest} or newer, but {found} is installed. Update it "
             f"with: pip install --upgrade '{package}>={oldest}'"
         )
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package.
+
+    Raises:
+        PackageNotFoundError: of `importlib.metadata`, if it is not installed.
+    """
+    return _read_once(metadata.version, package)
+
+
+@cache
+def _read_once(read: Callable[[str], str], package: str) -> str:
+    """Read a version once: to find it, all that a package says of itself is parsed."""
+    return read(package)
 
 
 def release_of(version: str) -> list[int]:

@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, TypeVar, final
 
 import torch
@@ -361,8 +362,13 @@ def _local_value(value: torch.Tensor, part: Any) -> torch.Tensor:
     return value
 
 
+_followed = attrgetter("followed")
+
+
 def tell_followed(batches: Sequence[Batch]) -> None:
     """Warn of weights that somebody changed between two updates, once all of the step is done."""
+    if not any(map(_followed, batches)):
+        return
     names = sorted({name for batch in batches for name in batch.followed})
     for batch in batches:
         batch.followed.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from .loader import failure, loop, unavailable
 from .workers import WORKERS
 
 Array = np.ndarray[Any, Any]
+_PLAIN = frozenset(PLAIN)
+_form = attrgetter("dtype", "device", "layout")
 
 
 def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
@@ -26,14 +29,17 @@ def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
         there are no compiled loops.
     """
     first = tensors[0]
-    if waits(first.device) or first.dtype not in ELEMENTS or not _is_compiled(first.dtype):
+    if waits(first.device) or not first.is_cpu or first.dtype not in ELEMENTS:
+        return None
+    if not _is_compiled(first.dtype):
         return None
     dtype = first.dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype or type(tensor) not in PLAIN or not tensor.is_cpu:
-            return None
-        if tensor.layout is not torch.strided or not tensor.is_contiguous():
-            return None
+    if not {*map(type, tensors)} <= _PLAIN or {*map(_form, tensors)} != {
+        (dtype, first.device, torch.strided)
+    }:
+        return None
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        return None
     sizes = tuple(map(torch.Tensor.numel, tensors))
     chunks = _chunks(sizes)
     where = np.asarray(addresses(tensors), dtype=np.int64)

@@ -16,6 +16,13 @@ from .rules import FOLLOWED, moments, penalty
 from .weights16 import key_of, read_weight, write, write_weight
 
 
+@compiled
+def square_at(address: Any, index: Any, like: Any) -> Any:
+    """Return the square of an element in float64."""
+    value = np.float64(load(address, index, like, 1))
+    return value * value
+
+
 @compiled_sums
 def squares_of(counter: Any, chunks: Any, addresses: Any, sums: Any, g: Any) -> None:
     """Sum the squares of each chunk, for norms."""
@@ -23,11 +30,18 @@ def squares_of(counter: Any, chunks: Any, addresses: Any, sums: Any, g: Any) -> 
         chunk = claim(counter)
         if chunk >= len(chunks):
             return
-        address, total = addresses[chunks[chunk, 0]], 0.0
-        for i in range(chunks[chunk, 1], chunks[chunk, 2]):
-            value = np.float64(load(address, i, g, 1))
-            total += value * value
-        sums[chunk] = total
+        address, start, end = addresses[chunks[chunk, 0]], chunks[chunk, 1], chunks[chunk, 2]
+        # Four places at a time: the processor fetches memory from all of them at once.
+        part = (end - start) // 4
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        for i in range(start, start + part):
+            a += square_at(address, i, g)
+            b += square_at(address, i + part, g)
+            c += square_at(address, i + 2 * part, g)
+            d += square_at(address, i + 3 * part, g)
+        for i in range(start + 4 * part, end):
+            d += square_at(address, i, g)
+        sums[chunk] = a + b + c + d
 
 
 @compiled

@@ -35,12 +35,13 @@ def check_finite(
     With `shards`, it must be called on every process, also where there is no batch. `known`
     receives the norms that were computed, by group.
     """
-    names, grads = _named(batches)
     if shards is None:
+        grads = [grad for batch in batches for grad in batch.grads]
         norms = each_norm(grads)
         keep_norms(known, batches, norms)
         if not norms or finite(norms) or not any(bad_counts(grads)):
             return
+    names, grads = _named(batches)
     name = _first_bad(names, grads, shards)
     if name is not None:
         raise nonfinite_error(name, clock)

@@ -16,6 +16,8 @@ from .._util.tensors import is_dtensor
 from ..algorithms.base import HALF, widen
 from ..compiled.squares import squares_of
 
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
 
 def values_of(grad: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a gradient that may differ from zero."""
@@ -56,7 +58,7 @@ class MeasuredNorms(Sequence[torch.Tensor]):
 
     def are_finite(self) -> bool:
         """Return whether all of them are finite in their dtype."""
-        return bool(self.values.max() <= torch.finfo(self._dtype).max)  # false for NaN
+        return bool(self.values.max() <= _LARGEST[self._dtype])  # false for NaN
 
     def _tensor(self, value: float) -> torch.Tensor:
         return torch.tensor(value, dtype=self._dtype)
@@ -68,6 +70,9 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> Sequence[torch
     Of sharded tensors laid out alike, all norms are put together by one collective. Norms of 16-bit
     floats are float32: they easily pass 65504, and have more digits.
     """
+    squares = squares_of(tensors) if p == 2 and tensors else None
+    if squares is not None:
+        return MeasuredNorms(squares, tensors[0].dtype)
     dense = [values_of(each) if each.is_sparse else each for each in tensors]
     groups: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
     norms: list[torch.Tensor] = [torch.empty(0)] * len(dense)
@@ -77,10 +82,6 @@ def each_norm(tensors: Sequence[torch.Tensor], p: float = 2.0) -> Sequence[torch
             largest.append(index)  # torch has no largest number of an empty tensor
         else:
             groups.setdefault((tensor.device, tensor.dtype, type(tensor)), []).append(index)
-    if p == 2 and len(groups) == 1:
-        squares = squares_of(dense)
-        if squares is not None:
-            return MeasuredNorms(squares, dense[0].dtype)
     for (_, dtype, _), indices in groups.items():
         norms_of = _norms_of_half if dtype in HALF else torch._foreach_norm
         found: Any = norms_of([dense[i] for i in indices], p)

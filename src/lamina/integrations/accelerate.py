@@ -15,7 +15,9 @@ from ..checkpoint.distributed import load_distributed
 from ..errors import PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import reuse_settings
 from .common import as_plan, batches_in
+from .reusing import begin_reuse
 
 require("accelerate", "train", "lamina.integrations.accelerate")
 
@@ -33,12 +35,13 @@ def prepare(
     audit: bool = False,
     resume: Mapping[str, Any] | None = None,
     extend: str | None = None,
+    reuse: bool | Mapping[str, Any] = False,
 ) -> tuple[Any, ...]:
     """Build a plan, and prepare model, optimizer and loaders in the order that works everywhere.
 
     The loaders come first, because only then is it known how many batches each process gets; model
-    and optimizer go in together, as FSDP2 demands. The accelerator's own
-    `gradient_accumulation_steps` makes optimizer steps of batches, with a partial last one.
+    and optimizer go in together, as FSDP2 demands. The accelerator accumulates gradients by its own
+    `gradient_accumulation_steps`, with a partial last step.
 
     Args:
         accelerator: an `accelerate.Accelerator`.
@@ -50,21 +53,22 @@ def prepare(
         audit: as in `Plan.build`.
         resume: as in `Plan.build`; `accelerator.load_state` loads it too.
         extend: as in `Plan.build`.
+        reuse: True, or settings of `lamina.reuse`, to compute what is frozen once per example, with
+            the same bits; `accelerator.reused` says what became of it.
 
     Returns:
-        The model, the optimizer, and the loaders, all prepared. The optimizer is Accelerate's
-        wrapper; `lamina.report`, `lamina.should_stop` and `lamina.unwrap` take it.
+        The model, the optimizer, and the loaders, all prepared. `lamina.report` and
+        `lamina.unwrap` take Accelerate's optimizer.
 
     Raises:
         PlanError: if the plan cannot be carried out on this model, or for DeepSpeed and
             Megatron-LM; nothing was prepared but the loaders.
 
     Example:
-        >>> model, optimizer, loader = prepare(
-        ...     accelerator, plan, model, loader, epochs=3
-        ... )  # doctest: +SKIP
+        >>> made = prepare(accelerator, plan, model, loader, epochs=3)  # doctest: +SKIP
     """
     plan = as_plan(plan)
+    settings = reuse_settings(reuse)
     _check(accelerator, loaders)
     ready = [accelerator.prepare(loader) for loader in loaders]
     optimizer = plan.build(
@@ -74,17 +78,17 @@ def prepare(
         steps_per_epoch=batches_in(ready),
         accumulate=accelerator.gradient_accumulation_steps,
         audit=audit,
-        resume=dict(resume) if resume is not None else None,
+        resume=None if resume is None else dict(resume),
         extend=extend,
     )
-    model, wrapped = accelerator.prepare(model, optimizer)
-    if getattr(accelerator.state, "is_fsdp2", False):
-        _load_all_of(accelerator, optimizer, len(accelerator._optimizers) - 1)
-    return (model, wrapped, *ready)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    _load_all_of(accelerator, optimizer, len(accelerator._optimizers) - 1)
+    accelerator.reused = begin_reuse(model, prepared, optimizer, settings)
+    return (prepared, wrapped, *ready)
 
 
 def _load_all_of(accelerator: Any, optimizer: Optimizer, index: int) -> None:
-    """Let `load_state` load all of a sharded state: torch would leave out what is frozen for now.
+    """Let `load_state` load all of an FSDP2 state: torch would leave out what is frozen for now.
 
     A state in one file finds room for all; one in a folder of shards is loaded by name, and is kept
     from Accelerate meanwhile.
@@ -94,6 +98,8 @@ def _load_all_of(accelerator: Any, optimizer: Optimizer, index: int) -> None:
         optimizer: that of the plan.
         index: its place among the optimizers of the accelerator, by which folders are named.
     """
+    if not getattr(accelerator.state, "is_fsdp2", False):
+        return
     load, optimizers = accelerator.load_state, accelerator._optimizers
 
     def in_shards() -> bool:

@@ -19,6 +19,7 @@ from ..checkpoint.distributed import load_distributed
 from ..errors import PlanError, StateError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import Reuse, reuse_settings
 from ..state.extend import check_extend
 from .common import MetricFeed, as_plan, batches_in, clips, rates, refuse_jumps, tell
 from .lightning_checks import (
@@ -27,6 +28,8 @@ from .lightning_checks import (
     refuse_several_optimizers,
     trained_part,
 )
+from .lightning_reuse import LightningReuse
+from .reusing import begin_reuse
 
 _pytorch = require("lightning.pytorch", "lightning", "lamina.integrations.lightning")
 _Callback: Any = _pytorch.Callback
@@ -55,6 +58,10 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         audit: prove at every step that nothing moved what is frozen, as in `Plan.build`.
         extend: how a run resumed with another length goes on: `"hold"` or `"stretch"`, as in
             `Plan.build`. Without it, that is an error if values depend on the length.
+        reuse: compute the outputs of what is frozen once per example during `fit`, in training and
+            validation, with the same bits: True, or settings of `lamina.reuse` such as
+            `{"space": "8 GB"}`. It is about the part that `training_step` calls. `callback.reused`
+            says what became of it.
 
     Raises:
         PlanError: when training begins, if the plan and the trainer both clip, another callback
@@ -75,8 +82,10 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         steps: int | None = None,
         audit: bool = False,
         extend: str | None = None,
+        reuse: bool | Mapping[str, Any] = False,
     ) -> None:
         check_extend(extend)
+        self._reuse = LightningReuse(reuse_settings(reuse))
         self._plan = as_plan(plan)
         self._submodule = submodule
         self._steps, self._audit, self._extend = steps, audit, extend
@@ -98,6 +107,11 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         if self._optimizer is None:
             raise PlanError("the optimizer of a PlanCallback is built in trainer.fit.")
         return self._optimizer
+
+    @property
+    def reused(self) -> Reuse | None:
+        """What is reused in this or the last `fit`; None before it begins, and without `reuse=`."""
+        return self._reuse.session
 
     # Lightning gives each callback the module's `log` before it looks whether the module has
     # `configure_optimizers`, and runs no hook of a callback as early. So this is where a module
@@ -155,11 +169,13 @@ class PlanCallback(_Callback):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module its `configure_optimizers` back, and end the reports of metrics."""
         self._give_back()
+        self._reuse.end()
         self._metrics = None  # a validation by hand afterwards is no part of the run
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give it back after a failure too, where Lightning calls no `teardown`."""
         self._give_back()
+        self._reuse.end()
 
     def _give_back(self) -> None:
         if self._module is not None:
@@ -263,6 +279,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         _resume_loaders(trainer.fit_loop)
         self._metrics = MetricFeed(self.optimizer)
         self._length_checked = False
+        self._reuse.follow(pl_module, trainer.strategy.model, self.optimizer)
         if self.optimizer.should_stop:
             trainer.should_stop = True
             tell("the plan had ended this run already, so that no step is trained.")
@@ -308,6 +325,7 @@ class PlanCallback(_Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the learning rate of each group after a step, as often as the trainer logs."""
+        self._reuse.begin()
         clock = self.optimizer.clock
         if clock == self._logged:  # this batch was only accumulated
             return
@@ -345,6 +363,7 @@ def setup(
     audit: bool = False,
     resume: Mapping[str, Any] | None = None,
     extend: str | None = None,
+    reuse: bool | Mapping[str, Any] = False,
 ) -> tuple[Any, ...]:
     """Build a plan for a loop with Fabric: set up loaders, optimizer and model in this order.
 
@@ -361,6 +380,9 @@ def setup(
         audit: as in `Plan.build`.
         resume: as in `Plan.build`.
         extend: as in `Plan.build`.
+        reuse: compute the outputs of what is frozen once per example, with the same bits: True, or
+            settings of `lamina.reuse` such as `{"space": "8 GB"}`. `fabric.reused` says what became
+            of it.
 
     Returns:
         The model, the optimizer, and the loaders, all set up. The optimizer is Fabric's wrapper,
@@ -370,6 +392,7 @@ def setup(
         PlanError: if the plan cannot be carried out on this model; nothing was set up.
     """
     plan = as_plan(plan)
+    settings = reuse_settings(reuse)
     ready = [fabric.setup_dataloaders(loader) for loader in loaders]
     optimizer = plan.build(
         model,
@@ -381,5 +404,6 @@ def setup(
         resume=dict(resume) if resume is not None else None,
         extend=extend,
     )
-    model, wrapped = fabric.setup(model, optimizer)
-    return (model, wrapped, *ready)
+    prepared, wrapped = fabric.setup(model, optimizer)
+    fabric.reused = begin_reuse(model, prepared._forward_module, optimizer, settings)
+    return (prepared, wrapped, *ready)

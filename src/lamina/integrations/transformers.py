@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from ..checkpoint.distributed import load_distributed
 from ..errors import LaminaError, PlanError, require
 from ..optimizer.optimizer import Optimizer
 from ..plan.plan import Plan
+from ..reuse import reuse_settings
 from ..state.extend import check_extend
 from .common import MetricFeed, as_plan, clips, rates, refuse_jumps, tell
+from .reusing import begin_reuse
 
 log = logging.getLogger("lamina")
 
@@ -47,6 +50,7 @@ def use_plan(
     *,
     audit: bool = False,
     extend: str | None = None,
+    reuse: bool | Mapping[str, Any] = False,
 ) -> None:
     """Train with a plan in `trainer.train()`.
 
@@ -63,6 +67,9 @@ def use_plan(
         audit: prove at every step that nothing moved what is frozen, as in `Plan.build`.
         extend: how a run resumed with another length goes on: `"hold"` or `"stretch"`, as in
             `Plan.build`. Without it, that is an error if values depend on the length.
+        reuse: compute the outputs of what is frozen once per example during `train()`, in training
+            and evaluation, with the same bits: True, or settings of `lamina.reuse` such as
+            `{"space": "8 GB"}`. `trainer.reused` says what became of it.
 
     Raises:
         PlanError: if the trainer has an optimizer or a plan already, or trains through DeepSpeed
@@ -75,8 +82,9 @@ def use_plan(
     """
     plan = as_plan(plan)
     check_extend(extend)
+    settings = reuse_settings(reuse)
     _check(trainer)
-    driver = _Driver(trainer, plan, audit, extend)
+    driver = _Driver(trainer, plan, audit, extend, settings)
     driver.tell_unused()
     # An instance's own functions, not a subclass: the trainer may be of any class.
     trainer.create_optimizer = driver.create_optimizer
@@ -85,6 +93,7 @@ def use_plan(
     trainer.get_batch_samples = driver.get_batch_samples
     trainer._load_optimizer_and_scheduler = driver.load_state
     trainer.train = driver.train
+    trainer.reused = None
     # First, so that what it adds to the logs reaches every other callback.
     trainer.callback_handler.callbacks.insert(0, driver)
     if trainer.args.max_grad_norm and clips(plan):
@@ -147,9 +156,17 @@ def _plain(value: Any) -> Any:
 class _Driver(_Callback):  # type: ignore[misc]
     """What stands in the Trainer for a plan: its two factories, and its events."""
 
-    def __init__(self, trainer: Any, plan: Plan, audit: bool, extend: str | None) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        plan: Plan,
+        audit: bool,
+        extend: str | None,
+        reuse: dict[str, Any] | None,
+    ) -> None:
         self._trainer = trainer
         self._plan, self._audit, self._extend = plan, audit, extend
+        self._reuse = reuse
         self._train = trainer.train
         self._compute_length = trainer.set_initial_training_values
         self._get_batches = trainer.get_batch_samples
@@ -182,6 +199,11 @@ class _Driver(_Callback):  # type: ignore[misc]
         finally:
             arguments.max_grad_norm = limit  # another trainer may be made from these arguments
             self._metrics = None  # an evaluation by hand afterwards is no part of the run
+            self._end_reuse()
+
+    def _end_reuse(self) -> None:
+        if self._trainer.reused is not None:
+            self._trainer.reused.close()
 
     def note_length(self, *args: Any, **keywords: Any) -> Any:
         """Remember what the Trainer found: optimizer steps in an epoch and in the run."""
@@ -289,6 +311,11 @@ class _Driver(_Callback):  # type: ignore[misc]
                 "(eval_strategy='no'). Set eval_strategy='epoch', and give an eval_dataset."
             )
         self._metrics = metrics
+        self._end_reuse()  # the Trainer begins anew when it looks for a batch size that fits
+        trainer = self._trainer
+        trainer.reused = begin_reuse(
+            trainer.model, trainer.model_wrapped, self._optimizer, self._reuse
+        )
         if self._missed_evaluation(args, state):
             self._trainer.evaluate()
         if self._optimizer.should_stop:

@@ -113,26 +113,32 @@ class Engine(torch.optim.Optimizer):
                 compared before anything of any group is changed.
         """
         self._follow_exchanged()
-        rows = [(group, *self._gather(group)) for group in groups]
-        rows = [row for row in rows if row[1]]
         if known := self._kept_batches.step:
-            batches = known.batches(rows, self.state)
+            batches = known.batches(groups, self.state)
             if batches is not None:
                 return batches
             self._kept_batches.step = None
+        rows = [(group, *self._gather(group)) for group in groups]
+        rows = [row for row in rows if row[1]]
         kept = [self._kept_batch(*row) for row in rows]
         changed = [row for row, batch in zip(rows, kept, strict=True) if batch is None]
         if changed:
             self._refuse_misfits(changed)
-        elif len(rows) > 1 and all(
-            self._updates_for(row[0]) is self._kernel_updates for row in rows
-        ):
-            groups = [group for group, _, _ in rows]
+        elif self._may_keep_step(groups, rows):
             self._kept_batches.step = KeptStep(groups, cast("list[Batch]", kept), self.state)
         return [
             self._new_batch(*row) if batch is None else batch
             for row, batch in zip(rows, kept, strict=True)
         ]
+
+    def _may_keep_step(self, groups: Sequence[Group], rows: Sequence[Row]) -> bool:
+        """Return whether several groups, each with all its gradients, may be compared at once."""
+        if len(groups) < 2 or len(rows) != len(groups):
+            return False
+        return all(
+            len(params) == len(group["params"]) and self._updates_for(group) is self._kernel_updates
+            for group, params, _ in rows
+        )
 
     def _gather(self, group: Group) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the parameters of a group that have a gradient, and the gradients."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import is_
+from itertools import chain, islice, repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -179,8 +179,11 @@ def preferred_kernel(group: Group) -> str | None:
     return "readable" if fused is False or foreach is False else None
 
 
-def _preferences(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
-    return [(group.get("fused"), group.get("foreach")) for group in groups]
+def _preferences(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
+    return [(group.get("fused"), group.get("foreach"), group.get("rounding")) for group in groups]
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class KeptBatch:
@@ -265,32 +268,28 @@ class KeptStep:
         self._known = KeptBatch(together, [state[param] for param in together.params])
         together.forget_gradients()
 
-    def batches(
-        self,
-        rows: Sequence[tuple[Group, Tensors, list[torch.Tensor]]],
-        state: OptimizerState,
-    ) -> list[Batch] | None:
+    def batches(self, groups: Sequence[Group], state: OptimizerState) -> list[Batch] | None:
         """Return the batches for the gradients of a step, or None where a tensor has changed.
 
         Args:
-            rows: the groups that have gradients, each with its parameters and the gradients.
+            groups: those that are to be updated.
             state: the state of the optimizer.
         """
         known = self._known
-        groups = [group for group, _, _ in rows]
-        params = [its for _, its, _ in rows]
-        grads = [its for _, _, its in rows]
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
             return None
-        if list(map(len, params)) != self._counts or _preferences(groups) != self._preferences:
+        listed = list(map(itemgetter("params"), groups))
+        if list(map(len, listed)) != self._counts or _preferences(groups) != self._preferences:
             return None
-        flat = [*chain.from_iterable(params)]
-        if not known.holds(flat, list(map(state.__getitem__, flat))):
+        params = [*chain.from_iterable(listed)]
+        grads = [param.grad for param in params]
+        if any(map(is_, grads, repeat(None))) or not all(map(_requires_grad, params)):
             return None
-        if not known.fits([*chain.from_iterable(grads)]):
+        if not known.holds(params, list(map(state.__getitem__, params))) or not known.fits(grads):
             return None
-        for batch, group, its in zip(self._batches, groups, grads, strict=True):
-            batch.grads = batch.known_grads = its
+        taken = iter(grads)
+        for batch, group, count in zip(self._batches, groups, self._counts, strict=True):
+            batch.grads = batch.known_grads = [*islice(taken, count)]
             batch.hyper, batch.scale = group, None
         return self._batches
 

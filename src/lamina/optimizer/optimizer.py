@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -415,7 +415,9 @@ class Optimizer(Engine):
         shards = self._exchange.shards
         members = self._sharded_scopes() if shards is not None else {}
         without_scope: list[Batch] = []
-        for batch in batches:
+        if not self._resolved.scopes:
+            without_scope = [*batches]
+        for batch in batches if self._resolved.scopes else ():
             scope = self._resolved.scope_of[batch.hyper["name"]]
             if scope is None:
                 without_scope.append(batch)
@@ -624,7 +626,10 @@ class Optimizer(Engine):
 
     def _active_in(self, values: Values) -> list[bool]:
         """Return which groups train in the step of these values."""
-        return [*map(values.active, range(len(self._resolved.cells)))]
+        active = [True] * len(self._resolved.cells)
+        for index in self._resolved.moving:
+            active[index] = values.active(index)
+        return active
 
     def _publish(
         self,
@@ -645,13 +650,14 @@ class Optimizer(Engine):
         run = self._run_state
         if values is None:
             values = run.fixed or values_at(resolved, clock, self._feedback)
-        published: dict[str, dict[str, Any]] = {}
-        for index, (cell, group) in enumerate(zip(resolved.cells, self.param_groups, strict=True)):
-            hyper = before.get(cell.name) if before else None
-            if hyper is None or not cell.steady or group["overrides"] or run.fixed:
-                hyper = values.hyper(index)
-                group.update(hyper)
-            published[cell.name] = hyper
+        published = dict(before or ())
+        changing: Iterable[int] = range(len(resolved.cells))
+        if before and not run.fixed and not any(map(itemgetter("overrides"), self.param_groups)):
+            changing = resolved.moving
+        for index in changing:
+            hyper = published[resolved.cells[index].name] = values.hyper(index)
+            self.param_groups[index].update(hyper)
+        for group in self.param_groups:
             group["clock"] = clock
         was = self._freezer.active
         self._freezer.follow(self.param_groups, self._active_in(values), clock)
@@ -672,6 +678,8 @@ class Optimizer(Engine):
 
     def _drop_states(self, before: Sequence[bool | None]) -> None:
         """Release the state of what froze now, or was loaded frozen, where the plan says so."""
+        if all(self._freezer.active):
+            return
         rows = zip(
             self._resolved.cells, self.param_groups, before, self._freezer.active, strict=True
         )

@@ -153,6 +153,11 @@ class Resolved:
         return self.planned or self.run
 
     @cached_property
+    def moving(self) -> tuple[int, ...]:
+        """The cells whose values or windows are not the same at all steps."""
+        return tuple(index for index, cell in enumerate(self.cells) if not cell.steady)
+
+    @cached_property
     def scope_of(self) -> dict[str, int | None]:
         """The index of the gradient scope of each cell, by its name; None if it has none."""
         return {cell.name: cell.scope for cell in self.cells}

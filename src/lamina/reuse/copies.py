@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 
+#: attributes of a LightningModule that would bring trainer, data and optimizer into a copy
+_LEADS_OUT = ("_trainer", "configure_optimizers")
+
 
 def copy_to_try(model: nn.Module) -> nn.Module:
     """Return a copy with the same parameters (not copies of them), modes, and no hooks.
@@ -41,6 +45,8 @@ def copy_to_try(model: nn.Module) -> nn.Module:
         forward = module.__dict__.get("forward")
         if forward is not None:
             memo[id(forward)] = None
+        for name in _LEADS_OUT:
+            memo[id(module.__dict__.get(name))] = None
     memo.pop(id(None), None)
     with torch.inference_mode(False):
         twin = copy.deepcopy(model, memo)
@@ -85,6 +91,30 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def own_way_of(model: nn.Module, hook: int) -> str:
+    """Return what keeps the passes of a model from being those of its class; empty if nothing does.
+
+    Args:
+        model: the model itself, not a part of it.
+        hook: the identity of our own hook, after which none may change the inputs.
+    """
+    if list(model._forward_pre_hooks)[-1:] != [hook]:
+        return "has got another hook before its forward pass, which may change its inputs"
+    forward = model.__dict__.get("forward")
+    if forward is None or _is_autocast_of_accelerate(forward, model):
+        return ""
+    return "has a forward of its own, put there by hand"
+
+
+def _is_autocast_of_accelerate(forward: Any, model: nn.Module) -> bool:
+    """Return whether a forward is that of the class, but for autocast around it."""
+    function = getattr(forward, "__func__", forward)
+    if getattr(function, "__module__", "") != "accelerate.utils.operations":
+        return False
+    of_class = type(model).forward  # which may be decorated itself
+    return inspect.unwrap(function, stop=lambda inner: inner is of_class) is of_class
+
+
 class Stub:
     """A `forward` that stands in for another one; `before` is what the instance had of its own."""
 
@@ -126,3 +156,17 @@ def same_randomness(device: torch.device) -> Iterator[None]:
         yield
     finally:
         sources.set(before)
+
+
+class Hook:
+    """A hook of a session; copies and pickles of the model do not take the session along."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import nn
 
 from .._util.numbers import is_number, is_whole
 from .._util.sharding import is_flattened, is_sharded
-from ..errors import PlanError
+from .._util.text import quoted
+from ..errors import PlanError, did_you_mean
 from ..optimizer.wrapped import unwrap
 from .copies import compiled_paths
 from .session import Reuse
 
+_SETTINGS = ("space", "folder", "debug", "preprocessing")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -41,8 +44,7 @@ def reuse(
     left alone (see docs/how-to/reuse.md).
 
     Args:
-        model: the model, as it is given to the loop, or the module inside a wrapper for several
-            processes.
+        model: the model, or the module inside of a wrapper for several processes.
         optimizer: built by `Plan.build` for it, or a wrapper of that.
         space: how much may be stored: bytes, or a text such as "500 MB" or "2 GiB".
         folder: where to store it as files, so that a later process with the same weights can go
@@ -72,14 +74,52 @@ def reuse(
         {'replayed': 2, 'skipped': 0, 'stored': 16}
 
     References:
-        Brock et al., "FreezeOut" (arXiv:1706.04983), skip the backward pass of frozen layers;
-        "precomputing features" for linear probes, as in Alain & Bengio (arXiv:1610.01644).
+        Brock et al., "FreezeOut" (arXiv:1706.04983): frozen layers are left out of the backward
+        pass; the forward pass, which is reused here, is still made. Alain & Bengio
+        (arXiv:1610.01644): linear probes on the outputs of layers that do not train.
     """
-    _check_arguments(model, debug, preprocessing)
-    _check_model(model)
+    _check_settings(folder, debug, preprocessing)
     amount = parse_space(space)
+    _check_model(model)
     place = None if folder is None else Path(folder)
     return Reuse(model, unwrap(optimizer), amount, place, debug, preprocessing)
+
+
+def reuse_settings(given: Any) -> dict[str, Any] | None:
+    """Return the settings that a `reuse=` stands for, checked before there is a model.
+
+    Args:
+        given: True, False, or a mapping of arguments of `lamina.reuse`.
+
+    Returns:
+        The arguments; None for False.
+
+    Raises:
+        PlanError: if it is something else, or an argument is unknown or not what is expected.
+
+    Example:
+        >>> reuse_settings(True), reuse_settings({"space": "1 GB"}), reuse_settings(False)
+        ({}, {'space': '1 GB'}, None)
+    """
+    if isinstance(given, bool):
+        return {} if given else None
+    if not isinstance(given, Mapping):
+        raise PlanError(
+            f"reuse={given!r} was given; expected True, False, or settings of lamina.reuse such as "
+            "{'space': '500 MB'}."
+        )
+    for name in given:
+        if name not in _SETTINGS:
+            raise PlanError(
+                f"reuse: there is no setting {name!r}; expected {quoted(_SETTINGS, 4)}."
+                f"{did_you_mean(str(name), _SETTINGS)}"
+            )
+    settings = dict(given)
+    _check_settings(
+        settings.get("folder"), settings.get("debug", 0.0), settings.get("preprocessing", "")
+    )
+    parse_space(settings.get("space", 0))
+    return settings
 
 
 def parse_space(given: int | str) -> int:
@@ -104,20 +144,22 @@ def parse_space(given: int | str) -> int:
     )
 
 
-def _check_arguments(model: Any, debug: Any, preprocessing: Any) -> None:
+def _check_settings(folder: Any, debug: Any, preprocessing: Any) -> None:
     """Raise `PlanError` for an argument of the wrong type or out of its range."""
-    if not isinstance(model, nn.Module):
-        raise PlanError(
-            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
-        )
+    if folder is not None and not isinstance(folder, (str, os.PathLike)):
+        raise PlanError(f"reuse: folder={folder!r} was given; expected the path of a folder.")
     if not is_number(debug) or not 0 <= debug <= 1:
         raise PlanError(f"reuse: debug={debug!r} was given; expected a share from 0 to 1.")
     if not isinstance(preprocessing, str):
         raise PlanError("reuse: preprocessing must be a text.")
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     """Raise `PlanError` for a model whose passes cannot be followed."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"reuse: a model of type {type(model).__name__} was given; expected a torch.nn.Module."
+        )
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
         raise PlanError(
             "reuse: a model in a wrapper for several processes was given. Give the module inside: "

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from .._util.blocks import is_dense
+from ..model.reducers import has_zero_gradients
 from ..optimizer.optimizer import Optimizer
 from ..resolve.timeline import values_at
 from .keys import as_bytes, row_bytes
 from .lineage import FIRST_BIT, storage_key
 from .profile import named_tensors
+
+#: the types of a module's attributes that are settings of it
+_PLAIN = (bool, int, float, str)
 
 
 class FrozenWatch:
@@ -51,6 +55,15 @@ class FrozenWatch:
             for name, tensor in held.items()
             if tensor is not None
         ]
+        self._settings: list[object] = []
+        self._public = [
+            (held, name)
+            for module in self._model.modules()
+            for held in (vars(module),)
+            for name, value in held.items()
+            # The key of an entry has the mode; what begins with _ is for bookkeeping.
+            if isinstance(value, _PLAIN) and name != "training" and not name.startswith("_")
+        ]
         bit_of = {id(tensor): bit for tensor, bit in self._tensors}
         self._groups = [
             sum({bit_of.get(id(param), 0) for param in group["params"]})
@@ -66,12 +79,25 @@ class FrozenWatch:
         """Return the bits of what trains in the step that comes next, by plan or by hand."""
         found = 0
         for param, bit in self._params:
-            if param.requires_grad:
+            # The plan keeps the flag on of what a reducer holds, and its gradients at zero.
+            if param.requires_grad and not has_zero_gradients(param):
                 found |= bit
         for bits, active in zip(self._groups, self._optimizer._freezer.active, strict=True):
             if active:
                 found |= bits
         return found
+
+    def held(self) -> int:
+        """Return the bits of frozen parameters whose gradients a reducer waits for."""
+        found = 0
+        for param, bit in self._params:
+            if param.requires_grad and has_zero_gradients(param):
+                found |= bit
+        return found
+
+    def params_of(self, bits: int) -> list[torch.Tensor]:
+        """Return the parameters of some bits."""
+        return [param for param, bit in self._params if bit & bits]
 
     def later(self) -> list[tuple[int, int]]:
         """Return the step of each thaw and freeze to come, and the bits of what trains then."""
@@ -107,6 +133,17 @@ class FrozenWatch:
         if found or trained != self._trained:
             self._settle(trained)
         return found
+
+    def note_settings(self) -> None:
+        """Remember the settings of all modules, such as `eps`, as a pass has left them."""
+        self._settings = self._read_settings()
+
+    def has_other_settings(self) -> bool:
+        """Return whether a setting was changed since then, so not by the modules themselves."""
+        return bool(self._settings) and self._settings != self._read_settings()
+
+    def _read_settings(self) -> list[object]:
+        return [held.get(name) for held, name in self._public]
 
     def _settle(self, trained: int) -> None:
         self._trained = trained

@@ -85,17 +85,21 @@ class Inputs:
         return f"{self.structure}{[self._form_of(leaf) for leaf in self.leaves]}"
 
     def layout(self) -> str:
-        """Return sizes, and a hash of everything that belongs to no single example."""
-        parts = []
+        """Return the sizes of the inputs."""
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        return f"{self.size}{[(tuple(one.shape), one.stride()) for one in tensors]}"
+
+    def unbatched(self) -> str:
+        """Return a hash of every tensor that belongs to no single example.
+
+        The Trainer of Transformers gives the model such a one, the number of words in a step.
+        It is another in each batch, but only the loss depends on it.
+        """
+        whole = hashlib.blake2b(digest_size=16)
         for place, leaf in enumerate(self.leaves):
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            part = f"{tuple(leaf.shape)}{tuple(leaf.stride())}"
-            if place not in self.batched:
-                whole = row_bytes(leaf[None])[0]
-                part += hashlib.blake2b(whole, digest_size=16).hexdigest()
-            parts.append(part)
-        return f"{self.size}{parts}"
+            if isinstance(leaf, torch.Tensor) and place not in self.batched:
+                whole.update(row_bytes(leaf[None])[0])
+        return whole.hexdigest()
 
     def copied(self) -> Inputs:
         """Return these inputs with a copy of every tensor."""
@@ -157,7 +161,17 @@ def context_of(model: nn.Module) -> str:
 
 def modes_of(model: nn.Module) -> str:
     """Return which modules are in training mode."""
-    return "".join("t" if module.training else "e" for module in model.modules())
+    found = []
+    seen = set()
+    # At every pass; `model.modules()` takes several times as long.
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            found.append("t" if module.training else "e")
+            waiting.extend(module._modules.values())
+    return "".join(found)
 
 
 def device_type(model: nn.Module) -> str:

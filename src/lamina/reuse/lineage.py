@@ -28,8 +28,12 @@ from .keys import Inputs
 IMPURE = 1
 #: the bit of what differs from example to example
 INPUT = 2
+#: the bit of a tensor among the inputs that belongs to no single example
+UNBATCHED = 4
+#: the bit of what a hook makes require a gradient (see `attach.asks_for_gradients`)
+ATTACHED = 8
 #: the bits from this one on belong to parameters and buffers
-FIRST_BIT = 4
+FIRST_BIT = 16
 
 
 @dataclass(eq=False)
@@ -268,7 +272,7 @@ class _Tracer(TorchDispatchMode):
     def take_inputs(self, inputs: Inputs) -> None:
         for place, leaf in enumerate(inputs.leaves):
             if isinstance(leaf, torch.Tensor):
-                self._keep(leaf, INPUT if place in inputs.batched else 0, None)
+                self._keep(leaf, INPUT if place in inputs.batched else UNBATCHED, None)
 
     def versions(self, model: nn.Module) -> list[tuple[torch.Tensor, int]]:
         held = [*model.parameters(), *model.buffers()]

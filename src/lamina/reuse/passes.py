@@ -15,7 +15,7 @@ from .boundaries import Stage
 from .copies import version_of
 from .keys import Inputs, autocast_of
 from .lazy import LazyTensor, TensorForm, real
-from .lineage import ROOT_KEY, child_key, tensors_in
+from .lineage import ROOT_KEY, UNBATCHED, child_key, tensors_in
 from .profile import Profile
 from .shelf import OutputForm
 from .store import Place
@@ -113,6 +113,7 @@ class Pass:
         self.inputs: Inputs
         self.context = ""
         self.layout = ""
+        self.unbatched = ""
         self.examples: list[bytes] = []
         self._places: dict[str, Place] = {}
         self._own_work = False
@@ -181,6 +182,8 @@ class Pass:
             tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves
         ]
         text = f"{self.layout}{self.plan.keyed[key]}{given}{list(kwargs)}{self.decisions}"
+        if self.plan.profile.depends(key) & UNBATCHED:
+            text += self.unbatched
         self._places[key] = key, hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _replay(self, key: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ A context is everything but the examples: modes, autocast, gradient mode, the fo
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .attach import asks_for_gradients
 from .boundaries import Stage, stage_of
 from .copies import (
     compiled_paths,
@@ -28,6 +30,7 @@ from .copies import (
 )
 from .keys import Inputs, as_bytes, device_type
 from .lineage import (
+    ATTACHED,
     IMPURE,
     INPUT,
     ROOT_KEY,
@@ -83,7 +86,12 @@ class Profile:
         for name, (_, tensor) in zip(names, named_tensors(twin), strict=True):
             key = storage_key(tensor) or 0
             by_storage[key] = by_storage.get(key, 0) | self.bits[name]
-        with same_randomness(torch.device(device_type(self.model))):
+            if asks_for_gradients(self.model.get_submodule(name.rpartition(".")[0])):
+                by_storage[key] |= ATTACHED
+        with (
+            same_randomness(torch.device(device_type(self.model))),
+            warnings.catch_warnings(action="ignore"),  # the model itself gives them too
+        ):
             tampered = {**tampered_modules(self.model), **self.refused}
             lineage = trace(without_compiled(twin), self._stubbed, inputs, by_storage, tampered)
         for call in lineage.calls.values():
@@ -199,6 +207,7 @@ class Profile:
         run = Run(set(keys))
         with (
             same_randomness(torch.device(device_type(self.model))),
+            warnings.catch_warnings(action="ignore"),
             torch.inference_mode(False),
             ExitStack() as undo,
         ):
@@ -374,7 +383,7 @@ def tampered_modules(model: nn.Module) -> dict[str, str]:
     """Return the modules whose calls somebody watches or replaces, with what that means."""
     found = {}
     for path, module in model.named_modules():
-        if path and has_hooks(module):
+        if path and has_hooks(module) and not asks_for_gradients(module):
             found[path] = "has a forward hook, which sees every pass"
         elif path and own_forward(module) is not None and path not in compiled_paths(model):
             found[path] = "has a forward of its own, put there by hand"

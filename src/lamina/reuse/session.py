@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_map_only
 
 from .._util.notices import Notices
 from ..errors import LaminaError
-from .copies import Stub, compiled_paths, lies_in
+from .attach import attach
+from .copies import Hook, Stub, compiled_paths, lies_in, own_way_of
 from .examples import Examples, IndexedBatch
 from .forecast import Forecast, forecast
 from .frozen import FrozenWatch
 from .keys import Inputs, UnhashableInputError, context_of, device_type, modes_of
-from .lineage import ReadWatch, tensors_in
+from .lineage import ATTACHED, Call, ReadWatch, tensors_in
 from .passes import Pass, Plan
 from .profile import Profile, mixed, same_bits
 from .shelf import OutputForm
@@ -64,7 +65,9 @@ class Reuse:
         self._profiles: dict[str, Profile | None] = {}
         self._plans: dict[str, Plan] = {}
         self._trained = 0
+        self._held = 0
         self._dropped: set[str] = set()
+        self._added: list[Any] = []
         #: what was compared with a second computation, of other batches: place and context
         self._verified: set[tuple[Place, str]] = set()
         self._pass: Pass | None = None
@@ -77,8 +80,8 @@ class Reuse:
             if path and not lies_in(path, compiled)
         ]
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), always_call=True),
+            model.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(Hook(self._after), always_call=True),
         ]
 
     # --- what a user calls -----------------------------------------------------------------------
@@ -154,9 +157,18 @@ class Reuse:
         if self._pass is not None or torch.compiler.is_compiling():
             return
         self._pass = Pass(self, args, kwargs)
+        added: list[Any] = []
         for module, stub in self._stubs:
             stub.before = module.__dict__.get("forward")
             module.__dict__["forward"] = stub
+            added.append((stub.before, [*module._forward_hooks], [*module._forward_pre_hooks]))
+        if added != self._added or self.watch.has_other_settings():
+            # A hook or a forward was put on a module in the middle of a run, or a setting was
+            # changed: what was seen of the model, and found to be the same again, is past.
+            self._added = added
+            self._profiles.clear()
+            self._plans.clear()
+            self._forget(lambda place: False)
         if any(profile and profile.lineage.reads for profile in self._profiles.values()):
             self._reading = ReadWatch(self._pass.on_read)
             self._reading.__enter__()
@@ -172,6 +184,7 @@ class Reuse:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = stub.before
+        self.watch.note_settings()
         self._pass = None
 
     def _stub(self, path: str, module: nn.Module) -> Stub:
@@ -190,6 +203,10 @@ class Reuse:
     def begin(self, current: Pass) -> Plan | None:
         """Return what a pass may leave out; None if everything must run."""
         args, kwargs = current.given
+        own_way = own_way_of(self.model, self._handles[0].id)
+        if own_way:
+            self.notices.tell(f"Nothing is reused: the model itself {own_way}.")
+            return None
         try:
             inputs = Inputs.of(args, kwargs, self.examples.size)
         except UnhashableInputError as error:
@@ -207,6 +224,7 @@ class Reuse:
         if not plan.stored and not plan.stage.needed:
             return None
         text = flags + inputs.layout() + self._preprocessing
+        current.unbatched = inputs.unbatched()
         current.inputs, current.context = inputs, context
         current.layout = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         current.examples = self.examples.identify(inputs, current.layout)
@@ -219,12 +237,16 @@ class Reuse:
         plan = current.plan
         assert plan is not None
         dims = plan.profile.dims.get(key)
-        if dims is None or any(tensor.requires_grad for tensor in tensors_in(output)):
+        call = plan.profile.call(key)
+        explained = call.mask & (self._held | ATTACHED)
+        if dims is None or (
+            not explained and any(tensor.requires_grad for tensor in tensors_in(output))
+        ):
             return
         form = OutputForm.of(output, dims)
         if any(0 in each.stride for each in form.tensors if each.size_in_bytes()):
             output = tree_map_only(torch.Tensor, torch.clone, output)
-        mask = plan.profile.call(key).mask | plan.profile.call(key).inside
+        mask = plan.profile.depends(key)
         place = current.place(key)
         shelf = self.store.shelf(place, form, lambda: self.watch.fingerprint(mask))
         self.counts["stored"] += shelf.put(current.examples, output)
@@ -255,7 +277,16 @@ class Reuse:
                 return None
             self._verified.add((place, current.context))
         self.forms[place] = shelf.form
-        return tensors
+        return self._attached(plan.profile.call(key), tensors)
+
+    def _attached(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return replayed outputs that require a gradient where those of a real call would."""
+        if not call.mask & (self._held | ATTACHED):
+            return tensors
+        return [
+            attach(tensor, self.watch.params_of(mask & self._held), hooked=bool(mask & ATTACHED))
+            for tensor, mask in zip(tensors, call.masks, strict=True)
+        ]
 
     def is_examined(self) -> bool:
         """Return whether a call is made although it could be replayed, to compare."""
@@ -332,7 +363,8 @@ class Reuse:
                 f"{name} {reason}: neither it nor what is computed from it is reused."
             )
         trains = [self._trained, *(bits for _, bits in self.watch.later())]
-        if not self.refused and not any(profile.stage(bits).needed for bits in trains):
+        unused = not self.refused and not any(self.counts.values())
+        if unused and not any(profile.stage(bits).needed for bits in trains):
             self.notices.tell(
                 "Nothing is reused: nothing is frozen at any time that is not computed from "
                 "something that trains. Freeze the bottom of the model, or leave reuse out."
@@ -344,6 +376,7 @@ class Reuse:
         """Forget what depends on something that trains, or that changed although it is frozen."""
         changed = self.watch.changed()
         trained = self.watch.trained()
+        self._held = self.watch.held()
         if not changed and trained == self._trained:
             return
         profiles = [profile for profile in self._profiles.values() if profile is not None]
@@ -381,17 +414,3 @@ class Reuse:
             f"stored: all outputs together take more than {self.store.space / 2**20:.0f} MiB. "
             "Give more space=."
         )
-
-
-class _Hook:
-    """A hook of a session; copies and pickles of the model do not take the session along."""
-
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self._call is not None:
-            self._call(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()

@@ -61,7 +61,9 @@ class Freezer:
             PlanError: if what must train is not reduced by DDP, or a flag cannot be set; no flag
                 was changed.
         """
-        changed = [i for i, now in enumerate(active) if now != self.active[i]]
+        changed: list[int] = []
+        if active != self.active:
+            changed = [i for i, now in enumerate(active) if now != self.active[i]]
         if changed and not self._released:
             self.flags.measure(groups, clock, in_step=self.flags.settled)
             rows = [
@@ -158,7 +160,9 @@ class Freezer:
         Returns:
             The names of parameters that had one because `requires_grad` was turned on by hand.
         """
-        found = []
+        found: list[tuple[Cell, list[str]]] = []
+        if all(self.active):
+            return found
         for index, (group, active) in enumerate(zip(groups, self.active, strict=True)):
             if not active:
                 names = self._drop(index, group)

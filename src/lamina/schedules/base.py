@@ -327,5 +327,9 @@ def steps_to_check(steps: int, marks: Iterable[int] = ()) -> Floats:
     places = np.arange(_STRATA) + np.random.default_rng(0).random(_STRATA)
     spread = (places * (steps / _STRATA)).astype(np.int64)
     beside = {mark + shift for mark in marks for shift in (-1, 0, 1)} | {0, steps - 1}
-    kept = np.array([step for step in beside if 0 <= step < steps], dtype=np.int64)
-    return np.union1d(spread, kept).astype(np.float64)
+    kept = np.array(sorted(step for step in beside if 0 <= step < steps), dtype=np.int64)
+    # Both are in order, so that doubles are neighbours and the few are put among the many unsorted.
+    spread = spread[np.diff(spread, prepend=-1) > 0]
+    before = np.searchsorted(spread, kept)
+    new = spread[np.minimum(before, len(spread) - 1)] != kept
+    return np.insert(spread, before[new], kept[new]).astype(np.float64)

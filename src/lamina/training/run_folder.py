@@ -18,13 +18,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from ..errors import LaminaError, PlanError, StateError
+from ..errors import LaminaError, PlanError, StateError, version_of
 from ..files.atomic import atomic, remove_leftovers, wrap_read_errors, wrap_write_errors
 from ..files.plain import check_values
 from ..plan.plan import Plan
@@ -195,7 +194,7 @@ def versions() -> dict[str, str]:
     found = {"lamina": own_version(), "python": platform.python_version()}
     found["torch"] = str(torch.__version__)  # with the build, such as +cpu or +cu130
     for package in ("accelerate", "numpy"):
-        found[package] = metadata.version(package)
+        found[package] = version_of(package)
     return {**found, "platform": sys.platform}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..._util.tensors import addresses
 from ...algorithms.base import Batch
 from ...algorithms.sgd import SGD
 from ...compiled.loader import loop
@@ -19,8 +20,8 @@ from ..base import begin_momentum
 from .arrays import FOLLOWED, NEW, Form, check_bounds, overlap, table_of, written_by
 from .loops import LOOPS
 
-_choice = attrgetter("kernel")
-
+_choice, _hyper = attrgetter("kernel"), attrgetter("hyper")
+_scale, _grads = attrgetter("scale"), attrgetter("grads")
 
 #: whether all addresses are compared with the tensors before each step, for tests and for doubt
 CHECK_BOUNDS = bool(os.environ.get("LAMINA_CHECK_BOUNDS"))
@@ -90,17 +91,11 @@ class Part:
         self._sums = np.zeros((len(self.table.chunks), loops.sums))
         self._totals = np.zeros((len(sizes), loops.sums))
 
-    def mark_new(self, batches: Sequence[Batch], fresh: Sequence[set[int]]) -> None:
-        """Note which buffers begin with this update, by the positions in each batch."""
-        rows = zip(batches, fresh, strict=True)
-        new = [index in its for batch, its in rows for index in range(len(batch.params))]
-        self.table.flags[new] |= NEW
-
     def prepare(self, batches: Sequence[Batch]) -> bool:
         """Read this step's settings; return whether they go with the form."""
         table = self.table
-        values = [self._read(batch.hyper) for batch in batches]
-        kinds = [self._read_kinds(batch.hyper) for batch in batches]
+        hypers = list(map(_hyper, batches))
+        values, kinds = list(map(self._read, hypers)), list(map(self._read_kinds, hypers))
         if kinds != self._last_kinds:
             if any(Form.of(batch) != self._form for batch in batches):
                 return False
@@ -111,13 +106,10 @@ class Part:
             table.settings[:, 1:] = [numbers(each) for each in values]
             tensors = any(isinstance(value, torch.Tensor) for value in _flat(values))
             self._last = None if tensors else values  # a tensor may change in place
-        scales: dict[int, float] = {}
-        for batch in batches:
-            if batch.scale is not None and id(batch.scale) not in scales:
-                scales[id(batch.scale)] = float(batch.scale)
-        factors = [scales[id(batch.scale)] if batch.scale is not None else 1.0 for batch in batches]
-        table.settings[:, 0] = np.multiply(factors, self._signs)
-        table.addresses[1] = [grad.data_ptr() for batch in batches for grad in batch.grads]
+        scales = list(map(_scale, batches))
+        factors = {each: 1.0 if each is None else float(each) for each in {*scales}}
+        table.settings[:, 0] = np.multiply([*map(factors.get, scales)], self._signs)
+        table.addresses[1] = addresses([*chain.from_iterable(map(_grads, batches))])
         return True
 
     def _are_known(self, values: list[Any]) -> bool:
