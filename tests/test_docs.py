@@ -7,7 +7,11 @@ and runs in `make soak`. Every link between the pages leads somewhere.
 import ast
 import importlib
 import math
+import os
 import re
+import shlex
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -163,3 +167,23 @@ def test_the_program_by_hand_in_the_readme_trains_the_same_weights():
     (plan, _, _), (by_hand, _, _) = blocks(page)
     assert difference(plan, by_hand) < 1e-6
     assert difference(plan, by_hand.replace("4 * (4 - depth)", "4 * (3 - depth)")) > 1e-5
+
+
+@pytest.mark.slow  # a process for each command
+def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = page.partition("## At the command line")[2].split("```")[1].strip().splitlines()
+    assert len(commands) >= 8
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert words[0] == "lamina"
+        done = subprocess.run(
+            [sys.executable, "-m", "lamina", *words[1:]],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": source},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lamina as lm
-from lamina.range_test.trial import endless
+from lamina.range_test.trial import endless, random_sources_kept
 
 SHORT = {"steps": 20, "repeats": 3}
 
@@ -193,6 +193,17 @@ def test_a_test_that_ends_in_the_middle_leaves_everything(kind, error):
     assert len(calls) == 26
     assert_equal(before, everything(*seen))
     seen[0](torch.randn(4, 4))  # nothing refuses the original any more
+
+
+def test_a_torch_built_for_cuda_is_used_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with random_sources_kept([]):
+        torch.rand(7)
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_hooks_and_schedulers_of_the_original_are_not_called():

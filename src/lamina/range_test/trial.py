@@ -159,7 +159,9 @@ def endless(batches: Any, repeat: int, repeats: int) -> Iterator[Any]:
 @contextmanager
 def random_sources_kept(batches: Any) -> Iterator[None]:
     """Give Python's, NumPy's, torch's and the loader's random sources their states of now back."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # A torch that is built for CUDA names it also where there is no GPU.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
     sources = Randomness(device, batches)
     before = sources.now()
     with ExitStack() as stack:
