@@ -265,6 +265,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:What reuse will save is not known")
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_kinds_of_loaders(tmp_path, make):
@@ -387,6 +388,7 @@ def test_damaged_outputs_of_a_killed_run_are_computed_again(begun, tmp_path, dam
     assert bool(told) == (damage is not Path.unlink)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_reuse_may_begin_or_end_when_a_run_is_resumed(tmp_path, first):
     train(tmp_path / "whole", save_every=5)
@@ -439,6 +441,7 @@ def test_two_processes_store_what_each_sees(tmp_path):
     assert about["reused"]["replayed"] > 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_stays_for_other_runs(tmp_path):
     """Another learning rate of the head, with the same frozen weights."""
     reuse = {"folder": str(tmp_path / "kept")}
