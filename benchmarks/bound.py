@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,35 +31,51 @@ NAME = "bandwidth bound"
 def bandwidth_bound(shapes: dict[str, Shape], algorithm: str) -> Contestant:
     """The bound for tensors of these shapes, with new gradients at every step."""
     imported("numba", "numba")
-    from lamina.compiled import chunks
-    from lamina.compiled.workers import WORKERS
+    tried = [Streams(shapes, STATES[algorithm], size) for size in CHUNKS]
+    best = min(tried, key=lambda each: _median(each, each.fill))
+    return Contestant(best, before=best.fill, after=best.clear)
 
-    kernel = _kernel(STATES[algorithm])
-    kept = [[torch.zeros(shape) for shape in shapes.values()] for _ in range(STATES[algorithm] + 1)]
-    source = [torch.randn(shape) for shape in shapes.values()]
-    count, sizes = numbers(shapes), [tensor.numel() for tensor in source]
-    tables = {}
-    for size in CHUNKS:
-        each = np.asarray([-(-n // size) for n in sizes])
-        owners = np.repeat(np.arange(len(sizes)), each)
-        first = np.concatenate([np.arange(n) for n in each]) * size
-        ends = np.minimum(first + size, np.asarray(sizes)[owners])
-        tables[size] = np.ascontiguousarray(np.stack([owners, first, ends], axis=1))
-    counter, places = np.zeros(1, dtype=np.int64), np.zeros((4, len(sizes)), dtype=np.int64)
-    grads: list[torch.Tensor] = []
 
-    def fill() -> None:
-        grads[:] = [tensor.clone() for tensor in source]
+class Streams:
+    """Tensors, and a compiled loop that adds the gradient to the weight and to each state.
 
-    def run(size: int) -> None:
-        counter[0] = 0
-        for row, tensors in enumerate([grads, *kept]):
-            places[row] = [tensor.data_ptr() for tensor in tensors]
-        element = chunks.ELEMENTS[torch.float32]
-        WORKERS.run(kernel, (counter, tables[size], places, element), count)
+    Args:
+        shapes: of the weights.
+        states: how many there are of each weight, 1 or 2.
+        chunk: numbers that a thread takes at a time.
+    """
 
-    best = min(CHUNKS, key=lambda size: _median(lambda: run(size), fill))
-    return Contestant(lambda: run(best), before=fill, after=grads.clear)
+    def __init__(self, shapes: dict[str, Shape], states: int, chunk: int) -> None:
+        from lamina.compiled.workers import WORKERS
+
+        self._workers, self._loop = WORKERS, _loop(states)
+        self._source = [torch.randn(shape) for shape in shapes.values()]
+        self.grads: list[torch.Tensor] = []
+        self.kept = [[torch.zeros_like(each) for each in self._source] for _ in range(states + 1)]
+        self._count, sizes = numbers(shapes), [tensor.numel() for tensor in self._source]
+        rows = [
+            (tensor, first, min(first + chunk, size))
+            for tensor, size in enumerate(sizes)
+            for first in range(0, size, chunk)
+        ]
+        self._chunks = np.asarray(rows, dtype=np.int64)
+        self._counter = np.zeros(1, dtype=np.int64)
+        self._places = np.zeros((states + 2, len(sizes)), dtype=np.int64)
+
+    def fill(self) -> None:
+        """Make new gradients, as a backward pass does."""
+        self.grads = [tensor.clone() for tensor in self._source]
+
+    def clear(self) -> None:
+        """Let go of the gradients."""
+        self.grads = []
+
+    def __call__(self) -> None:
+        self._counter[0] = 0
+        for row, tensors in enumerate([self.grads, *self.kept]):
+            self._places[row] = [tensor.data_ptr() for tensor in tensors]
+        arguments = (self._counter, self._chunks, self._places, np.float32(0))
+        self._workers.run(self._loop, arguments, self._count)
 
 
 def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
@@ -71,8 +88,9 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
     return statistics.median(times[1:])  # the first one compiles
 
 
-def _kernel(states: int) -> Any:
-    """Compile the kernel; it adds the gradient to the weight and to each state."""
+@cache
+def _loop(states: int) -> Any:
+    """Compile the loop for one or two states."""
     import numba
 
     from lamina.compiled.access import claim, load, store

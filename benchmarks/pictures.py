@@ -31,7 +31,7 @@ KEY = "curves"
 #: text and axes; and the one curve of a small picture
 INK, CURVE = "#7d8590", "#6478f0"
 #: the curves of a large picture, in turn
-PALETTE = ("#4d86e8", "#d9822b", "#2f9e62", "#e0574f", "#a070dc", "#b07a4e")
+PALETTE = ("#4d86e8", "#cf7a22", "#2f9e62", "#e0574f", "#a070dc", "#b07a4e")
 #: a curve: the places on the horizontal axis, and the values there
 Curve = tuple[list[float], list[float]]
 Curves = dict[str, Curve]

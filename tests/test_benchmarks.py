@@ -155,13 +155,19 @@ def test_every_contestant_takes_one_turn_in_each_round_with_its_preparation():
 
 
 def test_the_bandwidth_bound_reads_the_gradient_and_writes_weight_and_states():
-    numba = pytest.importorskip("numba")
-    arrays = [torch.full((10,), float(value)).numpy() for value in (1, 2, 3, 4)]
-    bound._kernel(2).py_func(4, *arrays)
-    assert numba.__version__
-    assert [array.tolist() for array in arrays] == [[v] * 10 for v in (1.0, 3.0, 4.0, 5.0)]
-    bound._kernel(1).py_func(3, *arrays[:3])
-    assert arrays[2].tolist() == [5.0] * 10
+    pytest.importorskip("numba")
+    run = bound.Streams({"a": (10,), "b": (3, 7)}, states=2, chunk=4)
+    run.fill()
+    grads, before = (
+        [each.clone() for each in run.grads],
+        [list(map(_copy, each)) for each in run.kept],
+    )
+    run()
+    assert all(map(torch.equal, run.grads, grads))
+    for tensors, old in zip(run.kept, before, strict=True):
+        for tensor, start, grad in zip(tensors, old, grads, strict=True):
+            assert torch.equal(tensor, start + grad)
+    assert len(run.kept) == 3  # the weights and two states
 
 
 def test_the_memory_of_a_step_is_counted():

@@ -108,7 +108,7 @@ class Part:
             self._last = None if tensors else values  # a tensor may change in place
         scales = list(map(_scale, batches))
         factors = {each: 1.0 if each is None else float(each) for each in {*scales}}
-        table.settings[:, 0] = np.multiply([*map(factors.get, scales)], self._signs)
+        table.settings[:, 0] = np.multiply([factors[each] for each in scales], self._signs)
         table.addresses[1] = addresses([*chain.from_iterable(map(_grads, batches))])
         return True
 
