@@ -160,7 +160,7 @@ def test_the_bandwidth_bound_reads_the_gradient_and_writes_weight_and_states():
     run.fill()
     grads, before = (
         [each.clone() for each in run.grads],
-        [list(map(_copy, each)) for each in run.kept],
+        [[each.clone() for each in tensors] for tensors in run.kept],
     )
     run()
     assert all(map(torch.equal, run.grads, grads))
