@@ -52,7 +52,7 @@ def probe(shapes: str, algorithm: str, what: str, name: str) -> dict[str, Any]:
     tensors.give(built.params)
     return {
         "first_ms": round(1e3 * spent, 1),
-        "peak_resident_bytes": resident - before if resident and before else None,
+        "peak_resident_bytes": _rise(before, resident),
         "step": profile_step(built.step),
         "kernels": built.kernels(),
     }
@@ -87,6 +87,11 @@ def _in_process(caches: str, *arguments: str) -> dict[str, Any]:
         return {"failed": (done.stderr.strip().splitlines() or ["without a message"])[-1][:200]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def _rise(before: int | None, after: int | None) -> int | None:
+    """By how much the peak rose; None where the system does not count it: weights need memory."""
+    return after - before if before and after and after > before else None
 
 
 def _peak_resident() -> int | None:

@@ -105,7 +105,7 @@ def first_step(found: dict[str, Any]) -> str:
                 name,
                 f"{row['cold_ms'] / 1e3:.2f}",
                 f"{row['first_ms'] / 1e3:.2f}",
-                "–" if resident is None else f"{resident / 1e6:.0f}",
+                f"{resident / 1e6:.0f}" if resident else "–",
                 f"{step['operators']:,}",
                 f"{step['tensors']:,}",
                 f"{step['allocated_bytes'] / 1e6:.2f}",

@@ -1,6 +1,7 @@
 """`python -m benchmarks`: what it compares computes the same, and the page shows what it wrote."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -368,3 +369,31 @@ def test_the_candidates_of_a_real_case_run_in_new_processes():
         check=True,
     )
     assert json.loads(done.stdout)["first_ms"] > 0
+
+
+README_ROWS = [
+    ("a plan that clips, AdamW, 1 group", "MiniLM, AdamW, clip+step, groups: 1"),
+    ("the same, 101 groups", "MiniLM, AdamW, clip+step, groups: 101"),
+    ("the same, 1,000 groups", "MiniLM in 1,000 tensors, AdamW, clip+step, groups: 1,000"),
+    ("`lamina.optim.AdamW`", "MiniLM, AdamW, step, groups: 1"),
+    ("a plan that does not clip, AdamW", "MiniLM, AdamW, step, groups: 1"),
+    ("`lamina.optim.RMSprop`", "MiniLM, RMSprop, step, groups: 1"),
+    ("`lamina.optim.LAMB`", "MiniLM, LAMB, step, groups: 1"),
+]
+
+
+@pytest.mark.parametrize(("called", "title"), README_ROWS)
+def test_the_figures_of_the_readme_are_those_of_the_results(called, title):
+    results = json.loads((ROOT / "docs/benchmarks/results.json").read_text(encoding="utf-8"))
+    rows = next(case["rows"] for case in results["cases"] if case["title"] == title)
+    mine = "lamina drop-in" if called.startswith("`lamina.optim") else "lamina plan"
+    theirs = "torch fused"
+    if "RMSprop" in title:
+        theirs = "torch default"
+    if "LAMB" in title:
+        theirs = "pytorch_optimizer loop"
+    ratio = rows[mine]["median_ms"] / rows[theirs]["median_ms"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {re.escape(called)} \|.*\| ([\d.]+)[^|]*\|$", readme, re.MULTILINE)
+    assert found is not None
+    assert found[1] == f"{ratio:.2f}"
