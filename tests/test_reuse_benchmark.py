@@ -160,6 +160,24 @@ def test_both_sides_are_tried_equally_often_and_the_best_setting_is_judged(monke
     assert "0.9000" in tables.judged(found)
 
 
+def test_a_run_of_the_accuracy_goes_on_where_it_ended(monkeypatch):
+    seeds = []
+
+    def fake(trial, train, judged_by, seed):
+        seeds.append(seed)
+        return {"accuracy": 0.5, "seconds": 1.0, "processor_seconds": 1.0}
+
+    monkeypatch.setattr(accuracy, "trained", fake)
+    texts, tried = accuracy.Texts("train", "search", "held-out"), accuracy.sides(6)
+    *_, whole = accuracy.search_and_judge(texts, tried, seeds=3)
+    assert len(seeds) == 8 + 2 * 3
+    *_, cut = accuracy.search_and_judge(texts, tried, seeds=1)
+    seeds.clear()
+    *_, found = accuracy.search_and_judge(texts, tried, 3, json.loads(json.dumps(cut)))
+    assert seeds == [1, 1, 2, 2]
+    assert found == whole
+
+
 def test_a_staged_plan_thaws_after_the_probe_and_reuses():
     for trial in accuracy.sides(6)["staged, with reuse"]:
         assert trial.reuse

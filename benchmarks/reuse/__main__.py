@@ -52,6 +52,8 @@ def main() -> None:
         "stages": [],
         "tunes": [],
     }
+    if given.goes_on:
+        results = json.loads(given.json.read_text(encoding="utf-8"))
     print("\n".join(f"{key}: {value}" for key, value in results["about"].items()), flush=True)
     for text in measured(given, results):
         print(f"\n{text}", flush=True)
@@ -68,6 +70,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--epochs", type=int, default=3, help="of each stage (default: 3)")
     parser.add_argument("--seeds", type=int, default=5, help="of the accuracy (default: 5)")
+    parser.add_argument(
+        "--continue",
+        dest="goes_on",
+        action="store_true",
+        help="keep the other parts of the JSON, and go on with the accuracy where it ended",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own)")
     parser.add_argument("--json", type=Path, default=JSON, help=f"default: build/{JSON.name}")
     given = parser.parse_args()
@@ -101,7 +109,8 @@ def accuracy(given: argparse.Namespace, results: dict[str, Any]) -> Iterator[str
     """Search, then one seed after another."""
     texts = small_accuracy_texts() if given.quick else reviews_texts()
     tried = first_of_each(sides(3)) if given.quick else sides(6)
-    for found in search_and_judge(texts, tried, 1 if given.quick else given.seeds):
+    earlier = results.get("accuracy")
+    for found in search_and_judge(texts, tried, 1 if given.quick else given.seeds, earlier):
         words = "random words" if given.quick else "the texts of `reviews`"
         found["limit"] = None if given.quick else LIMIT
         found["title"] = f"Full fine-tuning and a staged plan with reuse, {words}"

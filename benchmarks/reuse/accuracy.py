@@ -157,29 +157,35 @@ def _in_groups(model: Any, items: Sequence[Any]) -> Workload:
 
 
 def search_and_judge(
-    texts: Texts, tried: dict[str, list[Trial]], seeds: int
+    texts: Texts,
+    tried: dict[str, list[Trial]],
+    seeds: int,
+    found: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is found so far: after the search, and after each seed."""
-    found: dict[str, Any] = {"seeds": seeds, "search": {}, "sides": {}}
+    """Yield what is found so far: after the search, and after each seed.
+
+    With `found`, which an earlier run has yielded for the same settings, goes on from there.
+    """
+    found = found or {"search": {}, "sides": {}}
+    found["seeds"] = seeds
     chosen = {}
     for name, trials in tried.items():
-        runs = [trained(trial, texts.train, texts.search, SEARCH_SEED) for trial in trials]
+        if name not in found["search"]:
+            found["search"][name] = [
+                {"label": trial.label, **trained(trial, texts.train, texts.search, SEARCH_SEED)}
+                for trial in trials
+            ]
+        runs = found["search"][name]
         best = max(range(len(trials)), key=lambda place: runs[place]["accuracy"])
         chosen[name] = trials[best]
-        found["search"][name] = [
-            {"label": trial.label, **run} for trial, run in zip(trials, runs, strict=True)
-        ]
-        found["sides"][name] = {
-            "chosen": trials[best].label,
-            "tries": len(trials),
-            "epochs": trials[best].epochs,
-            "runs": [],
-        }
+        side = {"chosen": trials[best].label, "tries": len(trials), "epochs": trials[best].epochs}
+        found["sides"].setdefault(name, {**side, "runs": []})
         yield found
-    for seed in range(seeds):
+    done = min(len(found["sides"][name]["runs"]) for name in chosen)
+    for seed in range(done, seeds):
         for name, trial in chosen.items():
             run = trained(trial, texts.train, texts.held_out, seed)
-            found["sides"][name]["runs"].append(run)
+            found["sides"][name]["runs"][seed:] = [run]
         found["differences"] = _differences(found["sides"])
         found["time_ratio"] = round(_ratio(found["sides"], "seconds"), 3)
         found["processor_ratio"] = round(_ratio(found["sides"], "processor_seconds"), 3)
