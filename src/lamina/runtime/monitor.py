@@ -335,7 +335,8 @@ def _steps_of(state: Any) -> int:
         batches = len(state.active_dataloader)
     except TypeError:  # over an IterableDataset, also where the loader has a `__len__`
         batches = 0
-    return math.ceil(batches / state.num_steps)
+    steps: int = math.ceil(batches / state.num_steps)
+    return steps
 
 
 class ClippedElsewhere:
