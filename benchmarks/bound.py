@@ -48,7 +48,8 @@ class Streams:
     def __init__(self, shapes: dict[str, Shape], states: int, chunk: int) -> None:
         from lamina.compiled.workers import WORKERS
 
-        self._workers, self._loop = WORKERS, _loop(states)
+        self._workers, self._loop = WORKERS, _loop()
+        self._both = True if states == 2 else None
         self._source = [torch.randn(shape) for shape in shapes.values()]
         self.grads: list[torch.Tensor] = []
         self.kept = [[torch.zeros_like(each) for each in self._source] for _ in range(states + 1)]
@@ -74,7 +75,7 @@ class Streams:
         self._counter[0] = 0
         for row, tensors in enumerate([self.grads, *self.kept]):
             self._places[row] = [tensor.data_ptr() for tensor in tensors]
-        arguments = (self._counter, self._chunks, self._places, np.float32(0))
+        arguments = (self._counter, self._chunks, self._places, np.float32(0), self._both)
         self._workers.run(self._loop, arguments, self._count)
 
 
@@ -89,36 +90,25 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
 
 
 @cache
-def _loop(states: int) -> Any:
-    """Compile the loop for one or two states."""
+def _loop() -> Any:
+    """Return the loop; `both` is None where there is one state."""
     import numba
 
     from lamina.compiled.access import claim, load, store
 
-    def two(counter, chunks, places, like):
-        while True:
-            chunk = claim(counter)
-            if chunk >= len(chunks):
-                return
-            tensor, start, end = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
-            grads, weights = places[0, tensor], places[1, tensor]
-            first, second = places[2, tensor], places[3, tensor]
-            for i in range(start, end):
-                number = load(grads, i, like, 0)
-                store(first, i, like, 1, load(first, i, like, 1) + number)
-                store(second, i, like, 2, load(second, i, like, 2) + number)
-                store(weights, i, like, 3, load(weights, i, like, 3) + number)
-
-    def one(counter, chunks, places, like):
+    def add(counter, chunks, places, like, both):
         while True:
             chunk = claim(counter)
             if chunk >= len(chunks):
                 return
             tensor, start, end = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
             grads, weights, first = places[0, tensor], places[1, tensor], places[2, tensor]
+            second = places[-1, tensor]
             for i in range(start, end):
                 number = load(grads, i, like, 0)
                 store(first, i, like, 1, load(first, i, like, 1) + number)
+                if both is not None:  # left out of the code where it is None
+                    store(second, i, like, 2, load(second, i, like, 2) + number)
                 store(weights, i, like, 3, load(weights, i, like, 3) + number)
 
-    return numba.njit(nogil=True)({1: one, 2: two}[states])
+    return numba.njit(nogil=True)(add)

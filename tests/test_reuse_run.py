@@ -480,7 +480,7 @@ def test_the_task_may_ask_for_it_and_a_run_without_a_word_goes_on_with_it(tmp_pa
         ({"spaces": 1}, "unknown option 'spaces'.*Did you mean 'space'"),
         ({"space": "much"}, "expected bytes, or a text"),
         ({"debug": 2}, "expected a share from 0 to 1"),
-        ({"preprocessing": None}, "must be a text"),
+        ({"preprocessing": None}, "preprocessing=None was given; expected a text"),
         ({"folder": 3}, "expected True for the folder of the run"),
         ({"folder": ""}, "expected True for the folder of the run"),
         ({"folder": 0}, "expected True for the folder of the run"),

@@ -419,7 +419,7 @@ def test_a_run_that_was_resumed_between_stages_ends_with_the_same_bits(tmp_path,
         ({"store_dtype": torch.float32}, "store_dtype=torch.float32 was given"),
         ({"debug": 2}, "expected a share from 0 to 1"),
         ({"debug": "x"}, "expected a share from 0 to 1"),
-        ({"preprocessing": 1}, "preprocessing must be a text"),
+        ({"preprocessing": 1}, "preprocessing=1 was given; expected a text"),
         ({"space": "much"}, "expected bytes"),
     ],
 )

@@ -466,8 +466,8 @@ def test_a_compiled_module_of_lightning_is_told():
 @pytest.mark.parametrize(
     ("reuse", "said"),
     [
-        ("yes", "expected True, False, or settings"),
-        ({"spaces": 1}, "no setting 'spaces'.*Did you mean 'space'"),
+        ("yes", "expected True, False, or options"),
+        ({"spaces": 1}, r"unknown option 'spaces'.*Did you mean 'space'"),
         ({"space": "much"}, "expected bytes"),
         ({"debug": 2}, "a share from 0 to 1"),
         ({"folder": 3}, "the path of a folder"),

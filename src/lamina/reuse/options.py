@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,37 @@ def check_options(
     if not is_number(debug) or not 0 <= debug <= 1:
         raise PlanError(f"reuse: debug={debug!r} was given; expected a share from 0 to 1.")
     if not isinstance(preprocessing, str):
-        raise PlanError("reuse: preprocessing must be a text.")
+        raise PlanError(f"reuse: preprocessing={preprocessing!r} was given; expected a text.")
+
+
+def options_of(given: Any, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the options that a `reuse=` stands for; None for False.
+
+    Args:
+        given: True, False, or a mapping of options.
+        names: those that there are.
+
+    Raises:
+        PlanError: if it is something else, or an option is unknown.
+
+    Example:
+        >>> options_of(True, ["space"]), options_of({"space": 10}, ["space"])
+        ({}, {'space': 10})
+    """
+    if isinstance(given, bool):
+        return {} if given else None
+    if not isinstance(given, Mapping):
+        raise PlanError(
+            f"reuse={given!r} was given; expected True, False, or options such as "
+            "{'space': '1 GB'}."
+        )
+    for name in given:
+        if name not in names:
+            raise PlanError(
+                f"reuse has the unknown option {name!r}; expected some of {quoted(names, 5)}."
+                f"{did_you_mean(str(name), names)}"
+            )
+    return dict(given)
 
 
 def reuse_settings(given: Any) -> dict[str, Any] | None:
@@ -59,20 +89,9 @@ def reuse_settings(given: Any) -> dict[str, Any] | None:
         >>> reuse_settings(True), reuse_settings({"space": "1 GB"}), reuse_settings(False)
         ({}, {'space': '1 GB'}, None)
     """
-    if isinstance(given, bool):
-        return {} if given else None
-    if not isinstance(given, Mapping):
-        raise PlanError(
-            f"reuse={given!r} was given; expected True, False, or settings of lamina.reuse such as "
-            "{'space': '500 MB'}."
-        )
-    for name in given:
-        if name not in _SETTINGS:
-            raise PlanError(
-                f"reuse: there is no setting {name!r}; expected {quoted(_SETTINGS, 4)}."
-                f"{did_you_mean(str(name), _SETTINGS)}"
-            )
-    settings = dict(given)
+    settings = options_of(given, _SETTINGS)
+    if settings is None:
+        return None
     check_options(
         settings.get("space", 0),
         settings.get("debug", 0.0),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import LaminaError, did_you_mean
-from ..reuse.options import check_options
+from ..errors import LaminaError
+from ..reuse.options import check_options, options_of
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,8 @@ class ReuseSettings:
             >>> ReuseSettings.of({"space": "1 GB"})
             ReuseSettings(space='1 GB', folder=True, debug=0.0, preprocessing='', store_dtype=None)
         """
-        if isinstance(given, bool):
-            return cls() if given else None
-        if not isinstance(given, Mapping):
-            raise LaminaError(
-                f"reuse={given!r}: expected True, False, or options such as {{'space': '1 GB'}}."
-            )
-        for key in given:
-            if key not in _NAMES:
-                raise LaminaError(
-                    f"reuse has the unknown option {key!r}; expected some of {', '.join(_NAMES)}."
-                    f"{did_you_mean(str(key), _NAMES)}"
-                )
-        return cls(**given)
+        options = options_of(given, _NAMES)
+        return None if options is None else cls(**options)
 
 
 _NAMES = tuple(field.name for field in fields(ReuseSettings))
