@@ -77,7 +77,7 @@ QUESTIONS: Mapping[str, Sequence[str]] = {
         "ClipNorm.run",
         "ScopeGradients.multiply Work.multiply",
     ),
-    "What happens to a gradient that is not finite?": ("check_finite", "Optimizer._skip"),
+    "What happens to a gradient that is not finite?": ("check_finite", "PlanSteps._skip Optimizer._skip"),
     "Which saved state goes to which parameter?": ("match", "prepare"),
     "What must a saved state be to be read?": ("Saved", "restore_history lived_of"),
     "Which kernel updates a group?": ("choose",),
@@ -91,7 +91,7 @@ QUESTIONS: Mapping[str, Sequence[str]] = {
     "Which values may an argument of Rule have?": ("check_settings",),
     "In which order does step() act?": (
         "Optimizer.step Engine.step",
-        "Optimizer.step Optimizer._step",
+        "Optimizer.step PlanSteps._step Optimizer._step",
     ),
 }
 
