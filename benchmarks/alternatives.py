@@ -6,18 +6,22 @@
   cache, in place of one pass over all gradients before the update.
 - chunks: how many elements a thread takes at a time.
 - halves: one half of the chunks for each of two threads, in place of many small chunks.
+- threads: those of Python in place of torch's own, just after an operation of torch, whose threads
+  then wait busily for the next one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import nn
 
 import lamina as lm
 from lamina.compiled import chunks
+from lamina.compiled.openmp import torch_team
 from lamina.gradients.norms import each_norm
 
 from .measure import interleave
@@ -30,6 +34,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     show("Norms: a backward pass with them", norms(), rounds)
     show("Chunks: an AdamW step of MiniLM", steps(), rounds)
+    show("Threads: a large addition and an AdamW step of MiniLM", threads(), rounds)
 
 
 def show(title: str, candidates: dict[str, Callable[[], object]], rounds: int) -> None:
@@ -83,6 +88,27 @@ def steps() -> dict[str, Callable[[], object]]:
         name = f"{size:,} elements" if size != used else f"{size:,} elements (used)"
         found["halves of all" if size > 10 * used else name] = _in_chunks(optimizer, size, used)
     return found
+
+
+def threads() -> dict[str, Callable[[], object]]:
+    """One optimizer on both kinds of threads."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in minilm().values()]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = lm.AdamW(params, lr=1e-4)
+    busy = torch.ones(4_000_000)
+
+    def on_torchs() -> None:
+        busy.add_(1.0)
+        optimizer.step()
+
+    def on_pythons() -> None:
+        with mock.patch("lamina.compiled.workers.torch_team", return_value=None):
+            on_torchs()
+
+    if torch_team() is None:
+        return {"Python's (torch's cannot be reached)": on_torchs}
+    return {"torch's (used)": on_torchs, "Python's": on_pythons}
 
 
 def _in_chunks(optimizer: lm.AdamW, size: int, used: int) -> Callable[[], object]:

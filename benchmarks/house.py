@@ -77,7 +77,10 @@ QUESTIONS: Mapping[str, Sequence[str]] = {
         "ClipNorm.run",
         "ScopeGradients.multiply Work.multiply",
     ),
-    "What happens to a gradient that is not finite?": ("check_finite", "PlanSteps._skip Optimizer._skip"),
+    "What happens to a gradient that is not finite?": (
+        "check_finite",
+        "PlanSteps._skip Optimizer._skip",
+    ),
     "Which saved state goes to which parameter?": ("match", "prepare"),
     "What must a saved state be to be read?": ("Saved", "restore_history lived_of"),
     "Which kernel updates a group?": ("choose",),

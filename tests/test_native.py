@@ -26,7 +26,7 @@ from lamina.optim import updates
 
 pytest.importorskip("numba")
 
-from lamina.compiled import chunks, loader, squares, workers
+from lamina.compiled import chunks, loader, openmp, squares, workers
 from reference.runner import assert_close, batch_of
 
 SHAPES = [(40, 31), (), (7,), (0, 3), (5, 3, 2, 2)]
@@ -256,6 +256,93 @@ def test_optimizers_in_several_threads_at_once():
         thread.join(60)
     assert len(results) == 4
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, oracle, strict=True))
+
+
+needs_team = pytest.mark.skipif(openmp.torch_team() is None, reason="torch's threads are its own")
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@needs_team
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+def test_loops_run_on_the_threads_of_torch(name, two_threads):
+    """Others would share a core with torch's, which wait busily between two operations."""
+
+    def threads():
+        return {int(each) for each in os.listdir("/proc/self/task")}
+
+    param = torch.nn.Parameter(torch.ones(400_000))
+    param.grad = torch.ones_like(param)
+    param.grad.mul_(2.0)  # on torch's threads, which begin now at the latest
+    before = threads()
+    optimizer = getattr(lm, name)([param], lr=0.1)
+    for _ in range(3):
+        lm.clip_grad_norm_([param], 1.0)
+        optimizer.step()
+    assert "native" in optimizer.kernels()["0"]
+    assert threads() == before
+
+
+@needs_team
+def test_both_threads_of_torch_take_part_and_an_error_comes_out(two_threads):
+    team, seen, both = openmp.torch_team(), [], threading.Barrier(2)
+
+    def note(value):
+        both.wait(60)
+        seen.append((value, threading.get_ident()))
+
+    team.run(note, (7,), 2)
+    assert [value for value, _ in seen] == [7, 7]
+    assert len({ident for _, ident in seen}) == 2
+    assert threading.get_ident() in {ident for _, ident in seen}
+
+    def fail():
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        team.run(fail, (), 2)
+
+
+@pytest.mark.parametrize("team", [True, False])
+def test_large_tensors_in_several_threads_at_once(team, monkeypatch, two_threads):
+    if not team:
+        monkeypatch.setattr(workers, "torch_team", lambda: None)
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        torch.set_num_threads(2)  # the runtime keeps it for each thread
+        param = torch.nn.Parameter(torch.ones(300_000))
+        optimizer = lm.AdamW([param], lr=0.1)
+        for step in range(20):
+            param.grad = torch.full_like(param, float(step - 7))
+            optimizer.step()
+        results.append(param.detach())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    work()
+    assert len(results) == 4
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert len(results[0].unique()) == 1
+
+
+def test_without_the_threads_of_torch_there_are_those_of_python(monkeypatch):
+    real = openmp.torch_team.__wrapped__
+    assert (real() is None) == (openmp.torch_team() is None)
+    monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
+    assert real() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__file__", "/nowhere/torch/__init__.py")
+    assert real() is None
 
 
 def test_a_forked_process_has_threads_of_its_own():

@@ -1,7 +1,7 @@
-"""Threads for compiled loops: those of Python, as the loops run without the interpreter lock.
+"""Threads for compiled loops, which run without the interpreter lock.
 
-There is no second OpenMP runtime beside torch's, whose threads would fight for the cores, and which
-no process may fork. The number of threads is torch's.
+They are torch's own where these can be reached, and else those of Python. There is no second OpenMP
+runtime beside torch's, whose threads would fight for the cores. The number of threads is torch's.
 """
 
 from __future__ import annotations
@@ -13,28 +13,41 @@ from typing import Any
 
 import torch
 
+from .openmp import torch_team
+
 #: elements below which waking a thread costs more than it saves
 _WORTH_A_THREAD = 65_536
 
 
 class Workers:
-    """A pool that begins with its first use, and anew in a forked process."""
+    """The threads of this process.
+
+    A pool of Python's threads begins with its first use, and anew in a forked process. There it is
+    all there is: the threads of torch are those of the parent, and would be waited for forever.
+    """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._size = 0
+        self._is_forked = False
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         self._pool, self._size = None, 0  # the threads are those of the parent
+        self._is_forked = True
 
     def run(self, function: Callable[..., None], arguments: tuple[Any, ...], elements: int) -> None:
         """Call a function on several threads at once, each of which takes what is left to do.
 
         It does not matter how many of them come: this thread does the rest.
         """
-        wanted = min(torch.get_num_threads(), elements // _WORTH_A_THREAD + 1)
+        threads = torch.get_num_threads()
+        wanted = min(threads, elements // _WORTH_A_THREAD + 1)
+        # A team of another size would make the runtime end threads, and start them again for torch.
+        if wanted == threads > 1 and not self._is_forked and (team := torch_team()) is not None:
+            team.run(function, arguments, threads)
+            return
         helpers = [self._submit(function, arguments) for _ in range(wanted - 1)]
         try:
             function(*arguments)

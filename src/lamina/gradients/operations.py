@@ -30,17 +30,16 @@ Grads = list[torch.Tensor]
 class ScopeGradients:
     """The gradients of one scope on their way through its operations.
 
-    `scale` is a factor still to be multiplied onto every gradient; `norms` the scalar tensors
-    that were computed anyway, which tell whether everything is finite; `made` what functions of
-    the user's own returned, to name the one that returned something else. `shards` is there where
-    the gradients are parts of those of all processes: of FSDP1, whose tensors do not tell.
-    `first` are the norms that the first operation asks for, where they were measured for all scopes
-    at once.
+    `batches` hold them as they were given, and `described` knows the parameters by name. `scale` is
+    a factor still to be multiplied onto every gradient; `norms` the scalar tensors that were
+    computed anyway, which tell whether everything is finite; `made` what functions of the user's
+    own returned, to name the one that returned something else. `shards` is there where the
+    gradients are parts of those of all processes: of FSDP1, whose tensors do not tell. `first` are
+    the norms that the first operation asks for, where they were measured for all scopes at once.
     """
 
-    grads: Grads
-    params: Sequence[torch.Tensor]
-    infos: Sequence[ParamInfo]
+    batches: Sequence[Batch]
+    described: Mapping[str, ParamInfo]
     shards: Shards | None = None
     first: list[torch.Tensor] | None = None
     scale: torch.Tensor | None = None
@@ -55,7 +54,18 @@ class ScopeGradients:
     each_by: Operation | None = None
 
     def __post_init__(self) -> None:
+        self.grads: Grads = [grad for batch in self.batches for grad in batch.grads]
         self._given = self.grads
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """The parameters, in the order of their gradients."""
+        return [param for batch in self.batches for param in batch.params]
+
+    @property
+    def infos(self) -> list[ParamInfo]:
+        """What is known of the parameters, in the order of their gradients."""
+        return [self.described[name] for batch in self.batches for name in batch.names]
 
     @property
     def has_new_grads(self) -> bool:
@@ -315,7 +325,8 @@ class Apply(Operation):
 
     def run(self, work: ScopeGradients, amount: float) -> None:
         given = work.settle()
-        got = self._checked(self.function(list(given), work.infos), given, work.infos)
+        infos = work.infos
+        got = self._checked(self.function(list(given), infos), given, infos)
         work.made.append((self, got))
         work.grads = got
 
@@ -445,13 +456,7 @@ def operate(
     Raises:
         NonFiniteError: if a norm shows that a gradient is not finite; nothing was changed.
     """
-    work = ScopeGradients(
-        [grad for batch in batches for grad in batch.grads],
-        [param for batch in batches for param in batch.params],
-        [infos[name] for batch in batches for name in batch.names],
-        shards,
-        first,
-    )
+    work = ScopeGradients(batches, infos, shards, first)
     for operation, amount in steps:
         operation.run(work, amount)
     # A norm has read all of them, but for what a function of the user's made of them since.

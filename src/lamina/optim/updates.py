@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice, repeat
+from itertools import accumulate, chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -179,8 +179,10 @@ def preferred_kernel(group: Group) -> str | None:
     return "readable" if fused is False or foreach is False else None
 
 
-def _preferences(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
-    return [(group.get("fused"), group.get("foreach"), group.get("rounding")) for group in groups]
+def _preferences(groups: Sequence[Group]) -> list[Any]:
+    """Return what kernels were chosen by in each group, in one list."""
+    keys = ("fused", "foreach", "rounding")
+    return [value for key in keys for value in map(dict.get, groups, repeat(key))]
 
 
 _requires_grad = attrgetter("requires_grad")
@@ -256,6 +258,9 @@ class KeptStep:
         self._preferences = _preferences(groups)
         self._batches = list(batches)
         self._counts = [len(batch.params) for batch in batches]
+        ends = list(accumulate(self._counts))
+        #: where the gradients of each batch are among all of them
+        self._places = list(map(slice, [0, *ends], ends))
         columns = [column for batch in batches for column in batch.columns.values()]
         together = Batch(
             batches[0].algorithm,
@@ -287,9 +292,9 @@ class KeptStep:
             return None
         if not known.holds(params, list(map(state.__getitem__, params))) or not known.fits(grads):
             return None
-        taken = iter(grads)
-        for batch, group, count in zip(self._batches, groups, self._counts, strict=True):
-            batch.grads = batch.known_grads = [*islice(taken, count)]
+        parts = map(grads.__getitem__, self._places)
+        for batch, group, its in zip(self._batches, groups, parts, strict=True):
+            batch.grads = batch.known_grads = its
             batch.hyper, batch.scale = group, None
         return self._batches
 

@@ -16,6 +16,7 @@ import torch
 from .._util.notices import Notices
 from ..gradients.operations import Operation
 from ..resolve.timeline import Values
+from ..runtime.ownership import WriteGuard
 from ..state.report import LoadReport
 from .pending_step import PendingStep
 
@@ -24,14 +25,15 @@ from .pending_step import PendingStep
 class RunState:
     """What an optimizer under a plan remembers of its steps, beside clock and state.
 
-    `published` are the values of the next
-    step by group name, `applied` those of the step just done; `operations` the gradient operations
+    `published` are the values of the next step by group name, which `guard` compares with what the
+    groups hold, `applied` those of the step just done; `operations` the gradient operations
     of each scope with their numbers for the next step; `norms` the gradient norm of each scope in
     the step just done. `fixed` stands for the values of every step, in a range test. `pending` is
     the last step, while only an accelerator knows whether it was taken.
     """
 
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    guard: WriteGuard = field(default_factory=WriteGuard)
     applied: dict[str, dict[str, Any]] = field(default_factory=dict)
     operations: Sequence[Sequence[tuple[Operation, float]]] = ()
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict)

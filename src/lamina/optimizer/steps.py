@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from operator import is_, itemgetter
+from itertools import compress
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -140,11 +141,11 @@ class PlanSteps(Engine):
         Where fewer gradients came than in the last step, wrappers may have exchanged parameters.
         """
         batches = self._collect(self._begin())
-        count = sum(len(batch.params) for batch in batches)
+        count = _count(batches)
         if count < self._exchange.gradients and is_distributed():
             self._settle_wrapping()
             batches = self._collect(self._begin())
-            count = sum(len(batch.params) for batch in batches)
+            count = _count(batches)
         self._exchange.gradients = count
         if count != self._freezer.with_gradient:
             self._freezer.with_gradient = count
@@ -157,20 +158,17 @@ class PlanSteps(Engine):
 
     def _begin(self) -> list[Group]:
         """Return the groups that train in this step, after dropping the gradients of the others."""
-        published = self._run_state.published
-        for group in self.param_groups:
-            hyper = published[group["name"]]
-            if not all(map(is_, map(group.get, hyper), hyper.values())):
-                refuse_foreign_writes(published, self.param_groups, self.clock)
+        run = self._run_state
+        if not run.guard.is_intact(self.param_groups):
+            refuse_foreign_writes(run.published, self.param_groups, self.clock)
         if self._audit.on:
             self._audit.check(self.param_groups, self._freezer.active, self.clock, self.clock)
         if not self._freezer.flags.settled:
             self._settle_wrapping()
         if self._claim.lost_steps:
-            self._contradictions.report_rebuilt(loaded=self._run_state.last_load is not None)
+            self._contradictions.report_rebuilt(loaded=run.last_load is not None)
         self._drop_frozen_gradients()
-        pairs = zip(self.param_groups, self._freezer.active, strict=True)
-        return [group for group, active in pairs if active]
+        return [*compress(self.param_groups, self._freezer.active)]
 
     def _drop_frozen_gradients(self) -> None:
         for cell, names in self._freezer.drop(self.param_groups):
@@ -198,16 +196,7 @@ class PlanSteps(Engine):
         """
         every = self._resolved.plan.nonfinite_check == "all"
         shards = self._exchange.shards
-        members = self._sharded_scopes() if shards is not None else {}
-        without_scope: list[Batch] = []
-        if not self._resolved.scopes:
-            without_scope = [*batches]
-        for batch in batches if self._resolved.scopes else ():
-            scope = self._resolved.scope_of[batch.hyper["name"]]
-            if scope is None:
-                without_scope.append(batch)
-            else:
-                members.setdefault(scope, []).append(batch)
+        members, without_scope = self._by_scope(batches)
         known = self._recorders.norms if self._recorders.on else None
         checks = pending.checks if pending is not None else None
         if checks is not None and every:
@@ -231,6 +220,18 @@ class PlanSteps(Engine):
                 pending.request([*norms.values()], self._monitor.measured)
             else:
                 self._monitor.measured([float(norm) for norm in norms.values()])
+
+    def _by_scope(self, batches: Sequence[Batch]) -> tuple[dict[int, list[Batch]], list[Batch]]:
+        """Return the batches of each scope, and those of none."""
+        members = self._sharded_scopes() if self._exchange.shards is not None else {}
+        if not self._resolved.scopes:
+            return members, [*batches]
+        without_scope: list[Batch] = []
+        for batch in batches:
+            scope = self._resolved.scope_of[batch.hyper["name"]]
+            its = without_scope if scope is None else members.setdefault(scope, [])
+            its.append(batch)
+        return members, without_scope
 
     def _sharded_scopes(self) -> dict[int, list[Batch]]:
         """Return the scopes in whose norms every process takes part, with a gradient or not."""
@@ -449,6 +450,7 @@ class PlanSteps(Engine):
         self._drop_states(was)
         if self._audit.on:
             self._audit.begin(self.param_groups, self._freezer.active)
+        run.guard.publish(published, changing)
         run.published = published
         run.operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
 
@@ -517,3 +519,11 @@ class PlanSteps(Engine):
 
     def _is_sharded(self) -> bool:
         return any(is_sharded(param) for group in self.param_groups for param in group["params"])
+
+
+_params = attrgetter("params")
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    """Return how many parameters are updated."""
+    return sum(map(len, map(_params, batches)))

@@ -106,9 +106,7 @@ class Part:
             table.settings[:, 1:] = [numbers(each) for each in values]
             tensors = any(isinstance(value, torch.Tensor) for value in _flat(values))
             self._last = None if tensors else values  # a tensor may change in place
-        scales = list(map(_scale, batches))
-        factors = {each: 1.0 if each is None else float(each) for each in {*scales}}
-        table.settings[:, 0] = np.multiply([factors[each] for each in scales], self._signs)
+        table.settings[:, 0] = np.multiply(_factors(batches), self._signs)
         table.addresses[1] = addresses([*chain.from_iterable(map(_grads, batches))])
         return True
 
@@ -164,6 +162,17 @@ def _begin_momentum(batch: Batch) -> list[int]:
     if ("momentum_buffer", True) not in uses:
         return []
     return begin_momentum(batch)
+
+
+def _factors(batches: Sequence[Batch]) -> list[float]:
+    """Return the factor of the gradients of each batch; a tensor that several share is read once."""
+    scales = list(map(_scale, batches))
+    keys = list(map(id, scales))
+    read = {
+        key: 1.0 if each is None else float(each)
+        for key, each in dict(zip(keys, scales, strict=True)).items()
+    }
+    return list(map(read.__getitem__, keys))
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
