@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .workers import WORKERS
 
 Array = np.ndarray[Any, Any]
 _PLAIN = frozenset(PLAIN)
-_form = attrgetter("dtype", "device", "layout")
+_is_cpu, _dtype, _layout = attrgetter("is_cpu"), attrgetter("dtype"), attrgetter("layout")
 
 
 def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
@@ -34,16 +35,18 @@ def squares_of(tensors: Sequence[torch.Tensor]) -> Array | None:
     if not _is_compiled(first.dtype):
         return None
     dtype = first.dtype
-    if not {*map(type, tensors)} <= _PLAIN or {*map(_form, tensors)} != {
-        (dtype, first.device, torch.strided)
-    }:
+    if not {*map(type, tensors)} <= _PLAIN or not all(map(_is_cpu, tensors)):
+        return None
+    if any(map(is_not, map(_dtype, tensors), repeat(dtype))):
+        return None
+    if any(map(is_not, map(_layout, tensors), repeat(torch.strided))):
         return None
     if not all(map(torch.Tensor.is_contiguous, tensors)):
         return None
     sizes = tuple(map(torch.Tensor.numel, tensors))
     chunks = _chunks(sizes)
     where = np.asarray(addresses(tensors), dtype=np.int64)
-    if (where % first.element_size()).any():
+    if np.bitwise_or.reduce(where) % first.element_size():  # element sizes are powers of two
         return None
     sums, norms = np.zeros(len(chunks)), np.empty(len(sizes))
     arguments = (np.zeros(1, dtype=np.int64), chunks, where, sums, ELEMENTS[dtype])

@@ -46,8 +46,9 @@ KernelPlan = dict[Kernel, list[Batch]]
 
 
 def apply(batches: Sequence[Batch], prefer: str | None = None) -> None:
-    """Return one update of all batches, in place: `assign` and `carry_out`."""
-    carry_out(assign(batches, prefer))
+    """Update all batches, in place and without autograd: `assign` and `carry_out`."""
+    with torch.no_grad():
+        carry_out(assign(batches, prefer))
 
 
 def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
@@ -73,18 +74,17 @@ def assign(batches: Sequence[Batch], prefer: str | None = None) -> KernelPlan:
 
 
 def carry_out(work: KernelPlan) -> None:
-    """Return one update of all batches, in place; their steps are counted."""
+    """Update all batches, in place; their steps are counted. To be called without autograd."""
     done: list[Batch] = []
-    with torch.no_grad():
-        for kernel, batches in work.items():
-            try:
-                if not kernel.counts_steps:
-                    _count([step for batch in batches for step in batch.steps])
-                run(kernel, batches)
-            except Exception as error:
-                error.add_note(_half_done(kernel, batches, done))
-                raise
-            done += batches
+    for kernel, batches in work.items():
+        try:
+            if not kernel.counts_steps:
+                _count([step for batch in batches for step in batch.steps])
+            run(kernel, batches)
+        except Exception as error:
+            error.add_note(_half_done(kernel, batches, done))
+            raise
+        done += batches
     for batch in done:
         if batch.has_new_state:
             batch.kernel = None  # it was chosen before this state was there
@@ -187,7 +187,7 @@ class Split(Kernel):
         self.reason = f"{self.about}: " + " | ".join(choice.reason for choice in choices)
 
     def ready(self, batch: Batch) -> bool:
-        """Return each part asks its own kernel; sparse gradients are left to the loop."""
+        """Accept dense gradients; each part asks its own kernel, and sparse ones take the loop."""
         return all(grad.layout is torch.strided for grad in batch.grads)
 
     def run(self, batches: Sequence[Batch]) -> None:

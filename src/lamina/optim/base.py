@@ -187,7 +187,8 @@ class DropIn(Engine):
         for batch in batches:
             if batch.hyper.get("differentiable"):
                 kernels.differentiate(batch)
-        kernels.apply([batch for batch in batches if not batch.hyper.get("differentiable")])
+        own = [batch for batch in batches if not batch.hyper.get("differentiable")]
+        kernels.carry_out(kernels.assign(own))
         self._store_new_state(batches)
         for batch in batches:
             batch.forget_gradients()

@@ -83,7 +83,8 @@ class Values:
         self._given = step
         self._scalar = isinstance(step, int) or np.ndim(step) == 0
         self._step = float(step) if self._scalar else 0.0
-        self._curves: dict[Schedule, Any] = {}
+        #: by the id of a schedule: of those that are equal, `resolve` has made one
+        self._curves: dict[int, Any] = {}
 
     @cached_property
     def _steps(self) -> Any:
@@ -105,7 +106,7 @@ class Values:
     def active(self, index: int) -> Any:
         """Return whether the cell of this index trains."""
         cell = self._resolved.cells[index]
-        return True if self._scalar and cell.steady else self.inside(cell)
+        return True if self._scalar and cell.windows == ALWAYS else self.inside(cell)
 
     def inside(self, cell: Cell) -> Any:
         """Return whether a cell trains."""
@@ -173,10 +174,11 @@ class Values:
         return float(factor[0]) if self._scalar else factor
 
     def _curve(self, schedule: Schedule) -> Any:
-        if schedule not in self._curves:
+        curve = self._curves.get(id(schedule))
+        if curve is None:
             values = judged_values(schedule, self._steps)
-            self._curves[schedule] = float(values[0]) if self._scalar else values
-        return self._curves[schedule]
+            curve = self._curves[id(schedule)] = float(values[0]) if self._scalar else values
+        return curve
 
 
 def judged_values(schedule: Schedule, steps: Floats, where: str = "") -> Floats:

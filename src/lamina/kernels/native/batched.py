@@ -9,10 +9,9 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..._util.tensors import addresses
-from ...algorithms.base import Batch
+from ...algorithms.base import Batch, number
 from ...algorithms.sgd import SGD
 from ...compiled.loader import loop
 from ...compiled.workers import WORKERS
@@ -22,6 +21,7 @@ from .loops import LOOPS
 
 _choice, _hyper = attrgetter("kernel"), attrgetter("hyper")
 _scale, _grads = attrgetter("scale"), attrgetter("grads")
+_PLAIN_NUMBERS = {float, int, bool}
 
 #: whether all addresses are compared with the tensors before each step, for tests and for doubt
 CHECK_BOUNDS = bool(os.environ.get("LAMINA_CHECK_BOUNDS"))
@@ -73,14 +73,14 @@ class Part:
         loops = LOOPS[form.algorithm]
         self._form, self._threads = form, threads
         self._elements = form.elements()
-        self._read = itemgetter(*loops.settings)
         sign = ("maximize",) if "maximize" in batches[0].algorithm.defaults else ()
-        kinds = (*loops.needs.values(), *loops.options, *sign)
-        self._read_kinds = itemgetter(*kinds) if kinds else len
+        #: reads the numbers of a group, and behind them what its form depends on
+        self._read = itemgetter(*loops.settings, *loops.needs.values(), *loops.options, *sign)
+        self._width = len(loops.settings)
         self._last: list[Any] | None = None
         self._last_kinds: list[Any] | None = None
         self._signs = np.ones(len(batches))
-        values = self._read(batches[0].hyper)
+        values = self._read(batches[0].hyper)[: self._width]
         self.table = table_of(form, batches, 1 + len(loops.numbers(values)))
         self._step_addresses = np.asarray(
             [step.data_ptr() for batch in batches for step in batch.steps], dtype=np.int64
@@ -94,18 +94,19 @@ class Part:
     def prepare(self, batches: Sequence[Batch]) -> bool:
         """Read this step's settings; return whether they go with the form."""
         table = self.table
-        hypers = list(map(_hyper, batches))
-        values, kinds = list(map(self._read, hypers)), list(map(self._read_kinds, hypers))
-        if kinds != self._last_kinds:
-            if any(Form.of(batch) != self._form for batch in batches):
-                return False
-            self._signs[:] = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
-            self._last_kinds = kinds
-        if not self._are_known(values):
-            numbers = LOOPS[self._form.algorithm].numbers
-            table.settings[:, 1:] = [numbers(each) for each in values]
-            tensors = any(isinstance(value, torch.Tensor) for value in _flat(values))
-            self._last = None if tensors else values  # a tensor may change in place
+        given = list(map(self._read, map(_hyper, batches)))
+        if not self._are_known(given):
+            kinds = [row[self._width :] for row in given]
+            if kinds != self._last_kinds:
+                if any(Form.of(batch) != self._form for batch in batches):
+                    return False
+                self._signs[:] = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
+                self._last_kinds = kinds
+            order = LOOPS[self._form.algorithm].numbers
+            rows = [order(row[: self._width]) for row in given]
+            plain = {*map(type, chain.from_iterable(rows))} <= _PLAIN_NUMBERS
+            table.settings[:, 1:] = rows if plain else [tuple(map(number, row)) for row in rows]
+            self._last = given if plain else None  # a tensor may change in place
         table.settings[:, 0] = np.multiply(_factors(batches), self._signs)
         table.addresses[1] = addresses([*chain.from_iterable(map(_grads, batches))])
         return True
@@ -165,7 +166,7 @@ def _begin_momentum(batch: Batch) -> list[int]:
 
 
 def _factors(batches: Sequence[Batch]) -> list[float]:
-    """Return the factor of the gradients of each batch; a tensor that several share is read once."""
+    """Return the factor of the gradients of each batch; a tensor is read once for all of them."""
     scales = list(map(_scale, batches))
     keys = list(map(id, scales))
     read = {
@@ -173,14 +174,6 @@ def _factors(batches: Sequence[Batch]) -> list[float]:
         for key, each in dict(zip(keys, scales, strict=True)).items()
     }
     return list(map(read.__getitem__, keys))
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for each in values:
-        for value in each if isinstance(each, (tuple, list)) else (each,):
-            found += value if isinstance(value, (tuple, list)) else [value]
-    return found
 
 
 def empty_calls(form: Form, batch: Batch) -> dict[str, tuple[Any, ...]]:

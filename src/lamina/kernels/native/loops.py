@@ -6,22 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ...algorithms.adam import Adam, AdamW
-from ...algorithms.base import number
 from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
 from ...algorithms.rmsprop import RMSprop
 from ...algorithms.sgd import SGD
 
-Numbers = tuple[float, ...]
+Numbers = tuple[Any, ...]
 
 
 class Loops(NamedTuple):
     """The compiled functions of an algorithm, by name.
 
     Of a rule that needs something of whole tensors, `update` goes with `update`_sums and
-    `update`_factors. `settings` are hyperparameters; `numbers` makes of them what the loops read
-    after the factor of the gradients.
+    `update`_factors. `settings` are hyperparameters; `numbers` puts them in the order in which the
+    loops read them, after the factor of the gradients.
     """
 
     update: str
@@ -35,19 +34,15 @@ class Loops(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-def _plain(values: Sequence[Any]) -> Numbers:
-    return tuple(map(number, values))
-
-
 def _adam(values: Sequence[Any]) -> Numbers:
     lr, (beta1, beta2), eps, decay, decoupled = values
     coupled, apart = (0.0, decay) if decoupled else (decay, 0.0)
-    return _plain((lr, beta1, beta2, eps, coupled, apart))
+    return lr, beta1, beta2, eps, coupled, apart
 
 
 def _lamb(values: Sequence[Any]) -> Numbers:
     lr, (beta1, beta2), eps, decay = values
-    return _plain((lr, beta1, beta2, eps, decay))
+    return lr, beta1, beta2, eps, decay
 
 
 _ADAM = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
@@ -56,13 +51,13 @@ _MOMENTUM = {"momentum_buffer": "momentum"}
 
 LOOPS: dict[type, Loops] = {
     SGD: Loops(
-        "sgd", 0, ("lr", "momentum", "dampening", "weight_decay"), _plain, _MOMENTUM, ("nesterov",)
+        "sgd", 0, ("lr", "momentum", "dampening", "weight_decay"), tuple, _MOMENTUM, ("nesterov",)
     ),
     RMSprop: Loops(
         "rmsprop",
         0,
         ("lr", "alpha", "eps", "weight_decay", "momentum"),
-        _plain,
+        tuple,
         {**_MOMENTUM, "grad_avg": "centered"},
     ),
     Adam: Loops("adam", 0, _ADAM, _adam, _MAX),
@@ -71,7 +66,7 @@ LOOPS: dict[type, Loops] = {
         "lars",
         2,
         ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"),
-        _plain,
+        tuple,
         _MOMENTUM,
     ),
     LAMB: Loops("lamb", 2, ("lr", "betas", "eps", "weight_decay"), _lamb, {}),
