@@ -104,11 +104,16 @@ def _tell_stream(builder: Any, access: Any, stream: int) -> None:
 
 def _to_bfloat16(builder: Any, value: Any) -> Any:
     """Round to the upper 16 bits; a NaN becomes the quiet one, as in torch."""
+    return builder.trunc(builder.lshr(_rounded(builder, value), _INT32(16)), _INT16)
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    """Return the 32 bits of a float32 that was rounded to the nearest bfloat16."""
     bits = builder.bitcast(value, _INT32)
     last = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
     rounded = builder.add(bits, builder.add(last, _INT32(0x7FFF)))
-    upper = builder.trunc(builder.lshr(rounded, _INT32(16)), _INT16)
-    return builder.select(builder.fcmp_unordered("uno", value, value), _INT16(0x7FC0), upper)
+    upper = builder.and_(rounded, _INT32(0xFFFF0000))
+    return builder.select(builder.fcmp_unordered("uno", value, value), _INT32(0x7FC00000), upper)
 
 
 @intrinsic
@@ -152,7 +157,6 @@ def nearest(typing: Any, value: Any) -> Any:
     """Round a float32 to the nearest bfloat16, as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        half = builder.zext(_to_bfloat16(builder, args[0]), _INT32)
-        return builder.bitcast(builder.shl(half, _INT32(16)), _FLOAT)
+        return builder.bitcast(_rounded(builder, args[0]), _FLOAT)
 
     return types.float32(types.float32), generate

@@ -95,7 +95,7 @@ def sgd(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             direction = factor * load(grads, i, g, 1) + penalty(decay, weight)
             if b is not None:
                 buffer = kept * load(buffers, i, b, 2) + taken * direction
@@ -149,7 +149,7 @@ def rmsprop(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             grad = factor * load(grads, i, g, 1) + penalty(decay, weight)
             square = alpha * load(squares, i, v, 2) + rest * (grad * grad)
             write(squares, i, v, 2, noise, key_v, square)
@@ -209,7 +209,7 @@ def adam(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
             old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
             mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)

@@ -146,7 +146,7 @@ def lars(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             change = rate * (factor * load(grads, i, g, 1) + penalty(decay, weight))
             if b is not None:
                 change += momentum * load(buffers, i, b, 2)
@@ -258,7 +258,7 @@ def lamb(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             grad = factor * load(grads, i, g, 1)
             old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
             mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)
@@ -363,7 +363,7 @@ def layer_adaptive(
         followed = np.uint32(0)
         for i in range(start, end):
             weight, told = read_weight(thetas, extras, i, theta, compensation, master)
-            followed |= told
+            followed = np.uint32(followed | told)
             grad = factor * load(grads, i, g, 1) + penalty(coupled, weight)
             old_mean, old_square = load(means, i, m, 2), load(squares, i, v, 3)
             mean, square = moments(grad, old_mean, old_square, beta1, rest1, beta2, rest2)

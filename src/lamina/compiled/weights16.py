@@ -57,12 +57,12 @@ def read_weight(
     if compensation is not None:
         rest = load(extras, i, compensation, 7)
         changed = nearest(weight + rest * np.float32(127 / 128)) != weight
-        told = np.uint32(changed and weight == weight)
+        told = np.uint32(changed & (weight == weight))
         return weight + (np.float32(0) if changed else rest), told
     if master is not None:
         whole = load(extras, i, master, 7)
         changed = nearest(whole) != weight
-        told = np.uint32(changed and weight == weight)
+        told = np.uint32(changed & (weight == weight))
         return (weight if changed else whole), told
     return weight, np.uint32(0)
 
