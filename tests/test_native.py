@@ -277,7 +277,7 @@ def test_loops_run_on_the_threads_of_torch(name, two_threads):
     def threads():
         return {int(each) for each in os.listdir("/proc/self/task")}
 
-    param = torch.nn.Parameter(torch.ones(400_000))
+    param = torch.nn.Parameter(torch.ones(1_000_000))
     param.grad = torch.ones_like(param)
     param.grad.mul_(2.0)  # on torch's threads, which begin now at the latest
     before = threads()
@@ -297,16 +297,20 @@ def test_both_threads_of_torch_take_part_and_an_error_comes_out(two_threads):
         both.wait(60)
         seen.append((value, threading.get_ident()))
 
-    team.run(note, (7,), 2)
+    team.run(note, (7,), 2, 2)
     assert [value for value, _ in seen] == [7, 7]
     assert len({ident for _, ident in seen}) == 2
     assert threading.get_ident() in {ident for _, ident in seen}
+
+    seen.clear()
+    team.run(lambda: seen.append(threading.get_ident()), (), 1, 2)
+    assert len(seen) == 1  # the other one was not wanted
 
     def fail():
         raise ValueError("planted")
 
     with pytest.raises(ValueError, match="planted"):
-        team.run(fail, (), 2)
+        team.run(fail, (), 2, 2)
 
 
 @pytest.mark.parametrize("team", [True, False])
@@ -317,7 +321,7 @@ def test_large_tensors_in_several_threads_at_once(team, monkeypatch, two_threads
 
     def work() -> None:
         torch.set_num_threads(2)  # the runtime keeps it for each thread
-        param = torch.nn.Parameter(torch.ones(300_000))
+        param = torch.nn.Parameter(torch.ones(1_000_000))
         optimizer = lm.AdamW([param], lr=0.1)
         for step in range(20):
             param.grad = torch.full_like(param, float(step - 7))
@@ -349,7 +353,7 @@ def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, torch, lamina as lm
 torch.set_num_threads(2)
-param = torch.nn.Parameter(torch.ones(400_000))
+param = torch.nn.Parameter(torch.ones(1_000_000))
 optimizer = lm.AdamW([param], lr=0.1)
 param.grad = torch.ones_like(param)
 optimizer.step()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_BODY = ctypes.CFUNCTYPE(None)
 
 
 class Team:
@@ -24,27 +24,39 @@ class Team:
 
     Args:
         library: a loaded library that is linked with the runtime.
+        enter: the address of `ENTER` in `entrance.py`.
     """
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, enter: int) -> None:
+        self._enter = enter
         self._parallel = library.GOMP_parallel
-        self._parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._parallel.restype = None
 
-    def run(self, function: Callable[..., None], arguments: tuple[Any, ...], threads: int) -> None:
-        """Call a function once on each of so many threads, this one included.
+    def run(
+        self, function: Callable[..., None], arguments: tuple[Any, ...], wanted: int, threads: int
+    ) -> None:
+        """Call a function at the same time on several threads of the team, and wait for all.
 
-        Fewer calls are made where the runtime gives fewer threads.
+        Args:
+            function: what to call.
+            arguments: for it.
+            wanted: how many calls to make.
+            threads: how many threads the team has. A team of another size would make the runtime
+                end threads, and start them again for torch. Those that are not wanted do not wait
+                for the interpreter lock.
         """
         errors: list[BaseException] = []
 
-        def body(_: object) -> None:
+        def call() -> None:
             try:
                 function(*arguments)
             except BaseException as error:  # it must not pass through code in C
                 errors.append(error)
 
-        self._parallel(_BODY(body), None, threads, 0)
+        body = _BODY(call)
+        words = (ctypes.c_int64 * 3)(0, wanted, ctypes.cast(body, ctypes.c_void_p).value or 0)
+        self._parallel(self._enter, ctypes.byref(words), threads, 0)
         if errors:
             raise errors[0]
 
@@ -58,9 +70,11 @@ def torch_team() -> Team | None:
     """
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
+    from .entrance import ENTER  # Numba is there where a loop is to run
+
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        team = Team(library)
+        team = Team(library, ENTER.address)
         threads = torch.get_num_threads()  # first: torch may set the runtime up now
         return team if library.omp_get_max_threads() == threads else None
     except (OSError, AttributeError):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import isqrt
 from typing import Any
 
 import torch
 
 from .openmp import torch_team
 
-#: elements below which waking a thread costs more than it saves
-_WORTH_A_THREAD = 65_536
+#: elements that take as long as it takes to bring a thread to a loop, which waits for a lock
+_WORTH_A_THREAD = 200_000
 
 
 class Workers:
@@ -43,10 +44,10 @@ class Workers:
         It does not matter how many of them come: this thread does the rest.
         """
         threads = torch.get_num_threads()
-        wanted = min(threads, elements // _WORTH_A_THREAD + 1)
-        # A team of another size would make the runtime end threads, and start them again for torch.
-        if wanted == threads > 1 and not self._is_forked and (team := torch_team()) is not None:
-            team.run(function, arguments, threads)
+        # They come one after the other: k of them take a time of k + elements / k, in these units.
+        wanted = min(threads, max(1, isqrt(elements // _WORTH_A_THREAD)))
+        if wanted > 1 and not self._is_forked and (team := torch_team()) is not None:
+            team.run(function, arguments, wanted, threads)
             return
         helpers = [self._submit(function, arguments) for _ in range(wanted - 1)]
         try:
