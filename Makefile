@@ -141,5 +141,5 @@ $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
 		-c constraints-oldest.txt torch hatchling editables setuptools
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install --no-cache-dir --no-compile \
 		--no-build-isolation -c constraints-oldest.txt -e '.[demo,report]' \
-		pytest pytest-xdist hypothesis lion-pytorch prodigyopt schedulefree
+		pytest pytest-xdist pytest-timeout hypothesis lion-pytorch prodigyopt schedulefree
 	@touch $@

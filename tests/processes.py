@@ -75,12 +75,15 @@ def leave_group() -> None:
 _ENDED: list[object] = []
 
 
+_destroy = torch.distributed.destroy_process_group
+
+
 def end_group() -> None:
-    """End the group of this process, and keep what is left of it.
+    """End the group of this process, and keep what is left of it; for `destroy_process_group`.
 
     Its destructor waits for a thread of gloo, which may be waiting for the interpreter's lock to
     let go of a tensor. Where the reducer of a DDP model is the last to hold the group, that lock is
     held meanwhile, and both wait for ever.
     """
     _ENDED.append(torch.distributed.group.WORLD)
-    torch.distributed.destroy_process_group()
+    _destroy()

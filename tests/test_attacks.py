@@ -105,7 +105,7 @@ def test_gradients():
 
 
 def test_canary_gradients_that_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr("lamina.optimizer.optimizer.check_finite", lambda *_: None)
+    monkeypatch.setattr("lamina.optimizer.steps.check_finite", lambda *_: None)
     found, _ = faults(gradients(full=False))
     assert found["wrong"] > 15
 

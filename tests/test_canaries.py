@@ -102,8 +102,9 @@ def test_mypy_accepts_clean_code_and_refuses_what_is_not(tmp_path):
 def run_pytest(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "test_canary.py").write_text(text, encoding="utf-8")
     settings = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder))
-    command = (sys.executable, "-m", "pytest", *settings, "-p", "no:cacheprovider", str(folder))
-    # No setting is for a plugin, and to load them takes longer than all the rest.
+    plugins = ("-p", "no:cacheprovider", "-p", "pytest_timeout")
+    command = (sys.executable, "-m", "pytest", *settings, *plugins, str(folder))
+    # No setting is for another plugin, and to load them takes longer than all the rest.
     return run(*command, cwd=folder, extra={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
 
 

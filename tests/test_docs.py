@@ -23,6 +23,7 @@ import torch
 import lamina as lm
 from accelerate_state import forget_accelerate
 from lamina.toy import toy_problem
+from processes import end_group
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -82,6 +83,7 @@ def run(code, page, line):
 )
 def test_block_runs(page, code, line, marker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a block may write files
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", end_group)
     longest = math.inf if marker else LONGEST
     took = run(code, page, line)
     if took >= longest:  # the first one may have compiled loops, which are on disk from then on

@@ -44,6 +44,11 @@ def listed(names: Sequence[str], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def agree(names: Sequence[object], one: str, many: str) -> str:
+    """Return the form of a word that goes with one name, or that for several."""
+    return one if len(names) == 1 else many
+
+
 def quoted(names: Iterable[object], limit: int = 3) -> str:
     """Return a few names in quotes and how many more there are."""
     return listed([repr(name) for name in names], limit)

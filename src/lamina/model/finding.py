@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .._util.text import listed
+from .._util.text import agree, listed
 from .parameters import Observed
 
 #: codes of what may well be meant; all others are probably mistakes
@@ -102,8 +102,9 @@ def adapters_removed(names: Sequence[str]) -> Finding:
     """Return the finding on adapters that were taken out of the model after the build."""
     return Finding(
         "adapters-removed",
-        f"{listed(names)} is not in the model any more (merge_and_unload, delete_adapter?): what "
-        "its updates were for is merged or gone.",
+        f"{listed(names)} {agree(names, 'is', 'are')} not in the model any more "
+        f"(merge_and_unload, delete_adapter?): what {agree(names, 'its', 'their')} updates were "
+        "for is merged or gone.",
         "Merge adapters after the training. To train the merged model, thaw it and build the plan "
         "on it; it is a new optimizer.",
     )

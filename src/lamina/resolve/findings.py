@@ -6,11 +6,12 @@ import math
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
 
-from .._util.text import listed, quoted
+from .._util.text import agree, listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
 from ..model.finding import (
     Finding,
@@ -19,7 +20,7 @@ from ..model.finding import (
     split_ties,
     stray_findings,
 )
-from ..model.parameters import Observed
+from ..model.parameters import Observed, ParamInfo
 from ..plan.plan import Plan
 from ..schedules.base import Floats
 from ..schedules.duration import Run
@@ -133,10 +134,11 @@ def _cannot_train(drafts: Sequence[Draft]) -> Iterator[Finding]:
     for dtype, names in found.items():
         yield Finding(
             "cannot-train",
-            f"{listed(names)} has dtype {dtype}, which has no gradients: it stays frozen, whatever "
-            "the rules say.",
-            "To train it, convert it to a floating-point dtype before the build; otherwise train "
-            "other parameters beside it, such as scales or adapters.",
+            f"{listed(names)} {agree(names, 'has', 'have')} dtype {dtype}, which has no gradients: "
+            f"{agree(names, 'it stays', 'they stay')} frozen, whatever the rules say.",
+            f"To train {agree(names, 'it, convert it', 'them, convert them')} to a floating-point "
+            "dtype before the build; otherwise train other parameters beside it, such as scales or "
+            "adapters.",
         )
 
 
@@ -145,18 +147,19 @@ def turned_on(names: Sequence[str], by_model: bool) -> Finding:
     if by_model:
         return Finding(
             "requires-grad-on",
-            f"{listed(names)} had requires_grad=False at build and was turned on since, but the "
-            "plan does not train it.",
-            "To train it, build the optimizer again from the plan, with "
-            "resume=optimizer.state_dict(). If an optimizer other than lamina's trains it, this "
-            "one leaves its gradients alone.",
+            f"requires_grad of {listed(names)} was False at build and was turned on since, but the "
+            f"plan does not train {agree(names, 'it', 'them')}.",
+            f"To train {agree(names, 'it', 'them')}, build the optimizer again from the plan, with "
+            "resume=optimizer.state_dict(). The gradients are left alone, for an optimizer other "
+            "than lamina's.",
         )
     return Finding(
         "requires-grad-on",
-        f"{listed(names)} is frozen by the plan now, but its requires_grad was turned on: its "
-        "gradients are dropped.",
-        "To train it, give its rule thaw= or frozen=False, call optimizer.release(), and build "
-        "again with resume=optimizer.state_dict(). To keep it frozen, leave requires_grad alone.",
+        f"{listed(names)} {agree(names, 'is', 'are')} frozen by the plan now, but requires_grad "
+        "was turned on: the gradients are dropped.",
+        f"To train {agree(names, 'it, give its', 'them, give their')} rule thaw= or frozen=False, "
+        "call optimizer.release(), and build again with resume=optimizer.state_dict(). To keep "
+        f"{agree(names, 'it', 'them')} frozen, leave requires_grad alone.",
     )
 
 
@@ -355,7 +358,7 @@ def _rounds_to_nothing(cells: Sequence[Cell], run: Run, seen: Observed) -> Itera
     other rules depends on gradients, which nobody knows yet.
     """
     steps = np.unique(np.linspace(0, (run.steps or 1000) - 1, 100).round())
-    found: dict[float, list[str]] = {}
+    found: list[tuple[float, float, ParamInfo]] = []
     for cell in cells:
         if not cell.windows or optimizer_name(cell.optimizer) not in _MOVES_BY_LR:
             continue
@@ -363,18 +366,18 @@ def _rounds_to_nothing(cells: Sequence[Cell], run: Run, seen: Observed) -> Itera
             continue
         lr = _largest_lr(cell, steps)
         for info in cell.parameters:
-            size = seen.typical.get(info.name, 0.0)
-            if 0 < lr < 0.5 * _distance_to_next(size, info.dtype):
-                found.setdefault(lr, []).append(info.name)
-    for lr, names in found.items():
-        info = next(i for cell in cells for i in cell.parameters if i.name == names[0])
-        size = seen.typical[names[0]]
+            distance = _distance_to_next(seen.typical.get(info.name, 0.0), info.dtype)
+            if 0 < lr < 0.5 * distance:
+                found.append((lr / distance, lr, info))
+    if found:
+        names = [info.name for *_, info in found]
+        share, lr, worst = min(found, key=itemgetter(0))
         yield Finding(
             "steps-round-to-nothing",
-            f"{listed(names)} has 16-bit weights, and lr is at most {lr:.3g}: a typical weight of "
-            f"{names[0]} is {size:.2g}, the next {info.dtype} lies "
-            f"{_distance_to_next(size, info.dtype):.2g} from it, and a step of less than half of "
-            "that is lost in rounding.",
+            f"16-bit weights hardly move: {listed(names)}. A typical weight of {worst.name} is "
+            f"{seen.typical[worst.name]:.2g}, and the next {worst.dtype} lies {lr / share:.2g} "
+            f"from it. Its lr is at most {lr:.3g}, and a step of less than half of that distance "
+            "is lost in rounding.",
             "Give the plan rounding='stochastic', 'kahan' or 'master'; or keep the weights in "
             "float32 and compute in 16 bits (torch.autocast).",
         )

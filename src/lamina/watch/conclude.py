@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from .._util.text import listed
+from .._util.text import agree, listed
 from ..model.finding import Finding
 from . import schedules
 from .names import part_names
@@ -109,16 +109,17 @@ def _frozen(watch: StepWatch) -> Iterator[Finding]:
     if moved:
         yield Finding(
             "frozen-moved",
-            f"{listed(moved)} has requires_grad=False, but {watch.label} moves it by a gradient "
-            "that was left over (with momentum and weight decay).",
+            f"{listed(moved)} {agree(moved, 'has', 'have')} requires_grad=False, but {watch.label} "
+            f"moves {agree(moved, 'it', 'them')} by a gradient that was left over (with momentum "
+            "and weight decay).",
             "Set .grad = None where you freeze it, or call zero_grad(), whose set_to_none is True "
             "by default.",
         )
     if stale:
         yield Finding(
             "frozen-gradient",
-            f"{listed(stale)} has requires_grad=False, but a gradient is left over, which clipping "
-            "counts and optimizers with momentum or decay use.",
+            f"{listed(stale)} {agree(stale, 'has', 'have')} requires_grad=False, but a gradient is "
+            "left over, which clipping counts and optimizers with momentum or decay use.",
             "Set .grad = None where you freeze it.",
         )
 

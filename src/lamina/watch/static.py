@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._util.text import listed
+from .._util.text import agree, listed
 from ..errors import PlanError
 from ..model.finding import Finding, moving_statistics, stray_findings
 from ..model.parameters import Owned, collect, observe, overlap_fix, overlaps
@@ -158,12 +158,15 @@ def replaced_finding(names: Sequence[str]) -> Finding:
 
 def not_in_optimizer(names: Sequence[str], with_gradient: bool) -> Finding:
     """Return the finding on trainable parameters that no optimizer holds."""
-    also = " and receives gradients" if with_gradient else ""
+    also = f" and {agree(names, 'receives', 'receive')} gradients" if with_gradient else ""
     return Finding(
         "not-in-optimizer",
-        f"{listed(names)} has requires_grad=True{also}, but is in no optimizer: it never trains.",
-        "Give it to the optimizer, or freeze it with requires_grad_(False), which saves the "
-        "computation of its gradients.",
+        f"{listed(names)} {agree(names, 'has', 'have')} requires_grad=True{also}, but "
+        f"{agree(names, 'is', 'are')} in no optimizer: "
+        f"{agree(names, 'it never trains', 'they never train')}.",
+        f"Give {agree(names, 'it', 'them')} to the optimizer, or freeze "
+        f"{agree(names, 'it', 'them')} with requires_grad_(False), which saves the computation of "
+        f"{agree(names, 'its', 'their')} gradients.",
     )
 
 
