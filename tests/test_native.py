@@ -339,14 +339,38 @@ def test_large_tensors_in_several_threads_at_once(team, monkeypatch, two_threads
     assert len(results[0].unique()) == 1
 
 
+@needs_team
+def test_another_runtime_is_not_that_of_torch():
+    class Another:
+        GOMP_parallel = None
+
+        def omp_set_num_threads(self, threads):
+            """It has threads of its own."""
+
+    before = torch.get_num_threads()
+    assert not openmp._is_torchs(Another())
+    assert not openmp._is_torchs(object())
+    assert any(map(openmp._is_torchs, openmp._libraries()))
+    assert torch.get_num_threads() == before
+
+
 def test_without_the_threads_of_torch_there_are_those_of_python(monkeypatch):
-    real = openmp.torch_team.__wrapped__
-    assert (real() is None) == (openmp.torch_team() is None)
+    find = openmp.torch_team.__wrapped__
+    assert (find() is None) == (openmp.torch_team() is None)
+    with monkeypatch.context() as patch:
+        patch.setattr(openmp, "_libraries", list)
+        assert find() is None
     monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
-    assert real() is None
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "__file__", "/nowhere/torch/__init__.py")
-    assert real() is None
+    assert find() is None
+
+
+@needs_team
+def test_what_no_thread_has_done_is_done_in_the_end(monkeypatch, two_threads):
+    """An interrupt may come in the moment in which the only thread that came begins."""
+    team, calls = openmp.torch_team(), []
+    monkeypatch.setattr(team, "_parallel", lambda *given: None)
+    team.run(calls.append, (1,), 2, 2)
+    assert calls == [1]
 
 
 def test_a_forked_process_has_threads_of_its_own():

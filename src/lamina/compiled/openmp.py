@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Team:
         """Call a function at the same time on several threads of the team, and wait for all.
 
         Args:
-            function: what to call.
+            function: what to call; it takes what is left to do, so that more or fewer calls do no
+                harm.
             arguments: for it.
             wanted: how many calls to make.
             threads: how many threads the team has. A team of another size would make the runtime
@@ -47,10 +49,12 @@ class Team:
                 for the interpreter lock.
         """
         errors: list[BaseException] = []
+        done: list[bool] = []
 
         def call() -> None:
             try:
                 function(*arguments)
+                done.append(True)
             except BaseException as error:  # it must not pass through code in C
                 errors.append(error)
 
@@ -59,23 +63,44 @@ class Team:
         self._parallel(self._enter, ctypes.byref(words), threads, 0)
         if errors:
             raise errors[0]
+        if not done:  # the only thread that came was interrupted at the door
+            function(*arguments)
 
 
 @cache
 def torch_team() -> Team | None:
     """Return torch's own threads, or None where they cannot be reached.
 
-    They can on Linux, where torch is built with OpenMP. The functions are looked up in what torch
-    is linked with: another runtime in the process, such as that of scikit-learn, is not meant.
+    They can on Linux, where torch is built with OpenMP.
     """
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
     from .entrance import ENTER  # Numba is there where a loop is to run
 
+    for library in _libraries():
+        if _is_torchs(library):
+            return Team(library, ENTER.address)
+    return None
+
+
+def _libraries() -> Iterator[Any]:
+    """Yield what functions of OpenMP are looked up in, in the order in which torch found its own.
+
+    First what all of the process sees, such as a runtime in LD_PRELOAD, then what torch is linked
+    with.
+    """
+    for path in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with suppress(OSError):
+            yield ctypes.CDLL(path)
+
+
+def _is_torchs(library: Any) -> bool:
+    """Return whether the runtime is the one of torch; others may be in the process too."""
+    threads = torch.get_num_threads()
+    if not all(hasattr(library, name) for name in ("GOMP_parallel", "omp_set_num_threads")):
+        return False
+    library.omp_set_num_threads(threads + 1)
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        team = Team(library, ENTER.address)
-        threads = torch.get_num_threads()  # first: torch may set the runtime up now
-        return team if library.omp_get_max_threads() == threads else None
-    except (OSError, AttributeError):
-        return None
+        return torch.get_num_threads() == threads + 1
+    finally:
+        library.omp_set_num_threads(threads)

@@ -81,6 +81,8 @@ class PlanDiff:
         run: the lengths of the two runs in steps.
         plan: settings of the plan as a whole that differ, such as `nonfinite`: both values.
         known: the names of all parameters of the earlier model, for short texts.
+        since: the first step that counts.
+        compared: at how many steps values were compared; 0 where a run ends before the first one.
     """
 
     parts: tuple[ChangedPart, ...]
@@ -90,6 +92,8 @@ class PlanDiff:
     run: tuple[int | None, int | None]
     plan: tuple[tuple[str, Any, Any], ...]
     known: tuple[str, ...] = field(repr=False, default=())
+    since: int = 0
+    compared: int = 1
 
     def __bool__(self) -> bool:
         beside = (self.only_before, self.only_after, self.plan)
@@ -167,6 +171,8 @@ def compare(before: Shown, after: Shown, since: int = 0) -> PlanDiff:
         lengths,
         tuple(_policies(before.resolved.plan, after.resolved.plan)),
         tuple(earlier),
+        since,
+        len(steps),
     )
 
 
@@ -251,6 +257,8 @@ def lines_of(found: PlanDiff) -> list[str]:
     if not found:
         return [f"{run}: the plans do the same with all {total:,} parameters"]
     lines = [f"{run}: {changed:,} of {total:,} parameters change"]
+    if not found.compared:
+        lines = [f"{run}: no step from {found.since:,} on is in both, so no values are compared"]
     lines += [f"{key}: {before} → {after}" for key, before, after in found.plan]
     for what, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
