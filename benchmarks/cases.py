@@ -21,7 +21,7 @@ class Case:
         compiled: whether compiled candidates take part. A compilation takes most of a minute, so
             each of them is compiled for one group of MiniLM only.
         bound: whether the bandwidth bound takes part.
-        repeat: steps that make up one time.
+        repeat: steps in a row that make up one time, their median.
         most_rounds: where a step takes long.
     """
 

@@ -44,7 +44,8 @@ class Timing:
 class Contestant:
     """What is timed, and what happens before and after it while no clock runs.
 
-    `repeat` steps, each with its own preparation, make up one time; it is that of one step.
+    `repeat` steps in a row, each with its own preparation, make up one time: their median. The
+    first of them pays for what the other contestants have left in the caches and in the allocator.
     """
 
     step: Action
@@ -54,16 +55,16 @@ class Contestant:
 
     def time_once(self) -> float:
         """Milliseconds of one step."""
-        spent = 0.0
+        spent = []
         for _ in range(self.repeat):
             self.before()
             _wait()
             start = time.perf_counter()
             self.step()
             _wait()
-            spent += time.perf_counter() - start
+            spent.append(time.perf_counter() - start)
             self.after()
-        return 1e3 * spent / self.repeat
+        return 1e3 * statistics.median(spent)
 
 
 def race(contestants: Mapping[str, Contestant], rounds: int, warmup: int = 3) -> dict[str, Timing]:

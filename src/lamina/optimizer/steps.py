@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress
 from operator import attrgetter, itemgetter
@@ -437,7 +437,7 @@ class PlanSteps(Engine):
         if values is None:
             values = run.fixed or values_at(resolved, clock, self._feedback)
         published = dict(before or ())
-        changing: Iterable[int] = range(len(resolved.cells))
+        changing: Sequence[int] = range(len(resolved.cells))
         if before and not run.fixed and not any(map(itemgetter("overrides"), self.param_groups)):
             changing = resolved.moving
         for index in changing:
@@ -450,9 +450,10 @@ class PlanSteps(Engine):
         self._drop_states(was)
         if self._audit.on:
             self._audit.begin(self.param_groups, self._freezer.active)
-        run.guard.publish(published, changing)
+        if changing:
+            run.guard.publish(published, changing)
         run.published = published
-        run.operations = [values.operations(scope) for scope in range(len(resolved.scopes))]
+        run.operations = list(map(values.operations, range(len(resolved.scopes))))
 
     def _fix_values(self, step: int, factors: Mapping[int, float]) -> None:
         """Take every step from now on with the values of one, the lr of some groups times a factor.
