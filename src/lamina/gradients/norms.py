@@ -58,7 +58,8 @@ class MeasuredNorms(Sequence[torch.Tensor]):
 
     def are_finite(self) -> bool:
         """Return whether all of them are finite in their dtype."""
-        return bool(self.values.max() <= _LARGEST[self._dtype])  # false for NaN
+        # False for NaN. `values.max()` does the same, by way of a function in Python.
+        return bool(np.maximum.reduce(self.values) <= _LARGEST[self._dtype])
 
     def _tensor(self, value: float) -> torch.Tensor:
         return torch.tensor(value, dtype=self._dtype)

@@ -27,7 +27,7 @@ from ..optim.engine import Closure, Engine
 from ..optim.updates import Group, KernelUpdates, Updates
 from ..record.recorder import Recorders
 from ..resolve.resolved import Resolved
-from ..resolve.timeline import Feedback, FixedStep, Values, values_at
+from ..resolve.timeline import NO_FEEDBACK, Feedback, FixedStep, Values, values_at
 from ..runtime.agreement import Agreement
 from ..runtime.audit import Audit
 from ..runtime.claims import Claim
@@ -408,7 +408,8 @@ class PlanSteps(Engine):
     @property
     def _feedback(self) -> Feedback:
         changed = {g["name"]: g["overrides"] for g in self.param_groups if g["overrides"]}
-        return Feedback(changed, self.param_groups[0]["feedback"])
+        seen = self.param_groups[0]["feedback"]
+        return Feedback(changed, seen) if changed or seen else NO_FEEDBACK
 
     def _active_in(self, values: Values) -> list[bool]:
         """Return which groups train in the step of these values."""

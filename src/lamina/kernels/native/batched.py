@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..._util.tensors import addresses
 from ...algorithms.base import Batch, number
@@ -80,6 +81,8 @@ class Part:
         self._last: list[Any] | None = None
         self._last_kinds: list[Any] | None = None
         self._signs = np.ones(len(batches))
+        #: whether the factors of the gradients in the table are others than the signs
+        self._was_scaled = True
         values = self._read(batches[0].hyper)[: self._width]
         self.table = table_of(form, batches, 1 + len(loops.numbers(values)))
         self._step_addresses = np.asarray(
@@ -101,13 +104,17 @@ class Part:
                 if any(Form.of(batch) != self._form for batch in batches):
                     return False
                 self._signs[:] = [-1.0 if batch.hyper.get("maximize") else 1.0 for batch in batches]
-                self._last_kinds = kinds
+                self._last_kinds, self._was_scaled = kinds, True
             order = LOOPS[self._form.algorithm].numbers
             rows = [order(row[: self._width]) for row in given]
             plain = {*map(type, chain.from_iterable(rows))} <= _PLAIN_NUMBERS
             table.settings[:, 1:] = rows if plain else [tuple(map(number, row)) for row in rows]
             self._last = given if plain else None  # a tensor may change in place
-        table.settings[:, 0] = np.multiply(_factors(batches), self._signs)
+        scales = list(map(_scale, batches))
+        is_scaled = any(map(is_not, scales, repeat(None)))
+        if is_scaled or self._was_scaled:
+            table.settings[:, 0] = np.multiply(_factors(scales), self._signs)
+            self._was_scaled = is_scaled
         table.addresses[1] = addresses([*chain.from_iterable(map(_grads, batches))])
         return True
 
@@ -165,9 +172,8 @@ def _begin_momentum(batch: Batch) -> list[int]:
     return begin_momentum(batch)
 
 
-def _factors(batches: Sequence[Batch]) -> list[float]:
-    """Return the factor of the gradients of each batch; a tensor is read once for all of them."""
-    scales = list(map(_scale, batches))
+def _factors(scales: Sequence[torch.Tensor | None]) -> list[float]:
+    """Return scales as numbers, 1 for None; a tensor is read once for all of its places."""
     keys = list(map(id, scales))
     read = {
         key: 1.0 if each is None else float(each)
