@@ -286,7 +286,7 @@ def test_loops_run_on_the_threads_of_torch(name, two_threads):
         lm.clip_grad_norm_([param], 1.0)
         optimizer.step()
     assert "native" in optimizer.kernels()["0"]
-    assert threads() == before
+    assert threads() <= before  # those of other tests may end meanwhile
 
 
 @needs_team
