@@ -48,7 +48,7 @@ def _compiled() -> Any:
     signature = types.void(types.CPointer(types.int64))
     try:
         return numba.cfunc(signature, cache=True)(_enter)
-    except RuntimeError:  # there is no folder for the cache
+    except Exception:  # there is no folder for the cache, or what lies there is damaged
         return numba.cfunc(signature)(_enter)
 
 

@@ -75,8 +75,10 @@ def torch_team() -> Team | None:
     """
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
-    from .entrance import ENTER  # Numba is there where a loop is to run
-
+    try:
+        from .entrance import ENTER  # Numba is there where a loop is to run
+    except Exception:  # it cannot be compiled; there are other threads, and the step has begun
+        return None
     for library in _libraries():
         if _is_torchs(library):
             return Team(library, ENTER.address)
