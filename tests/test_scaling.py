@@ -48,7 +48,7 @@ def test_collectives_are_those_of_the_formulas(ranks, cases, tmp_path):
     counted = collectives.count(tmp_path, ranks, cases)
     for place, (wrapper, case) in enumerate(cases):
         formula = collectives.computed(wrapper, case, ranks)
-        if ranks == 3:  # the shards of 8 rows are padded, which only FSDP2 sends
+        if ranks == 3:  # the shards of 8 rows are padded, in ways of its own by FSDP2
             formula = collectives.replace(formula, backward=None)
         for each in counted:
             assert collectives.agrees(each[place], formula)

@@ -88,29 +88,30 @@ class Case:
 
     `scoped` and `free` are how many tensors with a gradient lie in clip scopes and in none;
     `norms` how many numbers each group asks for that has an optimizer with norms of its own;
-    `gathered` how many numbers each matrix has that its optimizer needs as a whole.
+    `gathered` the shape of each matrix that its optimizer needs as a whole.
     """
 
     settings: dict[str, Any]
     scoped: int = 0
     free: int = 0
     norms: tuple[int, ...] = ()
-    gathered: tuple[int, ...] = ()
+    gathered: tuple[tuple[int, int], ...] = ()
     frozen: bool = False
 
 
-def in_step(wrapper: str, case: Case) -> Traffic:
+def in_step(wrapper: str, case: Case, ranks: int = 1) -> Traffic:
     """Return what `step` sends.
 
     Under DDP every process has the same gradients: nothing. Under FSDP2 the norms of all scopes go
     in one sum, and those of what is in no scope, which are read for NaN, in another; the norms of
     LARS, LAMB and LayerAdaptiveAdam in one for each group, and Muon gathers each matrix in
-    bfloat16.
+    bfloat16, of which all processes send the same number of rows: the last ones may be empty.
     """
     if wrapper == "DDP":
         return 0, 0
     asked = [count for count in (case.scoped, case.free, *case.norms) if count]
-    size = FLOAT * sum(asked) + FLOAT // 2 * sum(case.gathered)
+    sent = sum(-(-rows // ranks) * ranks * columns for rows, columns in case.gathered)
+    size = FLOAT * sum(asked) + FLOAT // 2 * sent
     return len(asked) + len(case.gathered), size
 
 
@@ -195,7 +196,7 @@ CASES: dict[str, Case] = {
     "LayerAdaptiveAdam, 2 groups": Case(
         {"optimizer": lm.LayerAdaptiveAdam, "rules": _BIASES}, free=ALL, norms=(13, 13)
     ),
-    "Muon on 6 matrices": Case({"rules": _MUON}, free=ALL, gathered=(WIDTH * WIDTH,) * LAYERS),
+    "Muon on 6 matrices": Case({"rules": _MUON}, free=ALL, gathered=((WIDTH, WIDTH),) * LAYERS),
 }
 
 
@@ -285,7 +286,7 @@ def computed(wrapper: str, case: str, ranks: int) -> Counted:
         case,
         ranks,
         backward=None if CASES[case].frozen else in_backward(wrapper, parts),
-        step=in_step(wrapper, CASES[case]),
+        step=in_step(wrapper, CASES[case], ranks),
         report=in_report(),
         should_stop=(0, 0),
     )
