@@ -1,8 +1,11 @@
-"""What all tests share: how many examples hypothesis draws (in `make soak` all), a fixture."""
+"""What all tests share: how many examples hypothesis draws (in `make soak` all), and fixtures."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from accelerate_state import forget_accelerate
@@ -46,3 +49,27 @@ def without_numba(monkeypatch):
     """Let steps run as they do where Numba is not installed."""
     monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
     monkeypatch.setattr(norms, "squares_of", lambda tensors: None)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Let torch compute on one thread."""
+    with _threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads():
+    """Let torch compute on two threads."""
+    with _threads(2):
+        yield

@@ -39,13 +39,7 @@ def _kernels(request, monkeypatch):
         monkeypatch.setattr(native_kernel, "unavailable", lambda: "Numba is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ------------------------------------------------------------------------------------- the numbers
 

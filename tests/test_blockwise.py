@@ -22,12 +22,8 @@ rows = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _small_blocks(monkeypatch, one_thread):
     monkeypatch.setattr(blocks, "BLOCK", BLOCK)
-    yield
-    torch.set_num_threads(threads)
 
 
 def params_of(row, dtype: torch.dtype) -> list[torch.Tensor]:

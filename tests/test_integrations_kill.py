@@ -49,15 +49,6 @@ def exit_code(driver: str, folder: Path, resumed: bool) -> int | None:
         process.kill()
 
 
-@pytest.fixture
-def one_thread():
-    """As in the processes: on another number of threads, torch adds up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     "driver",
     [
@@ -66,6 +57,7 @@ def one_thread():
     ],
 )
 def test_killed_and_resumed_in_a_new_process(driver, tmp_path, one_thread):
+    """Both on one thread: on another number of them, torch adds up in another order."""
     expected = scenario.plain(tmp_path)
     assert exit_code(driver, tmp_path, resumed=False) == -signal.SIGKILL
     assert not (tmp_path / "outcome.pt").exists()

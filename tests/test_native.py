@@ -261,14 +261,6 @@ def test_optimizers_in_several_threads_at_once():
 needs_team = pytest.mark.skipif(openmp.torch_team() is None, reason="torch's threads are its own")
 
 
-@pytest.fixture
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @needs_team
 @pytest.mark.parametrize("name", ["AdamW", "LAMB"])
 def test_loops_run_on_the_threads_of_torch(name, two_threads):

@@ -63,7 +63,7 @@ class Team:
         self._parallel(self._enter, ctypes.byref(words), threads, 0)
         if errors:
             raise errors[0]
-        if not done:  # the only thread that came was interrupted at the door
+        if not done:  # the only thread that came was interrupted before its call began
             function(*arguments)
 
 
