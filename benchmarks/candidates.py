@@ -10,7 +10,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,11 +68,13 @@ class Built:
 class Candidate:
     """How to build one way to step: from tensors, number of groups, and whether it clips.
 
-    `exact` says that it computes what the first candidate of its algorithm does, which is checked.
+    `exact` says that it computes what the first candidate of its algorithm does, which is checked;
+    `clips` whether it takes part where gradients are clipped.
     """
 
     build: Callable[[Tensors, int, bool], Built]
     exact: bool = True
+    clips: bool = True
 
 
 def plain(
@@ -139,14 +141,24 @@ def planned(name: str, tensors: Tensors, groups: int, clip: bool, **settings: An
     return Built(params, optimizer.step, optimizer)
 
 
+def unchecked(*arguments: Any, **settings: Any) -> Built:
+    """A plan that does not look for NaN, as the others do not; where it clips, the norm tells."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lm.LaminaWarning)  # it says that nothing is looked at
+        return planned(*arguments, nonfinite_check="norms", **settings)
+
+
 def candidates(algorithm: str) -> dict[str, Candidate]:
     """Every candidate of an algorithm by name; those of lamina come last."""
     settings = SETTINGS[algorithm]
     found = {
-        name: Candidate(partial(candidate.build, **settings), candidate.exact)
+        name: replace(candidate, build=partial(candidate.build, **settings))
         for name, candidate in _OTHERS[algorithm]().items()
     }
     found["lamina plan"] = Candidate(partial(planned, algorithm, **settings))
+    found["lamina plan unchecked"] = Candidate(
+        partial(unchecked, algorithm, **settings), clips=False
+    )
     found["lamina drop-in"] = Candidate(partial(drop_in, algorithm, **settings))
     return found
 

@@ -89,6 +89,8 @@ def _entrants(case: Case, options: Options) -> Iterator[tuple[str, Candidate, in
     for name, candidate in candidates(case.algorithm).items():
         if "compiled" in name and not (case.compiled and options.compiled):
             continue
+        if case.clip and not candidate.clips:
+            continue
         yield name, candidate, case.groups
         if case.beside is not None and name in BESIDE:
             yield beside_name(name, case.beside), candidate, case.beside

@@ -1,8 +1,8 @@
 """A long run with many windows, overrides and reports: neither the step nor the state grows.
 
 Each step is timed beside one of a plan without all that, so that the judgement is of the run and
-not of what else the machine did meanwhile. A step that thaws or freezes looks at all plans in force,
-so that those which nobody holds any more are collected before.
+not of what else the machine did meanwhile. A step that thaws or freezes looks at all plans in
+force, so that those which nobody holds any more are collected before.
 """
 
 from __future__ import annotations
