@@ -199,6 +199,14 @@ def test_the_first_step_is_measured_with_its_memory():
     assert found["step"]["operators"] > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the peak is not known there")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    code = "from benchmarks.probe import _peak_resident as peak; print(peak())"
+    large = torch.ones(100_000_000)  # all of it is written, and counts in the peak of this process
+    its = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout)
+    assert 0 < its < probe._peak_resident() - large.nbytes / 2
+
+
 def test_a_process_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(probe, "_in_process", lambda *given: {"failed": "ValueError: no"})
     found = probe.probe_all(["torch fused"])
