@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lamina as lm
 from lamina.gradients import norms as norms_module
 from lamina.record import METRICS, JsonLines, Record, Recorder, TensorBoard
+from lamina.record.recorder import Recorders
 
 #: what a plan tells of 16-bit weights, and of gradients that nobody looks at
 pytestmark = [
@@ -438,3 +439,12 @@ def test_rows_are_written_about_once_a_second(tmp_path, monkeypatch):
     train(model, optimizer, 1)  # what a kill now would leave
     assert len(Record.load(path).series(HEAD, "ratio")[0]) == 3
     recorder.close()
+
+
+@pytest.mark.parametrize(("names", "verb"), [(("a",), "trains"), (("a", "b"), "train")])
+def test_an_event_agrees_with_the_number_of_groups(names, verb):
+    told = []
+    recorders = Recorders()
+    recorders.event = lambda step, kind, text, groups: told.append(text)
+    recorders.windows(3, [False] * len(names), [True] * len(names), names)
+    assert told == [f"{', '.join(names)} {verb} from step 3 on"]

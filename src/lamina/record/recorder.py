@@ -12,6 +12,7 @@ from .._util.notices import is_first_process, warn
 from .._util.numbers import is_number
 from .._util.sharding import is_flattened
 from .._util.tensors import is_dtensor
+from .._util.text import agree
 from ..algorithms.base import Batch
 from ..errors import PlanError
 from ..gradients.norms import each_norm, total
@@ -338,11 +339,12 @@ class Recorders:
 
     def windows(self, step: int, before: Sequence[Any], now: Sequence[Any], names: Any) -> None:
         """Record which groups thaw or freeze at a step."""
-        for kind, becomes, verb in (("thaw", True, "trains"), ("freeze", False, "is frozen")):
+        kinds = (("thaw", True, "trains", "train"), ("freeze", False, "is frozen", "are frozen"))
+        for kind, becomes, *verbs in kinds:
             rows = zip(names, before, now, strict=True)
             changed = tuple(name for name, old, new in rows if old != new and new == becomes)
             if changed:
-                text = f"{', '.join(changed)} {verb} from step {step} on"
+                text = f"{', '.join(changed)} {agree(changed, *verbs)} from step {step} on"
                 self.event(step, kind, text, changed)
 
     def event(self, step: int, kind: str, text: str, groups: tuple[str, ...] = ()) -> None:
