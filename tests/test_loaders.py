@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import training_task
-from lamina.errors import LaminaWarning
+from lamina._util.randomness import Randomness
+from lamina.errors import LaminaWarning, StateError
 from lamina.training import fit
 
 POINTS = 24
@@ -188,3 +189,15 @@ def test_nothing_is_told_where_nothing_was_asked_or_the_task_takes_the_seed(tmp_
     made.plain, made.data = made.data, data
     train(made, tmp_path / "b", seed=9)
     assert seeds == [9]
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(7, dtype=torch.uint8), "x", torch.zeros(5056)])
+def test_a_random_state_is_refused_though_its_generator_is_not_made_yet(wrong):
+    loader = DataLoader(list(range(4)), shuffle=True)
+    sources = Randomness(torch.device("cpu"), loader)
+    before = sources.now()
+    own = torch.Generator().get_state()
+    sources.check({**before, "generators": {"0.sampler": own}})
+    with pytest.raises(StateError, match="a random state cannot be set"):
+        sources.check({**before, "generators": {"0.sampler": wrong}})
+    assert torch.equal(sources.now()["torch"], before["torch"])

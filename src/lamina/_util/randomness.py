@@ -26,6 +26,7 @@ class Randomness:
     """
 
     def __init__(self, device: torch.device, *loaders: DataLoader[Any]) -> None:
+        self._kinds = ("cpu",) if device.type == "cpu" else ("cpu", device)
         self._device = None if device.type == "cpu" else torch.get_device_module(device)
         self._loaders = loaders
 
@@ -62,6 +63,8 @@ class Randomness:
         now = self.now()
         try:
             self.set(state)
+            for saved in state["generators"].values():  # also of those that are not made yet
+                self._try(saved)
         except Exception as error:  # whatever a source says of what is not its state
             raise StateError(
                 f"a random state cannot be set ({error!r}); it was changed by hand, or saved by "
@@ -69,6 +72,16 @@ class Randomness:
             ) from error
         finally:
             self.set(now)
+
+    def _try(self, saved: torch.Tensor) -> None:
+        """Raise what torch says of a state that no generator of these devices can have."""
+        for kind in self._kinds:
+            try:
+                torch.Generator(kind).set_state(saved)
+                return
+            except RuntimeError as error:
+                refused = error
+        raise refused
 
     def _generators(self) -> dict[str, torch.Generator]:
         """Return the generators of the loaders and of what they are made of, by place."""
