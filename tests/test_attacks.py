@@ -34,6 +34,7 @@ def assert_clean(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # of the resumes there are sixty, each in two new processes
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_at_full_size(name):
     assert_clean(ATTACKS[name]())
