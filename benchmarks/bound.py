@@ -2,6 +2,7 @@
 
 Without clipping, AdamW reads weight, gradient and two states, and writes all but the gradient: 4
 reads and 3 writes of each number. SGD with momentum and RMSprop keep one state: 3 reads, 2 writes.
+With clipping, the gradients are read once more before, as their norm must be known first.
 The tensors are those of the case, and the threads and the way to reach memory are those of
 lamina's compiled loops, so that only the arithmetic is missing.
 """
@@ -28,10 +29,10 @@ STATES = {"AdamW": 2, "SGD": 1, "RMSprop": 1}
 NAME = "bandwidth bound"
 
 
-def bandwidth_bound(shapes: dict[str, Shape], algorithm: str) -> Contestant:
+def bandwidth_bound(shapes: dict[str, Shape], algorithm: str, clip: bool) -> Contestant:
     """The bound for tensors of these shapes, with new gradients at every step."""
     imported("numba", "numba")
-    tried = [Streams(shapes, STATES[algorithm], size) for size in CHUNKS]
+    tried = [Streams(shapes, STATES[algorithm], size, clip) for size in CHUNKS]
     best = min(tried, key=lambda each: _median(each, each.fill))
     return Contestant(best, before=best.fill, after=best.clear)
 
@@ -43,12 +44,15 @@ class Streams:
         shapes: of the weights.
         states: how many there are of each weight, 1 or 2.
         chunk: numbers that a thread takes at a time.
+        clip: whether all gradients are read once before.
     """
 
-    def __init__(self, shapes: dict[str, Shape], states: int, chunk: int) -> None:
+    def __init__(
+        self, shapes: dict[str, Shape], states: int, chunk: int, clip: bool = False
+    ) -> None:
         from lamina.compiled.workers import WORKERS
 
-        self._workers, self._loop = WORKERS, _loop()
+        self._workers, self._clip = WORKERS, clip
         self._both = True if states == 2 else None
         self._source = [torch.randn(shape) for shape in shapes.values()]
         self.grads: list[torch.Tensor] = []
@@ -62,6 +66,8 @@ class Streams:
         self._chunks = np.asarray(rows, dtype=np.int64)
         self._counter = np.zeros(1, dtype=np.int64)
         self._places = np.zeros((states + 2, len(sizes)), dtype=np.int64)
+        #: of the gradients of each chunk, if they are read before
+        self.sums = np.zeros(len(rows), dtype=np.float32)
 
     def fill(self) -> None:
         """Make new gradients, as a backward pass does."""
@@ -72,11 +78,17 @@ class Streams:
         self.grads = []
 
     def __call__(self) -> None:
-        self._counter[0] = 0
         for row, tensors in enumerate([self.grads, *self.kept]):
             self._places[row] = [tensor.data_ptr() for tensor in tensors]
-        arguments = (self._counter, self._chunks, self._places, np.float32(0), self._both)
-        self._workers.run(self._loop, arguments, self._count)
+        read, add = _loops()
+        if self._clip:
+            self._run(read, self.sums)
+        self._run(add, self._both)
+
+    def _run(self, loop: Any, *more: Any) -> None:
+        self._counter[0] = 0
+        arguments = (self._counter, self._chunks, self._places, np.float32(0), *more)
+        self._workers.run(loop, arguments, self._count)
 
 
 def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
@@ -90,11 +102,22 @@ def _median(step: Callable[[], Any], before: Callable[[], None]) -> float:
 
 
 @cache
-def _loop() -> Any:
-    """Return the loop; `both` is None where there is one state."""
+def _loops() -> tuple[Any, Any]:
+    """Return the loops: one that reads, and one that adds; `both` is None for one state."""
     import numba
 
     from lamina.compiled.access import claim, load, store
+
+    def read(counter, chunks, places, like, sums):
+        while True:
+            chunk = claim(counter)
+            if chunk >= len(chunks):
+                return
+            tensor, start, end = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
+            total = like
+            for i in range(start, end):
+                total += load(places[0, tensor], i, like, 0)
+            sums[chunk] = total
 
     def add(counter, chunks, places, like, both):
         while True:
@@ -111,4 +134,4 @@ def _loop() -> Any:
                     store(second, i, like, 2, load(second, i, like, 2) + number)
                 store(weights, i, like, 3, load(weights, i, like, 3) + number)
 
-    return numba.njit(nogil=True)(add)
+    return numba.njit(nogil=True, fastmath={"reassoc"})(read), numba.njit(nogil=True)(add)

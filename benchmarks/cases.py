@@ -54,7 +54,7 @@ def _minilm(algorithm: str, what: str, groups: int = 1, *, quick: bool = False) 
         groups,
         quick=quick,
         compiled=one and (what == STEP or algorithm in ("AdamW", "SGD", "RMSprop")),
-        bound=one and what == STEP and algorithm in ("AdamW", "SGD", "RMSprop"),
+        bound=one and algorithm in ("AdamW", "SGD", "RMSprop"),
     )
 
 

@@ -63,7 +63,7 @@ def compare(case: Case, options: Options) -> dict[str, Any]:
     }
     if case.bound and options.device == "cpu":
         try:
-            contestants[bound.NAME] = bound.bandwidth_bound(shapes, case.algorithm)
+            contestants[bound.NAME] = bound.bandwidth_bound(shapes, case.algorithm, case.clip)
         except Absent as error:
             absent[bound.NAME] = str(error)
     rounds = min(options.rounds, case.most_rounds or options.rounds)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import bound
+
 Rows = dict[str, dict[str, Any]]
 LAMINA = ("lamina plan", "lamina drop-in")
 
@@ -63,6 +65,7 @@ def cases(found: Sequence[dict[str, Any]]) -> str:
         "case",
         *(f"{name}, ms" for name in LAMINA),
         "fastest other, ms",
+        "bound, ms",
         "plan / other",
         "drop-in / other",
         "same / same",
@@ -79,7 +82,8 @@ def _case_row(case: dict[str, Any]) -> list[str]:
         f"{ratio(rows, name, base):.2f}" if base and name in rows else "–" for name in LAMINA
     ]
     noise = "–" if again is None else f"{ratio(rows, again[1], again[0]):.2f}"
-    return [case["title"], *own, other, *against, noise]
+    least = f"{rows[bound.NAME]['median_ms']:.3f}" if bound.NAME in rows else "–"
+    return [case["title"], *own, other, least, *against, noise]
 
 
 def first_step(found: dict[str, Any]) -> str:

@@ -171,6 +171,19 @@ def test_the_bandwidth_bound_reads_the_gradient_and_writes_weight_and_states():
     assert len(run.kept) == 3  # the weights and two states
 
 
+def test_the_bandwidth_bound_of_clipping_reads_the_gradients_once_more():
+    pytest.importorskip("numba")
+    run = bound.Streams({"a": (10,), "b": (3, 7)}, states=1, chunk=4, clip=True)
+    run.fill()
+    run()
+    parts = [part for grad in run.grads for part in grad.flatten().split(4)]
+    assert run.sums.tolist() == pytest.approx([float(part.sum()) for part in parts], abs=1e-5)
+    assert all(map(torch.equal, run.grads, run.kept[0]))
+    done = compare.compare(Case("small", "SGD", CLIP_STEP, bound=True), QUICK)
+    assert tables.cases([done]).splitlines()[0].count("bound, ms") == 1
+    assert bound.NAME in done["rows"]
+
+
 def test_the_memory_of_a_step_is_counted():
     kept = []
     counted = profile_step(lambda: kept.append(torch.zeros(1000) + torch.ones(1000)))
