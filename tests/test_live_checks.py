@@ -335,6 +335,62 @@ def test_requires_grad_set_on_a_module_is_found():
     assert codes(lm.resolve_plan(plan(), model).findings) == ["frozen-by-model"]
 
 
+@pytest.mark.parametrize(
+    "name", ["require_grad", "requires_grads", "requires_gradient", "requires_grad_", "requireGrad"]
+)
+def test_a_misspelt_flag_is_found_on_parameters_and_modules(name):
+    model = mlp()
+    setattr(model.body, name, False)
+    (finding,) = lm.resolve_plan(plan(), model).findings
+    assert finding.code == "requires-grad-misspelt"
+    assert f"body has an attribute {name!r}" in finding.message
+    model = mlp()
+    for param in model.body.parameters():
+        setattr(param, name, False)
+    (finding,) = lm.resolve_plan(plan(), model).findings
+    assert "body.weight, body.bias have an attribute" in finding.message
+    for param in model.body.parameters():
+        setattr(param, name, True)  # as it is: no harm
+    assert lm.resolve_plan(plan(), model).findings == ()
+
+
+@pytest.mark.parametrize("name", ["requires_grad_sync", "grad", "_require_grads_hook", "required"])
+def test_other_names_are_not_taken_for_the_flag(name):
+    model = mlp()
+    setattr(model, name, False)
+    assert lm.resolve_plan(plan(), model).findings == ()
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda layer: [layer],
+        lambda layer: (layer,),
+        lambda layer: {layer},
+        lambda layer: {"first": [layer]},
+        lambda layer: [layer.weight, layer.bias],
+    ],
+)
+def test_layers_in_a_plain_container_are_found(kept):
+    model, layer = mlp(), nn.Linear(2, 2)
+    model.body.more = kept(layer)
+    (finding,) = lm.resolve_plan(plan(), model).findings
+    assert finding.code == "not-registered"
+    assert "'body.more' holds 2 trainable parameters" in finding.message
+    optimizer = torch.optim.SGD([*model.parameters(), *layer.parameters()], lr=0.1)
+    assert "not-registered" not in codes(lm.check(model, optimizer))
+    layer.requires_grad_(False)  # a teacher, say
+    assert lm.resolve_plan(plan(), model).findings == ()
+
+
+def test_containers_of_what_the_model_knows_are_not_found():
+    model = mlp()
+    model.order = [model.body, {"weight": model.body.weight}]
+    model.words = [str(number) for number in range(5000)]
+    model.itself = [model]
+    assert lm.resolve_plan(plan(), model).findings == ()
+
+
 def test_what_waits_for_a_metric_is_not_missing_gradients():
     model = encoder()
     rules = [lm.Rule("embeddings", thaw=lm.on_plateau("val_loss", patience=1))]

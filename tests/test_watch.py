@@ -582,3 +582,82 @@ def test_findings_can_be_read_in_the_middle():
         steps(optimizer, model, 6, zero=False)
     assert middle == codes(seen) == {"gradients-accumulate"}
     assert [each.code for each in seen.record.findings] == ["gradients-accumulate"]
+
+
+# --- eval mode, and schedulers without effect ------------------------------------------------
+
+
+def dropping():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_an_evaluation_after_which_nobody_calls_train():
+    model, optimizer = dropping()
+    with lm.watch() as seen:
+        steps(optimizer, model, 3)
+        model.eval()
+        steps(optimizer, model, 3)
+    (finding,) = seen.findings
+    assert finding.code == "trains-in-eval-mode"
+    assert "Sequential trains in eval mode from step 3 on" in finding.message
+
+
+@pytest.mark.parametrize("how", ["trained again", "no dropout", "dropout 0", "a part"])
+def test_eval_mode_that_is_none(how):
+    model, optimizer = dropping()
+    model.eval()
+    if how == "no dropout":
+        model[1] = nn.Identity()
+    elif how == "dropout 0":
+        model[1].p = 0.0
+    elif how == "a part":
+        model.train()
+        model[1].eval()
+    with lm.watch() as seen:
+        steps(optimizer, model, 4)
+        if how == "trained again":
+            model.train()
+            steps(optimizer, model, 2)
+    assert codes(seen) == set()
+
+
+def passes(scheduler, optimizer, model, count, each=lambda: None):
+    data = torch.utils.data.DataLoader(range(4), batch_size=2)
+    for _ in range(count):
+        for _ in data:
+            steps(optimizer, model, 1)
+        each()
+
+
+@pytest.mark.parametrize("end", ["never", "at the end"])
+@pytest.mark.parametrize("kind", ["StepLR", "ReduceLROnPlateau"])
+def test_a_scheduler_that_is_not_stepped_in_the_loop(kind, end):
+    model, optimizer = dropping()
+    with lm.watch() as seen:
+        arguments = {"step_size": 1} if kind == "StepLR" else {}
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **arguments)
+        passes(scheduler, optimizer, model, 2)
+        if end == "at the end":
+            scheduler.step(*([] if kind == "StepLR" else [1.0]))
+    (finding,) = seen.findings
+    assert finding.code == "scheduler-without-effect"
+    assert ("was never called" in finding.message) is (end == "never")
+
+
+@pytest.mark.parametrize("how", ["every pass", "one pass", "another", "built later", "a plan"])
+def test_schedulers_that_have_an_effect_or_cannot_have_one_yet(how):
+    model, optimizer = dropping()
+    if how == "a plan":
+        optimizer = lm.Plan(lm.SGD, lr=0.1).build(model)
+    with lm.watch() as seen:
+        if how == "built later":
+            steps(optimizer, model, 1)
+        make = torch.optim.lr_scheduler.StepLR
+        scheduler = optimizer.scheduler_view() if how == "a plan" else make(optimizer, 10)
+        if how == "another":
+            scheduler = make(optimizer, 10)
+        each = scheduler.step if how in ("every pass", "another") else lambda: None
+        passes(scheduler, optimizer, model, 1 if how == "one pass" else 2, each)
+    assert "scheduler-without-effect" not in codes(seen)

@@ -75,7 +75,8 @@ def codes_in_source():
 
 
 def test_the_page_has_every_code_and_no_other():
-    shared = {"module-requires-grad"}  # of model/finding.py, given by plans too
+    # of model/finding.py, given by plans too
+    shared = {"module-requires-grad", "not-registered", "requires-grad-misspelt"}
     assert set(SECTIONS) == codes_in_source() | shared
 
 
@@ -87,5 +88,5 @@ def test_advice_is_marked_on_the_page():
         assert finding.severity == ("advice" if code in marked else "problem")
 
 
-def test_there_are_forty():
-    assert len(SECTIONS) >= 40
+def test_there_are_many():
+    assert len(SECTIONS) >= 44

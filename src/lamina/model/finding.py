@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .._util.text import agree, listed
@@ -10,7 +10,10 @@ from .parameters import Observed
 
 #: codes of what may well be meant; all others are probably mistakes
 ADVICE = frozenset(
-    {"clip-always", "clip-never", "group-per-tensor", "update-ratio", "weight-decay-everywhere"}
+    {
+        *("clip-always", "clip-never", "group-per-tensor", "trains-in-eval-mode", "update-ratio"),
+        "weight-decay-everywhere",
+    }
 )
 
 
@@ -85,6 +88,36 @@ def stray_findings(seen: Observed) -> Iterator[Finding]:
             f"requires_grad={value}, which does nothing on a module.",
             f"Call lamina.{'thaw' if value else 'freeze'}(model, {path or '*'!r}) instead.",
         )
+
+
+def attribute_findings(seen: Observed, held: Collection[int] = ()) -> Iterator[Finding]:
+    """Find attributes that were meant to freeze, and layers that the model does not know.
+
+    Args:
+        seen: what was observed of the model.
+        held: the ids of the tensors that optimizers hold.
+    """
+    yield from stray_findings(seen)
+    if seen.misspelt:
+        names = list(dict.fromkeys(name for name, _ in seen.misspelt))
+        yield Finding(
+            "requires-grad-misspelt",
+            f"{listed(names)} {agree(names, 'has', 'have')} an attribute "
+            f"{seen.misspelt[0][1]!r}, which freezes and thaws nothing.",
+            "The flag is requires_grad: call requires_grad_(False) on a parameter or a module, or "
+            "lamina.freeze(model, pattern).",
+        )
+    for place, ids in seen.unregistered:
+        if not ids <= set(held):
+            count = f"{len(ids)} trainable parameter{'s' * (len(ids) > 1)}"
+            yield Finding(
+                "not-registered",
+                f"{place!r} holds {count} that the model does not know: "
+                f"{agree(list(ids), 'it is', 'they are')} in no optimizer, and neither saved nor "
+                "moved with the model.",
+                "Keep layers in nn.ModuleList or nn.ModuleDict, and parameters in "
+                "nn.ParameterList. What is not to train needs requires_grad_(False).",
+            )
 
 
 def merged_adapters(layers: Sequence[str]) -> Iterator[Finding]:

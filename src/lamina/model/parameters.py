@@ -16,6 +16,7 @@ from .._util.sharding import flat_parts, lasting_parameters, shard_origins
 from .._util.tensors import has_elements, overlapping, relation
 from ..errors import PlanError
 from .adapters import has_adapters, is_adapter, merged_layers, names_in_base, prefix_of
+from .mistaken import misspelt_flags, unregistered
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -90,6 +91,9 @@ class Observed:
     `compiled` says whether torch.compile is on it or on a part of it; `reentrant` holds the modules
     under reentrant activation checkpointing, each with the names of its parameters; `stray` the
     modules that have a plain attribute `requires_grad`, which has no effect, and contradicts them;
+    `misspelt` the parameters and modules with an attribute that looks like it and contradicts their
+    flag, with its name; `unregistered` the attributes with trainable tensors in them that are no
+    parameters of the model, which are given by `id`;
     `split` the names that were one tensor until FSDP2 put them into different shard groups;
     `statistics` the modules that update running statistics in training mode, each with the names of
     the parameters that must be frozen for it to count as frozen; `merged` the layers whose
@@ -100,6 +104,8 @@ class Observed:
     compiled: bool = False
     reentrant: tuple[tuple[str, frozenset[str]], ...] = ()
     stray: tuple[tuple[str, bool], ...] = ()
+    misspelt: tuple[tuple[str, str], ...] = ()
+    unregistered: tuple[tuple[str, frozenset[int]], ...] = ()
     split: tuple[tuple[str, ...], ...] = ()
     statistics: tuple[tuple[str, frozenset[str]], ...] = ()
     merged: tuple[str, ...] = ()
@@ -284,7 +290,17 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     statistics = _moving_statistics(model, owned)
     merged = merged_layers(model)
     typical = _typical_weights(owned)
-    return Observed(compiled, segments, tuple(stray), split, statistics, merged, typical)
+    return Observed(
+        compiled,
+        segments,
+        tuple(stray),
+        tuple(misspelt_flags(model, ((item.info.name, item.tensor) for item in owned))),
+        tuple(unregistered(model)),
+        split,
+        statistics,
+        merged,
+        typical,
+    )
 
 
 def _typical_weights(owned: Iterable[Owned]) -> dict[str, float]:

@@ -15,10 +15,10 @@ from .._util.text import agree, listed, quoted
 from ..algorithms.registry import hyperparameters, is_whole_vector, optimizer_name
 from ..model.finding import (
     Finding,
+    attribute_findings,
     merged_adapters,
     moving_statistics,
     split_ties,
-    stray_findings,
 )
 from ..model.parameters import Observed, ParamInfo
 from ..plan.plan import Plan
@@ -74,7 +74,7 @@ def model_findings(windows: Mapping[str, Windows], run: Run, seen: Observed) -> 
     return (
         *_too_many_stages(windows, run, seen),
         *_reentrant_behind_frozen(windows, seen),
-        *stray_findings(seen),
+        *attribute_findings(seen),
         *merged_adapters(seen.merged),
         *split_ties(seen),
     )

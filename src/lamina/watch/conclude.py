@@ -19,6 +19,8 @@ _ENOUGH = 5
 LOW_RATIO, HIGH_RATIO = 1e-7, 0.1
 #: measured steps before a ratio is judged
 _RATIOS = 20
+#: looks in a row at a model in eval mode, before that is told
+_EVAL_LOOKS = 3
 
 
 def conclude(seen: Sightings, passes: Sequence[int]) -> Iterator[Finding]:
@@ -30,11 +32,12 @@ def conclude(seen: Sightings, passes: Sequence[int]) -> Iterator[Finding]:
     if outside:
         yield not_in_optimizer(outside, with_gradient=True)
     yield from _statistics(seen)
+    yield from _eval_mode(seen)
     for watch in seen.watches:
         yield from _of_optimizer(watch, seen.replaced)
     yield from _nonfinite_loss(seen)
     for schedule in seen.schedules:
-        yield from schedules.conclude(schedule, passes)
+        yield from schedules.conclude(schedule, seen.schedules, passes)
     for clip in seen.clips.values():
         yield from clip.conclude()
     for scaler in seen.scalers.values():
@@ -53,6 +56,19 @@ def _statistics(seen: Sightings) -> Iterator[Finding]:
             "Keep it in eval mode: call lamina.freeze(model, ...) instead of setting "
             "requires_grad, or its eval() after every model.train().",
         )
+
+
+def _eval_mode(seen: Sightings) -> Iterator[Finding]:
+    for root in seen.models.roots:
+        if root.eval_looks >= _EVAL_LOOKS:
+            since = f"from step {root.eval_since} on" if root.eval_since else "in all steps"
+            yield Finding(
+                "trains-in-eval-mode",
+                f"{root.kind} trains in eval mode {since}: its dropout is off, and its running "
+                "statistics stand still.",
+                "Call model.train() before the loop and after every evaluation. Models that are "
+                "loaded with from_pretrained() are in eval mode.",
+            )
 
 
 def _of_optimizer(watch: StepWatch, replaced: Collection[str]) -> Iterator[Finding]:

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from weakref import ReferenceType
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .._util.sharding import local_part
 from .._util.tensors import is_dtensor
-from ..model.finding import Finding, stray_findings
+from ..model.finding import Finding, attribute_findings
 from ..model.parameters import Owned, is_locked, observe
 from ..model.ties import broken, tie_again
-from .names import Statistics
+from .names import Root, Statistics
 from .sightings import Sightings
 from .static import optimizer_findings, untied
 from .steps import StepWatch
@@ -57,8 +59,9 @@ class ModelLooks:
                 self._look_outside(owned, held)
                 self._look_for_replaced(root.first, owned, own, held)
             self._look_for_broken(root.ties, owned)
+            _look_at_mode(root, model, watch.steps)
             seen = observe(model, owned)
-            for finding in (*stray_findings(seen), *untied(model)):
+            for finding in (*attribute_findings(seen, held), *untied(model)):
                 self._seen.find(finding)
             self._note_thaws(watch, owned)
         if not watch.is_plan and watch.steps < 2:
@@ -123,6 +126,27 @@ class ModelLooks:
         for root in self._seen.models.roots:
             for item in root.statistics:
                 _look_at(item)
+
+
+def _look_at_mode(root: Root, model: nn.Module, step: int) -> None:
+    """Count in how many looks in a row all that eval mode switches off was off."""
+    if model.training or not _rests_in_eval(model):
+        root.eval_looks = 0
+        return
+    if not root.eval_looks:
+        root.eval_since = step
+    root.eval_looks += 1
+
+
+def _rests_in_eval(model: nn.Module) -> bool:
+    """Return whether a model has dropout or running statistics, all of them in eval mode."""
+    switched = [
+        module.training
+        for module in model.modules()
+        if (isinstance(module, _DropoutNd) and module.p > 0)
+        or isinstance(getattr(module, "running_mean", None), torch.Tensor)
+    ]
+    return bool(switched) and not any(switched)
 
 
 def _look_at(item: Statistics) -> None:

@@ -36,11 +36,16 @@ class Root:
     """A model, with its parameters by name as they were when it was first seen."""
 
     model: weakref.ref[nn.Module]
+    #: the name of its class
+    kind: str
     first: dict[str, weakref.ref[torch.Tensor]]
     ties: tuple[tuple[str, ...], ...]
     shapes: dict[str, tuple[int, ...]]
     #: modules with running statistics, with the names of the parameters that freeze them
     statistics: list[Statistics] = field(default_factory=list)
+    #: in how many looks in a row it trained in eval mode, and the step of the first of them
+    eval_looks: int = 0
+    eval_since: int = 0
 
 
 class Models:
@@ -60,6 +65,7 @@ class Models:
         owned = collect(model)
         root = Root(
             weakref.ref(model),
+            type(model).__name__,
             {name: weakref.ref(item.tensor) for item in owned for name in item.info.names},
             tuple(item.info.names for item in owned if len(item.info.names) > 1),
             {item.info.name: item.info.shape for item in owned},

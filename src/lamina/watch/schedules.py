@@ -22,7 +22,8 @@ _NEAR, _NEAR_STEPS = 0.1, 0.02
 class ScheduleWatch:
     """A scheduler: what it was made for, and how often it was stepped.
 
-    `early` counts its calls before the first optimizer step; `past` is the call with which a
+    `early` counts its calls before the first optimizer step; `first` is the number of optimizer
+    steps before its first call; `past` is the call with which a
     schedule that climbs again was past its end.
     """
 
@@ -32,6 +33,7 @@ class ScheduleWatch:
     is_accelerated: bool
     calls: int = 0
     early: int = 0
+    first: int | None = None
     past: tuple[str, int, int] | None = None
     #: the optimizer's steps when it was made
     begun: int = 0
@@ -39,6 +41,8 @@ class ScheduleWatch:
     def stepped(self, scheduler: Any) -> None:
         """Count a call."""
         self.calls += 1
+        if self.first is None:
+            self.first = self.steps.steps + self.steps.skipped
         if not self.steps.steps + self.steps.skipped:
             self.early += 1
         for part in all_of(scheduler):
@@ -59,16 +63,24 @@ def watch_scheduler(scheduler: Any, steps: StepWatch) -> ScheduleWatch:
     )
 
 
-def conclude(watch: ScheduleWatch, passes: Sequence[int]) -> Iterator[Finding]:
+def conclude(
+    watch: ScheduleWatch, every: Sequence[ScheduleWatch], passes: Sequence[int]
+) -> Iterator[Finding]:
     """Find what the counts of a scheduler mean.
 
     Args:
         watch: the scheduler.
+        every: all schedulers, it included.
         passes: how often each DataLoader was gone through.
     """
     taken = watch.steps.steps + watch.steps.skipped - watch.begun
     name = watch.kind
-    if not taken or not watch.calls:
+    if not taken:
+        return
+    if max(passes, default=0) >= 2 and _has_no_effect(watch, every):
+        yield _without_effect(watch, taken)
+        return
+    if not watch.calls:
         return
     if watch.early == 1:
         yield Finding(
@@ -89,6 +101,26 @@ def conclude(watch: ScheduleWatch, passes: Sequence[int]) -> Iterator[Finding]:
             "Make it as long as the run, counted in calls of scheduler.step(); lamina's schedules "
             "stay where they end.",
         )
+
+
+def _has_no_effect(watch: ScheduleWatch, every: Sequence[ScheduleWatch]) -> bool:
+    """Return whether it was there from the start, and no step of the run came after its first."""
+    steps = watch.steps
+    if watch.begun or steps.is_plan or watch.first not in (None, steps.steps + steps.skipped):
+        return False
+    return not any(other.calls for other in every if other is not watch and other.steps is steps)
+
+
+def _without_effect(watch: ScheduleWatch, taken: int) -> Finding:
+    """Return the finding on a scheduler that was not stepped while the optimizer was."""
+    when = "was never called" if not watch.calls else "was first called after the last of them"
+    return Finding(
+        "scheduler-without-effect",
+        f"{watch.kind}.step() {when} in a run of {taken} optimizer steps: the lr of all steps is "
+        "that of the first.",
+        "Call scheduler.step() in the loop: after every optimizer.step(), or at the end of every "
+        "epoch, whichever it was made for.",
+    )
 
 
 def _wrong_unit(watch: ScheduleWatch, taken: int, passes: Sequence[int]) -> Finding | None:

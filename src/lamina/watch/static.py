@@ -10,7 +10,7 @@ from torch import nn
 
 from .._util.text import agree, listed
 from ..errors import PlanError
-from ..model.finding import Finding, moving_statistics, stray_findings
+from ..model.finding import Finding, attribute_findings, moving_statistics
 from ..model.parameters import Owned, collect, observe, overlap_fix, overlaps
 from ..optimizer.optimizer import Optimizer as PlanOptimizer
 from .lengths import all_of
@@ -113,7 +113,7 @@ def model_findings(
         yield not_in_optimizer(left_out, with_gradient=False)
     seen = observe(model, owned)
     by_hand = {item.info.name: not item.info.requires_grad for item in owned}
-    yield from stray_findings(seen)
+    yield from attribute_findings(seen, held)
     yield from moving_statistics(by_hand, seen)
     yield from untied(model)
     for one, other in overlaps(owned):
