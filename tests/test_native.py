@@ -482,6 +482,46 @@ def test_chunks_count_beyond_32_bits():
     assert rows[-1].tolist() == [2, 0, 3]
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("prefer", [{}, {"foreach": True}])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("AdamW", "amsgrad"), ("LayerAdaptiveAdam", "amsgrad"), ("RMSprop", "centered")],
+)
+def test_an_option_that_needs_more_state_may_be_set_in_the_middle(name, option, prefer, groups):
+    """The state that it needs begins as zeros; what is not used any more stays."""
+
+    def trained(**settings):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+        cut = [params] if groups == 1 else [[param] for param in params]
+        optimizer = getattr(lm.optim, name)([{"params": its} for its in cut], lr=0.1, **settings)
+        for step in range(12):
+            if step in (4, 7, 9):
+                for group in optimizer.param_groups[:2]:
+                    group[option] = step != 7
+            for param in params:
+                param.grad = torch.randn(3, 4)
+            optimizer.step()
+        return params, optimizer
+
+    params, optimizer = trained(**prefer)
+    expected, _ = trained(foreach=False)
+    for mine, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    (key,) = {"amsgrad": ["max_exp_avg_sq"], "centered": ["grad_avg"]}[option]
+    assert key in optimizer.state[params[0]]
+
+
+def test_state_that_is_missing_is_an_error_and_no_address():
+    batch = train(make("AdamW"), None, 1)
+    batch.hyper = {**batch.hyper, "amsgrad": True}  # against the rules of a batch
+    before = [param.clone() for param in batch.params]
+    with pytest.raises(MismatchError, match="AdamW needs max_exp_avg_sq"):
+        apply([batch])
+    assert all(map(torch.equal, before, batch.params))
+
+
 # ------------------------------------------------------------------------------- without Numba
 
 

@@ -59,6 +59,7 @@ class AdamRule(Algorithm):
     limits: ClassVar[dict[str, tuple[float, float]]] = {"betas": (0.0, 1.0)}
     options: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "decoupled_weight_decay")
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state_options: ClassVar[tuple[str, ...]] = ("amsgrad",)
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros."""

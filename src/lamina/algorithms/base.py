@@ -111,6 +111,8 @@ class Algorithm(Method, ABC):
     #: the tensors that it may keep for a parameter under any settings, each as large as the
     #: parameter; what `init` gives is among them
     buffers: ClassVar[tuple[str, ...]]
+    #: the options that decide which of them there are
+    state_options: ClassVar[tuple[str, ...]] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class LayerAdaptiveAdam(Algorithm):
     limits: ClassVar[dict[str, tuple[float, float]]] = Adam.limits
     options: ClassVar[tuple[str, ...]] = Adam.options
     buffers: ClassVar[tuple[str, ...]] = Adam.buffers
+    state_options: ClassVar[tuple[str, ...]] = Adam.state_options
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros."""

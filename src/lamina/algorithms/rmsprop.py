@@ -47,6 +47,7 @@ class RMSprop(Algorithm):
     }
     options: ClassVar[tuple[str, ...]] = ("centered", "maximize")
     buffers: ClassVar[tuple[str, ...]] = ("square_avg", "momentum_buffer", "grad_avg")
+    state_options: ClassVar[tuple[str, ...]] = ("centered",)
 
     def init(self, param: torch.Tensor, hyper: Hyper) -> State:
         """Return zeros; a buffer only with a momentum."""

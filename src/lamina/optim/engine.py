@@ -22,6 +22,7 @@ from .updates import (
     KernelUpdates,
     Updates,
     preferred_kernel,
+    variant_of,
 )
 
 Closure = Callable[[], Any]
@@ -164,7 +165,7 @@ class Engine(torch.optim.Optimizer):
     ) -> Batch | None:
         """Return the batch of an earlier step, if its tensors are the same and lie as they did."""
         known = self._kept_batches.get(id(group))
-        if known is None or known.rounding != group.get("rounding"):
+        if known is None or known.variant != variant_of(known.batch.algorithm, group):
             return None
         if not known.holds(params, self._updates_for(group).watched(params, self.state)):
             return None

@@ -179,10 +179,9 @@ def preferred_kernel(group: Group) -> str | None:
     return "readable" if fused is False or foreach is False else None
 
 
-def _preferences(groups: Sequence[Group]) -> list[Any]:
-    """Return what kernels were chosen by in each group, in one list."""
-    keys = ("fused", "foreach", "rounding")
-    return [value for key in keys for value in map(dict.get, groups, repeat(key))]
+def variant_of(algorithm: Algorithm, group: Group) -> list[Any]:
+    """Return the settings of a group by which its state was made; a user may set others."""
+    return [group.get(key) for key in ("rounding", *algorithm.state_options)]
 
 
 _requires_grad = attrgetter("requires_grad")
@@ -192,14 +191,13 @@ class KeptBatch:
     """A batch that is kept from step to step, and how all its tensors lay when it was made."""
 
     __slots__ = (
-        *("batch", "rounding", "_keys", "_values", "_tensors", "_shards"),
+        *("batch", "variant", "_keys", "_values", "_tensors", "_shards"),
         *("_forms", "_addresses", "_grads"),
     )
 
     def __init__(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
         self.batch = batch
-        #: under which its kernel and its state were chosen; a user may set another one
-        self.rounding = batch.hyper.get("rounding")
+        self.variant = variant_of(batch.algorithm, dict(batch.hyper))
         self._keys = [*chain.from_iterable(entries)]
         self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
         columns = (value for column in batch.columns.values() for value in column)
@@ -255,7 +253,12 @@ class KeptStep:
         self, groups: Sequence[Group], batches: Sequence[Batch], state: OptimizerState
     ) -> None:
         self._groups = list(groups)
-        self._preferences = _preferences(groups)
+        #: what kernels and state were chosen by
+        self._chosen_by = {
+            *("fused", "foreach", "rounding"),
+            *(key for batch in batches for key in batch.algorithm.state_options),
+        }
+        self._choices = self._read_choices(groups)
         self._batches = list(batches)
         self._counts = [len(batch.params) for batch in batches]
         ends = list(accumulate(self._counts))
@@ -284,7 +287,7 @@ class KeptStep:
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
             return None
         listed = list(map(itemgetter("params"), groups))
-        if list(map(len, listed)) != self._counts or _preferences(groups) != self._preferences:
+        if list(map(len, listed)) != self._counts or self._read_choices(groups) != self._choices:
             return None
         params = [*chain.from_iterable(listed)]
         grads = [param.grad for param in params]
@@ -297,6 +300,9 @@ class KeptStep:
             batch.grads = batch.known_grads = its
             batch.hyper, batch.scale = group, None
         return self._batches
+
+    def _read_choices(self, groups: Sequence[Group]) -> list[Any]:
+        return [value for key in self._chosen_by for value in map(dict.get, groups, repeat(key))]
 
 
 class KeptBatches(dict[int, KeptBatch]):

@@ -80,7 +80,11 @@ def table_of(form: Form, batches: Sequence[Batch], width: int) -> Table:
         form: that of the batches.
         batches: one for each row of the settings.
         width: how many settings a row has.
+
+    Raises:
+        MismatchError: if state is missing that a loop would read and write.
     """
+    _refuse_missing(form, batches)
     keys = (*batches[0].algorithm.buffers, entry_of(form.rounding))
     counts = [len(batch.params) for batch in batches]
     total = sum(counts)
@@ -102,6 +106,22 @@ def table_of(form: Form, batches: Sequence[Batch], width: int) -> Table:
         flags=np.zeros(total, dtype=np.uint32),
         factors=np.zeros(total),
     )
+
+
+def _refuse_missing(form: Form, batches: Sequence[Batch]) -> None:
+    used = zip(batches[0].algorithm.buffers, form.uses, strict=True)
+    keys = [key for key, is_used in used if is_used]
+    if form.rounding in ("kahan", "master"):
+        keys.append(entry_of(form.rounding) or "")
+    for batch in batches:
+        for key in keys:
+            for index, value in enumerate(batch.columns.get(key, [None] * len(batch.params))):
+                if value is None:
+                    raise MismatchError(
+                        f"{batch.algorithm.name} needs {key} of {batch.name_of(index)}, which is "
+                        "not in its state; nothing was updated. It goes with the settings of the "
+                        "group: were they changed by hand in the middle of a step?"
+                    )
 
 
 def check_bounds(table: Table, batches: Sequence[Batch]) -> None:
