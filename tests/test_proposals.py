@@ -417,6 +417,8 @@ OTHER_FINDINGS = {
     "clipped-elsewhere": "test_monitor.py",
     "updates-round-away": "test_monitor.py",
     "steps-round-to-nothing": "test_low_precision.py",
+    "not-registered": "test_live_checks.py",
+    "requires-grad-misspelt": "test_live_checks.py",
     "cannot-train": "test_flags.py",
     "rebuilt": "test_flags.py",
     "requires-grad-off": "test_flags.py",
