@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import lamina as lm
 from lamina import kernels, optim
 from lamina._util import blocks
 from lamina.algorithms.base import HALF
@@ -327,3 +328,43 @@ def test_wide_parameters_train_as_ever(dtype, how):
     given, state = trained(row, dtype, how, kernel)
     assert apart(given, plain) == (0, 0.0)
     assert [each.keys() for each in state] == [each.keys() for each in its_state]
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("prefer", [{}, {"foreach": False}, {"foreach": True}])
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "LAMB", "LayerAdaptiveAdam"])
+def test_a_mean_of_squares_in_16_bits_shrinks_beside_float32_weights(name, prefer, state_dtype):
+    """To the nearest it would stay at its highest value, as a step takes a thousandth of it."""
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    given = {"alpha": 0.999} if name == "RMSprop" else {}
+    optimizer = getattr(lm.optim, name)(
+        [("weight", param)], lr=1e-3, state_dtype=state_dtype, **given, **prefer
+    )
+    key = "square_avg" if name == "RMSprop" else "exp_avg_sq"
+    param.grad = torch.ones_like(param)
+    for _ in range(5):
+        optimizer.step()
+    before = optimizer.state[param][key].float().mean().item()
+    assert optimizer.state[param][key].dtype is getattr(torch, state_dtype)
+    param.grad = torch.zeros_like(param)
+    for _ in range(200):
+        optimizer.step()
+    after = optimizer.state[param][key].float().mean().item()
+    assert after == pytest.approx(before * 0.999**200, rel=0.02)
+
+
+def test_all_kernels_round_the_state_of_float32_weights_alike():
+    ends = []
+    for prefer in ({}, {"foreach": False}):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(50, 7))
+        optimizer = lm.optim.AdamW(
+            [("weight", param)], lr=1e-2, state_dtype="bfloat16", amsgrad=True, **prefer
+        )
+        for _ in range(20):
+            param.grad = torch.randn(50, 7)
+            optimizer.step()
+        ends.append(optimizer.state[param])
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        apart = ends[0][key] != ends[1][key]  # where a float32 result differs in its last bit
+        assert apart.float().mean() < 0.02

@@ -11,8 +11,10 @@ parameters only. Every rule is computed in float32, from a float32 weight w to a
     "master"          w = master                   master = w', theta = nearest(master)
 
 `compensation` (in the parameter's dtype) and `master` (float32) lie in the optimizer's state. State
-that has 16 bits itself is rounded stochastically under all three: with beta2 = 0.999 a running mean
-of squares changes by less than half of its last bit, and to the nearest it would never decay.
+that has 16 bits itself is rounded stochastically under the last three, and beside float32 weights:
+with beta2 = 0.999 a running mean of squares changes by less than half of its last bit, and to the
+nearest it would never decay. Beside 16-bit weights that are rounded to the nearest it is rounded to
+the nearest too, as torch does.
 
 **The definition, which all kernels follow to the bit.** Arithmetic is modulo 2^32.
 
@@ -91,6 +93,18 @@ def rounding_of(param: torch.Tensor, hyper: Hyper) -> str | None:
     """Return how the results of a parameter are rounded; None for to the nearest."""
     how = hyper.get("rounding")
     return None if how in (None, "nearest") or param.dtype not in HALF else how
+
+
+def has_rounder(param: torch.Tensor, hyper: Hyper) -> bool:
+    """Return whether something of a parameter, weight or state, is not rounded to the nearest."""
+    return rounding_of(param, hyper) is not None or has_noisy_state(param, hyper)
+
+
+def has_noisy_state(param: torch.Tensor, hyper: Hyper) -> bool:
+    """Return whether the state of a parameter has 16 bits, and is rounded up or down by chance."""
+    if state_dtype_of(param, hyper) not in HALF:
+        return False
+    return param.dtype is torch.float32 or rounding_of(param, hyper) is not None
 
 
 def needed_entry(param: torch.Tensor, hyper: Hyper) -> str | None:
@@ -263,7 +277,7 @@ class Rounder:
 
     Args:
         batch: a batch whose steps include this update already.
-        index: the position of the parameter, one with a `rounding_of`.
+        index: the position of the parameter, one for which `has_rounder` is true.
     """
 
     def __init__(self, batch: Batch, index: int) -> None:
@@ -312,6 +326,9 @@ class RoundedPart:
 
     def store(self, weight: torch.Tensor) -> None:
         """Write the float32 result of a rule into the weight, and its rest into the state."""
+        if self._rounder.how is None:  # only the state is rounded by chance
+            self._part.copy_(weight)
+            return
         if self._extra is None:
             self._store_stochastically(weight, self._part, self._rounder.key())
             return

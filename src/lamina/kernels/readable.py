@@ -10,7 +10,7 @@ import torch
 from .._util.blocks import PLAIN, block_length, in_blocks
 from .._util.tensors import waits
 from ..algorithms.base import Batch, State, times, widen
-from ..algorithms.rounding import RoundedPart, Rounder, rounding_of
+from ..algorithms.rounding import RoundedPart, Rounder, has_rounder
 from .base import Kernel
 
 
@@ -47,7 +47,7 @@ def _update(batch: Batch, index: int, step: Any) -> None:
     if pairs:
         param, grad = torch.view_as_real(param), torch.view_as_real(grad.resolve_conj())
         state = {key: torch.view_as_real(value) for key, value in state.items()}
-    rounder = Rounder(batch, index) if rounding_of(param, batch.hyper) else None
+    rounder = Rounder(batch, index) if has_rounder(param, batch.hyper) else None
     if rounder is not None:
         grad = _dense(grad)
     rule = _in_blocks if _can_be_cut(batch, param, grad) else _as_one
@@ -93,7 +93,7 @@ def _rounded(
     step: Any,
     rounder: Rounder,
 ) -> State:
-    """Update a 16-bit parameter by the rule for float32, and round what comes of it."""
+    """Update by the rule for float32, and round what comes of it."""
     entry = rounder.entry
     part = RoundedPart(rounder, param, None if entry is None else state[entry])
     weight = part.weight()

@@ -10,7 +10,7 @@ import torch
 
 from ..._util.tensors import addresses
 from ...algorithms.base import Batch, state_dtype_of
-from ...algorithms.rounding import entry_of, rounding_of, seed_of
+from ...algorithms.rounding import entry_of, has_noisy_state, rounding_of, seed_of
 from ...compiled.chunks import ELEMENTS, chunks_of
 from ...errors import MismatchError
 from .loops import LOOPS
@@ -30,6 +30,7 @@ class Form(NamedTuple):
     uses: tuple[bool, ...]
     options: tuple[bool, ...]
     rounding: str | None
+    has_noisy_state: bool
 
     @classmethod
     def of(cls, batch: Batch) -> Form:
@@ -43,6 +44,7 @@ class Form(NamedTuple):
             tuple(need is None or bool(batch.hyper[need]) for need in needs),
             tuple(bool(batch.hyper[option]) for option in loops.options),
             rounding_of(param, batch.hyper),
+            has_noisy_state(param, batch.hyper),
         )
 
     def elements(self) -> tuple[Any, ...]:
@@ -55,7 +57,7 @@ class Form(NamedTuple):
             weight if self.rounding == "kahan" else None,
             np.float32(0) if self.rounding == "master" else None,
             True if self.rounding == "stochastic" else None,
-            True if self.rounding and self.state_dtype is torch.bfloat16 else None,
+            True if self.has_noisy_state else None,
         )
 
 

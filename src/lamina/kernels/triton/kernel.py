@@ -18,7 +18,7 @@ from ...algorithms.lamb import LAMB
 from ...algorithms.lars import LARS
 from ...algorithms.layer_adaptive import LayerAdaptiveAdam
 from ...algorithms.rmsprop import RMSprop
-from ...algorithms.rounding import needed_entry, rounding_of
+from ...algorithms.rounding import has_noisy_state, needed_entry, rounding_of
 from ..base import Kernel, begin_momentum, short
 from ..fused import step_refusal
 from .table import BLOCK, Table, float32_on
@@ -96,6 +96,8 @@ class Triton(Kernel):
             return f"is {short(param.dtype)}"
         if not is_dense(param):
             return "has gaps in memory"
+        if param.dtype is torch.float32 and has_noisy_state(param, batch.hyper):
+            return "is float32, and its state of 16 bits is rounded by chance"
         for key, values in batch.columns.items():
             if reason := _state_refusal(param, values[index]):
                 return f"has a {key} that {reason}"
