@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import math
 import os
@@ -542,6 +543,22 @@ def test_reasons_for_not_using_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     assert 'pip install "lamina[fast]"' in loader.unavailable()
     loader.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("error", [SystemError, OSError, RuntimeError])
+def test_a_numba_that_is_broken_is_a_reason(error, monkeypatch):
+    def broken(name, *arguments, **more):
+        if name == "numba":
+            raise error("initialization of _internal failed")
+        return real(name, *arguments, **more)
+
+    real = builtins.__import__
+    loader.unavailable.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", broken)
+        reason = loader.unavailable()
+    loader.unavailable.cache_clear()
+    assert reason == "Numba cannot be imported: initialization of _internal failed"
 
 
 def test_an_optimizer_says_which_kernels_it_uses(monkeypatch):

@@ -1,14 +1,22 @@
 """The optimizer under a plan: torch's interface, ownership, accidents, compiled training."""
 
+import contextlib
 import copy
 import logging
+import os
 import pickle
+import signal
+import sys
+import threading
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lamina as lm
+from lamina import kernels
+from lamina._util.interrupts import HeldInterrupt
+from lamina.runtime.ownership import WriteGuard
 from models import backward, encoder, equal, mlp, same, train, weights
 
 PLAN = lm.Plan(
@@ -414,3 +422,78 @@ def test_active_says_which_groups_train_next():
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert optimizer.active == {"0": True, "default": True, "1.bias": False}
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def python_handles_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself a SIGINT there")
+@pytest.mark.parametrize("where", ["publish", "carry_out"])
+def test_an_interrupt_waits_until_the_step_is_whole(where, monkeypatch):
+    def trained(interrupted):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        optimizer = lm.Plan(lm.AdamW, lr=0.1, schedule=lm.cosine()).build(model, steps=10)
+        for step in range(6):
+            for param in model.parameters():
+                param.grad = torch.randn_like(param)
+            if step == interrupted:
+                with interrupting(where), pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert optimizer.clock == 6
+        return [*model.parameters()]
+
+    @contextlib.contextmanager
+    def interrupting(where):
+        owner = WriteGuard if where == "publish" else kernels
+        real = getattr(owner, where)
+
+        def send(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, where, send)
+            yield
+
+    assert all(map(torch.equal, trained(3), trained(None)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself a SIGINT there")
+def test_a_second_interrupt_does_not_wait_and_other_handlers_are_left_alone():
+    reached = []
+
+    def pressed_twice():
+        with HeldInterrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("once")
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("twice")
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed_twice()
+    assert reached == ["once"]
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *_: calls.append(1))
+    try:
+        with HeldInterrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert calls == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread = threading.Thread(target=lambda: HeldInterrupt().__enter__())
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -15,6 +15,7 @@ from torch import nn
 
 import lamina as lm
 from lamina.preview import Preview
+from lamina.toy import toy_problem
 from models import Encoder, Tied, encoder
 from plans import RUNS, fits, plain_plans, to_plan
 from test_preview import Net, example
@@ -353,3 +354,39 @@ def test_models_on_the_meta_device():
 def test_bad_arguments(call, message):
     with pytest.raises(lm.PlanError, match=message):
         call()
+
+
+# --- rounding and the dtype of the state ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"rounding": "kahan"}, "rounding nearest → kahan"),
+        ({"rounding": "kahan"}, {}, "rounding kahan → nearest"),
+        ({"rounding": "nearest"}, {"rounding": "master"}, "rounding nearest → master"),
+        ({}, {"state_dtype": "float32"}, "state_dtype that of the parameter → float32"),
+    ],
+)
+def test_a_setting_that_one_plan_leaves_out_is_a_difference(before, after, told):
+    model = toy_problem().model.bfloat16()
+    one, other = (lm.Plan(lm.AdamW, lr=1e-2, **each) for each in (before, after))
+    found = lm.diff(one, other, model, steps=10)
+    assert found
+    assert told in " ".join(str(found).split())
+    assert one.preview(model, steps=10).hash != other.preview(model, steps=10).hash
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {"rounding": "nearest"}),
+        (torch.bfloat16, {"rounding": None, "state_dtype": None}),
+        (torch.float32, {"rounding": "master"}),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_no_difference(dtype, settings):
+    model = toy_problem().model.to(dtype)
+    one, other = (lm.Plan(lm.AdamW, lr=1e-2, **each) for each in ({}, settings))
+    assert not lm.diff(one, other, model, steps=10)
+    assert one.preview(model, steps=10).hash == other.preview(model, steps=10).hash

@@ -394,5 +394,5 @@ def tell_followed(batches: Sequence[Batch]) -> None:
             f"the weights of {listed(names)} are not those that the optimizer left: its state "
             "('master' or 'compensation') follows them from here on. If they were loaded, load "
             "the optimizer's state that was saved with them too, or call "
-            "optimizer.restart_state() after loading."
+            "optimizer.restart_state('*') after loading."
         )

@@ -15,7 +15,7 @@ def unavailable() -> str:
     """Return why there are no compiled loops, or "" if there are."""
     try:
         import numba
-    except ImportError as error:  # not there, or it does not fit this NumPy
+    except Exception as error:  # not there, or it does not fit this NumPy or this system
         if isinstance(error, ModuleNotFoundError) and error.name == "numba":
             return 'Numba is not installed: pip install "lamina[fast]"'
         return f"Numba cannot be imported: {error}"

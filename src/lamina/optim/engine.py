@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 
+from .._util.interrupts import HeldInterrupt
 from .._util.sharding import laid_out_as
 from ..algorithms.base import Batch, Method
 from ..errors import MismatchError
@@ -99,7 +100,8 @@ class Engine(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        with HeldInterrupt():
+            self._update()
         return loss
 
     def _update(self) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .._util.grammar import to_source
 from ..algorithms.registry import OPTIMIZERS, optimizer_name
 from ..gradients.operations import AGC, ClipParamNorm, ClipValue, Operation, ScaleGradients
-from ..resolve.resolved import Trigger
+from ..resolve.resolved import Cell, Trigger
 from ..resolve.timeline import Values, values_at
 from ..schedules.base import steps_to_check
 from .sampling import windows
@@ -106,12 +106,26 @@ def _behaviour(
     numbers: dict[str, Floats | float] = {}
     for key, value in values.hyper(index).items():
         _sort_in(key, value, numbers, words)
+    _drop_idle(words, cell)
     if cell.scope is not None:
         operations = values.operations(cell.scope)
         words["gradients"] = _gradients(operations, members.get(cell.scope, []))
         for place, (operation, amount) in enumerate(operations):
             _sort_in(f"{operation.source_name} ({place + 1})", amount, numbers, words)
     return Behaviour(active, numbers, words)
+
+
+#: what holds for settings of which a behaviour has no word
+UNSAID = {"rounding": "nearest", "state_dtype": "that of the parameter"}
+
+
+def _drop_idle(words: dict[str, str], cell: Cell) -> None:
+    """Leave out settings that are the default, and a rounding where nothing has 16 bits."""
+    if not any(info.dtype in ("bfloat16", "float16") for info in cell.parameters):
+        words.pop("rounding", None)
+    for key in UNSAID:
+        if words.get(key) in ("None", UNSAID[key]):
+            del words[key]
 
 
 def _as_if_opened(preview: Shown, waiting: list[Trigger], steps: Steps) -> Values:

@@ -13,7 +13,7 @@ from .._util.folding import KnownNames, families
 from .._util.text import listed
 from ..plan.plan import Plan
 from ..plan.toml import policy
-from .behaviour import BITS, Behaviour, Behaviours, Floats, steps_of
+from .behaviour import BITS, UNSAID, Behaviour, Behaviours, Floats, steps_of
 from .rows import number
 from .shown import Shown
 
@@ -197,7 +197,7 @@ def changes(
     waits = "thaw" in before.words and "thaw" in after.words
     everywhere = np.ones_like(both) if waits else both
     for key in ("optimizer", *sorted({*before.words, *after.words} - {"optimizer"})):
-        one, other = before.words.get(key), after.words.get(key)
+        one, other = (said.words.get(key, UNSAID.get(key)) for said in (before, after))
         # One of them may never train, and then it has nothing to say of most settings.
         silent = None in (one, other) and key not in ("gradients", "feedback", "thaw")
         if one != other and not silent and (both.any() or key in ("hold", "thaw") or waits):
