@@ -7,6 +7,13 @@ import threading
 from types import FrameType
 from typing import Any
 
+try:  # without the conversions to enums, which take longer than a small step
+    import _signal as plain  # type: ignore[import-not-found]
+except ImportError:  # not in every Python
+    plain = signal
+
+_SIGINT = int(signal.SIGINT)
+
 
 class HeldInterrupt:
     """Delay the KeyboardInterrupt of a first Ctrl-C to the end of a `with` block.
@@ -21,14 +28,14 @@ class HeldInterrupt:
     def __enter__(self) -> None:
         self._came = False
         self._before: Any = None
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, self._note)
+        if plain.getsignal(_SIGINT) is signal.default_int_handler:
+            self._before = plain.signal(_SIGINT, self._note)
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+            plain.signal(_SIGINT, self._before)
             if self._came:
                 raise KeyboardInterrupt
 
