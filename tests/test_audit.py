@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -407,3 +408,27 @@ def test_statistics_may_move_while_their_module_is_let_go_by_hand():
     model[1].running_mean += 1
     with pytest.raises(FrozenMovedError, match=r"'1\.running_mean' should rest"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda: torch.ones(9, dtype=torch.float64)[::2],
+        lambda: torch.ones(1, dtype=torch.float64).expand(4),
+        lambda: torch.from_numpy(np.ones(0)),
+        lambda: torch._neg_view(torch.ones(4)),
+    ],
+)
+def test_weights_with_gaps_are_summed(weight):
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(weight()), nn.Parameter(torch.ones(2))
+    plan = lm.Plan(lm.SGD, lr=0.1, rules=[lm.Rule("a", frozen=True)])
+    optimizer = plan.build(model, steps=3, audit=True)
+    model.b.grad = torch.ones(2)
+    optimizer.step()
+    if model.a.numel():
+        with torch.no_grad():
+            model.a.data = model.a.data.clone() + 1
+        model.b.grad = torch.ones(2)
+        with pytest.raises(FrozenMovedError):
+            optimizer.step()

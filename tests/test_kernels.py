@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lamina as lm
 from lamina._util.blocks import in_blocks
 from lamina.algorithms import ALGORITHMS
 from lamina.algorithms.adam import Adam
@@ -471,3 +472,29 @@ def test_a_block_that_is_lost_is_seen(monkeypatch):
     batches = both("LayerAdaptiveAdam", [torch.randn(5, 6)], [torch.randn(5, 6)], lr=0.1)
     with pytest.raises(AssertionError):
         assert_same(batches, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "LAMB", "Adam"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}])
+def test_numbers_that_torch_negates_when_it_reads_them(name, shape, settings):
+    """`conj().imag` is such a view: of -1 it holds 1 in memory, and a bit that says so."""
+    if settings.get("fused") and name not in ("SGD", "AdamW", "Adam"):
+        pytest.skip("torch has no fused form")
+
+    def negated():
+        return torch._neg_view(torch.ones(shape))
+
+    ends = []
+    for weight, grad in [(-1.0, negated), (None, negated), (None, lambda: torch.ones(shape))]:
+        for plain in (True, False):
+            start = negated() if weight is None else torch.full(shape, weight)
+            param = torch.nn.Parameter(start.resolve_neg() if plain else start)
+            optimizer = getattr(lm.optim, name)([param], lr=0.1, **settings)
+            for step in range(4):
+                given = grad() if step % 2 else torch.full(shape, 0.5)
+                param.grad = given.resolve_neg() if plain else given
+                optimizer.step()
+            ends.append(param.detach().resolve_neg())
+    for plain, other in zip(ends[::2], ends[1::2], strict=True):
+        torch.testing.assert_close(other, plain)

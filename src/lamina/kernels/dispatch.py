@@ -111,16 +111,30 @@ def choose(batch: Batch, prefer: str | None = None) -> tuple[Kernel, str]:
     if known and batch.suited is not None and batch.suited[0] is choice:
         suited: Choice = batch.suited[1]
     else:
-        suited = choice if choice.kernel.ready(batch) else _instead_of(choice, batch)
+        suited = choice if _is_ready(choice.kernel, batch) else _instead_of(choice, batch)
         batch.suited = (choice, suited) if known else None
     return suited.kernel, suited.reason
+
+
+def _refusal(kernel: Kernel, batch: Batch) -> str:
+    """Return why a kernel cannot update these tensors; the fast ones read memory as it is."""
+    for index, param in enumerate(batch.params):
+        if kernel is not READABLE and param.is_neg():
+            return f"{batch.name_of(index)} is a view that torch negates when it reads it"
+    return kernel.refusal(batch)
+
+
+def _is_ready(kernel: Kernel, batch: Batch) -> bool:
+    if kernel is not READABLE and any(map(torch.Tensor.is_neg, batch.grads)):
+        return False
+    return kernel.ready(batch)
 
 
 def _instead_of(choice: Choice, batch: Batch) -> Choice:
     """Choose the next best kernel for gradients that the chosen one cannot take."""
     why = "in this step a gradient is sparse, or of another dtype or layout than its parameter"
     for kernel in KERNELS[:-1]:
-        if kernel is not choice.kernel and not kernel.refusal(batch) and kernel.ready(batch):
+        if kernel is not choice.kernel and not _refusal(kernel, batch) and _is_ready(kernel, batch):
             break
     else:
         _refuse_sparse(batch)
@@ -153,7 +167,7 @@ def _choose(batch: Batch, prefer: str | None) -> Choice:
         return Choice(prefer, split, split.reason)
     refused: dict[str, str] = {}
     for kernel in sorted(KERNELS, key=lambda kernel: kernel.name != prefer):
-        refusal = kernel.refusal(batch)
+        refusal = _refusal(kernel, batch)
         if not refusal:
             refused.pop(kernel.name, None)  # it has two forms, and the other one refused
             notes = "".join(f"; not {name}: {why}" for name, why in refused.items())

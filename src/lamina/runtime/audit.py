@@ -185,7 +185,11 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     local = local_part(tensor)
     local = local.coalesce().values() if local.is_sparse else local
     local = torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
-    words = local.detach().reshape(-1).view(_WORDS.get(local.element_size(), torch.int32))
+    # A view of other words needs elements without gaps, also where there are none.
+    flat = local.detach().resolve_neg().reshape(-1).contiguous()
+    if not len(flat):
+        flat = flat.new_empty(0)
+    words = flat.view(_WORDS.get(local.element_size(), torch.int32))
     weights = _weights(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for chunk in words.split(_CHUNK) if len(words) else ():
