@@ -388,6 +388,12 @@ def test_norms_around_a_round_number_are_not_told():
 # --------------------------------------------------------------------------------- 16-bit weights
 
 
+def test_updates_that_round_away_are_told_of_a_model_that_got_16_bits_after_the_build():
+    model, optimizer = built(model=net(torch.float32, 256), optimizer="AdamW", lr=1e-6)
+    model.bfloat16()
+    assert codes(lambda: take(model, optimizer, 12)) == ["updates-round-away"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
 def test_updates_that_round_away_are_told(dtype, optimizer):

@@ -52,7 +52,7 @@ class Monitor:
         self._trainer = LightningTrainer(model)
         self.clip = ClippedElsewhere()
         #: whether weights are compared before and after some steps
-        self.samples = _has_half(resolved)
+        self.samples = _rounds_to_nearest(resolved)
         #: the step in which `_look` has something to do
         self._due: float = 0
         #: the step from which `after_step` has something to do; an ordinary step compares numbers
@@ -402,18 +402,16 @@ def count_processes() -> int:
     return int(torch.distributed.get_world_size()) if is_distributed() else 1
 
 
-def _has_half(resolved: Resolved) -> bool:
-    """Return whether a rule of lamina's trains weights of 16 bits, rounded to the nearest.
+def _rounds_to_nearest(resolved: Resolved) -> bool:
+    """Return whether a rule of lamina's trains weights that are rounded to the nearest.
 
-    Guests may keep the lost digits elsewhere.
+    They may get 16 bits after the build. Guests may keep the lost digits elsewhere.
     """
-    halves = {str(dtype).removeprefix("torch.") for dtype in HALF}
     return any(
-        info.dtype in halves
+        cell.algorithm is not None
+        and cell.windows
+        and cell.constants.get("rounding") in (None, "nearest")
         for cell in resolved.cells
-        if cell.algorithm is not None and cell.windows
-        if cell.constants.get("rounding") in (None, "nearest")
-        for info in cell.parameters
     )
 
 
