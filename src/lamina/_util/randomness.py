@@ -64,7 +64,7 @@ class Randomness:
         try:
             self.set(state)
             for saved in state["generators"].values():  # also of those that are not made yet
-                self._try(saved)
+                self._refuse_misfit(saved)
         except Exception as error:  # whatever a source says of what is not its state
             raise StateError(
                 f"a random state cannot be set ({error!r}); it was changed by hand, or saved by "
@@ -73,8 +73,8 @@ class Randomness:
         finally:
             self.set(now)
 
-    def _try(self, saved: torch.Tensor) -> None:
-        """Raise what torch says of a state that no generator of these devices can have."""
+    def _refuse_misfit(self, saved: torch.Tensor) -> None:
+        """Raise torch's error for a state that no generator of these devices can have."""
         for kind in self._kinds:
             try:
                 torch.Generator(kind).set_state(saved)

@@ -125,6 +125,7 @@ def _refusal(kernel: Kernel, batch: Batch) -> str:
 
 
 def _is_ready(kernel: Kernel, batch: Batch) -> bool:
+    """Return whether a kernel can read the gradients of this step."""
     if kernel is not READABLE and any(map(torch.Tensor.is_neg, batch.grads)):
         return False
     return kernel.ready(batch)
@@ -132,7 +133,10 @@ def _is_ready(kernel: Kernel, batch: Batch) -> bool:
 
 def _instead_of(choice: Choice, batch: Batch) -> Choice:
     """Choose the next best kernel for gradients that the chosen one cannot take."""
-    why = "in this step a gradient is sparse, or of another dtype or layout than its parameter"
+    why = (
+        "in this step a gradient is sparse, or of another dtype or layout than its parameter, or a "
+        "view that torch negates when it reads it"
+    )
     for kernel in KERNELS[:-1]:
         if kernel is not choice.kernel and not _refusal(kernel, batch) and _is_ready(kernel, batch):
             break

@@ -274,7 +274,7 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     stray = []
     hooked = False
     for path, module, below in subtrees(model, owned):
-        path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        path = _without_wrappers(path)
         hooked = hooked or bool(getattr(module, "_require_grads_hook", None))
         if _is_reentrant(module):  # the innermost are the segments
             reentrant = [item for item in reentrant if not below < item[1]] + [(path, below)]
@@ -290,17 +290,22 @@ def observe(model: nn.Module, owned: Iterable[Owned]) -> Observed:
     statistics = _moving_statistics(model, owned)
     merged = merged_layers(model)
     typical = _typical_weights(owned)
+    named = [(item.info.name, item.tensor) for item in owned]
     return Observed(
         compiled,
         segments,
         tuple(stray),
-        tuple(misspelt_flags(model, ((item.info.name, item.tensor) for item in owned))),
-        tuple(unregistered(model)),
+        tuple((_without_wrappers(name), key) for name, key in misspelt_flags(model, named)),
+        tuple((_without_wrappers(place), ids) for place, ids in unregistered(model)),
         split,
         statistics,
         merged,
         typical,
     )
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _typical_weights(owned: Iterable[Owned]) -> dict[str, float]:

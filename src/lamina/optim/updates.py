@@ -179,7 +179,7 @@ def preferred_kernel(group: Group) -> str | None:
     return "readable" if fused is False or foreach is False else None
 
 
-def variant_of(algorithm: Algorithm, group: Group) -> list[Any]:
+def variant_of(algorithm: Algorithm, group: Mapping[str, Any]) -> list[Any]:
     """Return the settings of a group by which its state was made; a user may set others."""
     return [group.get(key) for key in ("rounding", *algorithm.state_options)]
 
@@ -197,7 +197,7 @@ class KeptBatch:
 
     def __init__(self, batch: Batch, entries: Sequence[dict[str, Any]]) -> None:
         self.batch = batch
-        self.variant = variant_of(batch.algorithm, dict(batch.hyper))
+        self.variant = variant_of(batch.algorithm, batch.hyper)
         self._keys = [*chain.from_iterable(entries)]
         self._values: list[Any] = [*chain.from_iterable(map(dict.values, entries))]
         columns = (value for column in batch.columns.values() for value in column)

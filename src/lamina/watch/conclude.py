@@ -64,7 +64,7 @@ def _eval_mode(seen: Sightings) -> Iterator[Finding]:
             since = f"from step {root.eval_since} on" if root.eval_since else "in all steps"
             yield Finding(
                 "trains-in-eval-mode",
-                f"{root.kind} trains in eval mode {since}: its dropout is off, and its running "
+                f"{root.kind} trains in eval mode {since}: dropout is off, and running "
                 "statistics stand still.",
                 "Call model.train() before the loop and after every evaluation. Models that are "
                 "loaded with from_pretrained() are in eval mode.",
